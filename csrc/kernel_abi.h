@@ -18,7 +18,8 @@ struct GemmArgs {
   const void* a;
   const void* b;
   void* c;
-  void* workspace;      // 64-byte aligned, at least WorkspaceBytes() of the kernel; may be null if nothing is packed
+  void* a_pack;         // workspace for packed A, 64-byte aligned, PackedBytes(mc * kc * a_panel_bytes); unused unless pack_a
+  void* b_pack;         // workspace for packed B, 64-byte aligned, PackedBytes(kc * nc * b_panel_bytes); unused unless pack_b
   int64_t m, n, k;      // any of them may be 0; k == 0 stores zeros (or leaves C alone when accumulating)
   int64_t rsa, csa;     // A: stride between rows (m), between columns (k)
   int64_t rsb, csb;     // B: stride between rows (k), between columns (n); csb == 1 unless pack_b
@@ -31,6 +32,12 @@ struct GemmArgs {
   int64_t mc, kc, nc;   // cache blocking; mc multiple of mr, nc multiple of nr, kc multiple of kr
 };
 
+// Packing stores whole vectors, so a packed block may be overrun by less than this.
+inline constexpr int64_t kPackSlackBytes = 8192;
+
+// Workspace for a packed block of so many payload bytes. `kc` counts as rounded up to a multiple of kr.
+inline constexpr int64_t PackedBytes(int64_t payload) { return (payload + 63) / 64 * 64 + kPackSlackBytes; }
+
 using GemmFn = void (*)(const GemmArgs*);
 
 // One generated GEMM: a target and a signature, with every micro-kernel behind it.
@@ -42,8 +49,8 @@ struct KernelInfo {
   const char* acc;
   const char* out;
   int32_t mr, nr, kr;     // register tile, and K values interleaved in a packed row of B
-  int32_t a_panel_bytes;  // bytes of one element of packed A and of packed B
-  int32_t b_panel_bytes;
+  int32_t a_panel_bytes;  // bytes of one element of packed A
+  int32_t b_panel_bytes;  // and of packed B
   GemmFn fn;
 };
 
