@@ -1,0 +1,80 @@
+# Everything a person types lives here; how a machine is prepared lives in scripts/setup.
+#
+#   make demo         set up, then train a classifier with every product computed by jax_nano
+#   make test         set up, then run the tests          (make test ARGS="-k matmul -x")
+#   make help         the other targets
+#
+# Everything made lands in $(VENV), with a stamp for each step, so a second run does only what changed.
+# PYTHON=python3.13 VENV=.venv-3.13 sets up a second Python beside the first.
+
+PYTHON ?= $(shell scripts/setup find-python)
+VENV   ?= .venv
+ARGS   ?=
+
+STAMPS := $(VENV)/.stamps
+DIST   := $(VENV)/wheel
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+# What the wheel is made of: a change in any of these rebuilds it.
+SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE \
+           $(shell find csrc jax_nano -type f -not -name '*.pyc' -not -name '*.so')
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format wheel bench bench-quick clean distclean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMPS)/examples  ## set up and run examples/digits.py
+	$(BIN)/python examples/digits.py $(ARGS)
+
+test: $(STAMPS)/test  ## set up and run the tests
+	$(BIN)/pytest $(ARGS)
+
+lint: $(STAMPS)/test  ## check style, formatting and types
+	scripts/lint $(BIN)
+
+format: $(STAMPS)/test  ## rewrite the sources in the project's format
+	scripts/lint --fix $(BIN)
+
+bench: $(STAMPS)/bench  ## measure jax_nano and every peer (long)
+	$(BIN)/python -m benchmarks run $(ARGS)
+
+bench-quick: $(STAMPS)/bench  ## the same, a few shapes in under three minutes
+	$(BIN)/python -m benchmarks run --quick $(ARGS)
+
+wheel: $(STAMPS)/wheel  ## build the wheel
+	@ls -sh $(DIST)/*.whl
+
+clean:  ## remove build products, so that the next run rebuilds the package
+	rm -rf build $(DIST) $(STAMPS)/wheel
+
+distclean: clean  ## remove the virtual environment, caches and benchmark results as well
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis results
+
+# --- set-up -------------------------------------------------------------------------------------
+
+$(STAMPS)/debian: scripts/setup
+	scripts/setup debian
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/venv: $(STAMPS)/debian
+	scripts/setup venv "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+$(STAMPS)/wheel: $(STAMPS)/venv $(SOURCES)
+	@echo "building the kernels and the extension"
+	@rm -rf $(DIST)
+	$(PIP) wheel --no-deps --wheel-dir $(DIST) .
+	@touch $@
+
+$(STAMPS)/install: $(STAMPS)/wheel
+	$(PIP) install --force-reinstall --no-deps $(DIST)/*.whl
+	@touch $@
+
+# One stamp for each extra of pyproject.toml: its dependencies are installed beside the wheel.
+$(STAMPS)/examples $(STAMPS)/test $(STAMPS)/bench: $(STAMPS)/%: $(STAMPS)/install
+	$(PIP) install "$$(echo $(DIST)/*.whl)[$*]"
+	@touch $@
