@@ -1,0 +1,190 @@
+// The XLA FFI handler "jax_nano_dot_general". Attributes are parsed once, when an executable is loaded; shapes
+// are only known when it runs (symbolic export), so the plan is made at the first call and kept.
+#include "ffi.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "contraction.h"
+#include "cpu.h"
+#include "gemm.h"
+#include "plan.h"
+#include "select.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_nano {
+namespace {
+
+namespace ffi = xla::ffi;
+
+std::string DTypeName(ffi::DataType dtype) {
+  switch (dtype) {
+    case ffi::DataType::F32:
+      return "float32";
+    case ffi::DataType::F64:
+      return "float64";
+    case ffi::DataType::BF16:
+      return "bfloat16";
+    case ffi::DataType::F16:
+      return "float16";
+    case ffi::DataType::S8:
+      return "int8";
+    case ffi::DataType::U8:
+      return "uint8";
+    case ffi::DataType::S16:
+      return "int16";
+    case ffi::DataType::S32:
+      return "int32";
+    default:
+      return "dtype#" + std::to_string(static_cast<int>(dtype));
+  }
+}
+
+// What a plan was made for: the three buffers' dtypes and dimensions, and the number of threads.
+struct Shape {
+  ffi::DataType dtype[3];
+  std::vector<int64_t> dims[3];
+  int64_t threads = 0;
+
+  // XLA's buffers keep dtype and dimensions where they cost nothing to compare: two small arrays each.
+  bool Matches(int i, const ffi::AnyBuffer& buffer) const {
+    const auto have = buffer.dimensions();
+    return dtype[i] == buffer.element_type() && dims[i].size() == have.size() &&
+           std::equal(have.begin(), have.end(), dims[i].begin());
+  }
+};
+
+struct CachedPlan {
+  Shape shape;
+  Plan plan;
+
+  bool Fits(const ffi::AnyBuffer& lhs, const ffi::AnyBuffer& rhs, const ffi::AnyBuffer& out,
+            const ffi::ThreadPool& pool) const {
+    return shape.Matches(0, lhs) && shape.Matches(1, rhs) && shape.Matches(2, out) &&
+           (!plan.divisible || shape.threads == pool.num_threads());
+  }
+};
+
+// One call site of one executable; shared by all its concurrent runs.
+struct DotState {
+  static ffi::TypeId id;
+
+  std::vector<int64_t> labels[3];  // lhs, rhs, out
+
+  // Nearly always the only plan, as shapes are fixed when a program is compiled: found without a lock.
+  std::atomic<const CachedPlan*> last = nullptr;
+  std::mutex mutex;
+  std::vector<std::unique_ptr<const CachedPlan>> plans;  // guarded by mutex; never shrinks
+};
+
+ffi::TypeId DotState::id = {};
+const XLA_FFI_TypeInfo kDotStateInfo = ffi::MakeTypeInfo<DotState>();
+
+using Int64s = ffi::Span<const int64_t>;
+
+ffi::ErrorOr<std::unique_ptr<DotState>> Instantiate(int64_t abi, Int64s lhs_labels,
+                                                    Int64s rhs_labels, Int64s out_labels,
+                                                    std::string_view algorithm) {
+  if (abi != kFfiAbi) {
+    return ffi::Unexpected(ffi::Error::InvalidArgument(
+        "jax_nano: this program asks for ABI " + std::to_string(abi) + ", the installed one is " +
+        std::to_string(kFfiAbi)));
+  }
+  if (algorithm != "default") {
+    return ffi::Unexpected(ffi::Error::InvalidArgument("jax_nano: unknown algorithm \"" +
+                                                       std::string(algorithm) + "\""));
+  }
+  auto state = std::make_unique<DotState>();
+  state->labels[0].assign(lhs_labels.begin(), lhs_labels.end());
+  state->labels[1].assign(rhs_labels.begin(), rhs_labels.end());
+  state->labels[2].assign(out_labels.begin(), out_labels.end());
+  return state;
+}
+
+std::unique_ptr<const CachedPlan> NewPlan(const DotState& state,
+                                          const ffi::AnyBuffer* const (&buffers)[3],
+                                          const ffi::ThreadPool& pool) {
+  auto entry = std::make_unique<CachedPlan>();
+  std::string names[3];
+  Operand operands[3];
+  for (int i = 0; i < 3; ++i) {
+    const auto dims = buffers[i]->dimensions();
+    entry->shape.dtype[i] = buffers[i]->element_type();
+    entry->shape.dims[i].assign(dims.begin(), dims.end());
+    names[i] = DTypeName(entry->shape.dtype[i]);
+    operands[i] = {names[i], entry->shape.dims[i], state.labels[i]};
+  }
+  entry->shape.threads = pool.num_threads();
+  entry->plan = MakePlan(operands[0], operands[1], operands[2], SelectedTargets(),
+                         entry->shape.threads, HostCaches());
+  return entry;
+}
+
+const CachedPlan& FindPlan(DotState& state, const ffi::AnyBuffer& lhs, const ffi::AnyBuffer& rhs,
+                           const ffi::AnyBuffer& out, const ffi::ThreadPool& pool) {
+  const CachedPlan* last = state.last.load(std::memory_order_acquire);
+  if (last != nullptr && last->Fits(lhs, rhs, out, pool)) return *last;
+
+  const std::lock_guard lock(state.mutex);
+  for (const auto& entry : state.plans) {
+    if (entry->Fits(lhs, rhs, out, pool)) {
+      state.last.store(entry.get(), std::memory_order_release);
+      return *entry;
+    }
+  }
+  state.plans.push_back(NewPlan(state, {&lhs, &rhs, &out}, pool));
+  state.last.store(state.plans.back().get(), std::memory_order_release);
+  return *state.plans.back();
+}
+
+ffi::Error Execute(DotState* state, ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer rhs,
+                   ffi::Result<ffi::AnyBuffer> out) {
+  try {
+    const CachedPlan& entry = FindPlan(*state, lhs, rhs, *out, pool);
+    RunPlan(entry.plan, {lhs.untyped_data(), rhs.untyped_data(), out->untyped_data()}, pool);
+    return ffi::Error::Success();
+  } catch (const std::invalid_argument& e) {
+    return ffi::Error::InvalidArgument(e.what());
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jax_nano: out of memory");
+  }
+}
+
+XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
+                       ffi::Ffi::BindInstantiate()
+                           .Attr<int64_t>("abi")
+                           .Attr<Int64s>("lhs_labels")
+                           .Attr<Int64s>("rhs_labels")
+                           .Attr<Int64s>("out_labels")
+                           .Attr<std::string_view>("algorithm"));
+
+XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::State<DotState>>()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::AnyBuffer>()    // lhs
+                           .Arg<ffi::AnyBuffer>()    // rhs
+                           .Ret<ffi::AnyBuffer>());  // out
+
+}  // namespace
+
+// The state type must be registered before the handler is, and there is no public way to do so from Python
+// that works before the CPU client exists: queued types are flushed after queued handlers, and the CPU
+// backend dies (jaxlib 0.9 to 0.12). But XLA's first call into a handler is a query for its metadata, and
+// that carries the API table.
+XLA_FFI_Error* DotInstantiate(XLA_FFI_CallFrame* frame) {
+  static XLA_FFI_Error* const error = ffi::Ffi::RegisterTypeId(
+      frame->api, "jax_nano.dot_general", &DotState::id, &kDotStateInfo);
+  return error != nullptr ? error : (*kInstantiate)(frame);
+}
+
+XLA_FFI_Error* DotExecute(XLA_FFI_CallFrame* frame) { return (*kExecute)(frame); }
+
+}  // namespace jax_nano

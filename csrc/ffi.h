@@ -1,0 +1,20 @@
+// The entry points that XLA calls, for registration from Python.
+#ifndef JAX_NANO_FFI_H_
+#define JAX_NANO_FFI_H_
+
+#include <cstdint>
+
+struct XLA_FFI_CallFrame;
+struct XLA_FFI_Error;
+
+namespace jax_nano {
+
+// The version of the custom call's attributes: part of every exported program and cache entry.
+inline constexpr int64_t kFfiAbi = 1;
+
+XLA_FFI_Error* DotInstantiate(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* DotExecute(XLA_FFI_CallFrame* frame);
+
+}  // namespace jax_nano
+
+#endif  // JAX_NANO_FFI_H_

@@ -1,0 +1,311 @@
+// The Python surface: what JAX registers, and introspection for tests, benchmarks and `python -m jax_nano`.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "cpu.h"
+#include "ffi.h"
+#include "gemm.h"
+#include "plan.h"
+#include "private_pool.h"
+#include "registry.h"
+#include "select.h"
+#include "workspace.h"
+
+namespace nb = nanobind;
+
+namespace jax_nano {
+namespace {
+
+using Ints = std::vector<int64_t>;
+using Names = std::vector<std::string>;
+
+nb::dict Registrations() {
+  nb::dict stages;
+  stages["instantiate"] = nb::capsule(reinterpret_cast<void*>(&DotInstantiate));
+  stages["execute"] = nb::capsule(reinterpret_cast<void*>(&DotExecute));
+  nb::dict out;
+  out["jax_nano_dot_general"] = stages;
+  return out;
+}
+
+Features ParseFeatures(const Names& names) {
+  Features out;
+  for (const std::string& name : names) {
+    unsigned i = 0;
+    while (i < static_cast<unsigned>(Feature::kCount) &&
+           FeatureName(static_cast<Feature>(i)) != name) {
+      ++i;
+    }
+    if (i == static_cast<unsigned>(Feature::kCount)) {
+      throw std::invalid_argument("unknown CPU feature: " + name);
+    }
+    out.Add(static_cast<Feature>(i));
+  }
+  return out;
+}
+
+Names NamesOf(const Features& features) {
+  Names out;
+  for (unsigned i = 0; i < static_cast<unsigned>(Feature::kCount); ++i) {
+    if (features.Has(static_cast<Feature>(i))) {
+      out.emplace_back(FeatureName(static_cast<Feature>(i)));
+    }
+  }
+  return out;
+}
+
+Features HostOr(const std::optional<Names>& features) {
+  return features ? ParseFeatures(*features) : HostFeatures();
+}
+
+nb::list TargetList(const std::optional<Names>& features) {
+  nb::list out;
+  for (const TargetStatus& s : DescribeTargets(HostOr(features))) {
+    nb::dict d;
+    d["name"] = s.target->name;
+    d["compiled"] = s.compiled;
+    d["supported"] = s.supported;
+    d["why"] = s.why;
+    out.append(d);
+  }
+  return out;
+}
+
+std::string FirstName(const std::vector<const Target*>& targets) {
+  return targets.empty() ? "" : targets.front()->name;
+}
+
+std::string SelectedTarget() { return FirstName(SelectedTargets()); }
+
+std::string SelectTarget(const Names& features, std::string_view forced) {
+  return FirstName(SelectTargets(ParseFeatures(features), forced));
+}
+
+// Either order of the operands, as roles may be swapped.
+bool Supports(std::string_view lhs, std::string_view rhs, std::string_view out) {
+  return SelectKernel(SelectedTargets(), lhs, rhs, out) != nullptr &&
+         SelectKernel(SelectedTargets(), rhs, lhs, out) != nullptr;
+}
+
+nb::dict KernelDict(const KernelInfo& k) {
+  nb::dict d;
+  d["name"] = k.name;
+  d["target"] = k.target;
+  d["lhs"] = k.lhs;
+  d["rhs"] = k.rhs;
+  d["acc"] = k.acc;
+  d["out"] = k.out;
+  d["mr"] = k.mr;
+  d["nr"] = k.nr;
+  d["kr"] = k.kr;
+  d["a_panel_bytes"] = k.a_panel_bytes;
+  d["b_panel_bytes"] = k.b_panel_bytes;
+  return d;
+}
+
+nb::list KernelList() {
+  nb::list out;
+  for (const KernelInfo& k : Kernels()) out.append(KernelDict(k));
+  return out;
+}
+
+Names HostFeatureNames() { return NamesOf(HostFeatures()); }
+
+nb::dict CacheDict() {
+  const Caches& c = HostCaches();
+  nb::dict d;
+  d["l1d"] = c.l1d;
+  d["l2"] = c.l2;
+  d["l3"] = c.l3;
+  return d;
+}
+
+// What detection would find on a machine that answers CPUID like this; unlisted leaves are zero.
+Names DecodeFeatures(const std::map<std::pair<uint32_t, uint32_t>, std::array<uint32_t, 4>>& cpuid,
+                     uint64_t xcr0, bool amx_permission) {
+  CpuQueries q;
+  q.cpuid = [&](uint32_t leaf, uint32_t subleaf) {
+    const auto it = cpuid.find({leaf, subleaf});
+    return it == cpuid.end() ? std::array<uint32_t, 4>{0, 0, 0, 0} : it->second;
+  };
+  q.xcr0 = [&] { return xcr0; };
+  q.request_amx = [&] { return amx_permission; };
+  return NamesOf(DetectFeatures(q));
+}
+
+nb::list LoopList(const std::vector<Loop>& loops) {
+  nb::list out;
+  for (const Loop& l : loops) out.append(nb::make_tuple(l.size, l.a, l.b, l.c));
+  return out;
+}
+
+nb::dict PlanDict(const Plan& plan) {
+  const GemmArgs& x = plan.args;
+  nb::dict d;
+  d["kernel"] = plan.kernel->name;
+  d["target"] = plan.kernel->target;
+  d["swapped"] = plan.swapped;
+  d["empty"] = plan.empty;
+  d["m"] = x.m;
+  d["n"] = x.n;
+  d["k"] = x.k;
+  d["rsa"] = x.rsa;
+  d["csa"] = x.csa;
+  d["rsb"] = x.rsb;
+  d["csb"] = x.csb;
+  d["rsc"] = x.rsc;
+  d["batch"] = x.batch;
+  d["bsa"] = x.bsa;
+  d["bsb"] = x.bsb;
+  d["bsc"] = x.bsc;
+  d["pack_a"] = x.pack_a != 0;
+  d["pack_b"] = x.pack_b != 0;
+  d["mc"] = x.mc;
+  d["kc"] = x.kc;
+  d["nc"] = x.nc;
+  d["outer"] = LoopList(plan.outer);
+  d["k_outer"] = LoopList(plan.k_outer);
+  d["products"] = plan.products;
+  d["split"] = nb::make_tuple(plan.split.products, plan.split.m, plan.split.n);
+  d["workspace_bytes"] = plan.a_pack_bytes + plan.b_pack_bytes;
+  return d;
+}
+
+// A call's arrays as Python gives them; owns what Operand only views.
+struct CallSpec {
+  Ints lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels;
+  std::string lhs_dtype, rhs_dtype, out_dtype;
+
+  Plan MakePlanFor(std::span<const Target* const> targets, int64_t threads,
+                   const Caches& caches) const {
+    Ints out_shape;
+    for (int64_t label : out_labels) out_shape.push_back(SizeOf(label));
+    return MakePlan({lhs_dtype, lhs_shape, lhs_labels}, {rhs_dtype, rhs_shape, rhs_labels},
+                    {out_dtype, out_shape, out_labels}, targets, threads, caches);
+  }
+
+ private:
+  int64_t SizeOf(int64_t label) const {
+    for (size_t i = 0; i < std::min(lhs_labels.size(), lhs_shape.size()); ++i) {
+      if (lhs_labels[i] == label) return lhs_shape[i];
+    }
+    for (size_t i = 0; i < std::min(rhs_labels.size(), rhs_shape.size()); ++i) {
+      if (rhs_labels[i] == label) return rhs_shape[i];
+    }
+    return 1;  // in no operand: Analyze says so
+  }
+};
+
+// Selected targets, or the one of this name whether or not the CPU can run it: planning runs nothing.
+std::vector<const Target*> TargetsFor(const std::optional<std::string>& name) {
+  if (!name) return SelectedTargets();
+  for (const Target& t : Targets()) {
+    if (t.name == *name) return {&t};
+  }
+  throw std::invalid_argument("unknown target: " + *name);
+}
+
+nb::dict ExplainPlan(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels,
+                     Ints out_labels, std::string lhs_dtype, std::string rhs_dtype,
+                     std::string out_dtype, int64_t threads, std::optional<std::string> target,
+                     std::optional<std::array<int64_t, 3>> caches) {
+  const CallSpec spec = {lhs_shape,  rhs_shape, lhs_labels, rhs_labels,
+                         out_labels, lhs_dtype, rhs_dtype,  out_dtype};
+  const Caches sizes = caches ? Caches{(*caches)[0], (*caches)[1], (*caches)[2]} : HostCaches();
+  return PlanDict(spec.MakePlanFor(TargetsFor(target), threads, sizes));
+}
+
+void Dot(uintptr_t lhs, uintptr_t rhs, uintptr_t out, Ints lhs_shape, Ints rhs_shape,
+         Ints lhs_labels, Ints rhs_labels, Ints out_labels, std::string lhs_dtype,
+         std::string rhs_dtype, std::string out_dtype, int64_t threads) {
+  const CallSpec spec = {lhs_shape,  rhs_shape, lhs_labels, rhs_labels,
+                         out_labels, lhs_dtype, rhs_dtype,  out_dtype};
+  const nb::gil_scoped_release release;
+  const Plan plan = spec.MakePlanFor(SelectedTargets(), threads, HostCaches());
+  PrivatePool pool(threads);
+  RunPlan(plan,
+          {reinterpret_cast<const void*>(lhs), reinterpret_cast<const void*>(rhs),
+           reinterpret_cast<void*>(out)},
+          pool);
+}
+
+void CallKernel(std::string_view kernel_name, const nb::dict& fields) {
+  const KernelInfo* kernel = FindKernel(kernel_name);
+  if (kernel == nullptr) throw std::invalid_argument("no such kernel");
+  size_t used = 0;
+  const auto get = [&](const char* name, int64_t otherwise) {
+    if (!fields.contains(name)) return otherwise;
+    ++used;
+    return nb::cast<int64_t>(fields[name]);
+  };
+  const auto pointer = [&](const char* name) { return reinterpret_cast<void*>(get(name, 0)); };
+  GemmArgs x = {};
+  x.a = pointer("a");
+  x.b = pointer("b");
+  x.c = pointer("c");
+  x.a_pack = pointer("a_pack");
+  x.b_pack = pointer("b_pack");
+  x.m = get("m", 0);
+  x.n = get("n", 0);
+  x.k = get("k", 0);
+  x.rsa = get("rsa", x.k);
+  x.csa = get("csa", 1);
+  x.rsb = get("rsb", x.n);
+  x.csb = get("csb", 1);
+  x.rsc = get("rsc", x.n);
+  x.batch = get("batch", 1);
+  x.bsa = get("bsa", 0);
+  x.bsb = get("bsb", 0);
+  x.bsc = get("bsc", 0);
+  ChooseBlocking(*kernel, HostCaches(), x.m, x.n, x);
+  x.accumulate = get("accumulate", 0);
+  x.pack_a = get("pack_a", 0);
+  x.pack_b = get("pack_b", 0);
+  x.mc = get("mc", x.mc);
+  x.kc = get("kc", x.kc);
+  x.nc = get("nc", x.nc);
+  if (used != fields.size()) throw std::invalid_argument("unknown field among the arguments");
+  if (x.csb != 1 && !x.pack_b) throw std::invalid_argument("csb must be 1 unless pack_b");
+  if (x.mc % kernel->mr || x.kc % kernel->kr || x.nc % kernel->nr) {
+    throw std::invalid_argument("mc, kc, nc must be multiples of mr, kr, nr");
+  }
+  const nb::gil_scoped_release release;
+  const int64_t a_pack_bytes = PackedABytes(*kernel, x);
+  char* workspace = static_cast<char*>(Workspace(a_pack_bytes + PackedBBytes(*kernel, x)));
+  if (x.a_pack == nullptr) x.a_pack = workspace;
+  if (x.b_pack == nullptr) x.b_pack = workspace + a_pack_bytes;
+  kernel->fn(&x);
+}
+
+}  // namespace
+
+NB_MODULE(_runtime, m) {
+  using namespace nb::literals;
+  m.attr("ABI_VERSION") = kFfiAbi;
+  m.def("registrations", &Registrations);
+  m.def("targets", &TargetList, "features"_a = nb::none());
+  m.def("selected_target", &SelectedTarget);
+  m.def("select_target", &SelectTarget, "features"_a, "forced"_a = "");
+  m.def("supports", &Supports, "lhs"_a, "rhs"_a, "out"_a);
+  m.def("kernels", &KernelList);
+  m.def("features", &HostFeatureNames);
+  m.def("caches", &CacheDict);
+  m.def("decode_features", &DecodeFeatures, "cpuid"_a, "xcr0"_a, "amx_permission"_a);
+  m.def("plan", &ExplainPlan, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a,
+        "out_labels"_a, "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a,
+        "target"_a = nb::none(), "caches"_a = nb::none());
+  m.def("dot", &Dot, "lhs"_a, "rhs"_a, "out"_a, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a,
+        "rhs_labels"_a, "out_labels"_a, "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a);
+  m.def("call", &CallKernel, "kernel_name"_a, "args"_a);
+  m.def("workspace_bytes", &WorkspaceHighWater);
+}
+
+}  // namespace jax_nano

@@ -1,0 +1,200 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "registry.h"
+
+namespace jax_nano {
+namespace {
+
+// Cache blocking. The macrokernel's loops are
+//     for ic by mc, for pc by kc, [pack A], for jc by nc, [pack B], for ir by mr, for jr by nr
+// so a micro-panel of A (mr x kc) stays in L1 while the block of B (kc x nc) streams past it from L2, and
+// the block of A (mc x kc) comes from L3 once per block of B.
+constexpr int64_t kKcBytes = 1536;             // of one column of a B panel: 384 f32, 768 bf16
+constexpr double kBlockBOfL2 = 0.625;          // the rest of L2 is for A, C and what passes through
+constexpr int64_t kMaxBlockABytes = 4 << 20;
+constexpr int64_t kMaxBlockBBytes = 3 << 20;
+
+// Packing pays once the packed block is read often enough.
+constexpr int64_t kPackBMinTiles = 4;          // B block read by this many register tiles of rows
+constexpr int64_t kTlbReachBytes = 64 << 12;   // L1 data TLB: rows of B further apart than this in sum
+constexpr int64_t kPackAMinTiles = 16;         // A block read by this many register tiles of columns
+constexpr int64_t kPackAMinTilesStrided = 4;   // the same when A's rows or columns are awkward to read
+constexpr int64_t kAliasBytes = 1024;          // row strides that are multiples of this share L1 sets
+
+// Splitting over threads.
+constexpr int64_t kMinItemMacs = 128 << 10;    // about 2 us at peak: less is not worth waking a thread
+constexpr int64_t kItemsPerThread = 4;         // at most: more balance better and pack more often
+constexpr double kPackMacs = 12;               // cost of packing one element, in multiply-adds
+constexpr double kTail = 0.1;                  // the last item finishes late by this part of itself
+
+int64_t CeilDiv(int64_t x, int64_t y) { return (x + y - 1) / y; }
+int64_t RoundUp(int64_t x, int64_t y) { return CeilDiv(x, y) * y; }
+
+// Cuts `total` into equal blocks of at most `most`, each a multiple of `unit`, so that no block is tiny.
+int64_t BalancedBlock(int64_t total, int64_t most, int64_t unit) {
+  most = std::max(unit, most / unit * unit);
+  total = std::max(total, int64_t{1});
+  return RoundUp(CeilDiv(total, CeilDiv(total, most)), unit);
+}
+
+double Real(int64_t x) { return static_cast<double>(x); }
+
+// How many items of the smallest worthwhile size the work would fill; a double, as it may be huge.
+double FullItems(int64_t products, int64_t m, int64_t n, int64_t k) {
+  return Real(products) * Real(m) * Real(n) * Real(k) / Real(kMinItemMacs);
+}
+
+// Takes the loop of the largest size out of `loops`; the innermost of equals. Size 1 if there is none.
+Loop TakeLargest(std::vector<Loop>& loops) {
+  if (loops.empty()) return {1, 0, 0, 0};
+  auto best = loops.begin();
+  for (auto it = loops.begin(); it != loops.end(); ++it) {
+    if (it->size >= best->size) best = it;
+  }
+  const Loop loop = *best;
+  loops.erase(best);
+  return loop;
+}
+
+}  // namespace
+
+int64_t PackedABytes(const KernelInfo& kernel, const GemmArgs& args) {
+  return args.pack_a ? PackedBytes(args.mc * args.kc * kernel.a_panel_bytes) : 0;
+}
+
+int64_t PackedBBytes(const KernelInfo& kernel, const GemmArgs& args) {
+  return args.pack_b ? PackedBytes(args.kc * args.nc * kernel.b_panel_bytes) : 0;
+}
+
+void ChooseBlocking(const KernelInfo& kernel, const Caches& caches, int64_t item_m, int64_t item_n,
+                    GemmArgs& args) {
+  const int64_t a_bytes = ElementBytes(kernel.lhs), b_bytes = ElementBytes(kernel.rhs);
+
+  // By the size of k alone: results must not depend on the split or on the machine's caches.
+  args.kc = BalancedBlock(args.k, kKcBytes / kernel.b_panel_bytes, kernel.kr);
+
+  // B unpacked is read in rows of nr elements, kc of them for each register tile.
+  const bool b_beyond_tlb = std::min(args.k, args.kc) * args.rsb * b_bytes > kTlbReachBytes;
+  args.pack_b = args.csb != 1 || (item_m >= kPackBMinTiles * kernel.mr && b_beyond_tlb);
+
+  // A unpacked is read one element of each of mr rows at a time.
+  const bool a_strided = args.csa != 1 || args.rsa * a_bytes % kAliasBytes == 0;
+  const int64_t tiles = a_strided ? kPackAMinTilesStrided : kPackAMinTiles;
+  args.pack_a = item_n >= tiles * kernel.nr && item_m > 1;
+
+  const int64_t b_column = args.kc * kernel.b_panel_bytes, a_row = args.kc * kernel.a_panel_bytes;
+  const int64_t b_block = std::min(
+      kMaxBlockBBytes, static_cast<int64_t>(kBlockBOfL2 * Real(caches.l2)));
+  args.nc = BalancedBlock(item_n, b_block / b_column, kernel.nr);
+  // Each block of rows packs all of B again, so unpacked rows are not cut at all.
+  const int64_t mc_most = args.pack_a ? kMaxBlockABytes / a_row : RoundUp(item_m, kernel.mr);
+  args.mc = BalancedBlock(item_m, mc_most, kernel.mr);
+}
+
+bool WorthSplitting(int64_t products, int64_t m, int64_t n, int64_t k) {
+  return FullItems(products, m, n, k) >= 2;
+}
+
+Split ChooseSplit(const KernelInfo& kernel, int64_t products, int64_t m, int64_t n, int64_t k,
+                  int64_t threads) {
+  if (threads < 2 || !WorthSplitting(products, m, n, k)) return {};
+  const int64_t most = static_cast<int64_t>(
+      std::min(Real(threads * kItemsPerThread), FullItems(products, m, n, k)));
+
+  const int64_t m_units = CeilDiv(m, kernel.mr), n_units = CeilDiv(n, kernel.nr);
+  Split best;
+  double best_time = std::numeric_limits<double>::infinity();
+  // Of equal times the first found wins: the one that cuts the single products least.
+  for (int64_t sn = 1; sn <= std::min(n_units, most); ++sn) {
+    for (int64_t sm = 1; sm <= std::min(m_units, most / sn); ++sm) {
+      const double item_m = Real(CeilDiv(m_units, sm) * kernel.mr);
+      const double item_n = Real(CeilDiv(n_units, sn) * kernel.nr);
+      const double one = (item_m * item_n + kPackMacs * (item_m + item_n)) * Real(k);
+      for (int64_t sp = 1; sp <= std::min(products, most / sn / sm); ++sp) {
+        const double item = one * Real(CeilDiv(products, sp));
+        const double time = item * (Real(CeilDiv(sp * sm * sn, threads)) + kTail);
+        if (time < best_time) {
+          best_time = time;
+          best = {sp, sm, sn};
+        }
+      }
+    }
+  }
+  return best;
+}
+
+Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t threads,
+              const Caches& caches) {
+  Plan plan;
+  plan.kernel = &kernel;
+  plan.swapped = contraction.swapped;
+  plan.empty = contraction.empty;
+  plan.a_bytes = ElementBytes(kernel.lhs);
+  plan.b_bytes = ElementBytes(kernel.rhs);
+  plan.c_bytes = ElementBytes(kernel.out);
+  if (plan.empty) return plan;
+
+  std::vector<Loop> m = contraction.m, n = contraction.n, k = contraction.k;
+  const Loop inner_m = TakeLargest(m);
+  const Loop inner_k = TakeLargest(k);
+  Loop inner_n = {1, 0, 0, 1};
+  if (!n.empty()) {  // the only one that C's unit stride allows
+    inner_n = n.back();
+    n.pop_back();
+  }
+  plan.k_outer = std::move(k);
+  plan.outer = contraction.batch;
+  plan.outer.insert(plan.outer.end(), m.begin(), m.end());
+  plan.outer.insert(plan.outer.end(), n.begin(), n.end());
+  std::stable_sort(plan.outer.begin(), plan.outer.end(),
+                   [](const Loop& x, const Loop& y) { return x.c > y.c; });
+  const Loop batch = TakeLargest(plan.outer);
+  plan.products = batch.size;
+  for (const Loop& loop : plan.outer) plan.products *= loop.size;
+
+  GemmArgs& args = plan.args;
+  args.m = inner_m.size;
+  args.n = inner_n.size;
+  args.k = inner_k.size;
+  args.rsa = inner_m.a;
+  args.csa = inner_k.size > 1 ? inner_k.a : 1;
+  args.rsb = inner_k.b;
+  args.csb = inner_n.size > 1 ? inner_n.b : 1;
+  args.rsc = inner_m.c;
+  args.batch = batch.size;
+  args.bsa = batch.a;
+  args.bsb = batch.b;
+  args.bsc = batch.c;
+
+  // A pass over an outer contracting dimension is not worth a thread of its own, but is work.
+  int64_t passes = 1;
+  for (const Loop& loop : plan.k_outer) passes *= loop.size;
+  const int64_t all_k = args.k * passes;
+  plan.divisible = WorthSplitting(plan.products, args.m, args.n, all_k);
+  plan.split = ChooseSplit(kernel, plan.products, args.m, args.n, all_k, threads);
+  const int64_t item_m = CeilDiv(CeilDiv(args.m, kernel.mr), plan.split.m) * kernel.mr;
+  const int64_t item_n = CeilDiv(CeilDiv(args.n, kernel.nr), plan.split.n) * kernel.nr;
+  ChooseBlocking(kernel, caches, std::min(item_m, args.m), std::min(item_n, args.n), args);
+  plan.a_pack_bytes = PackedABytes(kernel, args);
+  plan.b_pack_bytes = PackedBBytes(kernel, args);
+  return plan;
+}
+
+Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out,
+              std::span<const Target* const> targets, int64_t threads, const Caches& caches) {
+  const Contraction contraction = Analyze(lhs, rhs, out);
+  const Operand &a = contraction.swapped ? rhs : lhs, &b = contraction.swapped ? lhs : rhs;
+  const KernelInfo* kernel = SelectKernel(targets, a.dtype, b.dtype, out.dtype);
+  if (kernel == nullptr) {
+    throw std::invalid_argument("jax_nano has no kernel on this machine for " + Describe(lhs) + ", " +
+                                Describe(rhs) + " -> " + Describe(out));
+  }
+  return MakePlan(contraction, *kernel, threads, caches);
+}
+
+}  // namespace jax_nano

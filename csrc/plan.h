@@ -1,0 +1,77 @@
+// What is decided once per call shape: kernel, loops, cache blocking, packing, and the split into work
+// items. Pure functions; the machine comes in as arguments. Sizes and strides are in elements.
+#ifndef JAX_NANO_PLAN_H_
+#define JAX_NANO_PLAN_H_
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "contraction.h"
+#include "cpu.h"
+#include "kernel_abi.h"
+#include "select.h"
+
+namespace jax_nano {
+
+// What a thread needs at most, whatever the size of the product.
+inline constexpr int64_t kMaxWorkspaceBytes = int64_t{8} << 20;
+
+// How many pieces each of the three independent directions is cut into. An item is one piece of each.
+struct Split {
+  int64_t products = 1;  // of Plan::products
+  int64_t m = 1;
+  int64_t n = 1;
+  int64_t items() const { return products * m * n; }
+};
+
+struct Plan {
+  const KernelInfo* kernel = nullptr;
+  bool swapped = false;  // A is the call's rhs
+  bool empty = false;    // the result has no elements: nothing to do
+  int64_t a_bytes = 0, b_bytes = 0, c_bytes = 0;  // of one element
+
+  // One kernel call over the whole m, n and batch; RunItem narrows them. Pointers are null.
+  GemmArgs args = {};
+  // Independent loops around the kernel's own batch loop, outermost first: batch dimensions, and those
+  // of M and N that could not be merged.
+  std::vector<Loop> outer;
+  // Contracting dimensions that could not be merged with args.k, outermost first: passes that
+  // accumulate into C, in this order.
+  std::vector<Loop> k_outer;
+
+  int64_t products = 1;  // outer sizes times args.batch: independent products of m x n x k
+  bool divisible = false;  // large enough to be split, if there are threads
+  Split split;
+  int64_t a_pack_bytes = 0, b_pack_bytes = 0;  // workspace of one thread
+};
+
+// For a given kernel and contraction every element of C is the same, bit for bit, whatever `threads` and
+// `caches` are: only the cutting of k decides in which order a sum is taken, and k is cut by its size alone.
+Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t threads,
+              const Caches& caches);
+
+// The whole way from labelled arrays: analysis, the best of `targets` that has a kernel, plan. Throws
+// std::invalid_argument if the arrays do not fit together or no kernel takes their dtypes.
+Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out,
+              std::span<const Target* const> targets, int64_t threads, const Caches& caches);
+
+// The parts of MakePlan, for tests and tuning.
+
+// Fills pack_a, pack_b, mc, kc, nc of `args` for an item of item_m x item_n.
+void ChooseBlocking(const KernelInfo& kernel, const Caches& caches, int64_t item_m, int64_t item_n,
+                    GemmArgs& args);
+
+// Whether the work fills two items.
+bool WorthSplitting(int64_t products, int64_t m, int64_t n, int64_t k);
+
+Split ChooseSplit(const KernelInfo& kernel, int64_t products, int64_t m, int64_t n, int64_t k,
+                  int64_t threads);
+
+// What the kernel may write at GemmArgs::a_pack and b_pack: multiples of 64, 0 for what is not packed.
+int64_t PackedABytes(const KernelInfo& kernel, const GemmArgs& args);
+int64_t PackedBBytes(const KernelInfo& kernel, const GemmArgs& args);
+
+}  // namespace jax_nano
+
+#endif  // JAX_NANO_PLAN_H_

@@ -1,0 +1,55 @@
+#include "registry.h"
+
+#include <array>
+#include <iterator>
+#include <utility>
+
+// manifest.inc has one JAX_NANO_KERNEL(...) line per generated kernel. It is read twice: once to declare
+// the symbols, once to fill the table.
+#define JAX_NANO_KERNEL(symbol, ...) extern "C" void symbol(const jax_nano::GemmArgs*);
+#include "manifest.inc"
+#undef JAX_NANO_KERNEL
+
+namespace jax_nano {
+namespace {
+
+constexpr KernelInfo kKernels[] = {
+#define JAX_NANO_KERNEL(symbol, name, target, lhs, rhs, acc, out, mr, nr, kr, a_bytes, b_bytes) \
+  {name, target, lhs, rhs, acc, out, mr, nr, kr, a_bytes, b_bytes, &symbol},
+#include "manifest.inc"
+#undef JAX_NANO_KERNEL
+    {},  // an array may not be empty, a build without kernels (another architecture) may
+};
+
+constexpr std::pair<std::string_view, int64_t> kElementBytes[] = {
+    {"float32", 4}, {"float64", 8}, {"bfloat16", 2}, {"float16", 2},
+    {"int8", 1},    {"uint8", 1},   {"int16", 2},    {"int32", 4},
+};
+
+}  // namespace
+
+std::span<const KernelInfo> Kernels() { return {kKernels, std::size(kKernels) - 1}; }
+
+const KernelInfo* FindKernel(std::string_view target, std::string_view lhs, std::string_view rhs,
+                             std::string_view out) {
+  for (const KernelInfo& k : Kernels()) {
+    if (target == k.target && lhs == k.lhs && rhs == k.rhs && out == k.out) return &k;
+  }
+  return nullptr;
+}
+
+const KernelInfo* FindKernel(std::string_view name) {
+  for (const KernelInfo& k : Kernels()) {
+    if (name == k.name) return &k;
+  }
+  return nullptr;
+}
+
+int64_t ElementBytes(std::string_view dtype) {
+  for (const auto& [name, bytes] : kElementBytes) {
+    if (name == dtype) return bytes;
+  }
+  return 0;
+}
+
+}  // namespace jax_nano

@@ -1,0 +1,112 @@
+#include "select.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <optional>
+#include <stdexcept>
+
+#include "registry.h"
+
+namespace jax_nano {
+namespace {
+
+using F = Feature;
+
+// The levels as the psABI defines them: LLVM may use every instruction of the level, so all are required.
+constexpr Features kV3 = {F::kAvx,  F::kAvx2, F::kBmi1,  F::kBmi2,
+                          F::kF16c, F::kFma,  F::kLzcnt, F::kMovbe};
+constexpr Features kV4 = kV3 | Features{F::kAvx512f, F::kAvx512bw, F::kAvx512cd, F::kAvx512dq,
+                                        F::kAvx512vl};
+
+constexpr Target kTargets[] = {
+    {"amx",
+     kV4 | Features{F::kAmxTile, F::kAmxBf16, F::kAmxInt8, F::kAmxPermission}},
+    {"avx512_bf16", kV4 | Features{F::kAvx512Bf16}},
+    {"avx512_vnni", kV4 | Features{F::kAvx512Vnni}},
+    {"x86-64-v4", kV4},
+    {"avx_vnni", kV3 | Features{F::kAvxVnni}},
+    {"x86-64-v3", kV3},
+};
+
+std::string Join(const std::vector<std::string_view>& words) {
+  std::string out;
+  for (std::string_view w : words) {
+    if (!out.empty()) out += ", ";
+    out += w;
+  }
+  return out;
+}
+
+std::string WhyUnsupported(const Features& cpu, const Target& target) {
+  Features missing = target.required - cpu;
+  if (missing.Has(F::kAmxTile)) missing = missing - Features{F::kAmxPermission};  // follows from it
+  std::vector<std::string_view> names;
+  for (unsigned i = 0; i < static_cast<unsigned>(F::kCount); ++i) {
+    if (missing.Has(static_cast<F>(i))) names.push_back(FeatureName(static_cast<F>(i)));
+  }
+  if (missing.Has(F::kAmxPermission)) return "the operating system does not permit AMX";
+  return "this CPU lacks " + Join(names);
+}
+
+bool Compiled(const Target& target) {
+  return std::any_of(Kernels().begin(), Kernels().end(),
+                     [&](const KernelInfo& k) { return target.name == std::string_view(k.target); });
+}
+
+}  // namespace
+
+std::span<const Target> Targets() { return kTargets; }
+
+std::vector<TargetStatus> DescribeTargets(const Features& cpu) {
+  std::vector<TargetStatus> out;
+  for (const Target& t : kTargets) {
+    TargetStatus s = {&t, Compiled(t), cpu.HasAll(t.required), ""};
+    if (!s.supported) {
+      s.why = WhyUnsupported(cpu, t);
+    } else if (!s.compiled) {
+      s.why = "this build has no kernels for it";
+    }
+    out.push_back(std::move(s));
+  }
+  return out;
+}
+
+std::vector<const Target*> SelectTargets(const Features& cpu, std::string_view forced) {
+  std::vector<const Target*> usable;
+  std::vector<std::string_view> known;
+  bool found = forced.empty();
+  for (const TargetStatus& s : DescribeTargets(cpu)) {
+    known.push_back(s.target->name);
+    if (forced == s.target->name) {
+      found = true;
+      if (!s.why.empty()) {
+        throw std::invalid_argument("JAX_NANO_TARGET=" + std::string(forced) + ": " + s.why);
+      }
+    }
+    if (found && s.why.empty()) usable.push_back(s.target);
+  }
+  if (!found) {
+    throw std::invalid_argument("JAX_NANO_TARGET=" + std::string(forced) +
+                                ": unknown target; known: " + Join(known));
+  }
+  return usable;
+}
+
+const std::vector<const Target*>& SelectedTargets() {
+  // Thrown, not cached: C++ runs the initialiser again at the next call, which finds the same fault.
+  static const std::vector<const Target*> targets = [] {
+    const char* forced = std::getenv("JAX_NANO_TARGET");
+    return SelectTargets(HostFeatures(), forced == nullptr ? "" : forced);
+  }();
+  return targets;
+}
+
+const KernelInfo* SelectKernel(std::span<const Target* const> targets, std::string_view lhs,
+                               std::string_view rhs, std::string_view out) {
+  for (const Target* t : targets) {
+    if (const KernelInfo* k = FindKernel(t->name, lhs, rhs, out)) return k;
+  }
+  return nullptr;
+}
+
+}  // namespace jax_nano
