@@ -1,0 +1,91 @@
+"""``python -m jax_nano.codegen``: lists, builds, dumps and reports on the generated kernels."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from . import checks, manifest, report
+from .catalog import Kernel, find, kernels
+from .target import TARGETS
+from .toolchain import STAGES, Toolchain, ToolchainError
+
+
+def build(out: Path, jobs: int) -> None:
+    """Generates every kernel's object file into ``out``, checks its machine code and writes the manifest."""
+    tools = Toolchain.find()
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = list(kernels())
+
+    def make(kernel: Kernel, mlir: str) -> Path:
+        path = out / f"{kernel.symbol}.o"
+        scratch = path.with_suffix(".part.o")
+        tools.object_file(tools.optimized(tools.llvm_ir(mlir), kernel.target), kernel.target, scratch)
+        checks.k_loops(kernel, tools.disassemble(scratch))
+        scratch.replace(path)
+        return path
+
+    with ThreadPoolExecutor(jobs) as pool:
+        # The bindings' contexts stay in this thread; the tools run side by side.
+        work = [pool.submit(make, kernel, kernel.mlir()) for kernel in chosen]
+        objects = [w.result() for w in work]
+    manifest.write(chosen, objects, out)
+    print(f"{len(objects)} kernels in {out}")
+
+
+def show(name: str, stage: str, function: str | None) -> str:
+    """One kernel at one stage of the pipeline, as text."""
+    kernel = find(name)
+    mlir = kernel.mlir()
+    if stage == "mlir":
+        return mlir
+    tools = Toolchain.find()
+    if stage == "llvm-dialect":
+        return tools.llvm_dialect(mlir)
+    llvm_ir = tools.llvm_ir(mlir)
+    if stage == "llvm-ir":
+        return llvm_ir
+    optimized = tools.optimized(llvm_ir, kernel.target)
+    if stage == "optimized":
+        return optimized
+    if stage == "asm":
+        return tools.asm(optimized, kernel.target)
+    return report.mca_text(kernel, tools, optimized, function)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m jax_nano.codegen", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="targets, signatures and kernels")
+    b = commands.add_parser("build", help="generate all object files and the manifest")
+    b.add_argument("--out", type=Path, required=True)
+    b.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    d = commands.add_parser("dump", help="one kernel at one stage of the pipeline")
+    d.add_argument("kernel", help="a name from `list`")
+    d.add_argument("--stage", choices=STAGES, default="mlir")
+    d.add_argument("--function", help="for mca: a microkernel, e.g. 6x16 (default: the full register tile)")
+    r = commands.add_parser("report", help="inner loops, spills and share of the peak, from the machine code")
+    r.add_argument("--markdown", action="store_true", help="as a Markdown table")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "list":
+            print("targets: " + ", ".join(TARGETS))
+            for kernel in kernels():
+                print(f"{kernel.name:48} {kernel.signature:28} {kernel.why}")
+        elif args.command == "build":
+            build(args.out, args.jobs)
+        elif args.command == "dump":
+            print(show(args.kernel, args.stage, args.function))
+        elif args.command == "report":
+            print(report.table(Toolchain.find(), markdown=args.markdown))
+    except (ToolchainError, checks.SpillError, KeyError) as error:
+        print(error.args[0], file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

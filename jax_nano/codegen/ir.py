@@ -1,0 +1,452 @@
+"""Typed helpers over the MLIR bindings: the few words in which kernels are written.
+
+A size, stride or offset is either a Python ``int`` (a constant of the kernel) or an :class:`I64` (an SSA
+value, usually an argument). Arithmetic folds constants, so the same generator code yields a kernel that takes
+a size as an argument or one that is specialised to it. Memory is reached through :class:`Ptr`, whose offsets
+are in elements. Nothing here knows what a matrix product is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jaxlib.mlir import ir
+from jaxlib.mlir._mlir_libs import _jax_mlir_ext
+from jaxlib.mlir.dialects import arith, func, llvm, scf, vector
+
+__all__ = [
+    "I64",
+    "Module",
+    "Ptr",
+    "Size",
+    "Value",
+    "add_vectors",
+    "bitcast",
+    "call_intrinsic",
+    "constant_vector",
+    "convert",
+    "elem_bytes",
+    "extract",
+    "fma",
+    "if_",
+    "lane_mask",
+    "loop",
+    "minimum",
+    "new_module",
+    "scalar_constant",
+    "select",
+    "shuffle",
+    "splat",
+    "switch",
+    "type_of",
+    "vec",
+    "zeros",
+]
+
+Value = ir.Value
+
+
+def _binary(op: Callable[..., Value], a: Size, b: Size) -> I64:
+    return I64(op(_i64(a), _i64(b)))
+
+
+class I64:
+    """A 64-bit integer SSA value with folding arithmetic."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Value):
+        self.value = value
+
+    def __add__(self, other: Size) -> Size:
+        return self if _is(other, 0) else _binary(arith.addi, self, other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Size) -> Size:
+        return self if _is(other, 0) else _binary(arith.subi, self, other)
+
+    def __rsub__(self, other: Size) -> Size:
+        return _binary(arith.subi, other, self)
+
+    def __mul__(self, other: Size) -> Size:
+        if _is(other, 0):
+            return 0
+        return self if _is(other, 1) else _binary(arith.muli, self, other)
+
+    __rmul__ = __mul__
+
+    def __floordiv__(self, other: Size) -> Size:
+        """Division of non-negative numbers, rounded down."""
+        return self if _is(other, 1) else _binary(arith.divui, self, other)
+
+    def __mod__(self, other: Size) -> Size:
+        """Remainder of non-negative numbers."""
+        return 0 if _is(other, 1) else _binary(arith.remui, self, other)
+
+    def __or__(self, other: Size) -> Size:
+        return self if _is(other, 0) else _binary(arith.ori, self, other)
+
+    def _compare(self, predicate: int, other: Size) -> Value:
+        return arith.cmpi(predicate, self.value, _i64(other))
+
+    def eq(self, other: Size) -> Value:
+        return self._compare(0, other)
+
+    def ne(self, other: Size) -> Value:
+        return self._compare(1, other)
+
+    def lt(self, other: Size) -> Value:
+        return self._compare(2, other)
+
+    def ge(self, other: Size) -> Value:
+        return self._compare(5, other)
+
+
+Size = int | I64
+"""A number known when the kernel is generated, or one of its run-time values."""
+
+
+def _is(x: Size, constant: int) -> bool:
+    return isinstance(x, int) and x == constant
+
+
+def _i64(x: Size) -> Value:
+    if isinstance(x, I64):
+        return x.value
+    return arith.constant(ir.IntegerType.get_signless(64), x)
+
+
+def minimum(a: Size, b: Size) -> Size:
+    if isinstance(a, int) and isinstance(b, int):
+        return min(a, b)
+    return I64(arith.minsi(_i64(a), _i64(b)))
+
+
+def equal(a: Size, b: Size) -> Value | bool:
+    if isinstance(a, I64):
+        return a.eq(b)
+    return b.eq(a) if isinstance(b, I64) else a == b
+
+
+def both(a: Value | bool, b: Value | bool) -> Value | bool:
+    if isinstance(a, bool):
+        return b if a else False
+    if isinstance(b, bool):
+        return a if b else False
+    return arith.andi(a, b)
+
+
+def negate(a: Value | bool) -> Value | bool:
+    if isinstance(a, bool):
+        return not a
+    return arith.xori(a, arith.constant(ir.IntegerType.get_signless(1), 1))
+
+
+def select_size(condition: Value | bool, a: Size, b: Size) -> Size:
+    if isinstance(condition, bool):
+        return a if condition else b
+    return I64(arith.select(condition, _i64(a), _i64(b)))
+
+
+def _op(
+    name: str, results: Sequence[ir.Type], operands: Sequence[Value], *, regions: int = 0, **attributes: ir.Attribute
+) -> ir.Operation:
+    """An op in generic form: the Python classes of these ops take other arguments in other jaxlib versions."""
+    return ir.Operation.create(name, list(results), list(operands), attributes, regions=regions)
+
+
+def _i32_attr(x: int) -> ir.Attribute:
+    return ir.IntegerAttr.get(ir.IntegerType.get_signless(32), x)
+
+
+# --- types ----------------------------------------------------------------------------------------------------
+
+
+def type_of(name: str) -> ir.Type:
+    """The MLIR type of a NumPy / ml_dtypes dtype name, or "ptr", "i64"."""
+    match name:
+        case "float32":
+            return ir.F32Type.get()
+        case "float64":
+            return ir.F64Type.get()
+        case "float16":
+            return ir.F16Type.get()
+        case "bfloat16":
+            return ir.BF16Type.get()
+        case "int8" | "uint8":
+            return ir.IntegerType.get_signless(8)
+        case "int16" | "uint16":
+            return ir.IntegerType.get_signless(16)
+        case "int32" | "uint32":
+            return ir.IntegerType.get_signless(32)
+        case "int64" | "i64":
+            return ir.IntegerType.get_signless(64)
+        case "ptr":
+            return llvm.PointerType.get()
+    raise ValueError(f"no MLIR type for {name!r}")
+
+
+def elem_bytes(name: str) -> int:
+    return {"ptr": 8, "i64": 8, "float64": 8, "float32": 4, "int32": 4, "int64": 8, "bfloat16": 2, "float16": 2, "int16": 2}.get(name, 1)
+
+
+def vec(n: int, elem: ir.Type) -> ir.VectorType:
+    return ir.VectorType.get([n], elem)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------
+
+
+class Ptr:
+    """A typed address. Offsets are in elements of ``elem`` (a dtype name)."""
+
+    __slots__ = ("elem", "value")
+
+    def __init__(self, value: Value, elem: str):
+        self.value = value
+        self.elem = elem
+
+    @property
+    def type(self) -> ir.Type:
+        return type_of(self.elem)
+
+    def at(self, offset: Size) -> Ptr:
+        """The address ``offset`` elements further on."""
+        if _is(offset, 0):
+            return self
+        constant = isinstance(offset, int) and -(2**31) < offset < 2**31
+        gep = _op(
+            "llvm.getelementptr",
+            [self.value.type],
+            [self.value] if constant else [self.value, _i64(offset)],
+            elem_type=ir.TypeAttr.get(self.type),
+            rawConstantIndices=ir.DenseI32ArrayAttr.get([offset if constant else _DYNAMIC]),
+        )
+        return Ptr(gep.result, self.elem)
+
+    def as_type(self, elem: str) -> Ptr:
+        return Ptr(self.value, elem)
+
+    def load(self, lanes: int | None = None, mask: Value | None = None) -> Value:
+        """A scalar (no ``lanes``) or a vector; lanes that ``mask`` leaves out are not read and give zero."""
+        align = elem_bytes(self.elem)
+        if lanes is None:
+            return llvm.load(self.type, self.value, alignment=align)
+        ty = vec(lanes, self.type)
+        if mask is None:
+            return llvm.load(ty, self.value, alignment=align)
+        operands = [self.value, mask, zeros(lanes, self.elem)]
+        return _op("llvm.intr.masked.load", [ty], operands, alignment=_i32_attr(align)).result
+
+    def store(self, value: Value, mask: Value | None = None) -> None:
+        align = elem_bytes(self.elem)
+        if mask is None:
+            llvm.store(value, self.value, alignment=align)
+        else:
+            _op("llvm.intr.masked.store", [], [value, self.value, mask], alignment=_i32_attr(align))
+
+    def prefetch(self, *, write: bool = False) -> None:
+        data_cache, keep = _i32_attr(1), _i32_attr(3)
+        _op("llvm.intr.prefetch", [], [self.value], rw=_i32_attr(int(write)), hint=keep, cache=data_cache)
+
+
+_DYNAMIC = -(2**31)  # MLIR's mark for "this index is an operand"
+
+
+# --- vectors --------------------------------------------------------------------------------------------------
+
+
+def scalar_constant(x: float | int, elem: str) -> Value:
+    ty = type_of(elem)
+    attr = ir.IntegerAttr.get(ty, int(x)) if elem.startswith(("int", "uint", "i")) else ir.FloatAttr.get(ty, float(x))
+    return arith.constant(ty, attr)
+
+
+def constant_vector(x: float | int, lanes: int, elem: str) -> Value:
+    ty = type_of(elem)
+    attr = ir.IntegerAttr.get(ty, int(x)) if elem.startswith(("int", "uint", "i")) else ir.FloatAttr.get(ty, float(x))
+    vty = vec(lanes, ty)
+    return arith.constant(vty, ir.DenseElementsAttr.get_splat(vty, attr))
+
+
+def zeros(lanes: int, elem: str) -> Value:
+    return constant_vector(0, lanes, elem)
+
+
+def splat(scalar: Value, lanes: int) -> Value:
+    return vector.broadcast(vec(lanes, scalar.type), scalar)
+
+
+def fma(a: Value, b: Value, c: Value) -> Value:
+    """a * b + c, rounded once."""
+    return llvm.FMAOp(a, b, c).results[0]
+
+
+def add_vectors(a: Value, b: Value) -> Value:
+    elem = ir.VectorType(a.type).element_type if isinstance(a.type, ir.VectorType) else a.type
+    return arith.addi(a, b) if isinstance(elem, ir.IntegerType) else arith.addf(a, b)
+
+
+def shuffle(a: Value, b: Value, lanes: Sequence[int]) -> Value:
+    return vector.shuffle(a, b, list(lanes))
+
+
+def extract(v: Value, lane: int) -> Value:
+    return vector.extract(v, [], [lane])
+
+
+def bitcast(v: Value, lanes: int, elem: str) -> Value:
+    return llvm.BitcastOp(vec(lanes, type_of(elem)), v).results[0]
+
+
+def convert(v: Value, source: str, target: str) -> Value:
+    """Value conversion of a scalar or vector between dtypes; narrowing floats rounds to nearest even."""
+    if source == target:
+        return v
+    elem = type_of(target)
+    ty = vec(ir.VectorType(v.type).shape[0], elem) if isinstance(v.type, ir.VectorType) else elem
+    floats = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+    if source in floats and target in floats:
+        return arith.extf(ty, v) if floats[target] > floats[source] else arith.truncf(ty, v)
+    if source not in floats and target not in floats:
+        if elem_bytes(target) < elem_bytes(source):
+            return arith.trunci(ty, v)
+        if elem_bytes(target) == elem_bytes(source):
+            return v
+        return arith.extui(ty, v) if source.startswith("u") else arith.extsi(ty, v)
+    raise ValueError(f"no conversion from {source} to {target}")
+
+
+def select(mask: Value, a: Value, b: Value) -> Value:
+    return arith.select(mask, a, b)
+
+
+def lane_mask(active: Size, lanes: int) -> Value:
+    """A mask whose first ``active`` lanes are set; ``active`` may be anything, also negative or beyond ``lanes``."""
+    clipped = minimum(active, lanes)
+    i32 = ir.IntegerType.get_signless(32)
+    count = splat(arith.trunci(i32, _i64(clipped)), lanes)
+    vty = vec(lanes, i32)
+    steps = arith.constant(
+        vty, ir.DenseElementsAttr.get([ir.IntegerAttr.get(i32, i) for i in range(lanes)], type=vty)
+    )
+    return arith.cmpi(2, steps, count)
+
+
+def call_intrinsic(name: str, result: ir.Type, args: Sequence[Value]) -> Value:
+    """Calls the LLVM intrinsic of this full name."""
+    return _op(
+        "llvm.call_intrinsic",
+        [result],
+        args,
+        intrin=ir.StringAttr.get(name),
+        op_bundle_sizes=ir.DenseI32ArrayAttr.get([]),
+        operandSegmentSizes=ir.DenseI32ArrayAttr.get([len(args), 0]),
+    ).result
+
+
+# --- control flow ---------------------------------------------------------------------------------------------
+
+def _unwrap(x: Any) -> Value:
+    if isinstance(x, int):
+        return _i64(x)
+    return x.value if isinstance(x, (I64, Ptr)) else x
+
+
+def _rewrap(like: Any, value: Value) -> Any:
+    if isinstance(like, Ptr):
+        return Ptr(value, like.elem)
+    return I64(value) if isinstance(like, (I64, int)) else value
+
+
+def loop(lo: Size, hi: Size, step: Size, init: Sequence[Any], body: Callable[..., Sequence[Any] | None]) -> list[Any]:
+    """``for iv in range(lo, hi, step): carried = body(iv, *carried)``; returns what is carried out."""
+    op = scf.ForOp(_i64(lo), _i64(hi), _i64(step), [_unwrap(x) for x in init])
+    with ir.InsertionPoint(op.body):
+        carried = [_rewrap(like, v) for like, v in zip(init, op.inner_iter_args, strict=True)]
+        out = body(I64(op.induction_variable), *carried) or []
+        scf.yield_([_unwrap(x) for x in out])
+    return [_rewrap(like, v) for like, v in zip(init, op.results, strict=True)]
+
+
+def if_(
+    condition: Value | bool,
+    then: Callable[[], Sequence[Any] | None],
+    otherwise: Callable[[], Sequence[Any] | None] | None = None,
+    like: Sequence[Any] = (),
+) -> list[Any]:
+    """Runs one of two bodies, each returning values of the kinds of ``like``. A Python bool decides right here."""
+    if isinstance(condition, bool):
+        chosen = then if condition else otherwise
+        return list((chosen() if chosen else None) or [])
+    op = _op("scf.if", [_unwrap(x).type for x in like], [condition], regions=2)
+    for region, body in zip(op.regions, (then, otherwise), strict=True):
+        if body is not None:
+            with ir.InsertionPoint(region.blocks.append()):
+                scf.yield_([_unwrap(x) for x in (body() or [])])
+    return [_rewrap(x, v) for x, v in zip(like, op.results, strict=True)]
+
+
+def switch(value: I64, cases: Sequence[Callable[[], None]], first: int = 0) -> None:
+    """Runs ``cases[value - first]``; a value outside the cases runs the last one."""
+    index = arith.index_cast(ir.IndexType.get(), value.value)
+    labels = [first + i for i in range(len(cases) - 1)]
+    op = _op("scf.index_switch", [], [index], regions=len(cases), cases=ir.DenseI64ArrayAttr.get(labels))
+    for region, case in zip(op.regions, [cases[-1], *cases[:-1]], strict=True):
+        with ir.InsertionPoint(region.blocks.append()):
+            case()
+            scf.yield_([])
+
+
+# --- functions and modules ------------------------------------------------------------------------------------
+
+
+class Module:
+    """An MLIR module under construction."""
+
+    def __init__(self) -> None:
+        self.op = ir.Module.create()
+        self._functions: dict[str, list[str]] = {}
+
+    def function(self, name: str, params: Sequence[str], body: Callable[..., None], *, internal: bool) -> None:
+        """Adds ``void name(params...)``, once. A parameter is "i64" or a dtype name (a pointer to such elements)."""
+        if name in self._functions:
+            return
+        self._functions[name] = list(params)
+        types = [type_of("i64" if p == "i64" else "ptr") for p in params]
+        with ir.InsertionPoint(self.op.body):
+            op = func.FuncOp(name, (types, []))
+            if internal:
+                op.attributes["llvm.linkage"] = ir.Attribute.parse("#llvm.linkage<internal>")
+                op.attributes["passthrough"] = ir.ArrayAttr.get([ir.StringAttr.get("noinline")])
+            block = op.add_entry_block()
+        with ir.InsertionPoint(block):
+            body(*[I64(v) if p == "i64" else Ptr(v, p) for p, v in zip(params, block.arguments, strict=True)])
+            func.return_([])
+
+    def call(self, name: str, args: Sequence[Size | Ptr]) -> None:
+        """Calls a function that was added before."""
+        if len(args) != len(self._functions[name]):
+            raise TypeError(f"{name} takes {len(self._functions[name])} arguments, got {len(args)}")
+        func.call([], ir.FlatSymbolRefAttr.get(name), [_unwrap(a) for a in args])
+
+    def text(self) -> str:
+        """The verified module, printed."""
+        self.op.operation.verify()
+        return str(self.op)
+
+
+@contextlib.contextmanager
+def new_module() -> Iterator[Module]:
+    """An empty module in a context of its own, with the dialects that kernels use."""
+    registry = ir.DialectRegistry()
+    _jax_mlir_ext.register_dialects(registry)
+    context = ir.Context()
+    context.append_dialect_registry(registry)
+    context.load_all_available_dialects()
+    context.allow_unregistered_dialects = True
+    with context, ir.Location.unknown():
+        yield Module()

@@ -1,0 +1,65 @@
+"""An instruction-set level as data: what the generator and the toolchain need to know of a target.
+
+A target is chosen at run time from CPUID (``csrc/select.cc``); the names here and there are the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """One instruction-set level that kernels are compiled for.
+
+    Attributes:
+      name: the public name, also the suffix of every kernel of this target.
+      mcpu: LLVM's CPU name.
+      features: LLVM features on top of ``mcpu``.
+      vector_bits: width of a vector register.
+      vector_registers: architectural vector registers.
+      fma_per_cycle, loads_per_cycle: full-width issue rates that the tile model weighs against each other; the
+        smallest among the CPUs that the target serves well.
+      mca_cpus: models that ``report`` feeds to llvm-mca.
+    """
+
+    name: str
+    mcpu: str
+    features: tuple[str, ...]
+    vector_bits: int
+    vector_registers: int
+    fma_per_cycle: int
+    loads_per_cycle: int
+    mca_cpus: tuple[str, ...]
+
+    def lanes(self, elem_bytes: int) -> int:
+        """Vector lanes of an element size in bytes."""
+        return self.vector_bits // 8 // elem_bytes
+
+
+TARGETS: dict[str, Target] = {
+    t.name: t
+    for t in (
+        Target(
+            name="x86-64-v3",
+            mcpu="x86-64-v3",
+            features=(),
+            vector_bits=256,
+            vector_registers=16,
+            fma_per_cycle=2,
+            loads_per_cycle=2,
+            mca_cpus=("znver3", "skylake"),
+        ),
+        Target(
+            name="x86-64-v4",
+            mcpu="x86-64-v4",
+            # LLVM splits 512-bit code into 256-bit halves for generic x86-64-v4 unless told otherwise.
+            features=("-prefer-256-bit",),
+            vector_bits=512,
+            vector_registers=32,
+            fma_per_cycle=2,
+            loads_per_cycle=2,
+            mca_cpus=("znver4", "skylake-avx512", "sapphirerapids"),
+        ),
+    )
+}
