@@ -1,0 +1,164 @@
+"""The compiled half of jax_nano: generated kernels, planning, and the handler that XLA calls.
+
+Sizes and strides are in elements. Labels are einsum's letters as integers: in lhs, rhs and out they mean batch;
+in lhs and rhs only, contracting; in lhs and out, M; in rhs and out, N. dtypes go by their NumPy / ml_dtypes names.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import CapsuleType
+from typing import Literal, TypedDict
+
+ABI_VERSION: int
+"""Version of the custom call's attributes, part of every exported program."""
+
+class _Target(TypedDict):
+    name: str
+    compiled: bool  # this build has kernels for it
+    supported: bool  # this CPU and operating system can run it
+    why: str  # why it is not usable; empty if it is
+
+class _Kernel(TypedDict):
+    name: str
+    target: str
+    lhs: str
+    rhs: str
+    acc: str
+    out: str
+    mr: int
+    nr: int
+    kr: int
+    a_panel_bytes: int
+    b_panel_bytes: int
+
+class _Caches(TypedDict):
+    l1d: int
+    l2: int
+    l3: int
+
+_Loop = tuple[int, int, int, int]  # size, and strides in A, B, C
+
+class _Plan(TypedDict):
+    kernel: str
+    target: str
+    swapped: bool  # A is rhs and B is lhs
+    empty: bool  # the result has no elements; the rest is zero
+    m: int
+    n: int
+    k: int
+    rsa: int
+    csa: int
+    rsb: int
+    csb: int
+    rsc: int
+    batch: int
+    bsa: int
+    bsb: int
+    bsc: int
+    pack_a: bool
+    pack_b: bool
+    mc: int
+    kc: int
+    nc: int
+    outer: list[_Loop]  # independent loops around the kernel's own batch loop, outermost first
+    k_outer: list[_Loop]  # accumulating passes, outermost first
+    products: int  # outer sizes times batch
+    split: tuple[int, int, int]  # pieces of products, m, n
+    workspace_bytes: int  # of one thread
+
+def registrations() -> dict[str, dict[Literal["instantiate", "execute"], CapsuleType]]:
+    """FFI targets by name, for `jax.ffi.register_ffi_target(..., platform="cpu")`."""
+
+def targets(features: Sequence[str] | None = None) -> list[_Target]:
+    """Every target, best first, as on this CPU or on one with the given features."""
+
+def selected_target() -> str:
+    """The target whose kernels run: the best usable one, or the one that JAX_NANO_TARGET names; "" if none is usable.
+
+    Raises:
+      ValueError: JAX_NANO_TARGET names no target, or one that cannot be used here.
+    """
+
+def select_target(features: Sequence[str], forced: str = "") -> str:
+    """What `selected_target` would say on a CPU with these features and with JAX_NANO_TARGET=forced.
+
+    Raises:
+      ValueError: as `selected_target`; or a feature is unknown.
+    """
+
+def supports(lhs: str, rhs: str, out: str) -> bool:
+    """Whether there is a kernel for these dtypes, in either order of the operands.
+
+    Raises:
+      ValueError: as `selected_target`.
+    """
+
+def kernels() -> list[_Kernel]:
+    """Every kernel in this build, runnable on this CPU or not."""
+
+def features() -> list[str]:
+    """The CPU features found, among those that some target needs."""
+
+def caches() -> _Caches:
+    """Data cache sizes of one core in bytes; L3 is the whole shared cache."""
+
+def decode_features(
+    cpuid: Mapping[tuple[int, int], tuple[int, int, int, int]], xcr0: int, amx_permission: bool
+) -> list[str]:
+    """What detection finds where CPUID (leaf, subleaf) answers (eax, ebx, ecx, edx), zeros if not listed."""
+
+def plan(
+    lhs_shape: Sequence[int],
+    rhs_shape: Sequence[int],
+    lhs_labels: Sequence[int],
+    rhs_labels: Sequence[int],
+    out_labels: Sequence[int],
+    lhs_dtype: str,
+    rhs_dtype: str,
+    out_dtype: str,
+    threads: int,
+    target: str | None = None,
+    caches: tuple[int, int, int] | None = None,
+) -> _Plan:
+    """How a product would be computed: by the selected targets, or by one that may not even run here.
+
+    Args:
+      target: plan for this target only.
+      caches: L1d, L2, L3 in bytes instead of this machine's.
+
+    Raises:
+      ValueError: labels, sizes or dtypes do not fit together, or no kernel takes them.
+    """
+
+def dot(
+    lhs: int,
+    rhs: int,
+    out: int,
+    lhs_shape: Sequence[int],
+    rhs_shape: Sequence[int],
+    lhs_labels: Sequence[int],
+    rhs_labels: Sequence[int],
+    out_labels: Sequence[int],
+    lhs_dtype: str,
+    rhs_dtype: str,
+    out_dtype: str,
+    threads: int,
+) -> None:
+    """Run a plan on dense arrays at these addresses with a thread pool of its own, without XLA. Releases the GIL.
+
+    Raises:
+      ValueError: as `plan`.
+    """
+
+def call(kernel_name: str, args: Mapping[str, int]) -> None:
+    """Call one kernel. Releases the GIL.
+
+    Args:
+      args: fields of GemmArgs (csrc/kernel_abi.h), pointers as addresses. By default operands are dense and
+        row-major, batch is 1, nothing is packed and the blocking is the planner's; workspace is allocated.
+
+    Raises:
+      ValueError: no such kernel, an unknown field, or values that break the kernel's contract.
+    """
+
+def workspace_bytes() -> int:
+    """The largest workspace that any thread of this process has held."""
