@@ -1,0 +1,82 @@
+"""Matrix products for JAX on CPUs, computed by kernels that an MLIR pipeline composed.
+
+`jax_nano.matmul` and its relatives stand in for those of `jax.numpy` and `jax.lax`. Names are loaded when
+they are first used, so that importing the package costs nothing and `jax_nano.codegen` works without the
+compiled extension.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jax_nano import checkpoint_policies as checkpoint_policies
+    from jax_nano._native import register as register
+    from jax_nano._primitive import dot_general_p as dot_general_p
+    from jax_nano.api import dot as dot
+    from jax_nano.api import dot_general as dot_general
+    from jax_nano.api import einsum as einsum
+    from jax_nano.api import export_checks as export_checks
+    from jax_nano.api import inner as inner
+    from jax_nano.api import matmul as matmul
+    from jax_nano.api import matvec as matvec
+    from jax_nano.api import tensordot as tensordot
+    from jax_nano.api import vdot as vdot
+    from jax_nano.api import vecmat as vecmat
+
+# Where each public name lives.
+_HOMES = {
+    **dict.fromkeys(
+        (
+            "dot",
+            "dot_general",
+            "dot_general_p",
+            "einsum",
+            "export_checks",
+            "inner",
+            "matmul",
+            "matvec",
+            "tensordot",
+            "vdot",
+            "vecmat",
+        ),
+        "jax_nano.api",
+    ),
+    "register": "jax_nano._native",
+}
+_MODULES = ("checkpoint_policies",)
+
+__all__ = [
+    "checkpoint_policies",
+    "dot",
+    "dot_general",
+    "dot_general_p",
+    "einsum",
+    "export_checks",
+    "inner",
+    "matmul",
+    "matvec",
+    "register",
+    "tensordot",
+    "vdot",
+    "vecmat",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("jax_nano")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

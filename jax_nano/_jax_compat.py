@@ -1,0 +1,105 @@
+"""The only file with private imports from JAX and with branches on its version (0.10.0 to 0.12.x).
+
+Everything here gives what jnp and lax themselves do to their arguments, so that jax_nano agrees with them
+to the last error message, or reaches a hook that JAX keeps to itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+from jax import Array
+from jax._src import core, dispatch
+from jax._src.dtypes import check_and_canonicalize_user_dtype
+from jax._src.interpreters import batching, mlir
+from jax._src.lax.lax import _convert_element_type, canonicalize_precision
+from jax._src.numpy.util import ensure_arraylike, ensure_arraylike_tuple
+from jax._src.sharding_impls import canonicalize_sharding
+from jax._src.util import canonicalize_axis
+from jax.extend.core import Primitive
+from jax.sharding import NamedSharding, PartitionSpec
+
+__all__ = [
+    "OutSharding",
+    "batch_sharding",
+    "canonicalize_axes",
+    "canonicalize_precision",
+    "canonicalize_sharding",
+    "check_and_canonicalize_user_dtype",
+    "convert_element_type",
+    "cotangent_sharding",
+    "ensure_arraylike",
+    "ensure_arraylike_tuple",
+    "lower_with_types",
+    "lowering_platforms",
+    "match_varying_axes",
+    "permute_sharding",
+    "require_devices",
+    "sharding_for_vmap",
+]
+
+OutSharding: TypeAlias = NamedSharding | PartitionSpec | None
+
+# Renamed in 0.10.1. Casts an operand that is replicated over a manual mesh axis to one that varies over it
+# where the other operand varies; its transpose is the psum of the gradient of a replicated weight.
+match_varying_axes = getattr(core, "auto_insert_reshard", None) or core.standard_insert_pvary
+
+# 0.11 added layouts to the types that a lowered result must be annotated with.
+lower_with_types = getattr(mlir, "lower_with_explicit_types", None) or mlir.lower_with_sharding_in_types
+
+
+def convert_element_type(x: Array, dtype: Any, weak_type: bool) -> Array:
+    """lax.convert_element_type that also sets the weak type, as the ends of jnp's functions do."""
+    return _convert_element_type(x, dtype, weak_type)
+
+
+def canonicalize_axes(axes: Sequence[int], ndim: int) -> tuple[int, ...]:
+    """Axes counted from the front; ValueError if one is out of range."""
+    return tuple(canonicalize_axis(axis, ndim) for axis in axes)
+
+
+def batch_sharding(x: Array) -> tuple[Any, ...]:
+    """The explicit sharding of each dimension of an operand of matmul but its last two."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return (spec + (None,) * (x.ndim - len(spec)))[:-2]
+
+
+def permute_sharding(sharding: NamedSharding, perm: Sequence[int]) -> NamedSharding:
+    """The sharding of transpose(x, perm), given that of x (a short spec is padded)."""
+    spec = sharding.spec
+    axes = (*spec, *(None,) * (len(perm) - len(spec)))
+    return sharding.update(spec=spec.update(partitions=tuple(axes[i] for i in perm)))
+
+
+def cotangent_sharding(aval: Any) -> NamedSharding:
+    """The out_sharding that a product must have to be the cotangent of an operand, as in lax's rule."""
+    sharding: NamedSharding = aval.sharding
+    if sharding.mesh.empty:
+        return NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec(*(None,) * aval.ndim))
+    return sharding.update(spec=sharding.spec.update(partitions=tuple(sharding.spec)))
+
+
+def sharding_for_vmap(axis_data: Any, sharding: NamedSharding, dim: int) -> NamedSharding:
+    """The out_sharding of a product under vmap, whose new dimension is `dim`."""
+    padded = permute_sharding(sharding, range(max(len(sharding.spec), dim)))
+    return batching.get_sharding_for_vmap(axis_data, padded, dim)
+
+
+def require_devices(primitive: Primitive) -> None:
+    """Let the lowering rule see the device assignment, which custom_partitioning needs.
+
+    Without it a program over several devices dies in an assertion. With it, a program that is lowered
+    for an AbstractMesh alone, without devices, is refused by JAX with a ValueError that says so.
+    """
+    dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def lowering_platforms(ctx: mlir.LoweringRuleContext) -> tuple[str, ...]:
+    """The platforms that the current equation is lowered for.
+
+    A computation placed on the host of an accelerator (compute_on) is not ours: it counts as the
+    accelerator's, so that it takes lax's own lowering.
+    """
+    return tuple(ctx.platforms or ctx.module_context.platforms)

@@ -1,0 +1,69 @@
+"""Finds the compiled extension and tells XLA about its FFI target.
+
+On x86-64 Linux a missing extension is an error with a remedy, never a silent fallback. On any other
+platform there is none to find, and every product takes lax's own lowering.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import sys
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import jax
+
+if TYPE_CHECKING:
+    from jax_nano import _runtime as _RuntimeModule
+
+TARGET_NAME: Final = "jax_nano_dot_general"
+
+# Version of the attributes of the FFI call. It is part of the key of the persistent compilation cache.
+ABI: Final = 1
+
+
+@cache
+def runtime() -> Any | None:
+    """The extension module with its targets registered; None where the platform has none.
+
+    Raises:
+      ImportError: on x86-64 Linux, if the extension was not built or does not load.
+    """
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
+        return None
+    try:
+        module = importlib.import_module("jax_nano._runtime")
+    except ImportError as error:
+        raise ImportError(
+            "jax_nano's compiled extension jax_nano._runtime is missing or does not load"
+            f" ({error}). Build it with `pip install .` in the source tree of jax_nano;"
+            " if you are in that source tree now, its uncompiled package shadows the installed one."
+        ) from error
+    native = cast("type[_RuntimeModule]", module)
+    if native.ABI_VERSION != ABI:
+        raise ImportError(
+            f"jax_nano._runtime has ABI version {native.ABI_VERSION}, the Python files expect {ABI}:"
+            " the two come from different builds. Reinstall jax_nano."
+        )
+    for name, stages in native.registrations().items():
+        jax.ffi.register_ffi_target(name, stages, platform="cpu")
+    return native
+
+
+def register() -> None:
+    """Register jax_nano's FFI target with XLA.
+
+    Using any function of jax_nano does this by itself. Call it in a process that only runs programs made
+    elsewhere: ones that `jax.export` deserialized, or compiled ones that were pickled.
+
+    Raises:
+      ImportError: on x86-64 Linux, if the extension was not built.
+    """
+    runtime()
+
+
+def supports(lhs_dtype: str, rhs_dtype: str, out_dtype: str) -> bool:
+    """Whether a kernel for these dtypes runs on this CPU, on the target that was selected."""
+    native = runtime()
+    return native is not None and native.supports(lhs_dtype, rhs_dtype, out_dtype)

@@ -1,0 +1,185 @@
+"""The primitive: lax.dot_general's parameters, and a permutation of the result.
+
+`out_perm` lets one product store its result in any order of dimensions: a gradient in the layout of its
+operand, a vmapped product with the batch in front. Where lax adds a transpose, this primitive needs none.
+Shape, dtype, weak type, sharding and varying axes come from lax's own rules, as do the errors.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, TypeAlias
+
+import jax
+from jax import Array
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.extend.core.primitives import dot_general_p as lax_dot_general_p
+from jax.extend.core.primitives import transpose_p as lax_transpose_p
+from jax.interpreters import ad, batching, xla
+from jax.sharding import NamedSharding
+
+from jax_nano import _jax_compat as compat
+from jax_nano import _shapes
+from jax_nano._shapes import DimensionNumbers, Dims, Labels
+
+Precision: TypeAlias = Any
+"""What canonicalize_precision returns: None, a pair of lax.Precision, or a DotAlgorithm(Preset)."""
+
+dot_general_p = Primitive("jax_nano_dot_general")
+dot_general_p.def_impl(partial(xla.apply_primitive, dot_general_p))
+
+
+def bind(
+    lhs: Array,
+    rhs: Array,
+    dimension_numbers: DimensionNumbers,
+    *,
+    out_perm: Dims | None = None,
+    precision: Precision = None,
+    preferred_element_type: Any = None,
+    out_sharding: NamedSharding | None = None,
+) -> Array:
+    """transpose(dot_general(lhs, rhs), out_perm), as one equation. All arguments are canonical.
+
+    out_sharding is that of the transposed result.
+    """
+    lhs, rhs = compat.match_varying_axes(lhs, rhs)
+    return dot_general_p.bind(
+        lhs,
+        rhs,
+        dimension_numbers=dimension_numbers,
+        out_perm=out_perm,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+    )
+
+
+def bind_labels(lhs: Array, rhs: Array, labels: Labels, **params: Any) -> Array:
+    """`bind` for a product given by labels."""
+    dimension_numbers, out_perm = _shapes.dimension_numbers_of(labels)
+    return bind(lhs, rhs, dimension_numbers, out_perm=out_perm, **params)
+
+
+def lax_dot_general(
+    lhs: Array,
+    rhs: Array,
+    *,
+    dimension_numbers: DimensionNumbers,
+    out_perm: Dims | None,
+    precision: Precision,
+    preferred_element_type: Any,
+    out_sharding: NamedSharding | None,
+) -> Array:
+    """What the primitive means, in lax's own primitives."""
+    if out_sharding is not None and out_perm is not None:
+        out_sharding = compat.permute_sharding(out_sharding, _shapes.inverse(out_perm))
+    out = lax_dot_general_p.bind(
+        lhs,
+        rhs,
+        dimension_numbers=dimension_numbers,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+    )
+    return out if out_perm is None else jax.lax.transpose(out, out_perm)
+
+
+@dot_general_p.def_abstract_eval
+def _abstract_eval(
+    lhs: ShapedArray,
+    rhs: ShapedArray,
+    *,
+    out_perm: Dims | None,
+    out_sharding: NamedSharding | None,
+    **params: Any,
+) -> ShapedArray:
+    if out_sharding is not None and out_perm is not None:
+        out_sharding = compat.permute_sharding(out_sharding, _shapes.inverse(out_perm))
+    out, _ = lax_dot_general_p.abstract_eval(lhs, rhs, out_sharding=out_sharding, **params)
+    if out_perm is not None:
+        out, _ = lax_transpose_p.abstract_eval(out, permutation=out_perm)
+    return out
+
+
+def _cotangent(
+    lhs: Any, rhs: Any, operand: Any, labels: Labels, precision: Precision, preferred_element_type: Any
+) -> Array:
+    out = bind_labels(
+        lhs,
+        rhs,
+        labels,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=compat.cotangent_sharding(operand),
+    )
+    if out.dtype == operand.dtype:
+        return out
+    return compat.convert_element_type(out, operand.dtype, operand.weak_type)
+
+
+def _transpose_lhs(
+    g: Array,
+    lhs: Any,
+    rhs: Array,
+    *,
+    dimension_numbers: DimensionNumbers,
+    out_perm: Dims | None,
+    precision: Precision,
+    preferred_element_type: Any,
+    out_sharding: NamedSharding | None,
+) -> Array:
+    del out_sharding
+    labels = _shapes.labels_of(dimension_numbers, out_perm, lhs.aval.ndim, rhs.ndim)
+    return _cotangent(
+        g, rhs, lhs.aval, _shapes.lhs_cotangent(labels), precision, preferred_element_type
+    )
+
+
+def _transpose_rhs(
+    g: Array,
+    lhs: Array,
+    rhs: Any,
+    *,
+    dimension_numbers: DimensionNumbers,
+    out_perm: Dims | None,
+    precision: Precision,
+    preferred_element_type: Any,
+    out_sharding: NamedSharding | None,
+) -> Array:
+    del out_sharding
+    labels = _shapes.labels_of(dimension_numbers, out_perm, lhs.ndim, rhs.aval.ndim)
+    return _cotangent(
+        lhs, g, rhs.aval, _shapes.rhs_cotangent(labels), precision, preferred_element_type
+    )
+
+
+def _batch(
+    axis_data: Any,
+    args: tuple[Array, Array],
+    dims: tuple[int | None, int | None],
+    *,
+    dimension_numbers: DimensionNumbers,
+    out_perm: Dims | None,
+    out_sharding: NamedSharding | None,
+    **params: Any,
+) -> tuple[Array, int | None]:
+    lhs, rhs = args
+    lhs_dim, rhs_dim = dims
+    if lhs_dim is None and rhs_dim is None:
+        out = bind(lhs, rhs, dimension_numbers, out_perm=out_perm, out_sharding=out_sharding, **params)
+        return out, None
+    lhs_ndim = lhs.ndim - (lhs_dim is not None)
+    rhs_ndim = rhs.ndim - (rhs_dim is not None)
+    labels = _shapes.labels_of(dimension_numbers, out_perm, lhs_ndim, rhs_ndim)
+    if out_sharding is not None:
+        out_sharding = compat.sharding_for_vmap(axis_data, out_sharding, 0)
+    out = bind_labels(
+        lhs, rhs, _shapes.batched(labels, lhs_dim, rhs_dim), out_sharding=out_sharding, **params
+    )
+    return out, 0
+
+
+ad.defbilinear(dot_general_p, _transpose_lhs, _transpose_rhs)
+batching.fancy_primitive_batchers[dot_general_p] = _batch

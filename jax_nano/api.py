@@ -1,0 +1,413 @@
+"""The public functions. Each has the signature, the results and the errors of its namesake in JAX.
+
+In shapes, capital letters are sizes and `...` are batch dimensions. Products of dtypes that have kernels
+on this CPU run on them; all others, other platforms, and products that are too small to be worth a call
+(see `jax_nano._gate`) are computed by XLA, with exactly lax's result.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_nano import _einsum, _lowering, _native, _shapes
+from jax_nano import _jax_compat as compat
+from jax_nano._jax_compat import OutSharding
+from jax_nano._primitive import bind, bind_labels, dot_general_p
+
+if TYPE_CHECKING:
+    from jax.export import DisabledSafetyCheck
+
+__all__ = [
+    "dot",
+    "dot_general",
+    "dot_general_p",
+    "einsum",
+    "export_checks",
+    "inner",
+    "matmul",
+    "matvec",
+    "tensordot",
+    "vdot",
+    "vecmat",
+]
+
+# The primitive is of no use before its lowering rule is registered, which importing _lowering does.
+assert _lowering.dot_general_p is dot_general_p
+
+# inline: a call under an outer jit leaves its equations there, where remat policies and the folding of
+# transposes see them.
+_jit = partial(jax.jit, static_argnames=("precision", "preferred_element_type"), inline=True)
+_jit_sharded = partial(
+    jax.jit, static_argnames=("precision", "preferred_element_type", "out_sharding"), inline=True
+)
+
+
+def _result_type(name: str, preferred: DTypeLike | None, *arrays: Array) -> tuple[np.dtype, bool]:
+    """dtype and weak type of a result, as jnp decides them."""
+    if preferred is not None:
+        return compat.check_and_canonicalize_user_dtype(preferred, name), False
+    return jax.dtypes.result_type(*arrays, return_weak_type_flag=True)
+
+
+def _index_tuple(x: Any) -> tuple[int, ...]:
+    try:
+        return (operator.index(x),)
+    except TypeError:
+        return tuple(map(operator.index, x))
+
+
+def dot_general(
+    lhs: ArrayLike,
+    rhs: ArrayLike,
+    dimension_numbers: Any,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    *,
+    out_sharding: OutSharding = None,
+) -> Array:
+    """`jax.lax.dot_general`: any product of two arrays. Fits `jnp.einsum(_dot_general=...)` and flax.
+
+    Args:
+      lhs, rhs: arrays of the shapes that dimension_numbers ask for.
+      dimension_numbers: `((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))`, sequences of ints.
+      precision: as in lax. On CPUs only a DotAlgorithm or its preset matters; XLA computes those.
+      preferred_element_type: dtype of the result; by default that of the promoted operands.
+      out_sharding: sharding of the result under explicit sharding.
+
+    Returns:
+      An array of shape (batch..., lhs free..., rhs free...). No operand is copied or transposed.
+
+    Raises:
+      TypeError, ValueError: what lax.dot_general raises for wrong dimension numbers, shapes or dtypes.
+    """
+    (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dimension_numbers
+    out_sharding = compat.canonicalize_sharding(out_sharding, "dot_general")
+    if preferred_element_type is not None:
+        preferred_element_type = compat.check_and_canonicalize_user_dtype(preferred_element_type, "dot")
+    return bind(
+        lhs,
+        rhs,
+        (
+            (_index_tuple(lhs_contracting), _index_tuple(rhs_contracting)),
+            (_index_tuple(lhs_batch), _index_tuple(rhs_batch)),
+        ),
+        precision=compat.canonicalize_precision(precision),
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+    )
+
+
+@_jit_sharded
+def matmul(
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    out_sharding: OutSharding = None,
+) -> Array:
+    """`jnp.matmul`: the matrix product, with leading dimensions broadcast.
+
+    Args:
+      a: shape (K,) or (..., M, K), any numeric or bool dtype.
+      b: shape (K,) or (..., K, N).
+      precision, preferred_element_type, out_sharding: as in `dot_general`.
+
+    Returns:
+      Shape (..., M, N), without M if a is 1-D, without N if b is. dtype: preferred_element_type, else
+      that of the promoted operands. A broadcast operand is read where it is, not copied.
+
+    Raises:
+      TypeError: an operand is not an array, the contracting sizes differ, or a bad preferred_element_type.
+      ValueError: an operand is 0-D, or the leading dimensions do not broadcast.
+    """
+    a, b = compat.ensure_arraylike("matmul", a, b)
+    for i, x in enumerate((a, b)):
+        if x.ndim < 1:
+            raise ValueError(
+                f"matmul input operand {i} must have ndim at least 1, but it has ndim {x.ndim}"
+            )
+    dtype, weak_type = _result_type("matmul", preferred_element_type, a, b)
+    layout = _shapes.matmul_layout(a.shape, b.shape, *(compat.batch_sharding(x) for x in (a, b)))
+    if layout is None:
+        raise ValueError(f"Incompatible types for matmul arguments: {jax.typeof(a)} and {jax.typeof(b)}")
+    dimension_numbers, out_perm = _shapes.dimension_numbers_of(layout.labels)
+    out_sharding = compat.canonicalize_sharding(out_sharding, "dot_general")
+    if out_sharding is not None and out_perm is not None:
+        # jnp takes it to be the sharding before the transpose that this product does not need.
+        out_sharding = compat.permute_sharding(out_sharding, out_perm)
+    out = bind(
+        lax.squeeze(a, layout.lhs_squeeze),
+        lax.squeeze(b, layout.rhs_squeeze),
+        dimension_numbers,
+        out_perm=out_perm,
+        precision=compat.canonicalize_precision(precision),
+        preferred_element_type=dtype,
+        out_sharding=out_sharding,
+    )
+    if layout.expand:
+        out = lax.expand_dims(out, layout.expand)
+    return compat.convert_element_type(out, dtype, weak_type)
+
+
+@_jit_sharded
+def dot(
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    out_sharding: OutSharding = None,
+) -> Array:
+    """`jnp.dot`: like `matmul`, but leading dimensions are stacked, and a scalar multiplies.
+
+    Args:
+      a: shape (), (K,) or (A..., K).
+      b: shape (), (K,) or (B..., K, N).
+      precision, preferred_element_type, out_sharding: as in `dot_general`.
+
+    Returns:
+      Shape (A..., B..., N), dtype as in `matmul`.
+
+    Raises:
+      TypeError: an operand is not an array, or the contracting sizes differ.
+    """
+    a, b = compat.ensure_arraylike("dot", a, b)
+    dtype, weak_type = _result_type("dot", preferred_element_type, a, b)
+    contracting: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    if a.ndim and b.ndim:
+        contracting = ((a.ndim - 1,), (max(b.ndim - 2, 0),))
+    out = dot_general(a, b, (contracting, ((), ())), precision, dtype, out_sharding=out_sharding)
+    return compat.convert_element_type(out, dtype, weak_type)
+
+
+@_jit
+def vdot(
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+) -> Array:
+    """`jnp.vdot`: the product of two flattened arrays of one size, the first conjugated.
+
+    Returns:
+      Shape (), dtype as in `matmul`.
+
+    Raises:
+      TypeError: an operand is not an array, or the sizes differ.
+    """
+    a, b = compat.ensure_arraylike("vdot", a, b)
+    if jnp.issubdtype(a.dtype, jnp.complexfloating):
+        a = jnp.conj(a)
+    return dot(a.ravel(), b.ravel(), precision=precision, preferred_element_type=preferred_element_type)
+
+
+@_jit
+def inner(
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+) -> Array:
+    """`jnp.inner`: contracts the last dimension of each operand.
+
+    Args:
+      a: shape (A..., K), or a scalar, which multiplies.
+      b: shape (B..., K), or a scalar.
+      precision, preferred_element_type: as in `dot_general`.
+
+    Returns:
+      Shape (A..., B...), dtype as in `matmul`.
+
+    Raises:
+      TypeError: an operand is not an array, or the contracting sizes differ.
+    """
+    a, b = compat.ensure_arraylike("inner", a, b)
+    if a.ndim and b.ndim:
+        return tensordot(
+            a, b, (-1, -1), precision=precision, preferred_element_type=preferred_element_type
+        )
+    if preferred_element_type is not None:
+        a, b = a.astype(preferred_element_type), b.astype(preferred_element_type)
+    return a * b
+
+
+def tensordot(
+    a: ArrayLike,
+    b: ArrayLike,
+    axes: int | Sequence[int] | Sequence[Sequence[int]] = 2,
+    *,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    out_sharding: OutSharding = None,
+) -> Array:
+    """`jnp.tensordot`: contracts the axes that are named, in pairs.
+
+    Args:
+      a, b: arrays.
+      axes: how many last axes of a to contract with first axes of b; or a pair of axes or of sequences
+        of axes, of a and of b.
+      precision, preferred_element_type, out_sharding: as in `dot_general`.
+
+    Returns:
+      The axes of a that are left, then those of b; dtype as in `matmul`.
+
+    Raises:
+      TypeError: an operand is not an array, axes are malformed, or the contracting sizes differ.
+      ValueError: an axis is out of range.
+    """
+    a, b = compat.ensure_arraylike("tensordot", a, b)
+    dtype, weak_type = _result_type("tensordot", preferred_element_type, a, b)
+    contracting = _tensordot_axes(a, b, axes)
+    out = dot_general(a, b, (contracting, ((), ())), precision, dtype, out_sharding=out_sharding)
+    return compat.convert_element_type(out, dtype, weak_type)
+
+
+def _tensordot_axes(a: Array, b: Array, axes: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if type(axes) is int:
+        if axes > min(a.ndim, b.ndim):
+            raise TypeError(
+                f"Number of tensordot axes (axes {axes}) exceeds input ranks ({a.shape} and {b.shape})"
+            )
+        return tuple(range(a.ndim - axes, a.ndim)), tuple(range(axes))
+    if not (isinstance(axes, tuple | list) and len(axes) == 2):
+        raise TypeError(
+            "tensordot axes argument must be an int, a pair of ints, or a pair of lists/tuples of ints."
+        )
+    ax1, ax2 = axes
+    if isinstance(ax1, int) and isinstance(ax2, int):
+        ax1, ax2 = (ax1,), (ax2,)
+    elif not (isinstance(ax1, tuple | list) and isinstance(ax2, tuple | list)):
+        raise TypeError(
+            f"tensordot requires both axes lists to be either ints, tuples or lists, got {ax1} and {ax2}"
+        )
+    if len(ax1) != len(ax2):
+        raise TypeError(f"tensordot requires axes lists to have equal length, got {ax1} and {ax2}.")
+    return compat.canonicalize_axes(ax1, a.ndim), compat.canonicalize_axes(ax2, b.ndim)
+
+
+@jax.jit
+def matvec(x1: ArrayLike, x2: ArrayLike, /) -> Array:
+    """`jnp.matvec`: matrices times vectors, with leading dimensions broadcast.
+
+    Args:
+      x1: shape (..., M, K).
+      x2: shape (..., K).
+
+    Returns:
+      Shape (..., M), dtype as in `matmul`.
+
+    Raises:
+      TypeError: an operand is not an array.
+      ValueError: an operand has too few dimensions, or sizes do not match.
+    """
+    x1, x2 = compat.ensure_arraylike("matvec", x1, x2)
+    return jnp.vectorize(matmul, signature="(n,m),(m)->(n)")(x1, x2)
+
+
+@jax.jit
+def vecmat(x1: ArrayLike, x2: ArrayLike, /) -> Array:
+    """`jnp.vecmat`: vectors, conjugated, times matrices, with leading dimensions broadcast.
+
+    Args:
+      x1: shape (..., K).
+      x2: shape (..., K, N).
+
+    Returns:
+      Shape (..., N), dtype as in `matmul`.
+
+    Raises:
+      TypeError: an operand is not an array.
+      ValueError: an operand has too few dimensions, or sizes do not match.
+    """
+    x1, x2 = compat.ensure_arraylike("matvec", x1, x2)
+    return jnp.vectorize(matmul, signature="(n),(n,m)->(m)")(jnp.conj(x1), x2)
+
+
+def einsum(
+    subscripts: Any,
+    /,
+    *operands: Any,
+    out: None = None,
+    optimize: str | bool | list[tuple[int, ...]] = "auto",
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    out_sharding: OutSharding = None,
+) -> Array:
+    """`jnp.einsum`: Einstein summation. A product stores its result in the order that is asked for.
+
+    Args:
+      subscripts: such as "bqhd,bkhd->bhqk", or anything else that jnp.einsum takes.
+      *operands: arrays.
+      out: not supported, as in JAX.
+      optimize: the order of contraction for three operands and more.
+      precision, preferred_element_type, out_sharding: as in `dot_general`.
+
+    Returns:
+      An array with the dimensions that subscripts name, dtype as in `matmul`.
+
+    Raises:
+      TypeError, ValueError: what jnp.einsum raises for malformed subscripts or shapes.
+      NotImplementedError: `out` is given.
+    """
+    options = dict(
+        precision=precision, preferred_element_type=preferred_element_type, out_sharding=out_sharding
+    )
+    steps = None if out is not None else _einsum.steps(subscripts, operands, optimize, out_sharding)
+    if steps is None:
+        return jnp.einsum(
+            subscripts, *operands, out=out, optimize=optimize, _dot_general=dot_general, **options
+        )
+    return _run_einsum(compat.ensure_arraylike_tuple("einsum", operands), steps=steps, **options)
+
+
+@partial(
+    jax.jit,
+    static_argnames=("steps", "precision", "preferred_element_type", "out_sharding"),
+    inline=True,
+)
+def _run_einsum(
+    operands: Sequence[Array],
+    *,
+    steps: tuple[_einsum.Step, ...],
+    precision: Any,
+    preferred_element_type: DTypeLike | None,
+    out_sharding: OutSharding,
+) -> Array:
+    dtype, weak_type = _result_type("einsum", preferred_element_type, *operands)
+    params = dict(
+        precision=compat.canonicalize_precision(precision),
+        preferred_element_type=dtype,
+        out_sharding=compat.canonicalize_sharding(out_sharding, "einsum"),
+    )
+    left = list(operands)
+    for step in steps:
+        arrays = [left.pop(i) for i in step.operands]
+        if step.labels is not None:
+            left.append(bind_labels(*arrays, step.labels, **params))
+        else:
+            left.append(jnp.einsum(step.subscripts, *arrays, _dot_general=dot_general, **params))
+    return compat.convert_element_type(left[0], dtype, weak_type)
+
+
+def export_checks() -> list[DisabledSafetyCheck]:
+    """What to pass to `jax.export.export(..., disabled_checks=...)` for programs with our products.
+
+    jax.export refuses custom calls that it does not know. The attributes of ours carry a version number,
+    and every later jax_nano runs, or refuses by a clear error, a program that an earlier one exported.
+    The process that runs such a program must have called `jax_nano.register` or used the package.
+    """
+    from jax.export import DisabledSafetyCheck
+
+    return [DisabledSafetyCheck.custom_call(_native.TARGET_NAME)]
