@@ -22,6 +22,7 @@ from jax.extend.core import Primitive
 from jax.sharding import NamedSharding, PartitionSpec
 
 __all__ = [
+    "INLINE",
     "OutSharding",
     "batch_sharding",
     "canonicalize_axes",
@@ -41,6 +42,10 @@ __all__ = [
 ]
 
 OutSharding: TypeAlias = NamedSharding | PartitionSpec | None
+
+# What to pass as jit's `inline` so that a call leaves its equations in the caller's jaxpr. 0.11 took `True`
+# to mean inlining in the lowered module, and gave this its own name.
+INLINE: Any = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
 
 # Renamed in 0.10.1. Casts an operand that is replicated over a manual mesh axis to one that varies over it
 # where the other operand varies; its transpose is the psum of the gradient of a replicated weight.

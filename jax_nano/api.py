@@ -45,9 +45,9 @@ assert _lowering.dot_general_p is dot_general_p
 
 # inline: a call under an outer jit leaves its equations there, where remat policies and the folding of
 # transposes see them.
-_jit = partial(jax.jit, static_argnames=("precision", "preferred_element_type"), inline=True)
+_jit = partial(jax.jit, static_argnames=("precision", "preferred_element_type"), inline=compat.INLINE)
 _jit_sharded = partial(
-    jax.jit, static_argnames=("precision", "preferred_element_type", "out_sharding"), inline=True
+    jax.jit, static_argnames=("precision", "preferred_element_type", "out_sharding"), inline=compat.INLINE
 )
 
 
@@ -375,7 +375,7 @@ def einsum(
 @partial(
     jax.jit,
     static_argnames=("steps", "precision", "preferred_element_type", "out_sharding"),
-    inline=True,
+    inline=compat.INLINE,
 )
 def _run_einsum(
     operands: Sequence[Array],
