@@ -1,0 +1,154 @@
+"""Command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+
+from benchmarks import ROOT, machine
+from benchmarks.cases import DTYPES, SUITES, select
+from benchmarks.peers import PEERS
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the process's exit status."""
+    args = _parser().parse_args(argv)
+    return args.command(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="jax_nano beside its peers")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="measure; write JSON, a Markdown table and plots")
+    run.set_defaults(command=_run)
+    run.add_argument("--suite", choices=SUITES, default="full", help="which products (default: full)")
+    run.add_argument("--quick", action="store_true", help="the suite `quick`, warm, in under three minutes")
+    run.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="products whose name has a TEXT")
+    run.add_argument("--group", nargs="+", default=[], help="products of these groups, e.g. attention")
+    run.add_argument("--dtype", nargs="+", default=[], choices=DTYPES, help="in these dtypes")
+    run.add_argument("--peers", nargs="+", default=[], choices=PEERS, help="these peers (default: all)")
+    run.add_argument("--cores", nargs="+", default=["1", "all"], metavar="N", help="(default: 1 all)")
+    run.add_argument("--cache", nargs="+", choices=("warm", "cold"), help="(default: both)")
+    run.add_argument("--rounds", type=int, default=9, help="samples of each peer (default: 9)")
+    run.add_argument("--sample-ms", type=float, default=40, help="length of a sample (default: 40)")
+    run.add_argument("--case-seconds", type=float, default=60, help="fewer rounds past this (default: 60)")
+    run.add_argument("--out", type=pathlib.Path, default=ROOT / "results", help="(default: results/)")
+
+    compare = commands.add_parser("compare", help="what became slower between two runs; exit status 1 if any")
+    compare.set_defaults(command=_compare)
+    compare.add_argument("old", type=pathlib.Path)
+    compare.add_argument("new", type=pathlib.Path)
+    compare.add_argument("--threshold", type=float, default=0.05, help="(default: 0.05)")
+
+    report = commands.add_parser("report", help="write the table and plots of a JSON file again")
+    report.set_defaults(command=_report)
+    report.add_argument("json", type=pathlib.Path)
+
+    overheads = commands.add_parser("overheads", help="calls, compilation and import, beside jnp's")
+    overheads.set_defaults(command=_overheads)
+    overheads.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
+
+    callers = commands.add_parser("callers", help="two threads that multiply at once, beside one")
+    callers.set_defaults(command=_callers)
+    callers.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
+
+    shapes = commands.add_parser("list", help="list the products of a suite")
+    shapes.set_defaults(command=_list)
+    shapes.add_argument("--suite", choices=SUITES, default="full")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    from benchmarks import measure
+
+    available = len(machine.cpus())
+    cores = [available if text == "all" else int(text) for text in args.cores]
+    if not all(1 <= count <= available for count in cores):
+        return _complain(f"--cores: this process may use 1 to {available}")
+    suite = "quick" if args.quick else args.suite
+    cases = select(suite, args.only, args.dtype, args.group)
+    if not cases:
+        return _complain(f"no product of the suite {suite!r} is called that; see: python -m benchmarks list")
+
+    plan = measure.Plan(
+        cases=tuple(cases),
+        peers=measure.default_peers(args.peers),
+        cores=tuple(dict.fromkeys(cores)),
+        caches=tuple(args.cache or (["warm"] if args.quick else ["warm", "cold"])),
+        rounds=min(args.rounds, 5) if args.quick else args.rounds,
+        sample_seconds=min(args.sample_ms, 10) / 1e3 if args.quick else args.sample_ms / 1e3,
+        case_seconds=args.case_seconds,
+    )
+    results = measure.run(plan)
+    stamp = results.started.replace(":", "").partition("+")[0]
+    path = args.out / f"{stamp}-{suite}.json"
+    results.save(path)
+    _write_report(path)
+    for entry in results.wrong:
+        print(f"{entry['peer']}: {entry['why']}", file=sys.stderr)
+    return 1 if any(entry["peer"] == "jax_nano" for entry in results.wrong) else 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    _write_report(args.json)
+    return 0
+
+
+def _write_report(path: pathlib.Path) -> None:
+    from benchmarks import plots, report
+
+    results = report.Results.load(path)
+    text = report.markdown(results)
+    table = path.with_suffix(".md")
+    table.write_text(text)
+    print(text)
+    folder = path.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    pictures = plots.save(results, folder)
+    print("written:", *(_relative(item) for item in (path, table, *pictures)), sep="\n  ")
+
+
+def _relative(path: pathlib.Path) -> pathlib.Path:
+    path = path.resolve()
+    here = pathlib.Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from benchmarks import compare, report
+
+    old, new = report.Results.load(args.old), report.Results.load(args.new)
+    text, slower = compare.regressions(old, new, args.threshold)
+    print(text)
+    return 1 if slower else 0
+
+
+def _overheads(args: argparse.Namespace) -> int:
+    from benchmarks import overheads
+
+    print(overheads.report(quick=args.quick))
+    return 0
+
+
+def _callers(args: argparse.Namespace) -> int:
+    from benchmarks import callers
+
+    print(callers.report(quick=args.quick))
+    return 0
+
+
+def _list(args: argparse.Namespace) -> int:
+    for case in select(args.suite):
+        print(f"{case.group:22} {case.key:40} {case.flops / 1e9:10.4f} GFLOP {case.bytes / 2**20:9.2f} MiB")
+    return 0
+
+
+def _complain(message: str) -> int:
+    print(f"python -m benchmarks: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

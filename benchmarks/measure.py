@@ -1,0 +1,196 @@
+"""Measures peers side by side: one at a time, in turn, over and over."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks import machine, native
+from benchmarks.cases import Case
+from benchmarks.peers import PEERS
+from benchmarks.report import Results, Row
+from benchmarks.worker import Failed, Setup, Worker
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run does."""
+
+    cases: tuple[Case, ...]
+    peers: tuple[str, ...]
+    cores: tuple[int, ...]  # each case on each of these numbers of cores
+    caches: tuple[str, ...]  # "warm", "cold"
+    rounds: int  # samples of each peer
+    sample_seconds: float  # how long one sample lasts, at least
+    case_seconds: float  # slow cases get fewer rounds (at least 3) to stay near this
+
+
+_WARM_UP_SHARE = 4  # before a sample, a fourth of its work goes untimed,
+_WARM_UP_SECONDS = 0.1  # unless a single trip takes this long: then a sample warms itself
+_FEWEST_ROUNDS = 3
+_MOST_PAIRS = 128  # more buffers than this would time the loop over them
+_COLD_CACHES = 2  # operands of this many last-level caches are gone through before one comes again
+
+
+def run(plan: Plan) -> Results:
+    """Measures everything, with a progress bar; failures of a peer become lines of the result."""
+    results = Results.begin(machine.describe())
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(contextlib.closing(_Pool(plan, results)))
+        scratch = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        progress = stack.enter_context(tqdm(total=len(plan.cases) * len(plan.caches), unit="case", smoothing=0))
+        for case in plan.cases:
+            reference = scratch / "exact.npy"
+            np.save(reference, _as_integers(case.exact_result()))
+            for cache in plan.caches:
+                progress.set_description(f"{case.key} {cache}"[:48].ljust(48))
+                _measure(plan, pool, results, case, cache, reference)
+                progress.update()
+    return results
+
+
+def _as_integers(array: np.ndarray) -> np.ndarray:
+    """The same bits in a dtype that .npy files know; `worker._check` views them back."""
+    return array.view(f"i{array.dtype.itemsize}")
+
+
+def pairs_of(case: Case, cache: str) -> int:
+    """How many operand pairs a sample goes through: one, or more than the caches hold."""
+    if cache == "warm":
+        return 1
+    return math.ceil(_COLD_CACHES * machine.last_level_cache() / case.bytes) + 1
+
+
+class _Pool:
+    """The workers, one for each process name and number of cores; a dead one is started again."""
+
+    def __init__(self, plan: Plan, results: Results) -> None:
+        self._plan, self._results = plan, results
+        self._workers: dict[tuple[str, int], Worker] = {}
+        self._missing: set[tuple[str, int]] = set()
+        for name in plan.peers:
+            why = native.build(PEERS[name].library) if PEERS[name].library else ""
+            for cores in plan.cores:
+                if why:
+                    self._miss(name, cores, why)
+                else:
+                    self._start(name, cores)
+
+    def available(self) -> Iterator[tuple[str, int]]:
+        for cores in self._plan.cores:
+            for name in self._plan.peers:
+                if (name, cores) not in self._missing:
+                    yield name, cores
+
+    def ask(self, method: str, name: str, cores: int, *args: object):
+        key = (PEERS[name].worker, cores)
+        try:
+            return self._workers[key].ask(method, name, *args)
+        except Failed:
+            if not self._workers[key].is_alive:
+                self._restart(key)
+            raise
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            worker.close()
+
+    def _start(self, name: str, cores: int) -> None:
+        key = (PEERS[name].worker, cores)
+        if key not in self._workers:
+            self._workers[key] = self._new_worker(*key)
+        try:
+            version = self.ask("start", name, cores)
+        except Failed as error:
+            self._miss(name, cores, str(error))
+        else:
+            self._results.versions[name] = version
+
+    def _new_worker(self, process: str, cores: int) -> Worker:
+        names = tuple(name for name in self._plan.peers if PEERS[name].worker == process)
+        env = {key: value for name in names for key, value in PEERS[name].env.items()}
+        return Worker(Setup(names, cores, machine.cpus()[:cores], tuple(env.items())))
+
+    def _restart(self, key: tuple[str, int]) -> None:
+        self._workers[key].close()
+        self._workers[key] = self._new_worker(*key)
+        for name in self._plan.peers:
+            if PEERS[name].worker == key[0] and (name, key[1]) not in self._missing:
+                self._workers[key].ask("start", name)
+
+    def _miss(self, name: str, cores: int, why: str) -> None:
+        self._missing.add((name, cores))
+        self._results.skip("", name, cores, why)
+
+
+def _measure(plan: Plan, pool: _Pool, results: Results, case: Case, cache: str, reference: pathlib.Path) -> None:
+    pairs = pairs_of(case, cache)
+    if pairs > _MOST_PAIRS:
+        results.skip(case.key, "", 0, f"too small to be {cache}: a cache holds {pairs - 1} of its operands")
+        return
+
+    trips: dict[tuple[str, int], int] = {}
+    once: dict[tuple[str, int], float] = {}
+    for name, cores in pool.available():
+        try:
+            pool.ask("prepare", name, cores, case, pairs, str(reference))
+            trips[name, cores], once[name, cores] = _calibrate(plan, pool, name, cores)
+        except Failed as error:
+            results.skip(case.key, name, cores, str(error))
+
+    round_seconds = sum(once[key] * trips[key] * (1 + 1 / _WARM_UP_SHARE) for key in trips)
+    rounds = plan.rounds
+    if round_seconds > 0:
+        rounds = max(_FEWEST_ROUNDS, min(rounds, int(plan.case_seconds / round_seconds)))
+
+    samples: dict[tuple[str, int], list[float]] = {key: [] for key in trips}
+    order = random.Random(case.key)
+    for _ in range(rounds):
+        for name, cores in order.sample(sorted(trips), len(trips)):
+            if (name, cores) not in samples:
+                continue
+            try:
+                seconds = _sample(pool, name, cores, trips[name, cores], once[name, cores])
+                samples[name, cores].append(seconds / (trips[name, cores] * pairs))
+            except Failed as error:
+                results.skip(case.key, name, cores, str(error))
+                del samples[name, cores]
+
+    for (name, cores), seconds in samples.items():
+        with contextlib.suppress(Failed):
+            pool.ask("close", name, cores)
+        results.rows.append(Row.of(case, name, cores, cache, seconds))
+
+
+def _calibrate(plan: Plan, pool: _Pool, name: str, cores: int) -> tuple[int, float]:
+    """How many trips make a sample, and the seconds of one."""
+    trips = 1
+    while True:
+        seconds = pool.ask("run", name, cores, trips)
+        if seconds >= plan.sample_seconds or trips >= 1 << 30:
+            return trips, seconds / trips
+        # Grow towards the goal, at most a hundredfold: the first runs are slower than the rest.
+        aim = 1.2 * trips * plan.sample_seconds / max(seconds, 1e-9)
+        trips = math.ceil(min(100 * trips, max(trips + 1, aim)))
+
+
+def _sample(pool: _Pool, name: str, cores: int, trips: int, once: float) -> float:
+    # While others ran, this worker's operands left the caches, and its threads went to sleep.
+    if once < _WARM_UP_SECONDS:
+        pool.ask("run", name, cores, max(1, trips // _WARM_UP_SHARE))
+    return pool.ask("run", name, cores, trips)
+
+
+def default_peers(only: Sequence[str] = ()) -> tuple[str, ...]:
+    """All peers, or those named and what their ratios need: ours and the machine's limits."""
+    if not only:
+        return tuple(PEERS)
+    return tuple(name for name in PEERS if name in only or PEERS[name].is_roof)

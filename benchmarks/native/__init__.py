@@ -1,0 +1,54 @@
+"""C sources of the timing loops, compiled on the spot with the system's compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import pathlib
+import shutil
+import subprocess
+
+from benchmarks import ROOT
+
+_HERE = pathlib.Path(__file__).parent
+_CACHE = ROOT / "build" / "benchmarks"
+
+_LINK = {
+    "machine": ["-lpthread"],
+    "cblas": [],
+    "onednn": ["-ldnnl"],
+    "xsmm": ["-lxsmm", "-lxsmmnoblas", "-lpthread", "-ldl", "-lm", "-lrt"],
+}
+_PACKAGE = {"onednn": "libdnnl-dev", "xsmm": "libxsmm-dev"}
+
+
+def build(name: str) -> str:
+    """Compiles native/NAME.c if it has changed; returns why that failed, or an empty string."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        return "needs a C compiler (cc)"
+    library = _library(name)
+    if library.exists():
+        return ""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = library.with_suffix(".tmp")
+    command = [compiler, "-O3", "-shared", "-fPIC", "-o", unfinished, _HERE / f"{name}.c", *_LINK[name]]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode == 0:
+        unfinished.replace(library)
+        return ""
+    if name in _PACKAGE:
+        return f"not installed: apt-get install {_PACKAGE[name]}"
+    return f"native/{name}.c does not compile: {result.stderr.strip()}"
+
+
+@functools.cache
+def load(name: str) -> ctypes.CDLL:
+    """The compiled library; `build` made it, in the parent process."""
+    return ctypes.CDLL(str(_library(name)))
+
+
+def _library(name: str) -> pathlib.Path:
+    sources = (_HERE / f"{name}.c").read_bytes() + (_HERE / "job.h").read_bytes()
+    return _CACHE / f"{name}-{hashlib.sha256(sources).hexdigest()[:16]}.so"

@@ -1,0 +1,110 @@
+"""Who is measured. Each peer is a Runner, and runs in a worker process that is set up for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from benchmarks.cases import Case
+
+Operands = Sequence[tuple[np.ndarray, np.ndarray]]
+
+
+class Unavailable(Exception):
+    """The peer is not installed, or does not compute this case; says why in one line."""
+
+
+class Runner(Protocol):
+    """One peer inside its worker process.
+
+    `prepare` is told how many operand pairs a round goes through (one: caches stay warm; more than
+    the last-level cache holds: they are cold), `load` brings them, `run` goes through all of them
+    `trips` times and returns the seconds that took, `results` has the latest result for each pair.
+    """
+
+    def __init__(self, threads: int, **options: Any) -> None: ...
+
+    def version(self) -> str: ...
+
+    def prepare(self, case: Case, pairs: int) -> None: ...
+
+    def load(self, operands: Operands) -> None: ...
+
+    def run(self, trips: int) -> float: ...
+
+    def results(self) -> list[np.ndarray]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """What the parent process knows of a peer."""
+
+    name: str
+    what: str
+    runner: str  # "module:class" below this package
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    process: str = ""  # peers with the same process name share a worker; the peer's own name by default
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    is_roof: bool = False  # not a peer but a limit of the machine
+    library: str = ""  # the native source that has to be compiled for it
+
+    @property
+    def worker(self) -> str:
+        return self.process or self.name
+
+    def start(self, threads: int) -> Runner:
+        module, _, name = self.runner.partition(":")
+        return getattr(importlib.import_module(f"{__name__}.{module}"), name)(threads, **self.options)
+
+
+OURS = "jax_nano"
+
+# jnp runs in our process, so that the two share everything but the product. XLA reads its flags
+# once a process, so XLA without YNNPACK (its Eigen path) has a process of its own.
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer(OURS, "jax_nano inside jax.jit", "in_jax:JaxRunner", {"ours": True}, process="jax"),
+        Peer("jnp", "jax.numpy inside jax.jit (XLA:CPU, YNNPACK)", "in_jax:JaxRunner", process="jax"),
+        Peer(
+            "jnp-eigen",
+            "the same with YNNPACK fusions off",
+            "in_jax:JaxRunner",
+            env={"XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=-individual_dot"},
+        ),
+        Peer("numpy", "numpy.matmul with its OpenBLAS, called from Python", "in_numpy:NumpyRunner"),
+        Peer("torch", "torch.matmul, called from Python", "in_torch:TorchRunner"),
+        Peer(
+            "openblas",
+            "NumPy's OpenBLAS through cblas",
+            "in_c:CblasRunner",
+            {"blas": "openblas"},
+            library="cblas",
+        ),
+        Peer("blis", "BLIS through cblas", "in_c:CblasRunner", {"blas": "blis"}, library="cblas"),
+        Peer("onednn", "oneDNN's matmul primitive", "in_c:OnednnRunner", library="onednn"),
+        Peer("libxsmm", "libxsmm's small-matrix kernels", "in_c:XsmmRunner", library="xsmm"),
+        Peer(
+            "peak",
+            "the CPU's multiply-add units, measured",
+            "in_c:PeakRunner",
+            process="machine",
+            is_roof=True,
+            library="machine",
+        ),
+        Peer(
+            "bandwidth",
+            "reading memory of the same size, measured",
+            "in_c:BandwidthRunner",
+            process="machine",
+            is_roof=True,
+            library="machine",
+        ),
+    )
+}

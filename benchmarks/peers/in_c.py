@@ -1,0 +1,293 @@
+"""Peers that are called through their C interfaces, and the machine's limits.
+
+The timing loops are C as well (benchmarks/native), so that no time of Python's is in the result.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import glob
+import math
+import pathlib
+
+import numpy as np
+
+from benchmarks import native
+from benchmarks.cases import DTYPES, Case
+from benchmarks.peers import Operands, Unavailable
+
+
+class Job(ctypes.Structure):
+    """native/job.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("m", "n", "k", "rsa", "csa", "rsb", "csb", "rsc", "batch")),
+        *((name, ctypes.c_void_p) for name in ("a_offset", "b_offset", "c_offset")),
+        ("pairs", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("a", "b", "c")),
+    )
+
+
+def _aligned_copy(array: np.ndarray) -> np.ndarray:
+    """A copy that starts at a cache line, as a C library's own allocations would."""
+    buffer = np.empty(array.nbytes + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    copy = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+class Buffers:
+    """Operands and results at addresses that C can have, for as long as this object lives."""
+
+    def __init__(self, case: Case, operands: Operands) -> None:
+        empty = np.zeros(case.shapes[2], DTYPES[case.dtype].out_dtype)
+        self.a = [_aligned_copy(a) for a, _ in operands]
+        self.b = [_aligned_copy(b) for _, b in operands]
+        self.c = [_aligned_copy(empty) for _ in operands]
+        self.a_addresses, self.b_addresses, self.c_addresses = (
+            (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
+            for arrays in (self.a, self.b, self.c)
+        )
+
+
+class _CRunner:
+    """What the libraries have in common: buffers, results, and a Job that describes the product."""
+
+    _buffers: Buffers | None = None
+    _case: Case
+
+    def load(self, operands: Operands) -> None:
+        self._buffers = Buffers(self._case, operands)
+
+    def results(self) -> list[np.ndarray]:
+        assert self._buffers is not None
+        return self._buffers.c
+
+    def close(self) -> None:
+        self._buffers = None
+
+    def _job(self, case: Case) -> Job:
+        gemm = case.gemm
+        if gemm.c_strides[1] != 1:
+            raise Unavailable("the result is not row-major")
+        self._offsets = [gemm.offsets(s) for s in (gemm.a_batch, gemm.b_batch, gemm.c_batch)]
+        return Job(
+            gemm.m,
+            gemm.n,
+            gemm.k,
+            *gemm.a_strides,
+            *gemm.b_strides,
+            gemm.c_strides[0],
+            math.prod(gemm.batch),
+            *(offsets.ctypes.data for offsets in self._offsets),
+        )
+
+    def _fill(self, job: Job) -> None:
+        assert self._buffers is not None
+        job.pairs = len(self._buffers.a)
+        job.a = ctypes.addressof(self._buffers.a_addresses)
+        job.b = ctypes.addressof(self._buffers.b_addresses)
+        job.c = ctypes.addressof(self._buffers.c_addresses)
+
+
+class CblasRunner(_CRunner):
+    """sgemm and dgemm (for vectors sgemv and dgemv) of a library that speaks cblas."""
+
+    def __init__(self, threads: int, *, blas: str) -> None:
+        self._loops = native.load("cblas")
+        self._blas = blas
+        self._library, self._symbol, self._integer = {"openblas": _openblas, "blis": _blis}[blas]()
+
+    def version(self) -> str:
+        name = {"openblas": "scipy_openblas_get_config64_", "blis": "bli_info_get_version_str"}[self._blas]
+        function = getattr(self._library, name)
+        function.restype = ctypes.c_char_p
+        return function().decode().strip()
+
+    def prepare(self, case: Case, pairs: int) -> None:
+        if case.dtype not in ("f32", "f64"):
+            raise Unavailable(f"cblas has no {case.dtype}")
+        letter = {"f32": "s", "f64": "d"}[case.dtype]
+        self._case, self._descriptor = case, self._job(case)
+        self._loop = getattr(self._loops, f"run_{case.dtype}_{self._integer}")
+        self._loop.restype = ctypes.c_double
+        self._functions = [
+            ctypes.cast(getattr(self._library, self._symbol.format(f"{letter}{kind}")), ctypes.c_void_p)
+            for kind in ("gemm", "gemv")
+        ]
+
+    def load(self, operands: Operands) -> None:
+        super().load(operands)
+        self._fill(self._descriptor)
+
+    def run(self, trips: int) -> float:
+        return self._loop(ctypes.byref(self._descriptor), *self._functions, ctypes.c_int64(trips))
+
+
+def _openblas() -> tuple[ctypes.CDLL, str, str]:
+    found = glob.glob(str(pathlib.Path(np.__file__).parent.parent / "numpy.libs" / "libscipy_openblas64_*"))
+    if not found:
+        raise Unavailable("this NumPy does not bring its OpenBLAS")
+    return ctypes.CDLL(found[0]), "scipy_cblas_{}64_", "int64"
+
+
+def _blis() -> tuple[ctypes.CDLL, str, str]:
+    try:
+        return ctypes.CDLL("libblis.so.4"), "cblas_{}", "int32"
+    except OSError as error:
+        raise Unavailable("not installed: apt-get install libblis-pthread-dev") from error
+
+
+class OnednnRunner(_CRunner):
+    """oneDNN's matmul primitive, created once for a case."""
+
+    # dnnl_data_type_t
+    _TYPES = {"float16": 1, "bfloat16": 2, "float32": 3, "int32": 4, "int8": 5}
+
+    def __init__(self, threads: int) -> None:
+        self._library = native.load("onednn")
+        self._library.create.restype = ctypes.c_void_p
+        self._library.run.restype = ctypes.c_double
+        self._plan: ctypes.c_void_p | None = None
+
+    def version(self) -> str:
+        text = ctypes.create_string_buffer(32)
+        self._library.version(text, len(text))
+        return text.value.decode()
+
+    def prepare(self, case: Case, pairs: int) -> None:
+        dtype = DTYPES[case.dtype]
+        if dtype.operand not in self._TYPES or dtype.out not in self._TYPES:
+            raise Unavailable(f"no {case.dtype}")
+        self._case = case
+
+    def load(self, operands: Operands) -> None:
+        self.close()
+        super().load(operands)
+        case, gemm, dtype = self._case, self._case.gemm, DTYPES[self._case.dtype]
+        rank = len(gemm.batch) + 2
+        dims = [*gemm.batch, gemm.m, gemm.k, *gemm.batch, gemm.k, gemm.n, *gemm.batch, gemm.m, gemm.n]
+        strides = [*gemm.a_batch, *gemm.a_strides, *gemm.b_batch, *gemm.b_strides]
+        strides += [*gemm.c_batch, *gemm.c_strides]
+        types = [self._TYPES[name] for name in (dtype.operand, dtype.operand, dtype.out)]
+        assert self._buffers is not None
+        plan = self._library.create(
+            rank,
+            (ctypes.c_int64 * len(dims))(*dims),
+            (ctypes.c_int64 * len(strides))(*strides),
+            (ctypes.c_int * 3)(*types),
+            ctypes.c_int64(len(operands)),
+            self._buffers.a_addresses,
+            self._buffers.b_addresses,
+            self._buffers.c_addresses,
+        )
+        if not plan:
+            raise Unavailable(f"no matmul primitive for {case.key}")
+        self._plan = ctypes.c_void_p(plan)
+
+    def run(self, trips: int) -> float:
+        return self._library.run(self._plan, ctypes.c_int64(trips))
+
+    def close(self) -> None:
+        if self._plan is not None:
+            self._library.destroy(self._plan)
+            self._plan = None
+        super().close()
+
+
+class XsmmRunner(_CRunner):
+    """libxsmm's kernels, compiled for one small size each; its users bring the loops and threads."""
+
+    _LARGEST = 64  # (m n k)^(1/3), libxsmm's own bound for the sizes that it is made for
+
+    def __init__(self, threads: int) -> None:
+        if threads > 1:
+            raise Unavailable("its threads are its caller's")
+        self._library = native.load("xsmm")
+        self._library.version.restype = ctypes.c_char_p
+        self._library.run.restype = ctypes.c_double
+
+    def version(self) -> str:
+        return self._library.version().decode()
+
+    def prepare(self, case: Case, pairs: int) -> None:
+        gemm = case.gemm
+        if case.dtype not in ("f32", "f64"):
+            raise Unavailable(f"its {case.dtype} wants operands in a packed layout")
+        if gemm.m * gemm.n * gemm.k > self._LARGEST**3:
+            raise Unavailable(f"made for products up to {self._LARGEST}^3")
+        self._case, self._descriptor = case, self._job(case)
+        self._is_double = ctypes.c_int(case.dtype == "f64")
+        if not self._library.compiles(ctypes.byref(self._descriptor), self._is_double):
+            raise Unavailable(f"no kernel for layout {case.layout}")
+
+    def load(self, operands: Operands) -> None:
+        super().load(operands)
+        self._fill(self._descriptor)
+
+    def run(self, trips: int) -> float:
+        return self._library.run(ctypes.byref(self._descriptor), self._is_double, ctypes.c_int64(trips))
+
+
+class _RoofRunner:
+    """A limit of the machine in the guise of a peer: the time that the case would take at it."""
+
+    def __init__(self, threads: int) -> None:
+        self._library = native.load("machine")
+        self._threads = threads
+
+    def version(self) -> str:
+        return ""
+
+    def results(self) -> list[np.ndarray]:
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+class PeakRunner(_RoofRunner):
+    """The time of the case's multiplications and additions at the units' peak."""
+
+    _KINDS = {"float32": 0, "float16": 0, "float64": 1, "bfloat16": 2, "int8": 3}
+
+    def prepare(self, case: Case, pairs: int) -> None:
+        self._kind = self._KINDS[DTYPES[case.dtype].operand]
+        if not self._library.has_unit(self._kind):
+            raise Unavailable("measured with AVX2 and FMA, which this CPU lacks")
+        self._library.run_peak.restype = ctypes.c_double
+        self._flops = float(case.flops * pairs)
+
+    def load(self, operands: Operands) -> None:
+        pass
+
+    def run(self, trips: int) -> float:
+        return self._library.run_peak(self._kind, self._threads, ctypes.c_double(self._flops * trips))
+
+
+class BandwidthRunner(_RoofRunner):
+    """The time of reading as many bytes as the case must move, from a working set of its size."""
+
+    _data: ctypes.c_void_p | None = None
+
+    def prepare(self, case: Case, pairs: int) -> None:
+        self._bytes = case.bytes * pairs
+        self._library.allocate.restype = ctypes.c_void_p
+        self._library.run_bandwidth.restype = ctypes.c_double
+
+    def load(self, operands: Operands) -> None:
+        self.close()
+        share = ctypes.c_int64()
+        data = self._library.allocate(ctypes.c_int64(self._bytes), self._threads, ctypes.byref(share))
+        self._data, self._share = ctypes.c_void_p(data), share
+
+    def run(self, trips: int) -> float:
+        seconds = self._library.run_bandwidth(self._data, self._share, self._threads, ctypes.c_int64(trips))
+        # The share of a thread is rounded up to whole blocks; small cases would look slow for it.
+        return seconds * self._bytes / (self._share.value * self._threads)
+
+    def close(self) -> None:
+        if self._data is not None:
+            self._library.deallocate(self._data)
+            self._data = None

@@ -1,0 +1,124 @@
+"""Products inside jax.jit: ours and XLA's, as one while loop with the product in its body."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from benchmarks.cases import DTYPES, Case
+from benchmarks.peers import Operands, Unavailable
+
+jax.config.update("jax_enable_x64", True)
+
+
+def product(case: Case, *, ours: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The call that a user would write for this case."""
+    if ours:
+        import jax_nano as library
+    else:
+        library = jnp
+    name = "einsum" if case.is_einsum else "matmul"
+    if not hasattr(library, name):
+        raise Unavailable(f"{library.__name__} has no {name}")
+    call = getattr(library, name)
+
+    dtype = DTYPES[case.dtype]
+    wide = {} if dtype.out == dtype.operand else {"preferred_element_type": dtype.out_dtype}
+    if case.is_einsum:
+        return lambda lhs, rhs: call(case.spec, lhs, rhs, **wide)
+    transpose_lhs, transpose_rhs = (letter == "T" for letter in case.layout)
+    return lambda lhs, rhs: call(lhs.mT if transpose_lhs else lhs, rhs.mT if transpose_rhs else rhs, **wide)
+
+
+def loop_of(op: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[..., Any]:
+    """A program that goes through all operand pairs `trips` times, each product after the last.
+
+    Before each product the first element of its left operand is overwritten, in place, with the
+    last result's first element clamped between `low` and `high`. Both are that element's own value,
+    which XLA cannot know: so it can neither hoist nor drop nor overlap a product, and yet the
+    operands, and so the results, stay what they are.
+    """
+
+    def program(trips, low, high, lhs, rhs, out):
+        def trip(_, state):
+            last, lhs, _ = state
+            lhs, out = list(lhs), []
+            for i, (a, b) in enumerate(zip(lhs, rhs, strict=True)):
+                first = jnp.clip(last.astype(a.dtype), low, high)
+                lhs[i] = a.at[(0,) * a.ndim].set(first)
+                out.append(op(lhs[i], b))
+                last = out[-1][(0,) * out[-1].ndim]
+            return last, tuple(lhs), tuple(out)
+
+        start = out[0][(0,) * out[0].ndim]
+        _, lhs, out = lax.fori_loop(0, trips, trip, (start, lhs, out))
+        return lhs, out
+
+    return program
+
+
+class JaxRunner:
+    """Runs `loop_of` the product, compiled once for a case."""
+
+    def __init__(self, threads: int, *, ours: bool = False) -> None:
+        self._ours = ours  # the number of threads is the worker's affinity and NPROC
+        if ours:
+            try:
+                import jax_nano  # noqa: F401
+            except ImportError as error:
+                raise Unavailable(f"cannot import jax_nano: {error}") from error
+
+    def version(self) -> str:
+        from importlib import metadata
+
+        if not self._ours:
+            return f"jax {jax.__version__}, jaxlib {metadata.version('jaxlib')}"
+        from jax_nano import _runtime
+
+        return f"{metadata.version('jax_nano')} ({_runtime.selected_target()})"
+
+    def prepare(self, case: Case, pairs: int) -> None:
+        self._case, self._pairs = case, pairs
+        dtype = DTYPES[case.dtype]
+        lhs, rhs, out = (
+            tuple(jax.ShapeDtypeStruct(shape, element) for _ in range(pairs))
+            for shape, element in zip(
+                case.shapes, (dtype.operand_dtype, dtype.operand_dtype, dtype.out_dtype), strict=True
+            )
+        )
+        first = jax.ShapeDtypeStruct((), dtype.operand_dtype)
+        trips = jax.ShapeDtypeStruct((), np.int32)
+        program = jax.jit(loop_of(product(case, ours=self._ours)), donate_argnums=(3, 5))
+        self._program = program.lower(trips, first, first, lhs, rhs, out).compile()
+        self._state: tuple[Any, Any] | None = None
+
+    def load(self, operands: Operands) -> None:
+        out = DTYPES[self._case.dtype].out_dtype
+        # Copies: a buffer that is donated must not be NumPy's own memory.
+        lhs = tuple(jnp.array(a, copy=True) for a, _ in operands)
+        self._rhs = tuple(jnp.array(b, copy=True) for _, b in operands)
+        self._first = np.asarray(operands[0][0][(0,) * operands[0][0].ndim])
+        self._state = (lhs, tuple(jnp.zeros(self._case.shapes[2], out) for _ in operands))
+        jax.block_until_ready((self._rhs, self._state))
+
+    def run(self, trips: int) -> float:
+        assert self._state is not None
+        lhs, out = self._state
+        start = time.perf_counter()
+        self._state = self._program(np.int32(trips), self._first, self._first, lhs, self._rhs, out)
+        jax.block_until_ready(self._state)
+        return time.perf_counter() - start
+
+    def results(self) -> list[np.ndarray]:
+        assert self._state is not None
+        return [np.asarray(out) for out in self._state[1]]
+
+    def close(self) -> None:
+        self._state = self._rhs = self._program = None
+        jax.clear_caches()

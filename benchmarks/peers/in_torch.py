@@ -1,0 +1,80 @@
+"""torch.matmul, called from Python as its users call it."""
+
+from __future__ import annotations
+
+import time
+
+import ml_dtypes
+import numpy as np
+
+from benchmarks.cases import DTYPES, Case
+from benchmarks.peers import Operands, Unavailable
+
+try:
+    import torch
+except ImportError:
+    torch = None
+
+
+class TorchRunner:
+    """Goes through the operand pairs in a Python loop; the loop and the call are part of the time."""
+
+    def __init__(self, threads: int) -> None:
+        if torch is None:
+            raise Unavailable("not installed: pip install torch")
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+
+    def version(self) -> str:
+        return torch.__version__
+
+    def prepare(self, case: Case, pairs: int) -> None:
+        dtype = DTYPES[case.dtype]
+        if case.dtype == "i8":
+            if case.gemm.batch or case.layout[0] != "N":
+                raise Unavailable("torch._int_mm takes two row-major matrices")
+            self._matmul = torch._int_mm
+        elif dtype.operand != dtype.out or dtype.operand_dtype.kind == "i":
+            raise Unavailable(f"torch.matmul has no {case.dtype}")
+        else:
+            self._matmul = torch.matmul
+        self._case = case
+
+    def load(self, operands: Operands) -> None:
+        case = self._case
+        self._out = [torch.zeros(case.shapes[2], dtype=_dtype(DTYPES[case.dtype].out)) for _ in operands]
+        lhs_axes, rhs_axes, out_axes = case.matrix_axes
+        self._calls = [
+            (_tensor(a).permute(lhs_axes), _tensor(b).permute(rhs_axes), c.permute(out_axes))
+            for (a, b), c in zip(operands, self._out, strict=True)
+        ]
+
+    def run(self, trips: int) -> float:
+        matmul, calls = self._matmul, self._calls
+        start = time.perf_counter()
+        for _ in range(trips):
+            for a, b, c in calls:
+                matmul(a, b, out=c)
+        return time.perf_counter() - start
+
+    def results(self) -> list[np.ndarray]:
+        return [_array(out) for out in self._out]
+
+    def close(self) -> None:
+        self._calls, self._out = [], []
+
+
+def _dtype(name: str) -> torch.dtype:
+    return getattr(torch, name)
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

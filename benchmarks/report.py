@@ -1,0 +1,267 @@
+"""What a run found: as JSON to keep, as Markdown to read."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import pathlib
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+
+from benchmarks.cases import Case
+from benchmarks.peers import OURS, PEERS
+
+_TRUST = 1.03  # nothing computes faster than the units' peak; past this the measurement is wrong
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Samples of one peer on one case: seconds a product, one sample a round."""
+
+    case: str
+    group: str
+    dtype: str
+    flops: int
+    bytes: int
+    peer: str
+    cores: int
+    cache: str
+    seconds: tuple[float, ...]
+
+    @classmethod
+    def of(cls, case: Case, peer: str, cores: int, cache: str, seconds: Iterable[float]) -> Row:
+        return cls(
+            case.key, case.group, case.dtype, case.flops, case.bytes, peer, cores, cache, tuple(seconds)
+        )
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, as a share of the median."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / 2 / self.median
+
+    @property
+    def gflops(self) -> float:
+        return self.flops / self.median / 1e9
+
+    def times_faster_than(self, other: Row) -> float:
+        """The median over the rounds, in each of which the two ran seconds apart."""
+        rounds = zip(self.seconds, other.seconds, strict=False)
+        return statistics.median(theirs / ours for ours, theirs in rounds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Everyone who computed one case in one setting."""
+
+    rows: dict[str, Row]
+
+    @property
+    def ours(self) -> Row | None:
+        return self.rows.get(OURS)
+
+    @property
+    def any(self) -> Row:
+        return next(iter(self.rows.values()))
+
+    @property
+    def best_peer(self) -> Row | None:
+        peers = [row for name, row in self.rows.items() if name != OURS and not PEERS[name].is_roof]
+        return min(peers, key=lambda row: row.median, default=None)
+
+    def share_of(self, roof: str) -> float | None:
+        """How much of a limit of the machine we reach."""
+        if self.ours is None or roof not in self.rows:
+            return None
+        return self.ours.times_faster_than(self.rows[roof])
+
+    def ratio_to(self, peer: str) -> float | None:
+        if self.ours is None or peer not in self.rows:
+            return None
+        return self.ours.times_faster_than(self.rows[peer])
+
+
+@dataclasses.dataclass
+class Results:
+    """One run."""
+
+    machine: dict[str, object]
+    started: str
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    skipped: list[dict[str, object]] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def begin(cls, machine: dict[str, object]) -> Results:
+        return cls(machine, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+
+    def skip(self, case: str, peer: str, cores: int, why: str) -> None:
+        entry = {"case": case, "peer": peer, "cores": cores, "why": why}
+        if entry not in self.skipped:
+            self.skipped.append(entry)
+
+    @property
+    def wrong(self) -> list[dict[str, object]]:
+        """Where a peer computed something else than the product."""
+        return [entry for entry in self.skipped if "WRONG RESULT" in str(entry["why"])]
+
+    def settings(self) -> list[tuple[int, str]]:
+        """The (cores, cache) that were measured, in order."""
+        return list(dict.fromkeys((row.cores, row.cache) for row in self.rows))
+
+    def groups(self, cores: int, cache: str) -> Iterator[Group]:
+        """The cases of one setting, in the order of the run."""
+        cases: dict[str, dict[str, Row]] = {}
+        for row in self.rows:
+            if (row.cores, row.cache) == (cores, cache):
+                cases.setdefault(row.case, {})[row.peer] = row
+        yield from (Group(rows) for rows in cases.values())
+
+    def save(self, path: pathlib.Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: pathlib.Path) -> Results:
+        data = json.loads(path.read_text())
+        rows = [Row(**row | {"seconds": tuple(row["seconds"])}) for row in data.pop("rows")]
+        return cls(**data, rows=rows)
+
+
+def markdown(results: Results) -> str:
+    """The whole report."""
+    parts = [_head(results)]
+    for cores, cache in results.settings():
+        groups = list(results.groups(cores, cache))
+        plural = "core" if cores == 1 else "cores"
+        parts.append(f"## {cores} {plural}, caches {cache}\n")
+        parts.append(_table(results, groups))
+        parts.append(_summary(groups))
+    parts.append(_scaling(results))
+    parts.append(_skipped(results))
+    return "\n".join(part for part in parts if part)
+
+
+def _head(results: Results) -> str:
+    machine = results.machine
+    caches = ", ".join(f"{level} {size >> 10} KiB" for level, size in dict(machine["caches"]).items())  # type: ignore[call-overload]
+    lines = [
+        "# jax_nano and its peers\n",
+        f"{results.started}, {machine['cpu']}, {machine['cpus']} CPUs, {caches}, {machine['system']}, "
+        f"Python {machine['python']}.\n",
+        "Peers ran in turn, one at a time, round after round; numbers are medians over the rounds, ± half the",
+        "distance between the quartiles. The result of every peer was checked, every element, before it was",
+        "timed. A ratio is how many times faster jax_nano is; peak and bandwidth were measured in the same",
+        "rounds, bandwidth on a working set of the same size (an operand in a cache can beat memory).\n",
+        table(
+            ("peer", "what", "version"),
+            [(name, PEERS[name].what, version) for name, version in results.versions.items()],
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _table(results: Results, groups: Sequence[Group]) -> str:
+    present = {name for group in groups for name in group.rows}
+    peers = [name for name in PEERS if name in present and name != OURS and not PEERS[name].is_roof]
+    header = ("product", "GFLOP/s", "±", "of peak", "of bandwidth", *peers, "best peer", "vs best")
+    body = []
+    for group in groups:
+        ours, best = group.ours, group.best_peer
+        body.append(
+            (
+                group.any.case,
+                f"{ours.gflops:.1f}{_doubt(group)}" if ours else "-",
+                f"{ours.spread:.0%}" if ours else "-",
+                _percent(group.share_of("peak")),
+                _percent(group.share_of("bandwidth")),
+                *(_ratio(group.ratio_to(peer)) for peer in peers),
+                f"{best.peer} {best.gflops:.1f}" if best else "-",
+                _ratio(group.ratio_to(best.peer) if best else None),
+            )
+        )
+    doubted = any(_doubt(group) for group in groups)
+    return table(header, body) + ("\n(!) above the measured peak: not to be trusted.\n" if doubted else "")
+
+
+def _doubt(group: Group) -> str:
+    share = group.share_of("peak")
+    return " (!)" if share is not None and share > _TRUST else ""
+
+
+def _summary(groups: Sequence[Group]) -> str:
+    to_best = [r for g in groups if g.best_peer and (r := g.ratio_to(g.best_peer.peer)) is not None]
+    to_jnp = [r for g in groups if (r := g.ratio_to("jnp")) is not None]
+    if not to_best:
+        return ""
+    text = (
+        f"Geometric mean {statistics.geometric_mean(to_best):.2f} of the best peer; at least 1.00 of it on "
+        f"{sum(r >= 1 for r in to_best)} of {len(to_best)} products, lowest {min(to_best):.2f}."
+    )
+    if to_jnp:
+        text += f" Geometric mean {statistics.geometric_mean(to_jnp):.2f} of jnp, lowest {min(to_jnp):.2f}."
+    return text + "\n"
+
+
+def _scaling(results: Results) -> str:
+    settings = results.settings()
+    most = max((cores for cores, _ in settings), default=1)
+    body = []
+    for cache in dict.fromkeys(cache for _, cache in settings):
+        if (1, cache) not in settings or (most, cache) not in settings or most == 1:
+            continue
+        one = {group.any.case: group for group in results.groups(1, cache)}
+        for group in results.groups(most, cache):
+            single = one.get(group.any.case)
+            if single is None:
+                continue
+            ratios = [
+                _ratio(group.rows[name].times_faster_than(single.rows[name]))
+                if name in group.rows and name in single.rows
+                else "-"
+                for name in (OURS, "jnp")
+            ]
+            long = single.ours is not None and single.ours.median > 100e-6
+            body.append((group.any.case, cache, "yes" if long else "no", *ratios))
+    if not body:
+        return ""
+    header = ("product", "caches", "over 100 µs", OURS, "jnp")
+    return f"## {most} cores over one\n\n" + table(header, body)
+
+
+def _skipped(results: Results) -> str:
+    if not results.skipped:
+        return ""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for entry in results.skipped:
+        where = f"{entry['peer'] or 'all'}" + (f", {entry['cores']} core(s)" if entry["cores"] else "")
+        reasons.setdefault((where, str(entry["why"])), []).append(str(entry["case"] or "everything"))
+    body = [
+        (who, why, ", ".join(cases[:4]) + (f" and {len(cases) - 4} more" if len(cases) > 4 else ""))
+        for (who, why), cases in reasons.items()
+    ]
+    return "## Left out\n\n" + table(("who", "why", "where"), body)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose source is aligned as well."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *body)]
+    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines) + "\n"
