@@ -1,0 +1,107 @@
+"""Oracles: what a product must be, and how far off it may be.
+
+Values come from NumPy in float64 (longdouble for float64 products), so a result is judged by standard rounding
+analysis alone: |error| <= c * K * eps * (|A| @ |B|), element by element, plus one rounding to the result's dtype.
+That bound is the worst case; for long sums it would let a wrong operand pass. Roundings are as good as
+independent, so errors grow like sqrt(K) (Higham and Mary, 2019), and the smaller of the two bounds is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+C = 1.0
+"""The c of the worst case. eps is twice the unit roundoff, so 1 leaves a factor of two."""
+
+C_SQRT = 4.0
+"""The same for sqrt(K): eight standard deviations of K independent roundings."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a product must be: ``value`` within ``bound``, element by element, in a wide dtype."""
+
+    value: NDArray[np.floating]
+    bound: NDArray[np.floating]
+
+    def __getitem__(self, index: object) -> Expected:
+        return Expected(self.value[index], self.bound[index])
+
+    def matches(self, got: NDArray[np.generic]) -> bool:
+        """Whether ``got`` is right: same shape, Inf and NaN at the same places, the rest within the bound."""
+        return got.shape == self.value.shape and not self._wrong(got).any()
+
+    def _wrong(self, got: NDArray[np.generic]) -> NDArray[np.bool_]:
+        got = got.astype(self.value.dtype)
+        with np.errstate(invalid="ignore"):
+            near = np.abs(got - self.value) <= self.bound
+        same = (got == self.value) | (np.isnan(got) & np.isnan(self.value))
+        return ~np.where(np.isfinite(self.value), near, same)
+
+    def check(self, got: ArrayLike, context: object = "") -> None:
+        """Raises AssertionError that names the first wrong element."""
+        got = np.asarray(got)
+        assert got.shape == self.value.shape, f"{context}: shape {got.shape}, expected {self.value.shape}"
+        wrong = np.argwhere(self._wrong(got))
+        if len(wrong):
+            at = tuple(int(i) for i in wrong[0])
+            raise AssertionError(
+                f"{context}: {len(wrong)} of {got.size} elements are wrong; the first, {at}, is {got[at]}, "
+                f"expected {self.value[at]} +- {self.bound[at]}"
+            )
+
+
+def expected(
+    subscripts: str,
+    lhs: NDArray[np.generic],
+    rhs: NDArray[np.generic],
+    *,
+    out: DTypeLike | None = None,
+    acc: DTypeLike = np.float32,
+    initial: NDArray[np.generic] | None = None,
+) -> Expected:
+    """What ``einsum(subscripts, lhs, rhs)`` must be.
+
+    Args:
+      subscripts: einsum's, with two operands and an explicit result, e.g. ``"mk,kn->mn"``.
+      out: dtype of the result; default: that of the accumulator.
+      acc: dtype in which the sum is taken.
+      initial: added to the product (what C holds when a kernel accumulates).
+    """
+    acc = np.dtype(acc)
+    out = acc if out is None else np.dtype(out)
+    wide = np.longdouble if acc == np.float64 else np.float64
+    a, b = lhs.astype(wide), rhs.astype(wide)
+    terms = _contracted(subscripts, lhs) + (initial is not None)
+    with np.errstate(invalid="ignore"):
+        value = np.einsum(subscripts, a, b, optimize=wide is np.float64)
+        magnitude = np.einsum(subscripts, np.abs(a), np.abs(b), optimize=wide is np.float64)
+        if initial is not None:
+            value = value + initial.astype(wide)
+            magnitude = magnitude + np.abs(initial.astype(wide))
+        bound = min(C * terms, C_SQRT * terms**0.5) * np.finfo(acc).eps * magnitude
+        if out != acc:
+            bound = bound + np.finfo(out).eps * np.abs(value)
+    return Expected(value, bound)
+
+
+def _contracted(subscripts: str, lhs: NDArray[np.generic]) -> int:
+    """How many products each element of the result is the sum of."""
+    operands, result = subscripts.split("->")
+    sizes = dict(zip(operands.split(",")[0], lhs.shape, strict=True))
+    return int(np.prod([size for label, size in sizes.items() if label not in result], dtype=np.int64))
+
+
+def random(rng: np.random.Generator, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[np.generic]:
+    """Normal values: all distinct, both signs, no structure that a wrong permutation would keep."""
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def small_integers(
+    rng: np.random.Generator, shape: tuple[int, ...], dtype: DTypeLike = np.float32
+) -> NDArray[np.generic]:
+    """Integers in -8..8: sums of up to 2**17 of their products are exact in float32, in whatever order."""
+    return rng.integers(-8, 9, shape).astype(dtype)
