@@ -36,23 +36,22 @@ class Placement(enum.Enum):
 def placement(ctx: mlir.LoweringRuleContext) -> Placement:
     """The placement in a program that is being lowered.
 
-    An exported program outlives the process that has the callback.
+    XLA's own product serves an exported program, which outlives the process that has the callback, and a
+    shard_map over some axes of a mesh only, where XLA would not call back but gather the operands.
     """
     module = ctx.module_context
     axes = module.axis_context
     if isinstance(axes, mlir.ShardingContext):
         if axes.num_devices == 1:
             return Placement.LOCAL
-        known = axes.device_assignment is not None
-    elif isinstance(axes, mlir.SPMDAxisContext):
-        if set(axes.mesh.axis_names) == set(axes.manual_axes):
-            return Placement.LOCAL
-        known = True
-    else:
-        return Placement.LOCAL
-    if not known or module.lowering_parameters.for_export:
-        return Placement.XLA
-    return Placement.PARTITIONED
+        if axes.device_assignment is None or module.lowering_parameters.for_export:
+            return Placement.XLA
+        return Placement.PARTITIONED
+    if isinstance(axes, mlir.SPMDAxisContext):
+        automatic = set(axes.mesh.axis_names) - set(axes.manual_axes)
+        if any(axes.mesh.shape[name] > 1 for name in automatic):
+            return Placement.XLA
+    return Placement.LOCAL
 
 
 def partitioned(product: Product, labels: Labels) -> Product:
@@ -70,8 +69,11 @@ def partitioned(product: Product, labels: Labels) -> Product:
         reduced = tuple(axis for label in labels.contracting for axis in axes[label])
 
         def shard(lhs: Array, rhs: Array) -> Array:
-            out = product(lhs, rhs)
-            return jax.lax.psum(out, reduced) if reduced else out
+            # Not in the caller's mesh: if that has explicit axes, JAX 0.12 annotates the adder of the psum
+            # with shardings, and XLA then fails to recognise the addition.
+            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+                out = product(lhs, rhs)
+                return jax.lax.psum(out, reduced) if reduced else out
 
         lhs, rhs, out = (NamedSharding(mesh, _spec(dims, axes)) for dims in labels)
         return mesh, shard, out, (lhs, rhs)
