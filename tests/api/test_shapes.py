@@ -1,0 +1,207 @@
+"""The pure logic of dimension numbers, against NumPy's einsum where it means something."""
+
+from __future__ import annotations
+
+import itertools
+import string
+
+import numpy as np
+import pytest
+
+from jax_nano import _einsum, _gate, _shapes, _sharding
+from jax_nano._shapes import Labels
+
+MATMUL = (((1,), (0,)), ((), ()))
+BATCHED = (((2,), (1,)), ((0,), (0,)))
+
+
+def run(labels: Labels, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
+    names = ("".join(string.ascii_letters[x] for x in dims) for dims in labels)
+    return np.einsum("{},{}->{}".format(*names), lhs, rhs)
+
+
+def arrays(labels: Labels, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    size = {x: 2 + i for i, x in enumerate(sorted({*labels.lhs, *labels.rhs}))}
+    return tuple(rng.standard_normal([size[x] for x in dims]) for dims in labels[:2])
+
+
+def test_labels_name_the_roles() -> None:
+    labels = _shapes.labels_of(BATCHED, None, 3, 3)
+    assert labels == Labels((0, 1, 2), (0, 2, 5), (0, 1, 5))
+    assert labels.batch == (0,)
+    assert labels.contracting == (2,)
+    assert labels.lhs_free == (1,)
+    assert labels.rhs_free == (5,)
+    assert labels.out_shape((7, 3, 4), (7, 4, 5)) == (7, 3, 5)
+
+
+@pytest.mark.parametrize("out_perm", [None, *itertools.permutations(range(3))])
+def test_labels_and_dimension_numbers_are_inverse(out_perm: tuple[int, ...] | None) -> None:
+    labels = _shapes.labels_of(BATCHED, out_perm, 3, 3)
+    numbers, perm = _shapes.dimension_numbers_of(labels)
+    assert _shapes.labels_of(numbers, perm, 3, 3) == labels
+    if out_perm in (None, (0, 1, 2)):
+        assert (numbers, perm) == (BATCHED, None)
+
+
+@pytest.mark.parametrize("out_perm", [None, (1, 0, 2), (2, 1, 0)])
+def test_cotangents_are_laid_out_as_their_operands(
+    out_perm: tuple[int, ...] | None, rng: np.random.Generator
+) -> None:
+    labels = _shapes.labels_of(BATCHED, out_perm, 3, 3)
+    lhs, rhs = arrays(labels, rng)
+    out = run(labels, lhs, rhs)
+    g = rng.standard_normal(out.shape)
+    # <g, lhs rhs> is linear in each: its derivative along a direction is the cotangent's product with it.
+    for wrt, cotangent in (
+        (0, run(_shapes.lhs_cotangent(labels), g, rhs)),
+        (1, run(_shapes.rhs_cotangent(labels), lhs, g)),
+    ):
+        assert cotangent.shape == (lhs, rhs)[wrt].shape
+        direction = rng.standard_normal(cotangent.shape)
+        moved = run(labels, *((direction, rhs) if wrt == 0 else (lhs, direction)))
+        np.testing.assert_allclose(np.sum(g * moved), np.sum(cotangent * direction))
+
+
+@pytest.mark.parametrize(("lhs_dim", "rhs_dim"), [(0, 0), (2, 1), (None, 2), (1, None), (2, 0)])
+def test_batching_stacks_in_front(
+    lhs_dim: int | None, rhs_dim: int | None, rng: np.random.Generator
+) -> None:
+    labels = _shapes.labels_of(MATMUL, None, 2, 2)
+    batched = _shapes.batched(labels, lhs_dim, rhs_dim)
+    lhs = rng.standard_normal((5, 3, 4) if lhs_dim is not None else (3, 4))
+    rhs = rng.standard_normal((5, 4, 2) if rhs_dim is not None else (4, 2))
+    want = np.matmul(lhs, rhs)
+    got = run(
+        batched,
+        lhs if lhs_dim is None else np.moveaxis(lhs, 0, lhs_dim),
+        rhs if rhs_dim is None else np.moveaxis(rhs, 0, rhs_dim),
+    )
+    np.testing.assert_allclose(got, want)
+
+
+@pytest.mark.parametrize("perm", list(itertools.permutations(range(3))))
+def test_transpose_before_a_product_is_a_matter_of_labels(
+    perm: tuple[int, ...], rng: np.random.Generator
+) -> None:
+    labels = _shapes.labels_of(BATCHED, None, 3, 3)
+    lhs, rhs = arrays(labels, rng)
+    x = np.transpose(lhs, np.argsort(perm))
+    assert np.array_equal(np.transpose(x, perm), lhs)
+    folded = labels._replace(lhs=_shapes.before_transpose(labels.lhs, perm))
+    np.testing.assert_allclose(run(folded, x, rhs), run(labels, lhs, rhs))
+
+
+@pytest.mark.parametrize(
+    ("out", "lhs_shape", "rhs_shape", "stored"),
+    [
+        ((0, 1, 5), (7, 3, 4), (7, 4, 5), (0, 1, 5)),
+        ((1, 5, 0), (7, 3, 4), (7, 4, 5), (0, 1, 5)),  # rows of C would be batches
+        ((1, 0, 5), (7, 3, 4), (7, 4, 5), (1, 0, 5)),
+        ((1, 5, 0), (1, 3, 4), (1, 4, 5), (1, 5, 0)),  # a batch dimension of one does not count
+        ((5, 1, 0), (7, 1, 4), (7, 4, 1), (5, 1, 0)),  # nor do M and N
+        ((0, 1, 5), (7, 3, 4), (7, 4, 1), (0, 1, 5)),
+        ((1, 5, 0), (0, 3, 4), (0, 4, 5), (0, 1, 5)),
+    ],
+)
+def test_the_result_is_stored_in_rows(out: tuple, lhs_shape: tuple, rhs_shape: tuple, stored: tuple) -> None:
+    assert _shapes.runnable_out(Labels((0, 1, 2), (0, 2, 5), out), lhs_shape, rhs_shape) == stored
+
+
+BATCHES = [(), (1,), (3,), (2, 3), (2, 1), (1, 1), (1, 3), (4, 2, 3), (1, 2, 1)]
+
+
+@pytest.mark.parametrize("lhs_core", [(4,), (3, 4), (1, 4)])
+@pytest.mark.parametrize("rhs_core", [(4,), (4, 5), (4, 1)])
+def test_matmul_layout_is_numpys_matmul(lhs_core: tuple, rhs_core: tuple, rng: np.random.Generator) -> None:
+    for lhs_batch, rhs_batch in itertools.product(BATCHES, BATCHES):
+        lhs = rng.standard_normal((lhs_batch if len(lhs_core) > 1 else ()) + lhs_core)
+        rhs = rng.standard_normal((rhs_batch if len(rhs_core) > 1 else ()) + rhs_core)
+        layout = _shapes.matmul_layout(lhs.shape, rhs.shape)
+        try:
+            want = np.matmul(lhs, rhs)
+        except ValueError:
+            assert layout is None
+            continue
+        assert layout is not None
+        out = run(layout.labels, lhs.squeeze(layout.lhs_squeeze), rhs.squeeze(layout.rhs_squeeze))
+        np.testing.assert_allclose(np.expand_dims(out, layout.expand), want)
+
+
+def test_matmul_does_not_broadcast_sharded_dimensions() -> None:
+    assert _shapes.matmul_layout((1, 3, 4), (2, 4, 5), ("x",), (None,)) is None
+    assert _shapes.matmul_layout((2, 3, 4), (2, 4, 5), ("x",), ("y",)) is None
+    assert _shapes.matmul_layout((2, 3, 4), (2, 4, 5), ("x",), ("x",)) is not None
+    assert _shapes.matmul_layout((1, 3, 4), (1, 4, 5), ("x",), ("x",)).expand == ()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "output", "shapes"),
+    [
+        ("ii,ij", "j", [(2, 2), (2, 3)]),  # a diagonal
+        ("ij,kl", "il", [(2, 3), (4, 5)]),  # j and k summed out of one operand
+        ("ij,jk", "ii", [(2, 3), (3, 4)]),
+        ("ij,jk", "ik", [(2, 1), (3, 4)]),  # j broadcasts
+        ("ij,jk", "ik", [(2, 3, 4), (3, 4)]),
+        ("ij,jk", "il", [(2, 3), (3, 4)]),
+        ("ij", "i", [(2, 3)]),
+    ],
+)
+def test_what_is_not_one_product(inputs: str, output: str, shapes: list) -> None:
+    assert _shapes.einsum_labels(inputs.split(","), output, shapes) is None
+
+
+def test_einsum_steps() -> None:
+    def zeros(*shapes: tuple[int, ...]) -> list[np.ndarray]:
+        return [np.zeros(shape, np.float32) for shape in shapes]
+
+    (step,) = _einsum.steps("bqhd,bkhd->bhqk", zeros((2, 3, 4, 5), (2, 6, 4, 5)), "auto", None)
+    assert step.labels == Labels((0, 1, 2, 3), (0, 4, 2, 3), (0, 2, 1, 4))
+    (step,) = _einsum.steps("...ij,jk", zeros((2, 3, 4), (4, 5)), "auto", None)
+    assert step.labels.out_shape((2, 3, 4), (4, 5)) == (2, 3, 5)
+    three = _einsum.steps("ij,jk,kl", zeros((2, 3), (3, 4), (4, 5)), False, None)
+    assert [step.operands for step in three] == [(0, 1), (0, 1)] or len(three) == 2
+    assert all(step.labels is not None for step in three)
+    (diagonal,) = _einsum.steps("ii->i", zeros((3, 3)), "auto", None)
+    assert diagonal.labels is None
+    # Left to jnp.einsum: malformed, unusual forms, several steps into one sharding.
+    assert _einsum.steps("ij,jk->il", zeros((2, 3), (3, 4)), "auto", None) is None
+    assert _einsum.steps("ij,jk", zeros((2, 3), (5, 4)), "auto", None) is None
+    assert _einsum.steps(zeros((2, 3))[0], ([0, 1],), "auto", None) is None
+    assert _einsum.steps("ij,jk,kl", zeros((2, 3), (3, 4), (4, 5)), "auto", object()) is None
+
+
+def test_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gate, "enabled", True)
+    labels = _shapes.labels_of(MATMUL, None, 2, 2)
+    assert "too small" in _gate.declines(labels, (2, 2), (2, 2))
+    assert _gate.declines(labels, (512, 512), (512, 512)) is None
+    assert _gate.declines(labels, (0, 2), (2, 2)) is not None
+    monkeypatch.setattr(_gate, "enabled", False)
+    assert _gate.declines(labels, (2, 2), (2, 2)) is None
+    with pytest.raises(ValueError, match="JAX_NANO_GATE=maybe: expected one of on, off"):
+        _gate._read_switch("maybe")
+
+
+def test_sharding_rule() -> None:
+    labels = _shapes.labels_of(BATCHED, None, 3, 3)
+    assert _sharding.sharding_rule(labels) == "a b c, a c f -> a b f"
+    assert [_sharding.factor(i) for i in (0, 25, 26, 27, 26 * 26)] == ["a", "z", "ba", "bb", "baa"]
+
+
+@pytest.mark.parametrize(
+    ("lhs", "rhs", "out", "want"),
+    [
+        # m k, k n -> m n
+        ((("x",), ()), ((), ()), (("x",), ()), {0: ("x",)}),
+        (((), ("x",)), (("x",), ()), ((), ()), {1: ("x",)}),
+        (((), ("x",)), ((), ()), ((), ()), {1: ("x",)}),
+        ((("x",), ()), ((), ("x",)), ((), ("x",)), {3: ("x",)}),  # the result keeps it
+        ((("x", "y"), ()), (("y",), ()), ((), ()), {0: ("x", "y")}),  # lhs before rhs
+    ],
+)
+def test_shardings_are_settled(lhs: tuple, rhs: tuple, out: tuple, want: dict) -> None:
+    labels = _shapes.labels_of(MATMUL, None, 2, 2)
+    axes = _sharding.settle(labels, lhs, rhs, out)
+    assert {label: names for label, names in axes.items() if names} == want
+    assert set(axes) == {0, 1, 3}

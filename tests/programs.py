@@ -1,0 +1,58 @@
+"""What a test asks about a compiled program, and a way to run Python in a fresh process."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+_METADATA = re.compile(r",? *metadata=\{[^}]*\}")
+_OPCODE = re.compile(r"= (?:\([^)]*\)|\S+) ([a-z][a-z0-9-]*)\(")
+
+
+def ops(fun: Callable[..., Any], *args: Any) -> Counter[str]:
+    """How often each HLO operation occurs in the program that XLA compiles for fun(*args).
+
+    Our calls count as "product", other custom calls as "custom-call".
+    """
+    fun = fun if hasattr(fun, "lower") else jax.jit(fun)
+    text = _METADATA.sub("", fun.lower(*args).compile().as_text())
+    found = Counter(_OPCODE.findall(text))
+    products = text.count('custom_call_target="jax_nano_dot_general"')
+    return found + Counter(product=products) - Counter({"custom-call": products})
+
+
+COPIES = ("transpose", "copy", "broadcast", "gather", "reverse")
+
+
+def copies(counted: Counter[str]) -> list[str]:
+    """The operations among them that could move an operand or a result."""
+    return [name for name in COPIES if counted[name]]
+
+
+def run_python(code: str, *args: str, env: dict[str, str] | None = None, timeout: float = 120) -> str:
+    """Run code in a fresh process, outside of the source tree; its output. AssertionError if it fails."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *args],
+        env=fresh_environment(env),
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def fresh_environment(env: dict[str, str] | None = None) -> dict[str, str]:
+    """The environment, without what earlier tests or the caller set for JAX, and with `env`."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    return {**kept, "JAX_PLATFORMS": "cpu", **(env or {})}
