@@ -3,10 +3,10 @@
     for each product of the batch
       for ic in m by mc
         for pc in k by kc                 partial sums over K are added in this order, whatever the split over m, n
-          [pack A(mc x kc)]
           for jc in n by nc
             [pack B(kc x nc)]             stays in L2 while A's panels pass
             for ir in mc by mr            one panel of A stays in L1
+              [pack A(mr x kc)]           the first time; the next panel is prefetched meanwhile
               for jr in nc by nr          microkernel
 
 Sizes, strides, blocking and whether an operand is packed are fields of ``GemmArgs`` (``csrc/kernel_abi.h``).
@@ -67,7 +67,7 @@ class Gemm:
 
     # --- one row of tiles -------------------------------------------------------------------------------------
 
-    TILE_ROW = ("rsa", "csa", "rsb", "rsc", "k", "cols", "b_step", "accumulate")
+    TILE_ROW = ("rsa", "csa", "rsb", "rsc", "rs_ahead", "ahead_step", "k", "cols", "b_step", "accumulate")
 
     def _emit_tile_rows(self, module: ir.Module, symbol: str) -> list[str]:
         """One function for each number of rows 1..mr: all tiles from left to right against one panel of A."""
@@ -77,14 +77,18 @@ class Gemm:
             edges = [self._micro(m, nv, masked=True).emit(module, symbol) for nv in range(1, self.tile.nv + 1)]
             name = f"{symbol}_row{m}"
 
-            def body(a: Ptr, b: Ptr, c: Ptr, *args: I64, full: str = full, edges: list[str] = edges) -> None:
-                rsa, csa, rsb, rsc, k, cols, b_step, accumulate = args
+            def body(
+                a: Ptr, b: Ptr, c: Ptr, ahead: Ptr, *args: I64, full: str = full, edges: list[str] = edges
+            ) -> None:
+                rsa, csa, rsb, rsc, rs_ahead, ahead_step, k, cols, b_step, accumulate = args
                 nr = self.tile.nr
                 whole = cols // nr * nr
 
                 def tile_at(j: Size, kernel: str, active: Size) -> None:
-                    strides = (rsa, csa, rsb, rsc)
-                    module.call(kernel, [a, b.at(j * b_step), c.at(j), *strides, k, active, accumulate])
+                    # The tile in column t of this row fetches row t of A's next panel.
+                    next_row = ahead.at(j // nr * rs_ahead)
+                    sources = (a, b.at(j * b_step), next_row, rsa, csa, rsb, ahead_step)
+                    module.call(kernel, [*sources, k, c.at(j), rsc, active, accumulate])
 
                 ir.loop(0, whole, nr, [], lambda j: tile_at(j, full, nr))
                 rest = cols - whole
@@ -101,13 +105,15 @@ class Gemm:
 
                 ir.if_(rest.ne(0), lambda: edge(1))
 
-            module.function(name, [self.a, self.b, self.out, *["i64"] * len(self.TILE_ROW)], body, internal=True)
+            params = [self.a, self.b, self.out, self.a, *["i64"] * len(self.TILE_ROW)]
+            module.function(name, params, body, internal=True)
             names.append(name)
         return names
 
     def _micro(self, m: int, nv: int, *, masked: bool) -> Microkernel:
         tile = Tile(m, nv, self.tile.lanes, self.tile.kr)
-        return Microkernel(tile, masked, self.family, self.a, self.b, self.out)
+        main = m == self.tile.mr and not masked
+        return Microkernel(tile, main, masked, self.family, self.a, self.b, self.out)
 
     # --- the loop nest ----------------------------------------------------------------------------------------
 
@@ -137,14 +143,10 @@ class Gemm:
                     depth = ir.minimum(k - pc, kc)
                     a_source = a0.at(ic * rsa + pc * csa)
                     adds = accumulate | pc
-
-                    def packed_a() -> list[object]:
-                        module.call(pack_a, [a_source, a_pack, rows, depth, rsa, csa])
-                        inside = Packing.a_strides(rsa, csa, depth, mr)
-                        return [Ptr(a_pack.value, self.a), *inside, depth]
-
-                    a_block, a_rs, a_cs, a_step = ir.if_(
-                        packs_a, packed_a, lambda: [a_source, rsa, csa, rsa], like=[a, rsa, csa, rsa]
+                    inside = Packing.a_strides(rsa, csa, depth, mr)
+                    packed = [Ptr(a_pack.value, self.a), *inside, depth]
+                    here_or_packed = ir.if_(
+                        packs_a, lambda: packed, lambda: [a_source, rsa, csa, rsa], like=[a, rsa, csa, rsa]
                     )
 
                     def block_n(jc: Size) -> None:
@@ -160,20 +162,31 @@ class Gemm:
                         )
 
                         def panel(ir_: Size) -> None:
-                            def call(name: str) -> None:
-                                module.call(
-                                    name,
-                                    [
-                                        a_block.at(ir_ * a_step),
-                                        b_block,
-                                        c0.at((ic + ir_) * rsc + jc),
-                                        *(a_rs, a_cs, b_rs, rsc),
-                                        *(depth, cols, b_step, adds),
-                                    ],
-                                )
-
                             here = ir.minimum(rows - ir_, mr)
                             assert isinstance(here, I64)
+                            first = ir.both(packs_a, ir.equal(jc, 0))
+                            a_here = a_source.at(ir_ * rsa)
+                            ir.if_(
+                                first,
+                                lambda: module.call(pack_a, [a_here, a_pack.at(ir_ * depth), here, depth, rsa, csa]),
+                            )
+                            a_block, a_rs, a_cs, a_step = here_or_packed
+                            # What the next panel will be read from: its source if it is yet to be packed.
+                            ahead, rs_ahead, ahead_step = ir.if_(
+                                first,
+                                lambda: [a_here.at(mr * rsa), rsa, csa],
+                                lambda: [a_block.at((ir_ + mr) * a_step), a_rs, a_cs],
+                                like=[a, rsa, csa],
+                            )
+
+                            def call(name: str) -> None:
+                                strides = (a_rs, a_cs, b_rs, rsc, rs_ahead, ahead_step)
+                                c_here = c0.at((ic + ir_) * rsc + jc)
+                                a_panel = a_block.at(ir_ * a_step)
+                                module.call(
+                                    name, [a_panel, b_block, c_here, ahead, *strides, depth, cols, b_step, adds]
+                                )
+
                             ir.switch(here, [lambda name=name: call(name) for name in tile_rows], first=1)
 
                         ir.loop(0, rows, mr, [], panel)

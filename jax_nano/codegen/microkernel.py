@@ -3,24 +3,41 @@
 A microkernel reads ``mr`` rows of A and ``nr`` columns of B wherever they are (packed or in the caller's
 buffers: only strides differ) and writes one tile of C. Its generated signature is
 
-    void name(a, b, c, rsa, csa, rsb, rsc, k, cols, accumulate)
+    void name(a, b, ahead, rsa, csa, rsb, ahead_step, k, c, rsc, cols, accumulate)
 
 with strides in elements, ``k`` in steps of the family's ``kr``, and ``cols`` the columns of C that exist (only
 masked microkernels look at it: they neither read B nor touch C beyond it). Accumulators start from zero and C
-is added at the end, so that no K loop waits for C; it is prefetched at the start instead.
+is added at the end, so that no K loop waits for C; it is prefetched at the start instead. The main microkernel
+also walks ``ahead`` by ``ahead_step`` elements a K step and prefetches what it points to: A's next panel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from . import ir
 from .ir import I64, Ptr, Size, Value
 from .nanokernel import Family, step
 from .tile import Tile
 
-A_ROWS_PER_POINTER = 3  # x86 addresses p, p + s and p + 2 * s from one pointer register
+MAIN_UNROLL = 4  # K steps between two prefetches of the next panel, whose lines hold 16 f32 values of K
+A_ROWS_PER_POINTER = 7  # x86 reaches p + i * s for i = 0..6 from one pointer and the registers s, 3s and 5s
+
+
+class RowOffsets:
+    """Addresses of rows from a pointer to the first, by x86's scaled indices, without a register for each row."""
+
+    def __init__(self, stride_bytes: Size):
+        self._odd = {1: stride_bytes, 3: stride_bytes * 3, 5: stride_bytes * 5}
+
+    def of(self, first: Ptr, i: int) -> Ptr:
+        """Row ``i`` < A_ROWS_PER_POINTER."""
+        if i == 0:
+            return first
+        scale = i & -i
+        return first.at_scaled(self._odd[i // scale], scale)
 
 
 @dataclass(frozen=True)
@@ -29,6 +46,7 @@ class Microkernel:
 
     Attributes:
       tile: rows and vectors of its register tile.
+      main: this is the one that does nearly all the work: unrolled, and prefetching what comes next.
       masked: the last vector of each row may be partial, and any vector may be absent.
       family: the instructions of its nanokernel.
       a, b: dtype names of the elements in memory; converted to the family's on the way into registers.
@@ -37,6 +55,7 @@ class Microkernel:
     """
 
     tile: Tile
+    main: bool
     masked: bool
     family: Family
     a: str
@@ -44,7 +63,8 @@ class Microkernel:
     out: str
     fixed: dict[str, int] = field(default_factory=dict)
 
-    PARAMS = ("rsa", "csa", "rsb", "rsc", "k", "cols", "accumulate")
+    # What the K loop does not need comes last: it arrives on the stack and leaves the registers to the loop.
+    PARAMS = ("a", "b", "ahead", "rsa", "csa", "rsb", "ahead_step", "k", "c", "rsc", "cols", "accumulate")
 
     def name(self, prefix: str) -> str:
         return f"{prefix}_{self.tile.mr}x{self.tile.nr}{'_masked' if self.masked else ''}"
@@ -52,12 +72,14 @@ class Microkernel:
     def emit(self, module: ir.Module, prefix: str) -> str:
         """Adds the microkernel to the module (once) and returns its name."""
         name = self.name(prefix)
-        module.function(name, [self.a, self.b, self.out, *["i64"] * len(self.PARAMS)], self._body, internal=True)
+        pointers = {"a": self.a, "b": self.b, "c": self.out, "ahead": self.a}
+        params = [pointers.get(p, "i64") for p in self.PARAMS]
+        module.function(name, params, self._body, internal=True)
         return name
 
-    def _body(self, a: Ptr, b: Ptr, c: Ptr, *args: I64) -> None:
-        given: dict[str, Size] = dict(zip(self.PARAMS, args, strict=True))
-        given.update(self.fixed)
+    def _body(self, *args: Ptr | I64) -> None:
+        given: dict[str, Any] = {**dict(zip(self.PARAMS, args, strict=True)), **self.fixed}
+        a, b, c, ahead = given["a"], given["b"], given["c"], given["ahead"]
         tile, kr = self.tile, self.family.kr
         rsa, csa, rsb, rsc = given["rsa"], given["csa"], given["rsb"], given["rsc"]
         masks = self._masks(given["cols"])
@@ -67,21 +89,36 @@ class Microkernel:
                 row.at(line // ir.elem_bytes(self.out)).prefetch(write=True)
 
         bases = [a.at(i * rsa) for i in range(0, tile.mr, A_ROWS_PER_POINTER)]
+        a_row = RowOffsets(rsa * ir.elem_bytes(self.a))
         zero = ir.zeros(tile.lanes, self.family.acc)
 
-        def k_step(_: I64, *carried: Value | Ptr) -> Sequence[Value | Ptr]:
+        def k_step(*carried: Value | Ptr) -> list[Value | Ptr]:
             *pointers, b_row = carried[: len(bases) + 1]
             acc = carried[len(bases) + 1 :]
             new = step(
                 tile,
                 self.family,
-                lambda i: self._load_a(pointers[i // A_ROWS_PER_POINTER].at(i % A_ROWS_PER_POINTER * rsa)),
+                lambda i: self._load_a(a_row.of(pointers[i // A_ROWS_PER_POINTER], i % A_ROWS_PER_POINTER)),
                 lambda j: self._load_b(b_row.at(j * tile.lanes * kr), masks[j]),
                 acc,
             )
             return [*(p.at(csa * kr) for p in pointers), b_row.at(rsb * kr), *new]
 
-        out = ir.loop(0, given["k"], 1, [*bases, b, *[zero] * tile.accumulators], k_step)
+        def k_steps(_: I64, ahead: Ptr, *carried: Value | Ptr) -> list[Value | Ptr]:
+            """Several steps, and one prefetch of what comes next."""
+            ahead.prefetch()
+            now = list(carried)
+            for _ in range(MAIN_UNROLL):
+                now = k_step(*now)
+            return [ahead.at(given["ahead_step"] * (MAIN_UNROLL * kr)), *now]
+
+        state: list[Value | Ptr] = [*bases, b, *[zero] * tile.accumulators]
+        k = rest = given["k"]
+        # Both counters run up to zero, which needs no register for a limit.
+        if self.main:
+            rest = k % MAIN_UNROLL
+            _, *state = ir.loop(0 - k // MAIN_UNROLL, 0, 1, [ahead, *state], k_steps)
+        out = ir.loop(0 - rest, 0, 1, state, lambda _, *carried: k_step(*carried))
         self._store(rows, out[len(bases) + 1 :], masks, given["accumulate"])
 
     def _masks(self, cols: Size) -> list[Value | None]:
@@ -109,5 +146,4 @@ class Microkernel:
                         value = ir.add_vectors(old, value)
                     p.store(ir.convert(value, self.family.acc, self.out), masks[j])
 
-        assert isinstance(accumulate, I64)
-        ir.if_(accumulate.ne(0), lambda: write(True), lambda: write(False))
+        ir.if_(ir.negate(ir.equal(accumulate, 0)), lambda: write(True), lambda: write(False))

@@ -17,11 +17,18 @@ from .ir import I64, Ptr, Size, Value
 from .tile import Tile
 
 
-def copy_row(source: Ptr, target: Ptr, count: Size, lanes: int, *, panel: str) -> None:
-    """Copies ``count`` contiguous elements, converting them; may store up to ``lanes`` elements too many."""
+PREFETCH_ROWS = 4  # rows of a strided operand to fetch ahead while it is packed
+
+
+def copy_row(source: Ptr, target: Ptr, count: Size, lanes: int, *, panel: str, ahead: Size) -> None:
+    """Copies ``count`` contiguous elements, converting them; may store up to ``lanes`` elements too many.
+
+    The elements ``ahead`` of those copied are prefetched: the next row, which the hardware cannot guess.
+    """
     whole = (count // lanes) * lanes if isinstance(count, I64) else count // lanes * lanes
 
     def vector(offset: I64) -> None:
+        source.at(offset + ahead).prefetch()
         target.at(offset).store(ir.convert(source.at(offset).load(lanes), source.elem, panel))
 
     ir.loop(0, whole, lanes, [], vector)
@@ -144,7 +151,7 @@ class Packing:
 
         def contiguous_rows() -> None:
             def row(i: Size) -> None:
-                copy_row(a.at(i * rsa), panels.at(i * k), k, self.lanes, panel=self.a_panel)
+                copy_row(a.at(i * rsa), panels.at(i * k), k, self.lanes, panel=self.a_panel, ahead=rsa)
 
             ir.loop(0, rows, 1, [], row)
 
@@ -182,18 +189,24 @@ class Packing:
     def _copy_b_rows(self, b: Ptr, panels: Ptr, k: Size, cols: Size, rsb: Size) -> None:
         nr, lanes = self.tile.nr, self.lanes
 
-        def copy_panel(p: Size, masks: list[Value | None]) -> None:
-            def row(kk: Size) -> None:
-                source, target = b.at(kk * rsb + p), panels.at(p * k + kk * nr)
-                for o, mask in zip(range(0, nr, lanes), masks, strict=True):
-                    target.at(o).store(ir.convert(source.at(o).load(lanes, mask), self.b, self.b_panel))
-
-            ir.loop(0, k, 1, [], row)
-
         whole = cols // nr * nr
-        ir.loop(0, whole, nr, [], lambda p: copy_panel(p, [None] * self.tile.nv))
         edge = [ir.lane_mask(cols - whole - o, lanes) for o in range(0, nr, lanes)]
-        ir.if_(ir.negate(ir.equal(whole, cols)), lambda: copy_panel(whole, list(edge)))
+
+        def copy(source: Ptr, target: Ptr, masks: list[Value | None]) -> None:
+            for o, mask in zip(range(0, nr, lanes), masks, strict=True):
+                source.at(o + PREFETCH_ROWS * rsb).prefetch()
+                target.at(o).store(ir.convert(source.at(o).load(lanes, mask), self.b, self.b_panel))
+
+        def row(kk: Size) -> None:
+            """A row goes to all panels at once, so that it is read from end to end."""
+            source, target = b.at(kk * rsb), panels.at(kk * nr)
+            ir.loop(0, whole, nr, [], lambda p: copy(source.at(p), target.at(p * k), [None] * self.tile.nv))
+            ir.if_(
+                ir.negate(ir.equal(whole, cols)),
+                lambda: copy(source.at(whole), target.at(whole * k), list(edge)),
+            )
+
+        ir.loop(0, k, 1, [], row)
 
     def _transpose_b(self, b: Ptr, panels: Ptr, k: Size, cols: Size, csb: Size) -> None:
         nr, lanes = self.tile.nr, self.lanes
