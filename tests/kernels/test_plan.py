@@ -1,0 +1,270 @@
+"""Planning, which runs nothing: for both targets on any machine, with caches of our choice."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from contraction import Contraction, random_contraction
+
+ZEN4 = (32 << 10, 1 << 20, 32 << 20)
+SMALL = (32 << 10, 256 << 10, 8 << 20)
+HUGE = (48 << 10, 16 << 20, 1 << 30)
+TARGETS = ["x86-64-v3", "x86-64-v4"]
+
+
+def plan(subscripts, *, target="x86-64-v4", threads=1, caches=ZEN4, **sizes):
+    return Contraction(subscripts, **sizes).plan(target=target, threads=threads, caches=caches)
+
+
+def loops(p):
+    return {k: p[k] for k in ("m", "n", "k", "rsa", "csa", "rsb", "csb", "rsc")}
+
+
+class TestLoops:
+    def test_matmul(self):
+        p = plan("mk,kn->mn", m=3, n=5, k=7)
+        assert loops(p) == {"m": 3, "n": 5, "k": 7, "rsa": 7, "csa": 1, "rsb": 5, "csb": 1, "rsc": 5}
+        assert (p["swapped"], p["batch"], p["outer"], p["k_outer"]) == (False, 1, [], [])
+
+    @pytest.mark.parametrize(
+        ("subscripts", "rsa", "csa", "rsb", "csb"),
+        [("mk,kn->mn", 7, 1, 5, 1), ("km,kn->mn", 1, 3, 5, 1), ("mk,nk->mn", 7, 1, 1, 7), ("km,nk->mn", 1, 3, 1, 7)],
+    )
+    def test_transposes_are_strides(self, subscripts, rsa, csa, rsb, csb):
+        p = plan(subscripts, m=3, n=5, k=7)
+        assert (p["rsa"], p["csa"], p["rsb"], p["csb"]) == (rsa, csa, rsb, csb)
+        assert p["pack_b"] or csb == 1
+
+    def test_transposed_result_swaps_roles(self):
+        p = plan("mk,kn->nm", m=3, n=5, k=7)
+        assert p["swapped"]
+        assert loops(p) == {"m": 5, "n": 3, "k": 7, "rsa": 1, "csa": 5, "rsb": 1, "csb": 7, "rsc": 3}
+
+    def test_batch_runs_in_the_kernel(self):
+        p = plan("bmk,bkn->bmn", b=4, m=3, n=5, k=7)
+        assert (p["batch"], p["bsa"], p["bsb"], p["bsc"], p["outer"]) == (4, 21, 35, 15, [])
+
+    def test_adjacent_batch_dimensions_merge(self):
+        p = plan("abcmk,abckn->abcmn", a=2, b=3, c=4, m=3, n=5, k=7)
+        assert (p["batch"], p["outer"]) == (24, [])
+
+    def test_broadcast_weights_are_one_product(self):
+        """A batch dimension of one operand is M, and merges with it."""
+        p = plan("bmk,kn->bmn", b=4, m=3, n=5, k=7)
+        assert (p["m"], p["batch"], p["products"]) == (12, 1, 1)
+
+    def test_broadcast_lhs_has_stride_zero(self):
+        p = plan("mk,bkn->bmn", b=4, m=3, n=5, k=7)
+        assert (p["batch"], p["bsa"], p["bsb"], p["bsc"]) == (4, 0, 35, 15)
+
+    def test_attention_scores(self):
+        p = plan("bqhd,bkhd->bhqk", b=2, q=11, h=3, d=8, k=13)
+        assert (p["m"], p["n"], p["k"]) == (11, 13, 8)
+        assert (p["rsa"], p["csa"], p["rsb"], p["csb"]) == (24, 1, 1, 24)
+        assert (p["batch"], p["outer"], p["products"]) == (3, [(2, 264, 312, 429)], 6)
+
+    def test_attention_values(self):
+        p = plan("bhqk,bkhd->bqhd", b=2, q=11, h=3, d=8, k=13)
+        assert (p["m"], p["n"], p["k"], p["rsc"], p["pack_b"]) == (11, 8, 13, 24, False)
+        assert p["products"] == 6
+
+    def test_contracting_dimensions_merge(self):
+        p = plan("mij,ijn->mn", m=3, n=5, i=4, j=6)
+        assert (p["k"], p["k_outer"]) == (24, [])
+
+    def test_contracting_dimensions_that_do_not_merge_are_passes(self):
+        p = plan("mij,jin->mn", m=3, n=5, i=4, j=6)
+        assert (p["k"], p["csa"], p["rsb"]) == (6, 1, 20)
+        assert p["k_outer"] == [(4, 6, 5, 0)]
+
+    def test_free_dimensions_that_do_not_merge_are_loops(self):
+        p = plan("xkm,kn->xmn", x=4, m=30, n=5, k=7)
+        assert (p["m"], p["rsa"], p["batch"], p["bsa"], p["bsb"], p["bsc"]) == (30, 1, 4, 210, 0, 150)
+        p = plan("mk,xkn->mxn", x=40, m=3, n=5, k=7)
+        assert (p["n"], p["batch"], p["bsa"], p["bsb"], p["bsc"]) == (5, 40, 0, 35, 5)
+
+    def test_unit_dimensions_vanish(self):
+        assert loops(plan("aubmk,akvn->aubmvn", a=1, u=1, b=1, m=3, n=5, k=7, v=1)) == loops(
+            plan("mk,kn->mn", m=3, n=5, k=7)
+        )
+
+    @pytest.mark.parametrize(
+        ("subscripts", "m", "n", "swapped"),
+        [
+            ("k,kn->n", 1, 5, False),  # rows of the matrix are B's
+            ("k,nk->n", 5, 1, True),  # rows of the matrix are A's
+            ("mk,k->m", 3, 1, False),
+            ("km,k->m", 1, 3, True),
+        ],
+    )
+    def test_matrix_times_vector_never_packs(self, subscripts, m, n, swapped):
+        p = plan(subscripts, m=3, n=5, k=7)
+        assert (p["m"], p["n"], p["swapped"], p["pack_b"]) == (m, n, swapped, False)
+
+    def test_inner_and_outer_product(self):
+        assert loops(plan("k,k->", k=7)) | {"rsa": 0, "rsc": 0} == {
+            **{"m": 1, "n": 1, "k": 7, "rsa": 0, "csa": 1, "rsb": 1, "csb": 1, "rsc": 0}
+        }
+        p = plan("m,n->mn", m=3, n=5)
+        assert (p["m"], p["n"], p["k"], p["rsa"], p["csb"], p["rsc"]) == (3, 5, 1, 1, 1, 5)
+
+    def test_elementwise_product_is_a_batch(self):
+        p = plan("ab,ab->ab", a=3, b=4)
+        assert (p["batch"], p["m"], p["n"], p["k"]) == (12, 1, 1, 1)
+
+    def test_empty_sum(self):
+        p = plan("mij,ijn->mn", m=3, n=5, i=0, j=6)
+        assert (p["k"], p["m"], p["n"], p["empty"]) == (0, 3, 5, False)
+
+    @pytest.mark.parametrize("zero", ["b", "m", "n"])
+    def test_empty_result(self, zero):
+        assert plan("bmk,bkn->bmn", **{"b": 2, "m": 3, "n": 5, "k": 7, zero: 0})["empty"]
+
+    @pytest.mark.parametrize("target", TARGETS)
+    def test_loops_compute_the_contraction(self, target):
+        """The plan, executed in NumPy by its loops and strides alone, is einsum."""
+        for seed in range(300):
+            rng = np.random.default_rng(seed)
+            c = random_contraction(rng)
+            lhs, rhs = (rng.integers(-5, 6, shape) for shape in c.shapes[:2])
+            assert np.array_equal(interpret(c, c.plan(target=target), lhs, rhs), np.einsum(c.subscripts, lhs, rhs)), c
+
+
+def interpret(c, p, lhs, rhs):
+    a, b = (rhs, lhs) if p["swapped"] else (lhs, rhs)
+    a, b, out = a.ravel(), b.ravel(), np.zeros(int(np.prod(c.shapes[2])), lhs.dtype)
+    nest = [
+        *p["outer"],
+        (p["batch"], p["bsa"], p["bsb"], p["bsc"]),
+        *p["k_outer"],
+        (p["m"], p["rsa"], 0, p["rsc"]),
+        (p["n"], 0, p["csb"], 1),
+        (p["k"], p["csa"], p["rsb"], 0),
+    ]
+    at = np.zeros((1, 3), np.int64)
+    for size, *strides in nest:
+        at = (at[:, None] + np.arange(size)[None, :, None] * np.array(strides)).reshape(-1, 3)
+    np.add.at(out, at[:, 2], a[at[:, 0]] * b[at[:, 1]])
+    return out.reshape(c.shapes[2])
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("lhs", "rhs", "labels", "message"),
+        [
+            ([3, 4], [5, 6], "01,12,02", r"float32\[3,4\]\{0,1\}.*label 1 has sizes 4 and 5"),
+            ([3, 4], [4, 6], "0,12,02", "1 labels for 2 dimensions"),
+            ([3, 3], [3, 6], "00,02,02", "label 0 repeated"),
+            ([3, 4], [4, 6], "01,12,023", "result label 3 stands in no operand"),
+            ([3, 4], [5, 6], "01,23,02", "label 1 stands in one operand only"),
+            ([2, 3, 4], [2, 4, 6], "012,023,130", "last dimension is a batch dimension"),
+            ([-3, 4], [4, 6], "01,12,02", "negative size"),
+            ([2**32, 2**32], [2**32, 2], "01,12,02", "larger than the address space"),
+            ([2**31, 2], [2, 2**31], "01,12,02", "larger than the address space"),
+        ],
+    )
+    def test_arrays_that_do_not_fit(self, lhs, rhs, labels, message):
+        from jax_nano import _runtime
+
+        labels = [[int(x) for x in term] for term in labels.split(",")]
+        with pytest.raises(ValueError, match=message):
+            _runtime.plan(lhs, rhs, *labels, *["float32"] * 3, 1, "x86-64-v3")
+
+    @pytest.mark.parametrize("dtype", ["float128", "object", "int32"])
+    def test_dtypes_without_kernel(self, dtype):
+        with pytest.raises(ValueError, match=rf"{dtype}.* \[?.*|no kernel"):
+            Contraction("mk,kn->mn", m=3, n=5, k=7).plan(dtypes=(dtype, "float32", "float32"), target="x86-64-v3")
+
+    def test_unknown_target(self):
+        with pytest.raises(ValueError, match="unknown target: z80"):
+            plan("mk,kn->mn", m=3, n=5, k=7, target="z80")
+
+
+def shapes():
+    rng = np.random.default_rng(0)
+    fixed = [(1, 1, 1), (512, 512, 512), (4096, 4096, 4096), (1, 100_000, 100_000), (100_000, 1, 100_000), (7, 13, 10**7)]
+    return [*fixed, (2**20, 2**20, 3), *(tuple(int(x) for x in 10 ** rng.uniform(0, 4.5, 3)) for _ in range(100))]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+class TestBlocking:
+    @pytest.mark.parametrize("subscripts", ["mk,kn->mn", "km,nk->mn"])
+    @pytest.mark.parametrize("caches", [ZEN4, SMALL, HUGE])
+    def test_bounds(self, target, subscripts, caches):
+        mr, nr = {"x86-64-v3": (6, 16), "x86-64-v4": (14, 32)}[target]
+        for m, n, k in shapes():
+            p = plan(subscripts, m=m, n=n, k=k, target=target, caches=caches, threads=3)
+            assert p["workspace_bytes"] <= 8 << 20
+            assert p["mc"] % mr == 0
+            assert p["nc"] % nr == 0
+            assert p["mc"] < p["m"] + mr
+            assert p["nc"] < p["n"] + nr
+            assert 1 <= p["kc"] <= 512
+            assert p["pack_b"] or p["csb"] == 1
+            assert p["nc"] * p["kc"] * 4 <= max(0.75 * caches[1], nr * p["kc"] * 4)
+
+    def test_no_tiny_last_block(self, target):
+        for k in range(1, 3000, 7):
+            p = plan("mk,kn->mn", m=100, n=100, k=k, target=target)
+            last = k % p["kc"] or p["kc"]
+            assert last > 0.9 * p["kc"] or k < p["kc"]
+
+    def test_kc_depends_on_k_alone(self, target):
+        """Or else results would depend on the number of threads, or on the machine's caches."""
+        for k in (1, 100, 385, 5000):
+            kcs = {
+                plan("mk,kn->mn", m=m, n=n, k=k, target=target, caches=caches, threads=threads)["kc"]
+                for m, n in ((1, 1), (100, 3000), (3000, 100))
+                for caches in (ZEN4, SMALL, HUGE)
+                for threads in (1, 2, 7)
+            }
+            assert len(kcs) == 1
+
+    def test_small_products_pack_nothing(self, target):
+        for size in (1, 8, 16, 32):
+            p = plan("bmk,bkn->bmn", b=100, m=size, n=size, k=size, target=target)
+            assert (p["pack_a"], p["pack_b"], p["workspace_bytes"]) == (False, False, 0)
+
+    def test_large_products_pack_both(self, target):
+        p = plan("mk,kn->mn", m=1024, n=1024, k=1024, target=target)
+        assert (p["pack_a"], p["pack_b"]) == (True, True)
+
+    def test_one_row_packs_nothing(self, target):
+        p = plan("mk,kn->mn", m=1, n=4096, k=4096, target=target)
+        assert (p["pack_a"], p["pack_b"]) == (False, False)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+class TestSplit:
+    def test_one_thread_does_not_split(self, target):
+        assert plan("mk,kn->mn", m=4096, n=4096, k=4096, target=target)["split"] == (1, 1, 1)
+
+    def test_tiny_products_do_not_hop_threads(self, target):
+        assert plan("mk,kn->mn", m=32, n=32, k=32, threads=8, target=target)["split"] == (1, 1, 1)
+        assert plan("bmk,bkn->bmn", b=16, m=16, n=16, k=16, threads=8, target=target)["split"] == (1, 1, 1)
+
+    def test_items_are_worth_a_thread(self, target):
+        for m, n, k in shapes():
+            p = plan("mk,kn->mn", m=m, n=n, k=k, threads=64, target=target)
+            items = np.prod(p["split"])
+            assert items == 1 or m * n * k / items >= 64 << 10
+
+    @pytest.mark.parametrize("threads", [2, 3, 4, 7, 16])
+    def test_large_products_keep_every_thread_busy(self, target, threads):
+        for sizes in [(1024, 1024, 1024), (64, 8192, 1024), (8192, 64, 1024)]:
+            m, n, k = sizes
+            p = plan("mk,kn->mn", m=m, n=n, k=k, threads=threads, target=target)
+            assert np.prod(p["split"]) >= threads
+
+    def test_batches_are_split_whole(self, target):
+        products, m, n = plan("bmk,bkn->bmn", b=512, m=32, n=32, k=32, threads=4, target=target)["split"]
+        assert products >= 4
+        assert (m, n) == (1, 1)
+
+    def test_few_products_are_split_inside_too(self, target):
+        p = plan("bmk,bkn->bmn", b=3, m=512, n=512, k=512, threads=8, target=target)
+        assert np.prod(p["split"]) >= 8
+
+    def test_thin_products_are_split_along_their_length(self, target):
+        assert plan("mk,kn->mn", m=4, n=8192, k=4096, threads=2, target=target)["split"][1] == 1
+        assert plan("mk,kn->mn", m=8192, n=4, k=4096, threads=2, target=target)["split"][2] == 1
