@@ -54,6 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     callers.set_defaults(command=_callers)
     callers.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
 
+    gate = commands.add_parser("gate", help="tiny products, ours beside XLA's: where the decline gate belongs")
+    gate.set_defaults(command=_gate)
+    gate.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
+
     shapes = commands.add_parser("list", help="list the products of a suite")
     shapes.set_defaults(command=_list)
     shapes.add_argument("--suite", choices=SUITES, default="full")
@@ -136,6 +140,13 @@ def _callers(args: argparse.Namespace) -> int:
     from benchmarks import callers
 
     print(callers.report(quick=args.quick))
+    return 0
+
+
+def _gate(args: argparse.Namespace) -> int:
+    from benchmarks import gate
+
+    print(gate.report(quick=args.quick))
     return 0
 
 

@@ -7,12 +7,15 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from benchmarks import ROOT
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +27,11 @@ class Dtype:
     limit: int
 
     @property
-    def operand_dtype(self) -> np.dtype:
+    def operand_dtype(self) -> np.dtype[Any]:
         return _dtype(self.operand)
 
     @property
-    def out_dtype(self) -> np.dtype:
+    def out_dtype(self) -> np.dtype[Any]:
         return _dtype(self.out)
 
 
@@ -44,7 +47,7 @@ DTYPES = {
 }
 
 
-def _dtype(name: str) -> np.dtype:
+def _dtype(name: str) -> np.dtype[Any]:
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
@@ -63,7 +66,7 @@ class Gemm:
     b_batch: tuple[int, ...]
     c_batch: tuple[int, ...]
 
-    def offsets(self, strides: Sequence[int]) -> np.ndarray:
+    def offsets(self, strides: Sequence[int]) -> Array:
         """Where each product of the batch starts, in elements."""
         index = itertools.product(*map(range, self.batch))
         return np.array([sum(i * s for i, s in zip(at, strides, strict=True)) for at in index], np.int64)
@@ -163,25 +166,25 @@ class Case:
 
         return axes(lhs, m, k), axes(rhs, k, n), axes(out, m, n)
 
-    def exact_operands(self) -> tuple[np.ndarray, np.ndarray]:
+    def exact_operands(self) -> tuple[Array, Array]:
         """Small integers, so that every order of summation gives the same result, to the last bit."""
         rng = np.random.default_rng(1)
         dtype = DTYPES[self.dtype]
         return self._draw(lambda shape: rng.integers(-dtype.limit, dtype.limit, shape, endpoint=True))
 
-    def random_operands(self) -> tuple[np.ndarray, np.ndarray]:
+    def random_operands(self) -> tuple[Array, Array]:
         """Normal reals (or integers of the full range): what is timed."""
         rng = np.random.default_rng(2)
         if DTYPES[self.dtype].operand_dtype.kind == "i":
             return self._draw(lambda shape: rng.integers(-128, 127, shape, np.int8, endpoint=True))
         return self._draw(lambda shape: rng.standard_normal(shape, np.float32))
 
-    def _draw(self, draw) -> tuple[np.ndarray, np.ndarray]:
+    def _draw(self, draw: Callable[[tuple[int, ...]], Array]) -> tuple[Array, Array]:
         lhs, rhs, _ = self.shapes
         dtype = DTYPES[self.dtype].operand_dtype
         return draw(lhs).astype(dtype), draw(rhs).astype(dtype)
 
-    def exact_result(self) -> np.ndarray:
+    def exact_result(self) -> Array:
         """The product of `exact_operands`, computed exactly and rounded once to the result's dtype."""
         lhs, rhs = (operand.astype(np.float64) for operand in self.exact_operands())
         exact = np.empty(self.shapes[2])
@@ -199,7 +202,7 @@ def _strides(labels: str, size: dict[str, int]) -> dict[str, int]:
     return strides
 
 
-def _from_json(entry: dict, dtype: str) -> Case:
+def _from_json(entry: dict[str, Any], dtype: str) -> Case:
     if "einsum" in entry:
         return Case(entry["group"], entry["einsum"], tuple(entry["dims"].items()), dtype, is_einsum=True)
     lhs = {"N": "mk", "T": "km"}[entry["layout"][0]]
@@ -210,14 +213,14 @@ def _from_json(entry: dict, dtype: str) -> Case:
     return Case(entry["group"], f"z{lhs},z{rhs}->zmn", (("z", entry["batch"]), *dims), dtype)
 
 
-def matmul(m: int, n: int, k: int, dtype: str = "f32", *, layout: str = "NN", batch: int = 0, group="") -> Case:
+def matmul(m: int, n: int, k: int, dtype: str = "f32", *, layout: str = "NN", batch: int = 0, group: str = "") -> Case:
     """A case that is not in the list of shapes."""
     entry = {"group": group, "m": m, "n": n, "k": k, "layout": layout}
     return _from_json(entry | ({"batch": batch} if batch else {}), dtype)
 
 
 @functools.cache
-def _listed() -> dict:
+def _listed() -> dict[str, Any]:
     return json.loads((ROOT / "benchmarks" / "shapes.json").read_text())
 
 
@@ -270,10 +273,10 @@ SUITES = {
 }
 
 
-def select(suite: str, only: Iterable[str] = (), dtypes: Iterable[str] = (), groups: Iterable[str] = ()):
+def select(suite: str, only: Iterable[str] = (), dtypes: Iterable[str] = (), groups: Iterable[str] = ()) -> list[Case]:
     """The cases of a suite whose key holds one of `only`, in these dtypes and groups (empty: all).
 
-    A dtype that the suite does not have is added: every one of its shapes in that dtype.
+    Named dtypes replace the suite's own: every one of its shapes in each of them.
     """
     cases = SUITES[suite][1]()
     only, dtypes, groups = tuple(only), tuple(dtypes), tuple(groups)

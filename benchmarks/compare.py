@@ -45,5 +45,3 @@ def _change(old: Group, new: Group) -> tuple[float, float] | None:
 def _normal(group: Group, row: Row) -> float:
     peak = group.rows.get("peak")
     return row.median / peak.median if peak else row.median
-
-

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import pathlib
 import platform
+from typing import Any
+
+_VECTOR_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
 
 
 def cpus() -> tuple[int, ...]:
@@ -18,7 +21,7 @@ def last_level_cache() -> int:
     return max(sizes, default=32 << 20)
 
 
-def describe() -> dict[str, object]:
+def describe() -> dict[str, Any]:
     """What the report says about the machine."""
     return {
         "cpu": _cpu_model(),
@@ -30,12 +33,13 @@ def describe() -> dict[str, object]:
 
 
 def _cpu_model() -> str:
-    fields = {}
+    fields: dict[str, str] = {}
     for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
         fields.setdefault(name.strip(), value.strip())
     family, model = fields.get("cpu family", "?"), fields.get("model", "?")
-    wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_int8") if flag in fields.get("flags", "").split()]
+    flags = fields.get("flags", "").split()
+    wide = [name for name in _VECTOR_FLAGS if name in flags]
     return f"{fields.get('model name', platform.processor())} (family {family}, model {model}; {' '.join(wide)})"
 
 

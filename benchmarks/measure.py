@@ -9,12 +9,13 @@ import pathlib
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from benchmarks import machine, native
-from benchmarks.cases import Case
+from benchmarks.cases import Array, Case
 from benchmarks.peers import PEERS
 from benchmarks.report import Results, Row
 from benchmarks.worker import Failed, Setup, Worker
@@ -49,7 +50,7 @@ def run(plan: Plan) -> Results:
         progress = stack.enter_context(tqdm(total=len(plan.cases) * len(plan.caches), unit="case", smoothing=0))
         for case in plan.cases:
             reference = scratch / "exact.npy"
-            np.save(reference, _as_integers(case.exact_result()))
+            np.save(reference, as_integers(case.exact_result()))
             for cache in plan.caches:
                 progress.set_description(f"{case.key} {cache}"[:48].ljust(48))
                 _measure(plan, pool, results, case, cache, reference)
@@ -57,8 +58,8 @@ def run(plan: Plan) -> Results:
     return results
 
 
-def _as_integers(array: np.ndarray) -> np.ndarray:
-    """The same bits in a dtype that .npy files know; `worker._check` views them back."""
+def as_integers(array: Array) -> Array:
+    """The same bits in a dtype that .npy files know; `worker.check` views them back."""
     return array.view(f"i{array.dtype.itemsize}")
 
 
@@ -90,7 +91,7 @@ class _Pool:
                 if (name, cores) not in self._missing:
                     yield name, cores
 
-    def ask(self, method: str, name: str, cores: int, *args: object):
+    def ask(self, method: str, name: str, cores: int, *args: object) -> Any:
         key = (PEERS[name].worker, cores)
         try:
             return self._workers[key].ask(method, name, *args)
@@ -164,10 +165,10 @@ def _measure(plan: Plan, pool: _Pool, results: Results, case: Case, cache: str, 
                 results.skip(case.key, name, cores, str(error))
                 del samples[name, cores]
 
-    for (name, cores), seconds in samples.items():
+    for (name, cores), measured in samples.items():
         with contextlib.suppress(Failed):
             pool.ask("close", name, cores)
-        results.rows.append(Row.of(case, name, cores, cache, seconds))
+        results.rows.append(Row.of(case, name, cores, cache, measured))
 
 
 def _calibrate(plan: Plan, pool: _Pool, name: str, cores: int) -> tuple[int, float]:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from benchmarks.peers import OURS
 from benchmarks.report import Group, Results, Row
@@ -34,13 +36,13 @@ def save(results: Results, folder: pathlib.Path) -> list[pathlib.Path]:
     return paths
 
 
-def _write(figure: plt.Figure, path: pathlib.Path) -> pathlib.Path:
+def _write(figure: Figure, path: pathlib.Path) -> pathlib.Path:
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
     return path
 
 
-def _roofline(groups: Sequence[Group], title: str) -> plt.Figure:
+def _roofline(groups: Sequence[Group], title: str) -> Figure:
     figure, axes = plt.subplots(figsize=(9, 6))
     intensities = [group.any.flops / group.any.bytes for group in groups]
     x = np.geomspace(min(intensities) / 2, max(intensities) * 2, 200)
@@ -78,12 +80,12 @@ def _memory_bandwidth(groups: Sequence[Group]) -> float | None:
     return largest.bytes / largest.median / 1e9
 
 
-def _scatter(axes: plt.Axes, rows: Sequence[Row], color: str, marker: str, label: str) -> None:
+def _scatter(axes: Axes, rows: Sequence[Row], color: str, marker: str, label: str) -> None:
     x = [row.flops / row.bytes for row in rows]
     axes.scatter(x, [row.gflops for row in rows], c=color, marker=marker, s=22, alpha=0.75, label=label, lw=1)
 
 
-def _ratios(groups: Sequence[Group], title: str) -> plt.Figure:
+def _ratios(groups: Sequence[Group], title: str) -> Figure:
     compared = [
         (group, best, ratio)
         for group in groups

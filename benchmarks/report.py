@@ -8,6 +8,7 @@ import json
 import pathlib
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from benchmarks.cases import Case
 from benchmarks.peers import OURS, PEERS
@@ -31,9 +32,7 @@ class Row:
 
     @classmethod
     def of(cls, case: Case, peer: str, cores: int, cache: str, seconds: Iterable[float]) -> Row:
-        return cls(
-            case.key, case.group, case.dtype, case.flops, case.bytes, peer, cores, cache, tuple(seconds)
-        )
+        return cls(case.key, case.group, case.dtype, case.flops, case.bytes, peer, cores, cache, tuple(seconds))
 
     @property
     def median(self) -> float:
@@ -92,14 +91,14 @@ class Group:
 class Results:
     """One run."""
 
-    machine: dict[str, object]
+    machine: dict[str, Any]
     started: str
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     rows: list[Row] = dataclasses.field(default_factory=list)
     skipped: list[dict[str, object]] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def begin(cls, machine: dict[str, object]) -> Results:
+    def begin(cls, machine: dict[str, Any]) -> Results:
         return cls(machine, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
 
     def skip(self, case: str, peer: str, cores: int, why: str) -> None:
@@ -151,11 +150,11 @@ def markdown(results: Results) -> str:
 
 def _head(results: Results) -> str:
     machine = results.machine
-    caches = ", ".join(f"{level} {size >> 10} KiB" for level, size in dict(machine["caches"]).items())  # type: ignore[call-overload]
+    caches = ", ".join(f"{level} {size >> 10} KiB" for level, size in machine["caches"].items())
+    where = (machine["cpu"], f"{machine['cpus']} CPUs", caches, machine["system"], f"Python {machine['python']}")
     lines = [
         "# jax_nano and its peers\n",
-        f"{results.started}, {machine['cpu']}, {machine['cpus']} CPUs, {caches}, {machine['system']}, "
-        f"Python {machine['python']}.\n",
+        f"{results.started}, {', '.join(where)}.\n",
         "Peers ran in turn, one at a time, round after round; numbers are medians over the rounds, ± half the",
         "distance between the quartiles. The result of every peer was checked, every element, before it was",
         "timed. A ratio is how many times faster jax_nano is; peak and bandwidth were measured in the same",

@@ -109,7 +109,7 @@ class _Peers:
         runner.load([case.exact_operands()] * pairs)
         runner.run(1)
         for result in runner.results():
-            _check(case, result, reference)
+            check(case, result, reference)
         runner.load([case.random_operands()] * pairs)
 
     def run(self, peer: str, trips: int) -> float:
@@ -119,7 +119,7 @@ class _Peers:
         self._runners[peer].close()
 
 
-def _check(case: Any, result: Any, reference: str) -> None:
+def check(case: Any, result: Any, reference: str) -> None:
     """Raises unless the result is the exact one, which is in the file `reference`.
 
     The operands are small integers: every order of summation has the same exact sum. A result of 16

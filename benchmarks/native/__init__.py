@@ -33,8 +33,8 @@ def build(name: str) -> str:
         return ""
     library.parent.mkdir(parents=True, exist_ok=True)
     unfinished = library.with_suffix(".tmp")
-    command = [compiler, "-O3", "-shared", "-fPIC", "-o", unfinished, _HERE / f"{name}.c", *_LINK[name]]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [compiler, "-O3", "-shared", "-fPIC", "-o", str(unfinished), str(_HERE / f"{name}.c")]
+    result = subprocess.run([*command, *_LINK[name]], capture_output=True, text=True, check=False)
     if result.returncode == 0:
         unfinished.replace(library)
         return ""

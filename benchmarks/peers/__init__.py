@@ -7,11 +7,9 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import numpy as np
+from benchmarks.cases import Array, Case
 
-from benchmarks.cases import Case
-
-Operands = Sequence[tuple[np.ndarray, np.ndarray]]
+Operands = Sequence[tuple[Array, Array]]
 
 
 class Unavailable(Exception):
@@ -36,7 +34,7 @@ class Runner(Protocol):
 
     def run(self, trips: int) -> float: ...
 
-    def results(self) -> list[np.ndarray]: ...
+    def results(self) -> list[Array]: ...
 
     def close(self) -> None: ...
 

@@ -6,14 +6,13 @@ The timing loops are C as well (benchmarks/native), so that no time of Python's 
 from __future__ import annotations
 
 import ctypes
-import glob
 import math
 import pathlib
 
 import numpy as np
 
 from benchmarks import native
-from benchmarks.cases import DTYPES, Case
+from benchmarks.cases import DTYPES, Array, Case
 from benchmarks.peers import Operands, Unavailable
 
 
@@ -28,7 +27,7 @@ class Job(ctypes.Structure):
     )
 
 
-def _aligned_copy(array: np.ndarray) -> np.ndarray:
+def _aligned_copy(array: Array) -> Array:
     """A copy that starts at a cache line, as a C library's own allocations would."""
     buffer = np.empty(array.nbytes + 64, np.uint8)
     start = -buffer.ctypes.data % 64
@@ -60,7 +59,7 @@ class _CRunner:
     def load(self, operands: Operands) -> None:
         self._buffers = Buffers(self._case, operands)
 
-    def results(self) -> list[np.ndarray]:
+    def results(self) -> list[Array]:
         assert self._buffers is not None
         return self._buffers.c
 
@@ -126,10 +125,11 @@ class CblasRunner(_CRunner):
 
 
 def _openblas() -> tuple[ctypes.CDLL, str, str]:
-    found = glob.glob(str(pathlib.Path(np.__file__).parent.parent / "numpy.libs" / "libscipy_openblas64_*"))
-    if not found:
+    libraries = pathlib.Path(np.__file__).parent.parent / "numpy.libs"
+    found = next(libraries.glob("libscipy_openblas64_*"), None)
+    if found is None:
         raise Unavailable("this NumPy does not bring its OpenBLAS")
-    return ctypes.CDLL(found[0]), "scipy_cblas_{}64_", "int64"
+    return ctypes.CDLL(str(found)), "scipy_cblas_{}64_", "int64"
 
 
 def _blis() -> tuple[ctypes.CDLL, str, str]:
@@ -139,11 +139,11 @@ def _blis() -> tuple[ctypes.CDLL, str, str]:
         raise Unavailable("not installed: apt-get install libblis-pthread-dev") from error
 
 
+_DNNL_DATA_TYPES = {"float16": 1, "bfloat16": 2, "float32": 3, "int32": 4, "int8": 5}
+
+
 class OnednnRunner(_CRunner):
     """oneDNN's matmul primitive, created once for a case."""
-
-    # dnnl_data_type_t
-    _TYPES = {"float16": 1, "bfloat16": 2, "float32": 3, "int32": 4, "int8": 5}
 
     def __init__(self, threads: int) -> None:
         self._library = native.load("onednn")
@@ -158,7 +158,7 @@ class OnednnRunner(_CRunner):
 
     def prepare(self, case: Case, pairs: int) -> None:
         dtype = DTYPES[case.dtype]
-        if dtype.operand not in self._TYPES or dtype.out not in self._TYPES:
+        if dtype.operand not in _DNNL_DATA_TYPES or dtype.out not in _DNNL_DATA_TYPES:
             raise Unavailable(f"no {case.dtype}")
         self._case = case
 
@@ -170,7 +170,7 @@ class OnednnRunner(_CRunner):
         dims = [*gemm.batch, gemm.m, gemm.k, *gemm.batch, gemm.k, gemm.n, *gemm.batch, gemm.m, gemm.n]
         strides = [*gemm.a_batch, *gemm.a_strides, *gemm.b_batch, *gemm.b_strides]
         strides += [*gemm.c_batch, *gemm.c_strides]
-        types = [self._TYPES[name] for name in (dtype.operand, dtype.operand, dtype.out)]
+        types = [_DNNL_DATA_TYPES[name] for name in (dtype.operand, dtype.operand, dtype.out)]
         assert self._buffers is not None
         plan = self._library.create(
             rank,
@@ -240,20 +240,21 @@ class _RoofRunner:
     def version(self) -> str:
         return ""
 
-    def results(self) -> list[np.ndarray]:
+    def results(self) -> list[Array]:
         return []
 
     def close(self) -> None:
         pass
 
 
+_UNIT_KINDS = {"float32": 0, "float16": 0, "float64": 1, "bfloat16": 2, "int8": 3}  # of native/machine.c
+
+
 class PeakRunner(_RoofRunner):
     """The time of the case's multiplications and additions at the units' peak."""
 
-    _KINDS = {"float32": 0, "float16": 0, "float64": 1, "bfloat16": 2, "int8": 3}
-
     def prepare(self, case: Case, pairs: int) -> None:
-        self._kind = self._KINDS[DTYPES[case.dtype].operand]
+        self._kind = _UNIT_KINDS[DTYPES[case.dtype].operand]
         if not self._library.has_unit(self._kind):
             raise Unavailable("measured with AVX2 and FMA, which this CPU lacks")
         self._library.run_peak.restype = ctypes.c_double

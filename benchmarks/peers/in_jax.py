@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,18 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks.cases import DTYPES, Case
+from benchmarks.cases import DTYPES, Array, Case
 from benchmarks.peers import Operands, Unavailable
 
 jax.config.update("jax_enable_x64", True)
 
+Arrays = tuple[jax.Array, ...]
+
 
 def product(case: Case, *, ours: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """The call that a user would write for this case."""
-    if ours:
-        import jax_nano as library
-    else:
-        library = jnp
+    library = importlib.import_module("jax_nano") if ours else jnp
     name = "einsum" if case.is_einsum else "matmul"
     if not hasattr(library, name):
         raise Unavailable(f"{library.__name__} has no {name}")
@@ -45,16 +45,17 @@ def loop_of(op: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[..., An
     operands, and so the results, stay what they are.
     """
 
-    def program(trips, low, high, lhs, rhs, out):
-        def trip(_, state):
-            last, lhs, _ = state
-            lhs, out = list(lhs), []
-            for i, (a, b) in enumerate(zip(lhs, rhs, strict=True)):
-                first = jnp.clip(last.astype(a.dtype), low, high)
-                lhs[i] = a.at[(0,) * a.ndim].set(first)
-                out.append(op(lhs[i], b))
-                last = out[-1][(0,) * out[-1].ndim]
-            return last, tuple(lhs), tuple(out)
+    def program(
+        trips: jax.Array, low: jax.Array, high: jax.Array, lhs: Arrays, rhs: Arrays, out: Arrays
+    ) -> tuple[Arrays, Arrays]:
+        def trip(_: jax.Array, state: tuple[jax.Array, Arrays, Arrays]) -> tuple[jax.Array, Arrays, Arrays]:
+            last, lhs, _out = state
+            new_lhs, new_out = [], []
+            for a, b in zip(lhs, rhs, strict=True):
+                new_lhs.append(a.at[(0,) * a.ndim].set(jnp.clip(last.astype(a.dtype), low, high)))
+                new_out.append(op(new_lhs[-1], b))
+                last = new_out[-1][(0,) * new_out[-1].ndim]
+            return last, tuple(new_lhs), tuple(new_out)
 
         start = out[0][(0,) * out[0].ndim]
         _, lhs, out = lax.fori_loop(0, trips, trip, (start, lhs, out))
@@ -68,6 +69,9 @@ class JaxRunner:
 
     def __init__(self, threads: int, *, ours: bool = False) -> None:
         self._ours = ours  # the number of threads is the worker's affinity and NPROC
+        self._program: Any = None
+        self._rhs: Arrays = ()
+        self._state: tuple[Arrays, Arrays] = ((), ())  # left operands, results
         if ours:
             try:
                 import jax_nano  # noqa: F401
@@ -96,7 +100,6 @@ class JaxRunner:
         trips = jax.ShapeDtypeStruct((), np.int32)
         program = jax.jit(loop_of(product(case, ours=self._ours)), donate_argnums=(3, 5))
         self._program = program.lower(trips, first, first, lhs, rhs, out).compile()
-        self._state: tuple[Any, Any] | None = None
 
     def load(self, operands: Operands) -> None:
         out = DTYPES[self._case.dtype].out_dtype
@@ -108,17 +111,15 @@ class JaxRunner:
         jax.block_until_ready((self._rhs, self._state))
 
     def run(self, trips: int) -> float:
-        assert self._state is not None
         lhs, out = self._state
         start = time.perf_counter()
         self._state = self._program(np.int32(trips), self._first, self._first, lhs, self._rhs, out)
         jax.block_until_ready(self._state)
         return time.perf_counter() - start
 
-    def results(self) -> list[np.ndarray]:
-        assert self._state is not None
+    def results(self) -> list[Array]:
         return [np.asarray(out) for out in self._state[1]]
 
     def close(self) -> None:
-        self._state = self._rhs = self._program = None
+        self._program, self._rhs, self._state = None, (), ((), ())
         jax.clear_caches()

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from benchmarks.cases import DTYPES, Case
+from benchmarks.cases import DTYPES, Array, Case
 from benchmarks.peers import Operands, Unavailable
 
 
@@ -43,7 +43,7 @@ class NumpyRunner:
                 matmul(a, b, out=c)
         return time.perf_counter() - start
 
-    def results(self) -> list[np.ndarray]:
+    def results(self) -> list[Array]:
         return self._out
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ import time
 import ml_dtypes
 import numpy as np
 
-from benchmarks.cases import DTYPES, Case
+from benchmarks.cases import DTYPES, Array, Case
 from benchmarks.peers import Operands, Unavailable
 
 try:
@@ -57,7 +57,7 @@ class TorchRunner:
                 matmul(a, b, out=c)
         return time.perf_counter() - start
 
-    def results(self) -> list[np.ndarray]:
+    def results(self) -> list[Array]:
         return [_array(out) for out in self._out]
 
     def close(self) -> None:
@@ -68,13 +68,13 @@ def _dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _tensor(array: np.ndarray) -> torch.Tensor:
+def _tensor(array: Array) -> torch.Tensor:
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(array.copy())
 
 
-def _array(tensor: torch.Tensor) -> np.ndarray:
+def _array(tensor: torch.Tensor) -> Array:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()

@@ -1,0 +1,182 @@
+"""The benchmark runs, and notices what it must notice. Nothing here looks at how long anything took."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_importable(monkeypatch):
+    # benchmarks/__init__.py takes the checkout off sys.path again, so that jax_nano is the installed one.
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks", *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> pathlib.Path:
+    """The JSON of a run that takes seconds; every peer's result was checked on the way."""
+    out = tmp_path_factory.mktemp("results")
+    tiny = ("--suite", "tiny", "--rounds", "2", "--sample-ms", "0.1", "--cores", "1", "--cache", "warm")
+    done = run("run", *tiny, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    (path,) = out.glob("*.json")
+    return path
+
+
+def test_a_run_measures_every_peer_and_finds_no_wrong_result(results):
+    data = json.loads(results.read_text())
+    from benchmarks.cases import select
+
+    cases = {case.key for case in select("tiny")}
+    for peer in ("jax_nano", "jnp", "jnp-eigen"):
+        assert {row["case"] for row in data["rows"] if row["peer"] == peer} == cases
+    assert {"numpy", "peak"} <= {row["peer"] for row in data["rows"]}
+    assert all(len(row["seconds"]) >= 2 and min(row["seconds"]) > 0 for row in data["rows"])
+    assert not [entry for entry in data["skipped"] if "WRONG" in entry["why"]]
+    assert not [entry for entry in data["skipped"] if entry["peer"] in ("jax_nano", "jnp", "jnp-eigen")]
+
+
+def test_a_run_writes_table_and_plots(results):
+    table = results.with_suffix(".md").read_text()
+    assert "8x8x8 f32" in table
+    assert "Geometric mean" in table
+    pictures = {path.name for path in results.with_suffix("").iterdir()}
+    assert pictures == {"roofline-1-core-warm.png", "ratios-1-core-warm.png"}
+
+
+def test_compare_finds_what_became_slower(results, tmp_path):
+    same = run("compare", str(results), str(results))
+    assert same.returncode == 0
+    assert "0 slower" in same.stdout
+
+    data = json.loads(results.read_text())
+    for row in data["rows"]:
+        if row["peer"] == "jax_nano" and row["case"] == "8x8x8 f32":
+            row["seconds"] = [100 * seconds for seconds in row["seconds"]]
+    slower = tmp_path / "slower.json"
+    slower.write_text(json.dumps(data))
+    found = run("compare", str(results), str(slower))
+    assert found.returncode == 1
+    assert "8x8x8 f32" in found.stdout
+
+
+@pytest.mark.parametrize("command", ["overheads", "callers", "gate"])
+def test_the_other_measurements_run(command):
+    done = run(command, "--quick")
+    assert done.returncode == 0, done.stderr
+    assert "jax_nano" in done.stdout
+
+
+@pytest.mark.parametrize("wrong", [["--only", "no such product"], ["--cores", "0"], ["--cores", "100000"]])
+def test_a_run_refuses_what_it_cannot_do(wrong):
+    done = run("run", "--suite", "tiny", *wrong)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def _written_reference(case, path: pathlib.Path) -> str:
+    from benchmarks.measure import as_integers
+
+    np.save(path, as_integers(case.exact_result()))
+    return str(path)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "bf16-f32", "f16", "i8", "i8-i8"])
+def test_the_check_finds_one_wrong_element(tmp_path, dtype):
+    from benchmarks.cases import matmul
+    from benchmarks.worker import Failed, check
+
+    case = matmul(40, 30, 50, dtype)
+    reference = _written_reference(case, tmp_path / "exact.npy")
+    exact = case.exact_result()
+    check(case, exact, reference)
+
+    wrong = exact.copy()
+    wrong[7, 11] += np.asarray(1, wrong.dtype) if abs(float(wrong[7, 11])) < 64 else wrong[7, 11] / 8
+    with pytest.raises(Failed, match=r"\[7, 11\]"):
+        check(case, wrong, reference)
+    if exact.dtype.kind != "i":
+        wrong[7, 11] = np.nan
+        with pytest.raises(Failed, match=r"\[7, 11\]"):
+            check(case, wrong, reference)
+
+
+def test_cases_describe_the_product_that_their_einsum_means():
+    from benchmarks.cases import select
+
+    for case in select("tiny"):
+        lhs, rhs = (operand.astype(np.float64) for operand in case.exact_operands())
+        expected = np.einsum(case.spec, lhs, rhs)
+        np.testing.assert_array_equal(case.exact_result().astype(np.float64), expected)
+
+        # and so do the strides that the C interfaces get
+        gemm, out = case.gemm, np.zeros(expected.size)
+        batches = zip(*map(gemm.offsets, (gemm.a_batch, gemm.b_batch, gemm.c_batch)), strict=True)
+        for a, b, c in batches:
+            for i, j, p in np.ndindex(gemm.m, gemm.n, gemm.k):
+                left = lhs.flat[a + i * gemm.a_strides[0] + p * gemm.a_strides[1]]
+                right = rhs.flat[b + p * gemm.b_strides[0] + j * gemm.b_strides[1]]
+                out[c + i * gemm.c_strides[0] + j * gemm.c_strides[1]] += left * right
+        np.testing.assert_array_equal(out.reshape(expected.shape), expected)
+
+
+def test_the_full_suite_holds_every_listed_shape_in_every_dtype():
+    from benchmarks.cases import select
+
+    listed = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())
+    keys = {case.key for case in select("full")}
+    # Some shapes are listed in two groups (a square among the transposes); they are measured once.
+    assert len(keys) <= len(listed["shapes"]) * len(listed["dtypes"])
+    for dtype in listed["dtypes"]:
+        assert f"512x512x512 {dtype}" in keys
+        assert f"1x4096x1024 {dtype}" in keys
+
+
+def test_each_product_in_the_timed_loop_waits_for_the_one_before():
+    """Nothing is hoisted out of the loop or dropped: one product in its body for each pair of operands."""
+    import jax
+
+    from benchmarks.cases import matmul
+    from benchmarks.peers.in_jax import loop_of, product
+
+    case = matmul(24, 24, 24)
+    square = jax.ShapeDtypeStruct((24, 24), np.float32)
+    first, trips = jax.ShapeDtypeStruct((), np.float32), jax.ShapeDtypeStruct((), np.int32)
+    for pairs in (1, 3):
+        program = jax.jit(loop_of(product(case, ours=True)), donate_argnums=(3, 5))
+        hlo = program.lower(trips, first, first, *[(square,) * pairs] * 3).compile().as_text()
+        bodies = [part for part in hlo.split("\n\n") if part.lstrip().startswith("%") and "custom_call_target" in part]
+        assert len(bodies) == 1
+        assert bodies[0].count("custom_call_target") == pairs
+        assert " copy(f32[24,24]" not in hlo
+
+
+def test_select_filters_by_name_group_and_dtype():
+    from benchmarks.cases import select
+
+    assert [case.key for case in select("tiny", only=["13x7x5"])] == ["13x7x5 f32"]
+    assert {case.group for case in select("full", groups=["attention"])} == {"attention"}
+    assert {case.dtype for case in select("squares", dtypes=["bf16-f32"])} == {"bf16-f32"}
+
+
+def test_rows_give_medians_and_ratios_of_neighbouring_samples():
+    from benchmarks.cases import matmul
+    from benchmarks.report import Row
+
+    ours = Row.of(matmul(10, 10, 10), "jax_nano", 1, "warm", (1e-6, 2e-6, 3e-6))
+    theirs = dataclasses.replace(ours, peer="jnp", seconds=(2e-6, 4e-6, 30e-6))
+    assert ours.gflops == pytest.approx(1.0)
+    assert ours.times_faster_than(theirs) == pytest.approx(2.0)
