@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import math
 import re
 import sys
@@ -68,8 +69,8 @@ class Data:
 def init_params(seed: int, sizes: list[int]) -> Params:
     """He initialisation: weights scaled for the inputs of each layer, biases zero."""
     keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
-    shapes = zip(keys, sizes, sizes[1:], strict=False)
-    return [(jax.random.normal(key, (i, o)) * jnp.sqrt(2 / i), jnp.zeros(o)) for key, i, o in shapes]
+    shapes = zip(keys, itertools.pairwise(sizes), strict=True)
+    return [(jax.random.normal(key, (i, o)) * jnp.sqrt(2 / i), jnp.zeros(o)) for key, (i, o) in shapes]
 
 
 def logits(matmul: Matmul, params: Params, images: jax.Array) -> jax.Array:
@@ -142,7 +143,7 @@ def count_products(hlo: str) -> tuple[int, list[str]]:
 
 def products_of_step(batch: int, sizes: list[int]) -> list[tuple[int, int, int]]:
     """(M, N, K) of all products of a training step: forward, gradient of weights, gradient of inputs."""
-    layers = list(zip(sizes, sizes[1:], strict=False))
+    layers = list(itertools.pairwise(sizes))
     forward = [(batch, outputs, inputs) for inputs, outputs in layers]
     of_weights = [(inputs, outputs, batch) for inputs, outputs in layers]
     of_inputs = [(batch, inputs, outputs) for inputs, outputs in layers[1:]]  # the images need none

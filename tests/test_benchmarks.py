@@ -8,16 +8,18 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # benchmarks takes it off again, so that jax_nano is the installed one
 
-
-@pytest.fixture(autouse=True)
-def _benchmarks_importable(monkeypatch):
-    # benchmarks/__init__.py takes the checkout off sys.path again, so that jax_nano is the installed one.
-    monkeypatch.syspath_prepend(str(ROOT))
+from benchmarks.cases import matmul, select  # noqa: E402
+from benchmarks.measure import as_integers  # noqa: E402
+from benchmarks.peers.in_jax import loop_of, product  # noqa: E402
+from benchmarks.report import Row  # noqa: E402
+from benchmarks.worker import Failed, check  # noqa: E402
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
@@ -38,8 +40,6 @@ def results(tmp_path_factory) -> pathlib.Path:
 
 def test_a_run_measures_every_peer_and_finds_no_wrong_result(results):
     data = json.loads(results.read_text())
-    from benchmarks.cases import select
-
     cases = {case.key for case in select("tiny")}
     for peer in ("jax_nano", "jnp", "jnp-eigen"):
         assert {row["case"] for row in data["rows"] if row["peer"] == peer} == cases
@@ -88,17 +88,12 @@ def test_a_run_refuses_what_it_cannot_do(wrong):
 
 
 def _written_reference(case, path: pathlib.Path) -> str:
-    from benchmarks.measure import as_integers
-
     np.save(path, as_integers(case.exact_result()))
     return str(path)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "bf16-f32", "f16", "i8", "i8-i8"])
 def test_the_check_finds_one_wrong_element(tmp_path, dtype):
-    from benchmarks.cases import matmul
-    from benchmarks.worker import Failed, check
-
     case = matmul(40, 30, 50, dtype)
     reference = _written_reference(case, tmp_path / "exact.npy")
     exact = case.exact_result()
@@ -115,8 +110,6 @@ def test_the_check_finds_one_wrong_element(tmp_path, dtype):
 
 
 def test_cases_describe_the_product_that_their_einsum_means():
-    from benchmarks.cases import select
-
     for case in select("tiny"):
         lhs, rhs = (operand.astype(np.float64) for operand in case.exact_operands())
         expected = np.einsum(case.spec, lhs, rhs)
@@ -134,8 +127,6 @@ def test_cases_describe_the_product_that_their_einsum_means():
 
 
 def test_the_full_suite_holds_every_listed_shape_in_every_dtype():
-    from benchmarks.cases import select
-
     listed = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())
     keys = {case.key for case in select("full")}
     # Some shapes are listed in two groups (a square among the transposes); they are measured once.
@@ -147,11 +138,6 @@ def test_the_full_suite_holds_every_listed_shape_in_every_dtype():
 
 def test_each_product_in_the_timed_loop_waits_for_the_one_before():
     """Nothing is hoisted out of the loop or dropped: one product in its body for each pair of operands."""
-    import jax
-
-    from benchmarks.cases import matmul
-    from benchmarks.peers.in_jax import loop_of, product
-
     case = matmul(24, 24, 24)
     square = jax.ShapeDtypeStruct((24, 24), np.float32)
     first, trips = jax.ShapeDtypeStruct((), np.float32), jax.ShapeDtypeStruct((), np.int32)
@@ -165,17 +151,12 @@ def test_each_product_in_the_timed_loop_waits_for_the_one_before():
 
 
 def test_select_filters_by_name_group_and_dtype():
-    from benchmarks.cases import select
-
     assert [case.key for case in select("tiny", only=["13x7x5"])] == ["13x7x5 f32"]
     assert {case.group for case in select("full", groups=["attention"])} == {"attention"}
     assert {case.dtype for case in select("squares", dtypes=["bf16-f32"])} == {"bf16-f32"}
 
 
 def test_rows_give_medians_and_ratios_of_neighbouring_samples():
-    from benchmarks.cases import matmul
-    from benchmarks.report import Row
-
     ours = Row.of(matmul(10, 10, 10), "jax_nano", 1, "warm", (1e-6, 2e-6, 3e-6))
     theirs = dataclasses.replace(ours, peer="jnp", seconds=(2e-6, 4e-6, 30e-6))
     assert ours.gflops == pytest.approx(1.0)

@@ -15,8 +15,6 @@ from jax import lax
 from benchmarks.cases import DTYPES, Array, Case
 from benchmarks.peers import Operands, Unavailable
 
-jax.config.update("jax_enable_x64", True)
-
 Arrays = tuple[jax.Array, ...]
 
 
@@ -68,6 +66,7 @@ class JaxRunner:
     """Runs `loop_of` the product, compiled once for a case."""
 
     def __init__(self, threads: int, *, ours: bool = False) -> None:
+        jax.config.update("jax_enable_x64", True)
         self._ours = ours  # the number of threads is the worker's affinity and NPROC
         self._program: Any = None
         self._rhs: Arrays = ()
