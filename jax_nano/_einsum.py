@@ -51,7 +51,7 @@ def _steps(subscripts: str, shapes: tuple[tuple[int, ...], ...], optimize: Any) 
         if labels is not None:
             return (Step((0, 0), f"{names}->{output}", labels),)
     if isinstance(optimize, bool):
-        optimize = "optimal" if optimize else ((0, 1),) * (len(shapes) - 1)
+        optimize = ((0, 1),) * (len(shapes) - 1) if not optimize and len(shapes) > 2 else "optimal"
     _, info = opt_einsum.contract_path(subscripts, *shapes, shapes=True, optimize=optimize)
     left = list(shapes)
     found = []

@@ -170,9 +170,15 @@ def _batch(
     if lhs_dim is None and rhs_dim is None:
         out = bind(lhs, rhs, dimension_numbers, out_perm=out_perm, out_sharding=out_sharding, **params)
         return out, None
-    lhs_ndim = lhs.ndim - (lhs_dim is not None)
-    rhs_ndim = rhs.ndim - (rhs_dim is not None)
-    labels = _shapes.labels_of(dimension_numbers, out_perm, lhs_ndim, rhs_ndim)
+    shapes = [
+        _shapes.remove_index(x.shape, dim) if dim is not None else x.shape for x, dim in zip(args, dims)
+    ]
+    # Nothing has looked at the dimension numbers yet if the product is only ever seen under vmap.
+    unbatched = (ShapedArray(shape, x.dtype) for x, shape in zip(args, shapes, strict=True))
+    lax_dot_general_p.abstract_eval(
+        *unbatched, dimension_numbers=dimension_numbers, out_sharding=None, **params
+    )
+    labels = _shapes.labels_of(dimension_numbers, out_perm, *map(len, shapes))
     if out_sharding is not None:
         out_sharding = compat.sharding_for_vmap(axis_data, out_sharding, 0)
     out = bind_labels(

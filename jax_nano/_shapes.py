@@ -240,6 +240,11 @@ def insert(values: Dims, index: int, value: int) -> Dims:
     return (*values[:index], value, *values[index:])
 
 
+def remove_index(values: Sequence[int], index: int) -> Dims:
+    """A shape without one of its dimensions."""
+    return (*values[:index], *values[index + 1 :])
+
+
 def remove(values: Dims, unwanted: Iterable[int]) -> Dims:
     """A tuple without some values."""
     drop = set(unwanted)
