@@ -78,11 +78,12 @@ def permute_sharding(sharding: NamedSharding, perm: Sequence[int]) -> NamedShard
     return sharding.update(spec=spec.update(partitions=tuple(axes[i] for i in perm)))
 
 
-def cotangent_sharding(aval: Any) -> NamedSharding:
+def cotangent_sharding(aval: Any) -> NamedSharding | None:
     """The out_sharding that a product must have to be the cotangent of an operand, as in lax's rule."""
     sharding: NamedSharding = aval.sharding
     if sharding.mesh.empty:
-        return NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec(*(None,) * aval.ndim))
+        mesh = jax.sharding.get_abstract_mesh()
+        return None if mesh.empty else NamedSharding(mesh, PartitionSpec(*(None,) * aval.ndim))
     return sharding.update(spec=sharding.spec.update(partitions=tuple(sharding.spec)))
 
 

@@ -24,6 +24,15 @@ __all__ = [
     "Value",
     "add_vectors",
     "bitcast",
+    "alloca",
+    "bits_as",
+    "both",
+    "equal",
+    "negate",
+    "select_size",
+    "subtract",
+    "xor_constant",
+    "zero_unless_finite",
     "call_intrinsic",
     "constant_vector",
     "convert",
@@ -35,7 +44,6 @@ __all__ = [
     "loop",
     "minimum",
     "new_module",
-    "scalar_constant",
     "select",
     "shuffle",
     "splat",
@@ -174,11 +182,9 @@ def type_of(name: str) -> ir.Type:
             return ir.F64Type.get()
         case "float16":
             return ir.F16Type.get()
-        case "bfloat16":
-            return ir.BF16Type.get()
         case "int8" | "uint8":
             return ir.IntegerType.get_signless(8)
-        case "int16" | "uint16":
+        case "int16" | "uint16" | "bfloat16":  # bf16 is stored and moved as bits; `convert` knows what they mean
             return ir.IntegerType.get_signless(16)
         case "int32" | "uint32":
             return ir.IntegerType.get_signless(32)
@@ -263,17 +269,31 @@ _DYNAMIC = -(2**31)  # MLIR's mark for "this index is an operand"
 # --- vectors --------------------------------------------------------------------------------------------------
 
 
+def _number(x: float | int, ty: ir.Type) -> ir.Attribute:
+    return ir.IntegerAttr.get(ty, int(x)) if isinstance(ty, ir.IntegerType) else ir.FloatAttr.get(ty, float(x))
+
+
 def scalar_constant(x: float | int, elem: str) -> Value:
     ty = type_of(elem)
-    attr = ir.IntegerAttr.get(ty, int(x)) if elem.startswith(("int", "uint", "i")) else ir.FloatAttr.get(ty, float(x))
-    return arith.constant(ty, attr)
+    return arith.constant(ty, _number(x, ty))
 
 
 def constant_vector(x: float | int, lanes: int, elem: str) -> Value:
-    ty = type_of(elem)
-    attr = ir.IntegerAttr.get(ty, int(x)) if elem.startswith(("int", "uint", "i")) else ir.FloatAttr.get(ty, float(x))
-    vty = vec(lanes, ty)
-    return arith.constant(vty, ir.DenseElementsAttr.get_splat(vty, attr))
+    ty = vec(lanes, type_of(elem))
+    return arith.constant(ty, ir.DenseElementsAttr.get_splat(ty, _number(x, type_of(elem))))
+
+
+def _constant_like(x: float | int, v: Value) -> Value:
+    """A constant of v's type: a scalar or a splat."""
+    if isinstance(v.type, ir.VectorType):
+        attr = ir.DenseElementsAttr.get_splat(v.type, _number(x, v.type.element_type))
+        return arith.constant(v.type, attr)
+    return arith.constant(v.type, _number(x, v.type))
+
+
+def _with_element(v: Value, elem: ir.Type) -> ir.Type:
+    """v's type with another element type."""
+    return vec(v.type.shape[0], elem) if isinstance(v.type, ir.VectorType) else elem
 
 
 def zeros(lanes: int, elem: str) -> Value:
@@ -302,26 +322,71 @@ def extract(v: Value, lane: int) -> Value:
     return vector.extract(v, [], [lane])
 
 
-def bitcast(v: Value, lanes: int, elem: str) -> Value:
-    return llvm.BitcastOp(vec(lanes, type_of(elem)), v).results[0]
+def bitcast(v: Value, lanes: int, elem: str | ir.Type) -> Value:
+    """The same register seen as ``lanes`` elements of another type."""
+    ty = vec(lanes, type_of(elem) if isinstance(elem, str) else elem)
+    return v if v.type == ty else vector.bitcast(ty, v)
 
 
 def convert(v: Value, source: str, target: str) -> Value:
     """Value conversion of a scalar or vector between dtypes; narrowing floats rounds to nearest even."""
     if source == target:
         return v
-    elem = type_of(target)
-    ty = vec(ir.VectorType(v.type).shape[0], elem) if isinstance(v.type, ir.VectorType) else elem
-    floats = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+    if source == "bfloat16" and target == "float32":
+        wide = arith.extui(_with_element(v, type_of("int32")), v)
+        return bits_as(arith.shli(wide, _constant_like(16, wide)), "float32")
+    if source == "float32" and target == "bfloat16":
+        return _round_to_bf16(v)
+    floats = {"float16": 2, "float32": 4, "float64": 8}
+    ty = _with_element(v, type_of(target))
     if source in floats and target in floats:
         return arith.extf(ty, v) if floats[target] > floats[source] else arith.truncf(ty, v)
-    if source not in floats and target not in floats:
+    if _is_integer(source) and _is_integer(target):
         if elem_bytes(target) < elem_bytes(source):
             return arith.trunci(ty, v)
         if elem_bytes(target) == elem_bytes(source):
             return v
         return arith.extui(ty, v) if source.startswith("u") else arith.extsi(ty, v)
     raise ValueError(f"no conversion from {source} to {target}")
+
+
+def _is_integer(dtype: str) -> bool:
+    return dtype.startswith(("int", "uint"))
+
+
+def _round_to_bf16(v: Value) -> Value:
+    """f32 to bf16 bits, to nearest even; a NaN stays one. In integer arithmetic, the same on every target."""
+    bits = bits_as(v, "int32")
+    high = arith.shrui(bits, _constant_like(16, bits))
+    odd = arith.andi(high, _constant_like(1, bits))
+    rounded = arith.shrui(arith.addi(bits, arith.addi(odd, _constant_like(0x7FFF, bits))), _constant_like(16, bits))
+    quiet = arith.ori(high, _constant_like(0x40, bits))
+    is_nan = arith.cmpf(arith.CmpFPredicate.UNO, v, v)
+    return arith.trunci(_with_element(v, type_of("bfloat16")), arith.select(is_nan, quiet, rounded))
+
+
+def bits_as(v: Value, elem: str) -> Value:
+    """The same bits as elements of another type of the same size, scalar or vector."""
+    return arith.bitcast(_with_element(v, type_of(elem)), v)
+
+
+def subtract(a: Value, b: Value) -> Value:
+    """Element-wise a - b."""
+    elem = a.type.element_type if isinstance(a.type, ir.VectorType) else a.type
+    return arith.subi(a, b) if isinstance(elem, ir.IntegerType) else arith.subf(a, b)
+
+
+def zero_unless_finite(v: Value, witness: Value) -> Value:
+    """Floats ``v`` where ``witness`` is finite, else zero."""
+    bits = bits_as(witness, "int32")
+    exponent = arith.andi(bits, _constant_like(0x7F800000, bits))
+    finite = arith.cmpi(arith.CmpIPredicate.ne, exponent, _constant_like(0x7F800000, bits))
+    return arith.select(finite, v, _constant_like(0, v))
+
+
+def xor_constant(v: Value, x: int) -> Value:
+    """Each integer element xor x."""
+    return arith.xori(v, _constant_like(x, v))
 
 
 def select(mask: Value, a: Value, b: Value) -> Value:
@@ -338,6 +403,18 @@ def lane_mask(active: Size, lanes: int) -> Value:
         vty, ir.DenseElementsAttr.get([ir.IntegerAttr.get(i32, i) for i in range(lanes)], type=vty)
     )
     return arith.cmpi(2, steps, count)
+
+
+def alloca(count: int, elem: str) -> Ptr:
+    """Room for ``count`` elements on the stack, 64-byte aligned. Only at the top of a function."""
+    op = _op(
+        "llvm.alloca",
+        [type_of("ptr")],
+        [_i64(count)],
+        elem_type=ir.TypeAttr.get(type_of(elem)),
+        alignment=ir.IntegerAttr.get(type_of("int64"), 64),
+    )
+    return Ptr(op.result, elem)
 
 
 def call_intrinsic(name: str, result: ir.Type, args: Sequence[Value]) -> Value:

@@ -1,111 +1,74 @@
-"""Packing: copies a block of an operand into panels, in the order in which a microkernel reads it.
+"""Packing: copies a block of an operand into panels of units, in the order in which a microkernel reads them.
 
-A's panels are mr rows high. A microkernel takes A's strides as arguments, so a panel keeps the order of its
-source, and packing is a plain copy: rows stay contiguous when K was (strides k, 1), columns when M was (1, mr).
-B's panels are nr columns wide, ``[k][nr]``; a B that is contiguous along K is transposed in registers on the
-way. Columns beyond the edge of B are filled with copies or zeros that no microkernel stores. Nothing is read
-outside the operand. Whole vectors are stored, so a panel may be overrun by less than ``kPackSlackBytes``; the
-overrun is always overwritten by what is packed next, or lies in the slack.
+A unit is ``kr`` packed K values side by side (``nanokernel``). A's panels are mr rows high. A microkernel takes A's
+strides as arguments, so a panel keeps the order of its source and packing is a copy: rows stay contiguous when K was
+(strides in units: steps, 1), columns when M was (1, mr). B's panels are nr columns wide, ``[steps][nr]``; a B that is
+contiguous along K is transposed in registers on the way.
+
+Where an operand ends, K is filled up with zeros to whole units, and missing columns of B with copies or zeros that no
+microkernel stores. Nothing is read outside the operand. Whole vectors are stored, so a panel may be overrun by less
+than ``kPackSlackBytes``; the overrun is always overwritten by what is packed next, or lies in the slack.
+
+A family whose products stand for several (``parts``) gets one panel per part, one behind the other along K.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from . import ir
-from .ir import I64, Ptr, Size, Value
+from .ir import Ptr, Size, Value
+from .nanokernel import Corrected, Family
 from .tile import Tile
-
+from .transpose import transpose
 
 PREFETCH_ROWS = 4  # rows of a strided operand to fetch ahead while it is packed
 
-
-def copy_row(source: Ptr, target: Ptr, count: Size, lanes: int, *, panel: str, ahead: Size) -> None:
-    """Copies ``count`` contiguous elements, converting them; may store up to ``lanes`` elements too many.
-
-    The elements ``ahead`` of those copied are prefetched: the next row, which the hardware cannot guess.
-    """
-    whole = (count // lanes) * lanes if isinstance(count, I64) else count // lanes * lanes
-
-    def vector(offset: I64) -> None:
-        source.at(offset + ahead).prefetch()
-        target.at(offset).store(ir.convert(source.at(offset).load(lanes), source.elem, panel))
-
-    ir.loop(0, whole, lanes, [], vector)
-    rest = count - whole
-
-    def tail() -> None:
-        mask = ir.lane_mask(rest, lanes)
-        target.at(whole).store(ir.convert(source.at(whole).load(lanes, mask), source.elem, panel))
-
-    ir.if_(rest.ne(0) if isinstance(rest, I64) else rest != 0, tail)
-
-
-def transpose(rows: list[Value], elem: str) -> list[Value]:
-    """Transposes n vectors of n lanes with shuffles that are single x86 instructions.
-
-    Rounds of unpacking work inside 128-bit lanes, on as many rows as a lane has elements; further rounds exchange
-    whole 128-bit lanes. ``elem`` has 4 or 8 bytes.
-    """
-    n, width = len(rows), 16 // ir.elem_bytes(elem)  # elements in a 128-bit lane
-    v = list(rows)
-
-    def inside(a: Value, b: Value, *picks: int) -> Value:
-        """A shuffle that does the same in each 128-bit lane; picks >= width come from b."""
-        return ir.shuffle(a, b, [q + (p if p < width else n + p - width) for q in range(0, n, width) for p in picks])
-
-    for g in range(0, n, width):
-        if width == 2:
-            r0, r1 = v[g : g + 2]
-            v[g : g + 2] = [inside(r0, r1, 0, 2), inside(r0, r1, 1, 3)]
-        else:
-            r0, r1, r2, r3 = v[g : g + 4]
-            l01, h01 = inside(r0, r1, 0, 4, 1, 5), inside(r0, r1, 2, 6, 3, 7)
-            l23, h23 = inside(r2, r3, 0, 4, 1, 5), inside(r2, r3, 2, 6, 3, 7)
-            v[g : g + 4] = [
-                inside(l01, l23, 0, 1, 4, 5),
-                inside(l01, l23, 2, 3, 6, 7),
-                inside(h01, h23, 0, 1, 4, 5),
-                inside(h01, h23, 2, 3, 6, 7),
-            ]
-    # Lane q of v[width * g + c] now holds column width * q + c of the rows of group g.
-    columns = [_transpose_lanes([v[g + c] for g in range(0, n, width)], width) for c in range(width)]
-    return [columns[i % width][i // width] for i in range(n)]
-
-
-def _transpose_lanes(v: list[Value], width: int) -> list[Value]:
-    """Transposes the 128-bit lanes (``width`` elements each) of 1, 2 or 4 vectors of as many lanes."""
-
-    def pick(a: Value, b: Value, *lanes: int) -> Value:
-        return ir.shuffle(a, b, [width * q + o for q in lanes for o in range(width)])
-
-    if len(v) == 1:
-        return v
-    if len(v) == 2:
-        return [pick(v[0], v[1], 0, 2), pick(v[0], v[1], 1, 3)]
-    even, odd = (0, 2, 4, 6), (1, 3, 5, 7)
-    evens = pick(v[0], v[1], *even), pick(v[2], v[3], *even)
-    odds = pick(v[0], v[1], *odd), pick(v[2], v[3], *odd)
-    return [pick(*evens, *even), pick(*odds, *even), pick(*evens, *odd), pick(*odds, *odd)]
+Prepare = Callable[[Value, str, int], Value]
 
 
 @dataclass(frozen=True)
 class Packing:
-    """The packing functions of one operand pair for one-K-a-step nanokernels.
+    """The packing functions of one kernel.
 
     Attributes:
-      tile: the register tile whose panels are made.
-      a, b: dtype names in the caller's buffers.
-      a_panel, b_panel: dtype names in the panels.
-      a_lanes, b_lanes: vector lanes of the panels' element types.
+      tile: the register tile whose panels are made; its lanes are those of a vector of units.
+      family: the nanokernel that reads them.
+      a, b: dtype names of the elements in the caller's buffers.
+      masks: whether the target loads masked vectors of a's and b's elements; else edges go element by element.
     """
 
     tile: Tile
+    family: Family
     a: str
     b: str
-    a_panel: str
-    b_panel: str
-    lanes: int
+    masks: bool
+
+    # --- sizes, in units --------------------------------------------------------------------------------------
+
+    def steps(self, k: Size) -> Size:
+        """K steps for ``k`` values of one part."""
+        kr = self.family.kr
+        return (k + (kr - 1)) // kr
+
+    def depth(self, k: Size) -> Size:
+        """K steps of a whole panel: of all parts."""
+        return self.steps(k) * len(self.family.parts)
+
+    def b_panel_rows(self, k: Size) -> Size:
+        """Rows of nr units that a panel of B takes: its steps, and the corrections in front of them."""
+        return self.depth(k) + int(self.family.column_sums)
+
+    def a_strides(self, rsa: Size, csa: Size, k: Size) -> tuple[Size, Size]:
+        """(row, step) strides inside a packed panel of A, from the strides of its source."""
+        k_major = self._is_k_major(rsa, csa)
+        return ir.select_size(k_major, 1, self.depth(k)), ir.select_size(k_major, self.tile.mr, 1)
+
+    @staticmethod
+    def _is_k_major(rsa: Size, csa: Size) -> Value | bool:
+        return ir.both(ir.equal(rsa, 1), ir.negate(ir.equal(csa, 1)))
 
     def emit(self, module: ir.Module, prefix: str) -> tuple[str, str]:
         """Adds both functions and returns the names of
@@ -114,136 +77,293 @@ class Packing:
         """
         names = f"{prefix}_pack_a", f"{prefix}_pack_b"
         sizes = ["i64"] * 4
-        module.function(names[0], [self.a, self.a_panel, *sizes], self._pack_a, internal=True)
-        module.function(names[1], [self.b, self.b_panel, *sizes], self._pack_b, internal=True)
+        module.function(names[0], [self.a, self.family.unit, *sizes], self._pack_a, internal=True)
+        module.function(names[1], [self.b, self.family.unit, *sizes], self._pack_b, internal=True)
         return names
 
     # --- A ----------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def a_strides(rsa: Size, csa: Size, k: Size, mr: int) -> tuple[Size, Size]:
-        """(row, column) stride inside a packed panel of A, from the strides of its source."""
-        k_major = Packing._is_k_major(rsa, csa)
-        return ir.select_size(k_major, 1, k), ir.select_size(k_major, mr, 1)
-
-    @staticmethod
-    def _is_k_major(rsa: Size, csa: Size) -> Value | bool:
-        return ir.both(ir.equal(rsa, 1), ir.negate(ir.equal(csa, 1)))
-
     def _pack_a(self, a: Ptr, panels: Ptr, rows: Size, k: Size, rsa: Size, csa: Size) -> None:
-        mr = self.tile.mr
+        """Packs ``rows`` rows, panel behind panel."""
+        steps, depth, mr = self.steps(k), self.depth(k), self.tile.mr
 
-        def columns() -> None:
-            def panel(p: Size) -> None:
+        def part(number: int, wanted: int) -> None:
+            skipped = steps * number
+
+            def panel_of_columns(p: Size) -> None:
+                target = panels.at(p * depth + skipped * mr)
                 here = ir.minimum(rows - p, mr)
-                parts = range(0, mr, self.lanes)
-                masks = [ir.lane_mask(here - o, self.lanes) for o in parts]
+                if self.masks:
+                    self._interleave_a(a.at(p), target, here, k, csa, wanted)
+                else:
+                    self._elements(
+                        (here, lambda i: a.at(p + i)),
+                        (k, csa),
+                        lambda i, s: target.at(s * mr + i),
+                        self._a_value(wanted),
+                    )
 
-                def column(kk: Size) -> None:
-                    source, target = a.at(p + kk * csa), panels.at(p * k + kk * mr)
-                    for o, mask in zip(parts, masks, strict=True):
-                        value = source.at(o).load(self.lanes, mask)
-                        target.at(o).store(ir.convert(value, self.a, self.a_panel))
-
-                ir.loop(0, k, 1, [], column)
-
-            ir.loop(0, rows, mr, [], panel)
-
-        def contiguous_rows() -> None:
             def row(i: Size) -> None:
-                copy_row(a.at(i * rsa), panels.at(i * k), k, self.lanes, panel=self.a_panel, ahead=rsa)
+                self._row(a.at(i * rsa), panels.at(i * depth + skipped), k, self._a_value(wanted), ahead=rsa)
 
-            ir.loop(0, rows, 1, [], row)
+            ir.if_(
+                self._is_k_major(rsa, csa),
+                lambda: void(ir.loop(0, rows, mr, [], panel_of_columns)),
+                lambda: void(
+                    ir.if_(
+                        ir.equal(csa, 1),
+                        lambda: void(ir.loop(0, rows, 1, [], row)),
+                        lambda: self._elements(
+                            (rows, lambda i: a.at(i * rsa)),
+                            (k, csa),
+                            lambda i, s: panels.at(i * depth + skipped + s),
+                            self._a_value(wanted),
+                        ),
+                    )
+                ),
+            )
 
-        def scattered() -> None:
-            def row(i: Size) -> None:
-                def element(kk: Size) -> None:
-                    value = a.at(i * rsa + kk * csa).load()
-                    panels.at(i * k + kk).store(ir.convert(value, self.a, self.a_panel))
+        for number, (wanted, _) in enumerate(self.family.parts):
+            part(number, wanted)
 
-                ir.loop(0, k, 1, [], element)
+    def _a_value(self, part: int) -> Callable[[Value], Value]:
+        return lambda v: self.family.prepare_a(v, self.a, part)
 
-            ir.loop(0, rows, 1, [], row)
+    def _b_value(self, part: int) -> Callable[[Value], Value]:
+        return lambda v: self.family.prepare_b(v, self.b, part)
 
-        ir.if_(
-            self._is_k_major(rsa, csa),
-            columns,
-            lambda: void(ir.if_(ir.equal(csa, 1), contiguous_rows, scattered)),
-        )
+    def _interleave_a(self, a: Ptr, target: Ptr, here: Size, k: Size, csa: Size, part: int) -> None:
+        """One panel from columns that are contiguous along M."""
+        lanes, mr = self.tile.lanes, self.tile.mr
+
+        def step(s: Size, present: int) -> None:
+            source = a.at(s * self.family.kr * csa)
+            for o in range(0, mr, lanes):
+                mask = ir.lane_mask(here - o, lanes)
+                rows = [source.at(o + r * csa).load(lanes, mask) for r in range(present)]
+                target.at(s * mr + o).store(self._units(rows, self._a_value(part)))
+
+        self._whole_and_last_step(k, step)
 
     # --- B ----------------------------------------------------------------------------------------------------
 
     def _pack_b(self, b: Ptr, panels: Ptr, k: Size, cols: Size, rsb: Size, csb: Size) -> None:
-        ir.if_(
-            ir.equal(csb, 1),
-            lambda: self._copy_b_rows(b, panels, k, cols, rsb),
-            lambda: void(
-                ir.if_(
-                    ir.equal(rsb, 1),
-                    lambda: self._transpose_b(b, panels, k, cols, csb),
-                    lambda: self._gather_b(b, panels, k, cols, rsb, csb),
-                )
-            ),
-        )
+        """Packs ``cols`` columns, panel behind panel."""
+        nr = self.tile.nr
+        height = self.b_panel_rows(k) * nr
+        for number, (_, wanted) in enumerate(self.family.parts):
+            first = panels.at((self.steps(k) * number + int(self.family.column_sums)) * nr)
 
-    def _copy_b_rows(self, b: Ptr, panels: Ptr, k: Size, cols: Size, rsb: Size) -> None:
-        nr, lanes = self.tile.nr, self.lanes
+            def at(j: Size, s: Size, first: Ptr = first) -> Ptr:
+                """Where the unit of column j and step s goes."""
+                return first.at(j // nr * height + j % nr + s * nr)
 
-        whole = cols // nr * nr
-        edge = [ir.lane_mask(cols - whole - o, lanes) for o in range(0, nr, lanes)]
-
-        def copy(source: Ptr, target: Ptr, masks: list[Value | None]) -> None:
-            for o, mask in zip(range(0, nr, lanes), masks, strict=True):
-                source.at(o + PREFETCH_ROWS * rsb).prefetch()
-                target.at(o).store(ir.convert(source.at(o).load(lanes, mask), self.b, self.b_panel))
-
-        def row(kk: Size) -> None:
-            """A row goes to all panels at once, so that it is read from end to end."""
-            source, target = b.at(kk * rsb), panels.at(kk * nr)
-            ir.loop(0, whole, nr, [], lambda p: copy(source.at(p), target.at(p * k), [None] * self.tile.nv))
+            value = self._b_value(wanted)
             ir.if_(
-                ir.negate(ir.equal(whole, cols)),
-                lambda: copy(source.at(whole), target.at(whole * k), list(edge)),
+                ir.equal(csb, 1),
+                lambda value=value, at=at: self._copy_b_rows(b, at, k, cols, rsb, value),
+                lambda value=value, at=at: void(
+                    ir.if_(
+                        ir.equal(rsb, 1),
+                        lambda: self._transpose_b(b, at, k, cols, csb, value),
+                        lambda: self._scattered_b(b, at, 0, k, cols, (rsb, csb), value),
+                    )
+                ),
             )
+        if self.family.column_sums:
+            ir.loop(0, self._round_up(cols), nr, [], lambda p: self._sum_columns(panels.at(p // nr * height), k))
 
-        ir.loop(0, k, 1, [], row)
+    def _round_up(self, cols: Size) -> Size:
+        nr = self.tile.nr
+        return (cols + (nr - 1)) // nr * nr
 
-    def _transpose_b(self, b: Ptr, panels: Ptr, k: Size, cols: Size, csb: Size) -> None:
-        nr, lanes = self.tile.nr, self.lanes
+    def _copy_b_rows(
+        self, b: Ptr, at: Callable[[Size, Size], Ptr], k: Size, cols: Size, rsb: Size, value: Callable[[Value], Value]
+    ) -> None:
+        nr, lanes, kr = self.tile.nr, self.tile.lanes, self.family.kr
+        whole = cols // nr * nr
+
+        def step(s: Size, present: int) -> None:
+            """A step's rows go to all panels at once, so that they are read from end to end."""
+            source = b.at(s * kr * rsb)
+
+            def to_panel(p: Size, masks: Sequence[Value | None]) -> None:
+                target = at(p, s)
+                for o, mask in zip(range(0, nr, lanes), masks, strict=True):
+                    rows = [source.at(p + o + r * rsb) for r in range(present)]
+                    for r, row in enumerate(rows):
+                        row.at((PREFETCH_ROWS - PREFETCH_ROWS % kr) * rsb).prefetch()
+                        rows[r] = row
+                    target.at(o).store(self._units([row.load(lanes, mask) for row in rows], value))
+
+            ir.loop(0, whole, nr, [], lambda p: to_panel(p, [None] * self.tile.nv))
+            if self.masks:
+                edge = [ir.lane_mask(cols - whole - o, lanes) for o in range(0, nr, lanes)]
+                ir.if_(ir.negate(ir.equal(whole, cols)), lambda: to_panel(whole, edge))
+
+        self._whole_and_last_step(k, step)
+        if not self.masks:
+            self._scattered_b(b, at, whole, k, cols, (rsb, 1), value)
+
+    def _transpose_b(
+        self, b: Ptr, at: Callable[[Size, Size], Ptr], k: Size, cols: Size, csb: Size, value: Callable[[Value], Value]
+    ) -> None:
+        nr, lanes, kr = self.tile.nr, self.tile.lanes, self.family.kr
         last = cols - 1
 
         def strip(j: Size) -> None:
             """Columns j .. j + lanes of B; those beyond the edge repeat the last one."""
             columns = [b.at(ir.minimum(j + o, last) * csb) for o in range(lanes)]
-            target = panels.at(j // nr * nr * k + j % nr)
+            target = at(j, 0)
 
-            def block(kk: Size, mask: Value | None) -> None:
-                vectors = [ir.convert(c.at(kk).load(lanes, mask), self.b, self.b_panel) for c in columns]
-                for o, row in enumerate(transpose(vectors, self.b_panel)):
-                    target.at((kk + o) * nr).store(row)
+            def block(s: Size, mask: Value | None) -> None:
+                vectors = [self._bits(value(c.at(s * kr).load(lanes * kr, mask))) for c in columns]
+                for o, units in enumerate(transpose(vectors, self.family.unit)):
+                    target.at((s + o) * nr).store(units)
 
-            whole = k // lanes * lanes
-            ir.loop(0, whole, lanes, [], lambda kk: block(kk, None))
-            ir.if_(ir.negate(ir.equal(whole, k)), lambda: block(whole, ir.lane_mask(k - whole, lanes)))
+            whole = k // (lanes * kr) * lanes
+            ir.loop(0, whole, lanes, [], lambda s: block(s, None))
+            rest = k - whole * kr
+            ir.if_(ir.negate(ir.equal(rest, 0)), lambda: tail(whole, rest))
+
+            def tail(s: Size, rest: Size) -> None:
+                if self.masks:
+                    block(s, ir.lane_mask(rest, lanes * kr))
+                else:
+                    self._elements(
+                        (lanes, lambda o: b.at(ir.minimum(j + o, last) * csb + s * kr)),
+                        (rest, 1),
+                        lambda o, step: target.at((s + step) * nr + o),
+                        value,
+                    )
 
         # Strips in the order of the panels: what a strip overruns, the next one of its panel or the next panel
         # writes again.
-        ir.loop(0, (cols + (nr - 1)) // nr * nr, lanes, [], strip)
+        def tail_order(j: Size) -> None:
+            strip(j)
 
-    def _gather_b(self, b: Ptr, panels: Ptr, k: Size, cols: Size, rsb: Size, csb: Size) -> None:
-        nr = self.tile.nr
+        ir.loop(0, self._round_up(cols), lanes, [], tail_order)
+
+    def _scattered_b(
+        self,
+        b: Ptr,
+        at: Callable[[Size, Size], Ptr],
+        first: Size,
+        k: Size,
+        cols: Size,
+        strides: tuple[Size, Size],
+        value: Callable[[Value], Value],
+    ) -> None:
+        """Columns ``first`` to the end of the last panel, element by element; those beyond the edge repeat the last."""
+        rsb, csb = strides
         last = cols - 1
+        self._elements(
+            (self._round_up(cols) - first, lambda o: b.at(ir.minimum(first + o, last) * csb)),
+            (k, rsb),
+            lambda o, s: at(first + o, s),
+            value,
+        )
 
-        def column(j: Size) -> None:
-            source, target = b.at(ir.minimum(j, last) * csb), panels.at(j // nr * nr * k + j % nr)
+    def _sum_columns(self, panel: Ptr, k: Size) -> None:
+        """Fills the first row of a packed panel with its corrections."""
+        nr, lanes = self.tile.nr, self.tile.lanes
+        family = cast(Corrected, self.family)
+        starts = range(0, nr, lanes)
 
-            def element(kk: Size) -> None:
-                target.at(kk * nr).store(ir.convert(source.at(kk * rsb).load(), self.b, self.b_panel))
+        def step(s: Size, *sums: Value) -> list[Value]:
+            return [
+                family.correction(panel.at((s + 1) * nr + o).load(lanes), x) for o, x in zip(starts, sums, strict=True)
+            ]
 
-            ir.loop(0, k, 1, [], element)
+        zero = ir.zeros(lanes, self.family.acc)
+        for o, total in zip(starts, ir.loop(0, self.depth(k), 1, [zero] * len(starts), step), strict=True):
+            panel.at(o).store(total)
 
-        ir.loop(0, (cols + (nr - 1)) // nr * nr, 1, [], column)
+    # --- pieces -----------------------------------------------------------------------------------------------
+
+    def _bits(self, v: Value) -> Value:
+        """Prepared elements as a vector of units."""
+        return ir.bitcast(v, self.tile.lanes, self.family.unit)
+
+    def _units(self, rows: Sequence[Value], value: Callable[[Value], Value]) -> Value:
+        """A vector of units from up to ``kr`` rows of K; missing rows are zeros."""
+        kr, lanes = self.family.kr, self.tile.lanes
+        prepared = [value(r) for r in rows]
+        prepared += [ir.zeros_like(prepared[0])] * (kr - len(prepared))
+        while len(prepared) > 1:  # interleave neighbours: 4 rows of bytes -> 2 rows of byte pairs -> 1 row of quads
+            n = ir.lanes_of(prepared[0])
+            order = [x for i in range(n // 1) for x in (i, n + i)]
+            half = len(prepared) // 2
+            prepared = [ir.shuffle(prepared[i], prepared[i + half], order) for i in range(half)]
+        return ir.bitcast(prepared[0], lanes, self.family.unit)
+
+    def _whole_and_last_step(self, k: Size, step: Callable[[Size, int], None]) -> None:
+        """``step(s, rows present)`` for each K step; the last one may have fewer than ``kr`` rows."""
+        kr = self.family.kr
+        whole = k // kr
+        ir.loop(0, whole, 1, [], lambda s: step(s, kr))
+        for present in range(1, kr):
+            ir.if_(ir.equal(k % kr, present), lambda present=present: step(whole, present))
+
+    def _row(self, source: Ptr, target: Ptr, k: Size, value: Callable[[Value], Value], ahead: Size) -> None:
+        """Copies ``k`` contiguous elements; those ``ahead`` are prefetched, the next row, which no hardware guesses."""
+        kr, lanes = self.family.kr, self.tile.lanes
+        chunk = lanes * kr
+        whole = k // chunk * chunk
+
+        def vector(k0: Size) -> None:
+            source.at(k0 + ahead).prefetch()
+            target.at(k0 // kr).store(self._bits(value(source.at(k0).load(chunk))))
+
+        ir.loop(0, whole, chunk, [], vector)
+        rest = k - whole
+
+        def tail() -> None:
+            if self.masks:
+                elements = source.at(whole).load(chunk, ir.lane_mask(rest, chunk))
+                target.at(whole // kr).store(self._bits(value(elements)))
+            else:
+                here = target.at(whole // kr)
+                self._elements((1, lambda _: source.at(whole)), (rest, 1), lambda _, s: here.at(s), value)
+
+        ir.if_(ir.negate(ir.equal(rest, 0)), tail)
+
+    def _elements(
+        self,
+        lines: tuple[Size, Callable[[Size], Ptr]],
+        depth: tuple[Size, Size],
+        unit_at: Callable[[Size, Size], Ptr],
+        value: Callable[[Value], Value],
+    ) -> None:
+        """Any order, element by element: ``lines`` of K values (count, address of each one's first element),
+        ``depth`` K values with their stride, and where the unit of (line, step) goes."""
+        count, line = lines
+        k, stride = depth
+        kr = self.family.kr
+        elem = self.family.a_elem if kr > 1 else self.family.unit
+
+        def one_line(i: Size) -> None:
+            source = line(i)
+
+            def step(s: Size) -> None:
+                unit = unit_at(i, s).as_type(elem)
+                for r in range(kr):
+                    here = s * kr + r
+                    if r == 0:
+                        unit.store(value(source.at(here * stride).load()))
+                        continue
+                    (x,) = ir.if_(
+                        ir.less(here, k),
+                        lambda here=here: [value(source.at(here * stride).load())],
+                        lambda: [ir.zero_of(elem)],
+                        like=[ir.zero_of(elem)],
+                    )
+                    unit.at(r).store(x)
+
+            ir.loop(0, (k + (kr - 1)) // kr, 1, [], step)
+
+        ir.loop(0, count, 1, [], one_line)
 
 
 def void(_: object) -> None:
-    """Drops the (empty) results of a nested ``if_``."""
+    """Drops the (empty) results of a nested control-flow helper."""

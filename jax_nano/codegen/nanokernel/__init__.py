@@ -2,6 +2,9 @@
 
 :class:`Family` is what an instruction family must say about itself (one file per family beside this one);
 :func:`step` composes any family's operations in the order that keeps every accumulator in a register.
+
+A K step consumes ``kr`` values of K. In a packed panel they lie side by side and form one *unit*: one f32, one f64,
+or 32 bits that hold two bf16 or four int8. A microkernel moves units and never looks inside.
 """
 
 from __future__ import annotations
@@ -14,32 +17,58 @@ from ..tile import Tile
 
 
 class Family(Protocol):
-    """One way to multiply and add: the instructions of a K step.
+    """One way to multiply and add: the instructions of a K step, and the operands they want.
 
     Attributes:
-      kr: K values that one step consumes; packed operands interleave so many.
-      a_panel, b_panel: dtype names of the elements of A and B that the nanokernel loads.
       acc: dtype name of the accumulator.
+      kr: K values that one step consumes.
+      a_elem, b_elem: dtype names of the elements in packed panels.
+      unit: dtype name of kr packed elements taken together; accumulators have as many lanes as a vector of units.
+      parts: the terms that stand for one product: pairs (part of A, part of B), summed in this order. An operand
+        that is taken whole has the one part 0.
+      column_sums: whether each panel of B begins with a row of corrections, summed over the panel by
+        ``correction``, from which accumulators start instead of zero.
+      temporaries: registers the instructions need beyond accumulators, held and streamed operand.
       instructions: a regular expression for the mnemonics that multiply, and how many of them one product takes.
     """
 
     @property
+    def acc(self) -> str: ...
+    @property
     def kr(self) -> int: ...
     @property
-    def a_panel(self) -> str: ...
+    def a_elem(self) -> str: ...
     @property
-    def b_panel(self) -> str: ...
+    def b_elem(self) -> str: ...
     @property
-    def acc(self) -> str: ...
+    def unit(self) -> str: ...
+    @property
+    def parts(self) -> tuple[tuple[int, int], ...]: ...
+    @property
+    def column_sums(self) -> bool: ...
+    @property
+    def temporaries(self) -> int: ...
     @property
     def instructions(self) -> tuple[str, int]: ...
 
-    def cycles_per_product(self, cpu: str) -> float:
-        """The fewest cycles that a product of full vectors takes on an llvm-mca model, by its issue ports alone."""
+    def prepare_a(self, v: Value, source: str, part: int) -> Value:
+        """The elements (scalar or vector) that stand in A's panel for values of dtype ``source``."""
+        ...
+
+    def prepare_b(self, v: Value, source: str, part: int) -> Value:
+        """The same for B's panel."""
         ...
 
     def product(self, a: Value, b: Value, acc: Value) -> Value:
-        """``acc + a * b`` for vectors of ``kr`` interleaved K values."""
+        """``acc + a * b``, summed over the kr values inside each unit."""
+        ...
+
+
+class Corrected(Family, Protocol):
+    """A family with ``column_sums``."""
+
+    def correction(self, b: Value, acc: Value) -> Value:
+        """The correction ``acc`` with that of one more vector of B's units added."""
         ...
 
 

@@ -1,6 +1,7 @@
 """Fused multiply-add: f32 and f64 accumulators, one K value a step.
 
-Meaning, for a register tile C[mr, nr]:  ``C += np.outer(A[:, k], B[k, :])``, each element rounded once.
+Meaning, for a register tile C[mr, nr]:  ``C += np.outer(A[:, k], B[k, :])``, each element rounded once. Narrower
+float operands are widened, which is exact, on their way into the panels or registers.
 """
 
 from __future__ import annotations
@@ -8,30 +9,47 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .. import ir
+from .bf16_parts import part_of
 
 
 @dataclass(frozen=True)
 class Fma:
-    """``vfmadd231ps/pd``: operands and accumulator of one float type."""
+    """``vfmadd231ps/pd``.
+
+    Attributes:
+      acc: "float32" or "float64".
+      parts: for DotAlgorithms that name bf16 operands: which bf16 parts of the operands are multiplied.
+      splits: whether operands are cut into bf16 parts at all.
+    """
 
     acc: str
+    parts: tuple[tuple[int, int], ...] = ((0, 0),)
+    splits: bool = False
     kr: int = 1
+    column_sums: bool = False
+    temporaries: int = 0
 
     @property
-    def a_panel(self) -> str:
+    def a_elem(self) -> str:
         return self.acc
 
     @property
-    def b_panel(self) -> str:
+    def b_elem(self) -> str:
+        return self.acc
+
+    @property
+    def unit(self) -> str:
         return self.acc
 
     @property
     def instructions(self) -> tuple[str, int]:
         return (r"vfmadd\d+p[sd]$", 1)
 
-    def cycles_per_product(self, cpu: str) -> float:
-        # Two FMA pipes everywhere; Zen 4 runs a 512-bit FMA through both at once.
-        return 1.0 if cpu == "znver4" else 0.5
+    def prepare_a(self, v: ir.Value, source: str, part: int) -> ir.Value:
+        wide = ir.convert(v, source, self.acc)
+        return ir.convert(part_of(wide, part), "bfloat16", "float32") if self.splits else wide
+
+    prepare_b = prepare_a
 
     def product(self, a: ir.Value, b: ir.Value, acc: ir.Value) -> ir.Value:
         return ir.fma(a, b, acc)
