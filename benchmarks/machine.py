@@ -29,6 +29,7 @@ def describe() -> dict[str, Any]:
         "caches": _cache_sizes(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
+        "load": round(os.getloadavg()[0], 2),  # anything much above 0 before a run spoils it
     }
 
 

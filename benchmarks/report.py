@@ -152,9 +152,10 @@ def _head(results: Results) -> str:
     machine = results.machine
     caches = ", ".join(f"{level} {size >> 10} KiB" for level, size in machine["caches"].items())
     where = (machine["cpu"], f"{machine['cpus']} CPUs", caches, machine["system"], f"Python {machine['python']}")
+    load = f"load average before the run {machine['load']}"
     lines = [
         "# jax_nano and its peers\n",
-        f"{results.started}, {', '.join(where)}.\n",
+        f"{results.started}, {', '.join((*where, load))}.\n",
         "Peers ran in turn, one at a time, round after round; numbers are medians over the rounds, ± half the",
         "distance between the quartiles. The result of every peer was checked, every element, before it was",
         "timed. A ratio is how many times faster jax_nano is; peak and bandwidth were measured in the same",

@@ -7,11 +7,11 @@
 #include <time.h>
 
 typedef struct {
-  int64_t m, n, k;                              // C[m, n] = A[m, k] B[k, n], C with unit stride along n
-  int64_t rsa, csa, rsb, csb, rsc;              // strides in elements
-  int64_t batch;                                // number of products
+  int64_t m, n, k;                                // C[m, n] = A[m, k] B[k, n], C with unit stride along n
+  int64_t rsa, csa, rsb, csb, rsc;                // strides in elements
+  int64_t batch;                                  // number of products
   const int64_t *a_offset, *b_offset, *c_offset;  // where each of them starts, in elements
-  int64_t pairs;                                // sets of buffers, gone through in turn
+  int64_t pairs;                                  // sets of buffers, gone through in turn
   void **a, **b, **c;
 } Job;
 

@@ -10,38 +10,53 @@ enum { kMaxThreads = 1024 };
 
 // --- multiply-add units -----------------------------------------------------------------------
 //
-// Independent accumulators hide the latency of the units; the asm statement keeps each one in its
-// register and each step in the loop.
+// Independent accumulators hide the latency of the units. Each is a variable of its own, since a compiler
+// may keep an array in memory; the asm statement keeps it in its register and each step in the loop.
 
-#define DEFINE_PEAK(NAME, TARGET, VECTOR, ACCUMULATORS, REGISTER, ZERO, STEP)   \
-  __attribute__((target(TARGET))) static void NAME(int64_t steps) {             \
-    VECTOR acc[ACCUMULATORS];                                                   \
-    for (int i = 0; i < ACCUMULATORS; ++i) acc[i] = ZERO;                       \
-    VECTOR x = ZERO, y = ZERO;                                                  \
-    __asm__ volatile("" : "+" REGISTER(x), "+" REGISTER(y));                    \
-    for (int64_t step = 0; step < steps; ++step) {                              \
-      _Pragma("GCC unroll 16") for (int i = 0; i < ACCUMULATORS; ++i) {         \
-        acc[i] = STEP(acc[i]);                                                  \
-        __asm__ volatile("" : "+" REGISTER(acc[i]));                            \
-      }                                                                         \
-    }                                                                           \
+#define REPEAT12(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
+#define REPEAT16(DO) REPEAT12(DO) DO(12) DO(13) DO(14) DO(15)
+
+#define DECLARE(i) acc##i = x,
+#define DEFINE_PEAK(NAME, TARGET, VECTOR, REPEAT, ZERO, STEP)       \
+  __attribute__((target(TARGET))) static void NAME(int64_t steps) { \
+    VECTOR x = ZERO, REPEAT(DECLARE) y = ZERO;                      \
+    __asm__ volatile("" : "+v"(x), "+v"(y));                        \
+    for (int64_t step = 0; step < steps; ++step) {                  \
+      REPEAT(STEP)                                                  \
+    }                                                               \
   }
 
-#define F32_512(c) _mm512_fmadd_ps(x, y, c)
-#define F64_512(c) _mm512_fmadd_pd(x, y, c)
-#define F32_256(c) _mm256_fmadd_ps(x, y, c)
-#define F64_256(c) _mm256_fmadd_pd(x, y, c)
-#define BF16_512(c) _mm512_dpbf16_ps(c, (__m512bh)x, (__m512bh)y)
-#define I8_512(c) _mm512_dpbusd_epi32(c, x, y)
-#define I8_256(c) _mm256_add_epi32(c, _mm256_madd_epi16(x, c))
+#define KEEP(i) __asm__ volatile("" : "+v"(acc##i));
+#define F32_512(i)                        \
+  acc##i = _mm512_fmadd_ps(x, y, acc##i); \
+  KEEP(i)
+#define F64_512(i)                        \
+  acc##i = _mm512_fmadd_pd(x, y, acc##i); \
+  KEEP(i)
+#define F32_256(i)                        \
+  acc##i = _mm256_fmadd_ps(x, y, acc##i); \
+  KEEP(i)
+#define F64_256(i)                        \
+  acc##i = _mm256_fmadd_pd(x, y, acc##i); \
+  KEEP(i)
+#define BF16_512(i)                                            \
+  acc##i = _mm512_dpbf16_ps(acc##i, (__m512bh)x, (__m512bh)y); \
+  KEEP(i)
+#define I8_512(i)                             \
+  acc##i = _mm512_dpbusd_epi32(acc##i, x, y); \
+  KEEP(i)
+// Without a dot product of bytes: products of 16 bits, added in pairs, added to 32 bits.
+#define I8_256(i)                                             \
+  acc##i = _mm256_add_epi32(y, _mm256_madd_epi16(x, acc##i)); \
+  KEEP(i)
 
-DEFINE_PEAK(PeakF32V4, "avx512f", __m512, 16, "v", _mm512_setzero_ps(), F32_512)
-DEFINE_PEAK(PeakF64V4, "avx512f", __m512d, 16, "v", _mm512_setzero_pd(), F64_512)
-DEFINE_PEAK(PeakF32V3, "avx2,fma", __m256, 12, "x", _mm256_setzero_ps(), F32_256)
-DEFINE_PEAK(PeakF64V3, "avx2,fma", __m256d, 12, "x", _mm256_setzero_pd(), F64_256)
-DEFINE_PEAK(PeakBf16, "avx512f,avx512bf16", __m512, 16, "v", _mm512_setzero_ps(), BF16_512)
-DEFINE_PEAK(PeakI8Vnni, "avx512f,avx512vnni", __m512i, 16, "v", _mm512_setzero_si512(), I8_512)
-DEFINE_PEAK(PeakI8V3, "avx2", __m256i, 12, "x", _mm256_setzero_si256(), I8_256)
+DEFINE_PEAK(PeakF32V4, "avx512f", __m512, REPEAT16, _mm512_setzero_ps(), F32_512)
+DEFINE_PEAK(PeakF64V4, "avx512f", __m512d, REPEAT16, _mm512_setzero_pd(), F64_512)
+DEFINE_PEAK(PeakF32V3, "avx2,fma", __m256, REPEAT12, _mm256_setzero_ps(), F32_256)
+DEFINE_PEAK(PeakF64V3, "avx2,fma", __m256d, REPEAT12, _mm256_setzero_pd(), F64_256)
+DEFINE_PEAK(PeakBf16, "avx512f,avx512bf16", __m512, REPEAT16, _mm512_setzero_ps(), BF16_512)
+DEFINE_PEAK(PeakI8Vnni, "avx512f,avx512vnni", __m512i, REPEAT16, _mm512_setzero_si512(), I8_512)
+DEFINE_PEAK(PeakI8V3, "avx2", __m256i, REPEAT12, _mm256_setzero_si256(), I8_256)
 
 typedef struct {
   void (*loop)(int64_t steps);

@@ -43,8 +43,8 @@ static Plan* Fail(Plan* plan) {
 
 // `dims` and `strides` hold A, B and C in turn, `rank` numbers each; `types` holds dnnl_data_type_t.
 // Returns null where oneDNN has no such product.
-Plan* create(int rank, const int64_t* dims, const int64_t* strides, const int* types, int64_t pairs, void** a,
-             void** b, void** c) {
+Plan* create(int rank, const int64_t* dims, const int64_t* strides, const int* types, int64_t pairs, void** a, void** b,
+             void** c) {
   Plan* plan = calloc(1, sizeof(Plan));
   if (dnnl_engine_create(&plan->engine, dnnl_cpu, 0) != dnnl_success) return Fail(plan);
   if (dnnl_stream_create(&plan->stream, plan->engine, dnnl_stream_default_flags)) return Fail(plan);

@@ -7,7 +7,6 @@
 
 const char* version(void) { return LIBXSMM_VERSION; }
 
-
 typedef union {
   libxsmm_smmfunction f32;
   libxsmm_dmmfunction f64;
@@ -44,11 +43,9 @@ double run(const Job* job, int is_double, int64_t trips) {
       for (int64_t i = 0; i < job->batch; ++i) {
         const int64_t a = job->a_offset[i], b = job->b_offset[i], c = job->c_offset[i];
         if (is_double) {
-          kernel.f64((const double*)job->b[pair] + b, (const double*)job->a[pair] + a,
-                     (double*)job->c[pair] + c);
+          kernel.f64((const double*)job->b[pair] + b, (const double*)job->a[pair] + a, (double*)job->c[pair] + c);
         } else {
-          kernel.f32((const float*)job->b[pair] + b, (const float*)job->a[pair] + a,
-                     (float*)job->c[pair] + c);
+          kernel.f32((const float*)job->b[pair] + b, (const float*)job->a[pair] + a, (float*)job->c[pair] + c);
         }
       }
     }
