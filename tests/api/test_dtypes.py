@@ -75,8 +75,8 @@ def test_weak_types() -> None:
 def type_of(fun: Any, *args: jax.Array) -> Any:
     try:
         out = jax.eval_shape(fun, *args)
-    except TypeError as error:
-        return str(error)
+    except (TypeError, ValueError) as error:
+        return type(error), str(error)
     return out.shape, out.dtype, out.weak_type
 
 

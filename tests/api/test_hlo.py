@@ -88,7 +88,6 @@ RESULTS_MOVED = {
     "matrices.mT": 1,
     "broadcast batches": 1,
     "vmap inner axes": 1,
-    "vmap last axis": 0,
 }
 
 
@@ -97,7 +96,8 @@ def test_gradients_without_copies(name: str, rng: np.random.Generator) -> None:
     fun, shapes = PROGRAMS[name]
     found = ops(gradients(fun), *arrays(rng, *shapes))
     assert found["product"] == 3
-    assert sum(found[x] for x in copies(found)) <= RESULTS_MOVED.get(name, 0), found
+    assert max(found["transpose"], found["copy"]) <= RESULTS_MOVED.get(name, 0), found
+    assert name in RESULTS_MOVED or not copies(found), found
     assert not found["dot"]
 
 
