@@ -18,10 +18,9 @@ std::string List(std::span<const int64_t> values) {
   return out;
 }
 
-[[noreturn]] void Fail(const Operand& lhs, const Operand& rhs, const Operand& out,
-                       const std::string& what) {
-  throw std::invalid_argument("jax_nano dot_general(" + Describe(lhs) + ", " + Describe(rhs) +
-                              ") -> " + Describe(out) + ": " + what);
+[[noreturn]] void Fail(const Operand& lhs, const Operand& rhs, const Operand& out, const std::string& what) {
+  throw std::invalid_argument("jax_nano dot_general(" + Describe(lhs) + ", " + Describe(rhs) + ") -> " + Describe(out) +
+                              ": " + what);
 }
 
 // Row-major strides; all zero if the array has no elements, where no stride is ever used.
@@ -58,8 +57,7 @@ struct Strided {
 
 std::string CheckOperand(const Operand& x) {
   if (x.labels.size() != x.shape.size()) {
-    return std::to_string(x.labels.size()) + " labels for " + std::to_string(x.shape.size()) +
-           " dimensions";
+    return std::to_string(x.labels.size()) + " labels for " + std::to_string(x.shape.size()) + " dimensions";
   }
   for (size_t i = 0; i < x.labels.size(); ++i) {
     if (x.shape[i] < 0) return "negative size";
@@ -79,8 +77,7 @@ std::string CheckLabels(const Strided& lhs, const Strided& rhs, const Strided& o
       if (!other.Has(label) && !out.Has(label)) return name + " stands in one operand only";
       for (const Strided* y : {&other, &out}) {
         if (y->Has(label) && y->Size(label) != x->Size(label)) {
-          return name + " has sizes " + std::to_string(x->Size(label)) + " and " +
-                 std::to_string(y->Size(label));
+          return name + " has sizes " + std::to_string(x->Size(label)) + " and " + std::to_string(y->Size(label));
         }
       }
     }
@@ -116,13 +113,12 @@ std::optional<bool> ChooseRoles(const Strided& lhs, const Strided& rhs, const St
 
 // Sorts by the given stride, outermost first, and merges neighbours that are one loop in every array.
 // Dense arrays have distinct strides, so only neighbours can merge.
-std::vector<Loop> Collapse(std::vector<Loop> loops, int64_t Loop::*stride) {
-  std::stable_sort(loops.begin(), loops.end(),
-                   [&](const Loop& x, const Loop& y) { return x.*stride > y.*stride; });
+std::vector<Loop> Collapse(std::vector<Loop> loops, int64_t Loop::* stride) {
+  std::stable_sort(loops.begin(), loops.end(), [&](const Loop& x, const Loop& y) { return x.*stride > y.*stride; });
   std::vector<Loop> out;
   for (const Loop& inner : loops) {
-    if (!out.empty() && out.back().a == inner.a * inner.size &&
-        out.back().b == inner.b * inner.size && out.back().c == inner.c * inner.size) {
+    if (!out.empty() && out.back().a == inner.a * inner.size && out.back().b == inner.b * inner.size &&
+        out.back().c == inner.c * inner.size) {
       const int64_t size = out.back().size * inner.size;
       out.back() = {size, inner.a, inner.b, inner.c};
     } else {

@@ -8,16 +8,16 @@ namespace jax_nano {
 namespace {
 
 constexpr std::array<std::string_view, static_cast<size_t>(Feature::kCount)> kFeatureNames = {
-    "avx",         "avx2",         "bmi1",        "bmi2",     "f16c",     "fma",     "lzcnt",
-    "movbe",       "avx512f",      "avx512bw",    "avx512cd", "avx512dq", "avx512vl", "avx512_bf16",
-    "avx512_vnni", "avx512_fp16", "avx_vnni",    "amx_tile", "amx_bf16", "amx_int8", "amx_permission",
+    "avx",         "avx2",        "bmi1",     "bmi2",     "f16c",     "fma",      "lzcnt",
+    "movbe",       "avx512f",     "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16",
+    "avx512_vnni", "avx512_fp16", "avx_vnni", "amx_tile", "amx_bf16", "amx_int8", "amx_permission",
 };
 
 // State components that the operating system saves (XCR0): without them an instruction set that CPUID
 // reports still faults.
-constexpr uint64_t kXcr0Avx = 0x6;        // SSE, AVX
-constexpr uint64_t kXcr0Avx512 = 0xe6;    // + opmask, ZMM_Hi256, Hi16_ZMM
-constexpr uint64_t kXcr0Amx = 0x60000;    // TILECFG, TILEDATA
+constexpr uint64_t kXcr0Avx = 0x6;      // SSE, AVX
+constexpr uint64_t kXcr0Avx512 = 0xe6;  // + opmask, ZMM_Hi256, Hi16_ZMM
+constexpr uint64_t kXcr0Amx = 0x60000;  // TILECFG, TILEDATA
 
 // Assumed where CPUID says nothing (some hypervisors): the smallest caches of any AVX2 server CPU.
 constexpr Caches kDefaultCaches = {32 << 10, 256 << 10, 8 << 20};
@@ -31,8 +31,7 @@ struct FeatureBit {
   Feature feature;
 };
 
-void AddFrom(const std::array<uint32_t, 4>& regs, std::initializer_list<FeatureBit> bits,
-             Features& out) {
+void AddFrom(const std::array<uint32_t, 4>& regs, std::initializer_list<FeatureBit> bits, Features& out) {
   for (const FeatureBit& b : bits) {
     if (Bit(regs[static_cast<size_t>(b.reg)], b.bit)) out.Add(b.feature);
   }
@@ -59,9 +58,7 @@ CpuQueries HostQueries() {
 
 }  // namespace
 
-std::string_view FeatureName(Feature feature) {
-  return kFeatureNames[static_cast<size_t>(feature)];
-}
+std::string_view FeatureName(Feature feature) { return kFeatureNames[static_cast<size_t>(feature)]; }
 
 Features DetectFeatures(const CpuQueries& cpu) {
   using F = Feature;
@@ -74,8 +71,7 @@ Features DetectFeatures(const CpuQueries& cpu) {
   if ((xcr0 & kXcr0Avx) != kXcr0Avx) return out;
 
   const std::array<uint32_t, 4> seven = cpu.cpuid(7, 0);
-  const std::array<uint32_t, 4> seven_one =
-      seven[0] >= 1 ? cpu.cpuid(7, 1) : std::array<uint32_t, 4>{0, 0, 0, 0};
+  const std::array<uint32_t, 4> seven_one = seven[0] >= 1 ? cpu.cpuid(7, 1) : std::array<uint32_t, 4>{0, 0, 0, 0};
   AddFrom(one, {{2, 28, F::kAvx}, {2, 12, F::kFma}, {2, 29, F::kF16c}, {2, 22, F::kMovbe}}, out);
   AddFrom(seven, {{1, 5, F::kAvx2}, {1, 3, F::kBmi1}, {1, 8, F::kBmi2}}, out);
   AddFrom(seven_one, {{0, 4, F::kAvxVnni}}, out);
@@ -85,8 +81,12 @@ Features DetectFeatures(const CpuQueries& cpu) {
 
   if ((xcr0 & kXcr0Avx512) == kXcr0Avx512) {
     AddFrom(seven,
-            {{1, 16, F::kAvx512f}, {1, 30, F::kAvx512bw}, {1, 28, F::kAvx512cd},
-             {1, 17, F::kAvx512dq}, {1, 31, F::kAvx512vl}, {2, 11, F::kAvx512Vnni},
+            {{1, 16, F::kAvx512f},
+             {1, 30, F::kAvx512bw},
+             {1, 28, F::kAvx512cd},
+             {1, 17, F::kAvx512dq},
+             {1, 31, F::kAvx512vl},
+             {2, 11, F::kAvx512Vnni},
              {3, 23, F::kAvx512Fp16}},
             out);
     AddFrom(seven_one, {{0, 5, F::kAvx512Bf16}}, out);

@@ -89,17 +89,15 @@ const XLA_FFI_TypeInfo kDotStateInfo = ffi::MakeTypeInfo<DotState>();
 
 using Int64s = ffi::Span<const int64_t>;
 
-ffi::ErrorOr<std::unique_ptr<DotState>> Instantiate(int64_t abi, Int64s lhs_labels,
-                                                    Int64s rhs_labels, Int64s out_labels,
-                                                    std::string_view algorithm) {
+ffi::ErrorOr<std::unique_ptr<DotState>> Instantiate(int64_t abi, Int64s lhs_labels, Int64s rhs_labels,
+                                                    Int64s out_labels, std::string_view algorithm) {
   if (abi != kFfiAbi) {
-    return ffi::Unexpected(ffi::Error::InvalidArgument(
-        "jax_nano: this program asks for ABI " + std::to_string(abi) + ", the installed one is " +
-        std::to_string(kFfiAbi)));
+    return ffi::Unexpected(ffi::Error::InvalidArgument("jax_nano: this program asks for ABI " + std::to_string(abi) +
+                                                       ", the installed one is " + std::to_string(kFfiAbi)));
   }
   if (algorithm != "default") {
-    return ffi::Unexpected(ffi::Error::InvalidArgument("jax_nano: unknown algorithm \"" +
-                                                       std::string(algorithm) + "\""));
+    return ffi::Unexpected(
+        ffi::Error::InvalidArgument("jax_nano: unknown algorithm \"" + std::string(algorithm) + "\""));
   }
   auto state = std::make_unique<DotState>();
   state->labels[0].assign(lhs_labels.begin(), lhs_labels.end());
@@ -108,8 +106,7 @@ ffi::ErrorOr<std::unique_ptr<DotState>> Instantiate(int64_t abi, Int64s lhs_labe
   return state;
 }
 
-std::unique_ptr<const CachedPlan> NewPlan(const DotState& state,
-                                          const ffi::AnyBuffer* const (&buffers)[3],
+std::unique_ptr<const CachedPlan> NewPlan(const DotState& state, const ffi::AnyBuffer* const (&buffers)[3],
                                           const ffi::ThreadPool& pool) {
   auto entry = std::make_unique<CachedPlan>();
   std::string names[3];
@@ -122,8 +119,7 @@ std::unique_ptr<const CachedPlan> NewPlan(const DotState& state,
     operands[i] = {names[i], entry->shape.dims[i], state.labels[i]};
   }
   entry->shape.threads = pool.num_threads();
-  entry->plan = MakePlan(operands[0], operands[1], operands[2], SelectedTargets(),
-                         entry->shape.threads, HostCaches());
+  entry->plan = MakePlan(operands[0], operands[1], operands[2], SelectedTargets(), entry->shape.threads, HostCaches());
   return entry;
 }
 
@@ -180,8 +176,8 @@ XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
 // backend dies (jaxlib 0.9 to 0.12). But XLA's first call into a handler is a query for its metadata, and
 // that carries the API table.
 XLA_FFI_Error* DotInstantiate(XLA_FFI_CallFrame* frame) {
-  static XLA_FFI_Error* const error = ffi::Ffi::RegisterTypeId(
-      frame->api, "jax_nano.dot_general", &DotState::id, &kDotStateInfo);
+  static XLA_FFI_Error* const error =
+      ffi::Ffi::RegisterTypeId(frame->api, "jax_nano.dot_general", &DotState::id, &kDotStateInfo);
   return error != nullptr ? error : (*kInstantiate)(frame);
 }
 

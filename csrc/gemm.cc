@@ -16,9 +16,7 @@ struct Range {
 Range Piece(int64_t total, int64_t unit, int64_t pieces, int64_t i) {
   const int64_t units = (total + unit - 1) / unit;
   const int64_t base = units / pieces, extra = units % pieces;
-  const auto edge = [&](int64_t j) {
-    return std::min(total, (base * j + std::min(j, extra)) * unit);
-  };
+  const auto edge = [&](int64_t j) { return std::min(total, (base * j + std::min(j, extra)) * unit); };
   return {edge(i), edge(i + 1)};
 }
 

@@ -40,8 +40,7 @@ Features ParseFeatures(const Names& names) {
   Features out;
   for (const std::string& name : names) {
     unsigned i = 0;
-    while (i < static_cast<unsigned>(Feature::kCount) &&
-           FeatureName(static_cast<Feature>(i)) != name) {
+    while (i < static_cast<unsigned>(Feature::kCount) && FeatureName(static_cast<Feature>(i)) != name) {
       ++i;
     }
     if (i == static_cast<unsigned>(Feature::kCount)) {
@@ -62,9 +61,7 @@ Names NamesOf(const Features& features) {
   return out;
 }
 
-Features HostOr(const std::optional<Names>& features) {
-  return features ? ParseFeatures(*features) : HostFeatures();
-}
+Features HostOr(const std::optional<Names>& features) { return features ? ParseFeatures(*features) : HostFeatures(); }
 
 nb::list TargetList(const std::optional<Names>& features) {
   nb::list out;
@@ -129,8 +126,8 @@ nb::dict CacheDict() {
 }
 
 // What detection would find on a machine that answers CPUID like this; unlisted leaves are zero.
-Names DecodeFeatures(const std::map<std::pair<uint32_t, uint32_t>, std::array<uint32_t, 4>>& cpuid,
-                     uint64_t xcr0, bool amx_permission) {
+Names DecodeFeatures(const std::map<std::pair<uint32_t, uint32_t>, std::array<uint32_t, 4>>& cpuid, uint64_t xcr0,
+                     bool amx_permission) {
   CpuQueries q;
   q.cpuid = [&](uint32_t leaf, uint32_t subleaf) {
     const auto it = cpuid.find({leaf, subleaf});
@@ -184,8 +181,7 @@ struct CallSpec {
   Ints lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels;
   std::string lhs_dtype, rhs_dtype, out_dtype;
 
-  Plan MakePlanFor(std::span<const Target* const> targets, int64_t threads,
-                   const Caches& caches) const {
+  Plan MakePlanFor(std::span<const Target* const> targets, int64_t threads, const Caches& caches) const {
     Ints out_shape;
     for (int64_t label : out_labels) out_shape.push_back(SizeOf(label));
     return MakePlan({lhs_dtype, lhs_shape, lhs_labels}, {rhs_dtype, rhs_shape, rhs_labels},
@@ -213,27 +209,21 @@ std::vector<const Target*> TargetsFor(const std::optional<std::string>& name) {
   throw std::invalid_argument("unknown target: " + *name);
 }
 
-nb::dict ExplainPlan(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels,
-                     Ints out_labels, std::string lhs_dtype, std::string rhs_dtype,
-                     std::string out_dtype, int64_t threads, std::optional<std::string> target,
-                     std::optional<std::array<int64_t, 3>> caches) {
-  const CallSpec spec = {lhs_shape,  rhs_shape, lhs_labels, rhs_labels,
-                         out_labels, lhs_dtype, rhs_dtype,  out_dtype};
+nb::dict ExplainPlan(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels, Ints out_labels,
+                     std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads,
+                     std::optional<std::string> target, std::optional<std::array<int64_t, 3>> caches) {
+  const CallSpec spec = {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels, lhs_dtype, rhs_dtype, out_dtype};
   const Caches sizes = caches ? Caches{(*caches)[0], (*caches)[1], (*caches)[2]} : HostCaches();
   return PlanDict(spec.MakePlanFor(TargetsFor(target), threads, sizes));
 }
 
-void Dot(uintptr_t lhs, uintptr_t rhs, uintptr_t out, Ints lhs_shape, Ints rhs_shape,
-         Ints lhs_labels, Ints rhs_labels, Ints out_labels, std::string lhs_dtype,
-         std::string rhs_dtype, std::string out_dtype, int64_t threads) {
-  const CallSpec spec = {lhs_shape,  rhs_shape, lhs_labels, rhs_labels,
-                         out_labels, lhs_dtype, rhs_dtype,  out_dtype};
+void Dot(uintptr_t lhs, uintptr_t rhs, uintptr_t out, Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels,
+         Ints out_labels, std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads) {
+  const CallSpec spec = {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels, lhs_dtype, rhs_dtype, out_dtype};
   const nb::gil_scoped_release release;
   const Plan plan = spec.MakePlanFor(SelectedTargets(), threads, HostCaches());
   PrivatePool pool(threads);
-  RunPlan(plan,
-          {reinterpret_cast<const void*>(lhs), reinterpret_cast<const void*>(rhs),
-           reinterpret_cast<void*>(out)},
+  RunPlan(plan, {reinterpret_cast<const void*>(lhs), reinterpret_cast<const void*>(rhs), reinterpret_cast<void*>(out)},
           pool);
 }
 
@@ -299,11 +289,10 @@ NB_MODULE(_runtime, m) {
   m.def("features", &HostFeatureNames);
   m.def("caches", &CacheDict);
   m.def("decode_features", &DecodeFeatures, "cpuid"_a, "xcr0"_a, "amx_permission"_a);
-  m.def("plan", &ExplainPlan, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a,
-        "out_labels"_a, "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a,
-        "target"_a = nb::none(), "caches"_a = nb::none());
-  m.def("dot", &Dot, "lhs"_a, "rhs"_a, "out"_a, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a,
-        "rhs_labels"_a, "out_labels"_a, "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a);
+  m.def("plan", &ExplainPlan, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a, "out_labels"_a,
+        "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a, "target"_a = nb::none(), "caches"_a = nb::none());
+  m.def("dot", &Dot, "lhs"_a, "rhs"_a, "out"_a, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a,
+        "out_labels"_a, "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a);
   m.def("call", &CallKernel, "kernel_name"_a, "args"_a);
   m.def("workspace_bytes", &WorkspaceHighWater);
 }

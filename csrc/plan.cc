@@ -14,23 +14,23 @@ namespace {
 //     for ic by mc, for pc by kc, [pack A], for jc by nc, [pack B], for ir by mr, for jr by nr
 // so a micro-panel of A (mr x kc) stays in L1 while the block of B (kc x nc) streams past it from L2, and
 // the block of A (mc x kc) comes from L3 once per block of B.
-constexpr int64_t kKcBytes = 1536;             // of one column of a B panel: 384 f32, 768 bf16
-constexpr double kBlockBOfL2 = 0.625;          // the rest of L2 is for A, C and what passes through
+constexpr int64_t kKcBytes = 1536;     // of one column of a B panel: 384 f32, 768 bf16
+constexpr double kBlockBOfL2 = 0.625;  // the rest of L2 is for A, C and what passes through
 constexpr int64_t kMaxBlockABytes = 4 << 20;
 constexpr int64_t kMaxBlockBBytes = 3 << 20;
 
 // Packing pays once the packed block is read often enough.
-constexpr int64_t kPackBMinTiles = 4;          // B block read by this many register tiles of rows
-constexpr int64_t kTlbReachBytes = 64 << 12;   // L1 data TLB: rows of B further apart than this in sum
-constexpr int64_t kPackAMinTiles = 16;         // A block read by this many register tiles of columns
-constexpr int64_t kPackAMinTilesStrided = 4;   // the same when A's rows or columns are awkward to read
-constexpr int64_t kAliasBytes = 1024;          // row strides that are multiples of this share L1 sets
+constexpr int64_t kPackBMinTiles = 4;         // B block read by this many register tiles of rows
+constexpr int64_t kTlbReachBytes = 64 << 12;  // L1 data TLB: rows of B further apart than this in sum
+constexpr int64_t kPackAMinTiles = 16;        // A block read by this many register tiles of columns
+constexpr int64_t kPackAMinTilesStrided = 4;  // the same when A's rows or columns are awkward to read
+constexpr int64_t kAliasBytes = 1024;         // row strides that are multiples of this share L1 sets
 
 // Splitting over threads.
-constexpr int64_t kMinItemMacs = 128 << 10;    // about 2 us at peak: less is not worth waking a thread
-constexpr int64_t kItemsPerThread = 4;         // at most: more balance better and pack more often
-constexpr double kPackMacs = 12;               // cost of packing one element, in multiply-adds
-constexpr double kTail = 0.1;                  // the last item finishes late by this part of itself
+constexpr int64_t kMinItemMacs = 128 << 10;  // about 2 us at peak: less is not worth waking a thread
+constexpr int64_t kItemsPerThread = 4;       // at most: more balance better and pack more often
+constexpr double kPackMacs = 12;             // cost of packing one element, in multiply-adds
+constexpr double kTail = 0.1;                // the last item finishes late by this part of itself
 
 int64_t CeilDiv(int64_t x, int64_t y) { return (x + y - 1) / y; }
 int64_t RoundUp(int64_t x, int64_t y) { return CeilDiv(x, y) * y; }
@@ -71,8 +71,7 @@ int64_t PackedBBytes(const KernelInfo& kernel, const GemmArgs& args) {
   return args.pack_b ? PackedBytes(args.kc * args.nc * kernel.b_panel_bytes) : 0;
 }
 
-void ChooseBlocking(const KernelInfo& kernel, const Caches& caches, int64_t item_m, int64_t item_n,
-                    GemmArgs& args) {
+void ChooseBlocking(const KernelInfo& kernel, const Caches& caches, int64_t item_m, int64_t item_n, GemmArgs& args) {
   const int64_t a_bytes = ElementBytes(kernel.lhs), b_bytes = ElementBytes(kernel.rhs);
 
   // By the size of k alone: results must not depend on the split or on the machine's caches.
@@ -88,23 +87,18 @@ void ChooseBlocking(const KernelInfo& kernel, const Caches& caches, int64_t item
   args.pack_a = item_n >= tiles * kernel.nr && item_m > 1;
 
   const int64_t b_column = args.kc * kernel.b_panel_bytes, a_row = args.kc * kernel.a_panel_bytes;
-  const int64_t b_block = std::min(
-      kMaxBlockBBytes, static_cast<int64_t>(kBlockBOfL2 * Real(caches.l2)));
+  const int64_t b_block = std::min(kMaxBlockBBytes, static_cast<int64_t>(kBlockBOfL2 * Real(caches.l2)));
   args.nc = BalancedBlock(item_n, b_block / b_column, kernel.nr);
   // Each block of rows packs all of B again, so unpacked rows are not cut at all.
   const int64_t mc_most = args.pack_a ? kMaxBlockABytes / a_row : RoundUp(item_m, kernel.mr);
   args.mc = BalancedBlock(item_m, mc_most, kernel.mr);
 }
 
-bool WorthSplitting(int64_t products, int64_t m, int64_t n, int64_t k) {
-  return FullItems(products, m, n, k) >= 2;
-}
+bool WorthSplitting(int64_t products, int64_t m, int64_t n, int64_t k) { return FullItems(products, m, n, k) >= 2; }
 
-Split ChooseSplit(const KernelInfo& kernel, int64_t products, int64_t m, int64_t n, int64_t k,
-                  int64_t threads) {
+Split ChooseSplit(const KernelInfo& kernel, int64_t products, int64_t m, int64_t n, int64_t k, int64_t threads) {
   if (threads < 2 || !WorthSplitting(products, m, n, k)) return {};
-  const int64_t most = static_cast<int64_t>(
-      std::min(Real(threads * kItemsPerThread), FullItems(products, m, n, k)));
+  const int64_t most = static_cast<int64_t>(std::min(Real(threads * kItemsPerThread), FullItems(products, m, n, k)));
 
   const int64_t m_units = CeilDiv(m, kernel.mr), n_units = CeilDiv(n, kernel.nr);
   Split best;
@@ -128,8 +122,7 @@ Split ChooseSplit(const KernelInfo& kernel, int64_t products, int64_t m, int64_t
   return best;
 }
 
-Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t threads,
-              const Caches& caches) {
+Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t threads, const Caches& caches) {
   Plan plan;
   plan.kernel = &kernel;
   plan.swapped = contraction.swapped;
@@ -151,8 +144,7 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
   plan.outer = contraction.batch;
   plan.outer.insert(plan.outer.end(), m.begin(), m.end());
   plan.outer.insert(plan.outer.end(), n.begin(), n.end());
-  std::stable_sort(plan.outer.begin(), plan.outer.end(),
-                   [](const Loop& x, const Loop& y) { return x.c > y.c; });
+  std::stable_sort(plan.outer.begin(), plan.outer.end(), [](const Loop& x, const Loop& y) { return x.c > y.c; });
   const Loop batch = TakeLargest(plan.outer);
   plan.products = batch.size;
   for (const Loop& loop : plan.outer) plan.products *= loop.size;
@@ -185,14 +177,14 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
   return plan;
 }
 
-Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out,
-              std::span<const Target* const> targets, int64_t threads, const Caches& caches) {
+Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::span<const Target* const> targets,
+              int64_t threads, const Caches& caches) {
   const Contraction contraction = Analyze(lhs, rhs, out);
   const Operand &a = contraction.swapped ? rhs : lhs, &b = contraction.swapped ? lhs : rhs;
   const KernelInfo* kernel = SelectKernel(targets, a.dtype, b.dtype, out.dtype);
   if (kernel == nullptr) {
-    throw std::invalid_argument("jax_nano has no kernel on this machine for " + Describe(lhs) + ", " +
-                                Describe(rhs) + " -> " + Describe(out));
+    throw std::invalid_argument("jax_nano has no kernel on this machine for " + Describe(lhs) + ", " + Describe(rhs) +
+                                " -> " + Describe(out));
   }
   return MakePlan(contraction, *kernel, threads, caches);
 }

@@ -27,8 +27,8 @@ struct Split {
 
 struct Plan {
   const KernelInfo* kernel = nullptr;
-  bool swapped = false;  // A is the call's rhs
-  bool empty = false;    // the result has no elements: nothing to do
+  bool swapped = false;                           // A is the call's rhs
+  bool empty = false;                             // the result has no elements: nothing to do
   int64_t a_bytes = 0, b_bytes = 0, c_bytes = 0;  // of one element
 
   // One kernel call over the whole m, n and batch; RunItem narrows them. Pointers are null.
@@ -40,7 +40,7 @@ struct Plan {
   // accumulate into C, in this order.
   std::vector<Loop> k_outer;
 
-  int64_t products = 1;  // outer sizes times args.batch: independent products of m x n x k
+  int64_t products = 1;    // outer sizes times args.batch: independent products of m x n x k
   bool divisible = false;  // large enough to be split, if there are threads
   Split split;
   int64_t a_pack_bytes = 0, b_pack_bytes = 0;  // workspace of one thread
@@ -48,25 +48,22 @@ struct Plan {
 
 // For a given kernel and contraction every element of C is the same, bit for bit, whatever `threads` and
 // `caches` are: only the cutting of k decides in which order a sum is taken, and k is cut by its size alone.
-Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t threads,
-              const Caches& caches);
+Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t threads, const Caches& caches);
 
 // The whole way from labelled arrays: analysis, the best of `targets` that has a kernel, plan. Throws
 // std::invalid_argument if the arrays do not fit together or no kernel takes their dtypes.
-Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out,
-              std::span<const Target* const> targets, int64_t threads, const Caches& caches);
+Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::span<const Target* const> targets,
+              int64_t threads, const Caches& caches);
 
 // The parts of MakePlan, for tests and tuning.
 
 // Fills pack_a, pack_b, mc, kc, nc of `args` for an item of item_m x item_n.
-void ChooseBlocking(const KernelInfo& kernel, const Caches& caches, int64_t item_m, int64_t item_n,
-                    GemmArgs& args);
+void ChooseBlocking(const KernelInfo& kernel, const Caches& caches, int64_t item_m, int64_t item_n, GemmArgs& args);
 
 // Whether the work fills two items.
 bool WorthSplitting(int64_t products, int64_t m, int64_t n, int64_t k);
 
-Split ChooseSplit(const KernelInfo& kernel, int64_t products, int64_t m, int64_t n, int64_t k,
-                  int64_t threads);
+Split ChooseSplit(const KernelInfo& kernel, int64_t products, int64_t m, int64_t n, int64_t k, int64_t threads);
 
 // What the kernel may write at GemmArgs::a_pack and b_pack: multiples of 64, 0 for what is not packed.
 int64_t PackedABytes(const KernelInfo& kernel, const GemmArgs& args);

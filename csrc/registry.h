@@ -14,8 +14,7 @@ namespace jax_nano {
 std::span<const KernelInfo> Kernels();
 
 // The kernel of exactly this target and signature, or null.
-const KernelInfo* FindKernel(std::string_view target, std::string_view lhs, std::string_view rhs,
-                             std::string_view out);
+const KernelInfo* FindKernel(std::string_view target, std::string_view lhs, std::string_view rhs, std::string_view out);
 
 // The kernel of this name, or null.
 const KernelInfo* FindKernel(std::string_view name);

@@ -13,14 +13,11 @@ namespace {
 using F = Feature;
 
 // The levels as the psABI defines them: LLVM may use every instruction of the level, so all are required.
-constexpr Features kV3 = {F::kAvx,  F::kAvx2, F::kBmi1,  F::kBmi2,
-                          F::kF16c, F::kFma,  F::kLzcnt, F::kMovbe};
-constexpr Features kV4 = kV3 | Features{F::kAvx512f, F::kAvx512bw, F::kAvx512cd, F::kAvx512dq,
-                                        F::kAvx512vl};
+constexpr Features kV3 = {F::kAvx, F::kAvx2, F::kBmi1, F::kBmi2, F::kF16c, F::kFma, F::kLzcnt, F::kMovbe};
+constexpr Features kV4 = kV3 | Features{F::kAvx512f, F::kAvx512bw, F::kAvx512cd, F::kAvx512dq, F::kAvx512vl};
 
 constexpr Target kTargets[] = {
-    {"amx",
-     kV4 | Features{F::kAmxTile, F::kAmxBf16, F::kAmxInt8, F::kAmxPermission}},
+    {"amx", kV4 | Features{F::kAmxTile, F::kAmxBf16, F::kAmxInt8, F::kAmxPermission}},
     {"avx512_bf16", kV4 | Features{F::kAvx512Bf16}},
     {"avx512_vnni", kV4 | Features{F::kAvx512Vnni}},
     {"x86-64-v4", kV4},
@@ -86,8 +83,7 @@ std::vector<const Target*> SelectTargets(const Features& cpu, std::string_view f
     if (found && s.why.empty()) usable.push_back(s.target);
   }
   if (!found) {
-    throw std::invalid_argument("JAX_NANO_TARGET=" + std::string(forced) +
-                                ": unknown target; known: " + Join(known));
+    throw std::invalid_argument("JAX_NANO_TARGET=" + std::string(forced) + ": unknown target; known: " + Join(known));
   }
   return usable;
 }
@@ -101,8 +97,8 @@ const std::vector<const Target*>& SelectedTargets() {
   return targets;
 }
 
-const KernelInfo* SelectKernel(std::span<const Target* const> targets, std::string_view lhs,
-                               std::string_view rhs, std::string_view out) {
+const KernelInfo* SelectKernel(std::span<const Target* const> targets, std::string_view lhs, std::string_view rhs,
+                               std::string_view out) {
   for (const Target* t : targets) {
     if (const KernelInfo* k = FindKernel(t->name, lhs, rhs, out)) return k;
   }

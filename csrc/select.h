@@ -38,8 +38,8 @@ std::vector<const Target*> SelectTargets(const Features& cpu, std::string_view f
 const std::vector<const Target*>& SelectedTargets();
 
 // The first of `targets` with a kernel for this signature; null if none has one.
-const KernelInfo* SelectKernel(std::span<const Target* const> targets, std::string_view lhs,
-                               std::string_view rhs, std::string_view out);
+const KernelInfo* SelectKernel(std::span<const Target* const> targets, std::string_view lhs, std::string_view rhs,
+                               std::string_view out);
 
 }  // namespace jax_nano
 

@@ -30,8 +30,7 @@ void Grow(Buffer& buffer, int64_t bytes) {
   const int64_t size = (bytes + unit - 1) / unit * unit;
   buffer.data.reset();  // first, so that old and new never exist together
   buffer.bytes = 0;
-  buffer.data.reset(std::aligned_alloc(static_cast<size_t>(huge ? kHugePage : 4096),
-                                       static_cast<size_t>(size)));
+  buffer.data.reset(std::aligned_alloc(static_cast<size_t>(huge ? kHugePage : 4096), static_cast<size_t>(size)));
   if (buffer.data == nullptr) throw std::bad_alloc();
   // Fewer TLB misses on panels that are read over and over. A kernel without huge pages just says no.
   if (huge) (void)madvise(buffer.data.get(), static_cast<size_t>(size), MADV_HUGEPAGE);

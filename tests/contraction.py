@@ -53,7 +53,7 @@ def random_contraction(rng: np.random.Generator) -> Contraction:
     """Any number of dimensions of each kind in any order, as long as the result does not end in a batch dimension."""
     letters = iter("abcdefghijkl")
     kinds = {kind: [next(letters) for _ in range(rng.integers(0, 3))] for kind in "bmnk"}
-    lhs, rhs, out = (sum((kinds[k] for k in ks), []) for ks in ("bmk", "bnk", "bmn"))
+    lhs, rhs, out = ([x for kind in term for x in kinds[kind]] for term in ("bmk", "bnk", "bmn"))
     for term in (lhs, rhs, out):
         rng.shuffle(term)
     sizes = {x: int(rng.choice([1, 2, 3, 5, 9], p=[0.25, 0.2, 0.2, 0.2, 0.15])) for x in "".join([*lhs, *rhs])}

@@ -128,7 +128,14 @@ def run(code: str) -> str:
             return None if c.size > 1 << 18 else c.tobytes()
     """
     done = subprocess.run(
-        [sys.executable, "-P", "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(prelude) + textwrap.dedent(code)],
+        [
+            sys.executable,
+            "-P",
+            "-W",
+            "ignore::DeprecationWarning",
+            "-c",
+            textwrap.dedent(prelude) + textwrap.dedent(code),
+        ],
         capture_output=True,
         text=True,
         timeout=120,
@@ -156,6 +163,7 @@ def test_fork():
     assert out == "0 True"
 
 
+@pytest.mark.skipif("san.so" in os.environ.get("LD_PRELOAD", ""), reason="sanitizers need address space themselves")
 def test_no_memory_for_the_workspace_is_an_error():
     out = run("""
         abc = [np.full((1024, 1024), x, "f") for x in (1, 1, np.nan)]  # no temporaries for malloc to keep

@@ -84,7 +84,7 @@ def test_unsupported_dtypes():
 
 
 def test_a_missing_attribute_is_an_error():
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT: .*attributes"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT: .*attributes"):
         jax.jit(lambda x, y: jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct((3, 5), np.float32))(x, y))(A, B)
 
 
@@ -159,7 +159,8 @@ def test_many_independent_calls_from_many_threads(nproc):
         for w in workers: w.start()
         for w in workers: w.join()
         split = np.prod(c.plan(threads=2)["split"])
-        print(len(wrong), split > 1, all(np.allclose(np.frombuffer(w, "f"), (x @ x).ravel(), atol=1e-2) for w, x in zip(want, xs)))
+        right = [np.allclose(np.frombuffer(w, "f"), (x @ x).ravel(), atol=1e-2) for w, x in zip(want, xs)]
+        print(len(wrong), split > 1, all(right))
         """,
         NPROC=nproc,
     )
@@ -170,7 +171,10 @@ def test_bits_do_not_depend_on_the_pool():
     code = """
         import hashlib
         digest = hashlib.sha256()
-        for c in (Contraction("mk,kn->mn", m=512, n=300, k=700), Contraction("bqhd,bkhd->bhqk", b=3, q=70, h=4, d=64, k=67)):
+        for c in (
+            Contraction("mk,kn->mn", m=512, n=300, k=700),
+            Contraction("bqhd,bkhd->bhqk", b=3, q=70, h=4, d=64, k=67),
+        ):
             x, y = (np.random.default_rng(0).standard_normal(s).astype("f") for s in c.shapes[:2])
             digest.update(np.asarray(jax.jit(lambda x, y: call(c, x, y))(x, y)).tobytes())
         print(digest.hexdigest())

@@ -155,7 +155,9 @@ def test_zero_sizes(kernel, m, n, k, pack_a, pack_b):
         assert np.isnan(c).all()
 
 
-@pytest.mark.parametrize("where", ["a rows", "a columns", "b rows", "b columns", "c rows", "a batch", "b batch", "c batch"])
+@pytest.mark.parametrize(
+    "where", ["a rows", "a columns", "b rows", "b columns", "c rows", "a batch", "b batch", "c batch"]
+)
 @pytest.mark.parametrize("pack", [0, 1])
 def test_offsets_beyond_two_gigabytes(kernel, rng, where, pack):
     """Strides of more than 2**31 bytes in address space that is only reserved."""

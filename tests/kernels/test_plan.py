@@ -103,7 +103,14 @@ class TestLoops:
 
     def test_inner_and_outer_product(self):
         assert loops(plan("k,k->", k=7)) | {"rsa": 0, "rsc": 0} == {
-            **{"m": 1, "n": 1, "k": 7, "rsa": 0, "csa": 1, "rsb": 1, "csb": 1, "rsc": 0}
+            "m": 1,
+            "n": 1,
+            "k": 7,
+            "rsa": 0,
+            "csa": 1,
+            "rsb": 1,
+            "csb": 1,
+            "rsc": 0,
         }
         p = plan("m,n->mn", m=3, n=5)
         assert (p["m"], p["n"], p["k"], p["rsa"], p["csb"], p["rsc"]) == (3, 5, 1, 1, 1, 5)
@@ -182,7 +189,14 @@ class TestErrors:
 
 def shapes():
     rng = np.random.default_rng(0)
-    fixed = [(1, 1, 1), (512, 512, 512), (4096, 4096, 4096), (1, 100_000, 100_000), (100_000, 1, 100_000), (7, 13, 10**7)]
+    fixed = [
+        (1, 1, 1),
+        (512, 512, 512),
+        (4096, 4096, 4096),
+        (1, 100_000, 100_000),
+        (100_000, 1, 100_000),
+        (7, 13, 10**7),
+    ]
     return [*fixed, (2**20, 2**20, 3), *(tuple(int(x) for x in 10 ** rng.uniform(0, 4.5, 3)) for _ in range(100))]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -79,8 +80,8 @@ class TestDetection:
         assert not set(AMX) & set(_runtime.decode_features(with_amx(palettes=1), XCR0_AVX512, True))
 
     def test_this_machine_agrees_with_the_kernel(self):
-        with open("/proc/cpuinfo") as f:
-            flags = set(next(line for line in f if line.startswith("flags")).split())
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = set(next(line for line in lines if line.startswith("flags")).split())
         names = {"lzcnt": "abm", "amx_permission": "amx_tile"}
         for feature in _runtime.features():
             assert names.get(feature, feature) in flags
@@ -142,7 +143,9 @@ class TestSelection:
             _runtime.select_target(V3, "x86-64-v4")
 
     def test_unknown(self):
-        with pytest.raises(ValueError, match=r"^JAX_NANO_TARGET=avx99: unknown target; known: .*x86-64-v4, .*x86-64-v3"):
+        with pytest.raises(
+            ValueError, match=r"^JAX_NANO_TARGET=avx99: unknown target; known: .*x86-64-v4, .*x86-64-v3"
+        ):
             _runtime.select_target(V4, "avx99")
 
 
