@@ -19,8 +19,15 @@ from benchmarks.cases import matmul
 from benchmarks.pairs import Timed, compare, pairs_table
 from benchmarks.peers.in_jax import JaxRunner
 
+# What happens to a program before it can run; each stage is timed for itself, and all together.
+_STAGES = {
+    "trace": slice(0, 1),
+    "lower": slice(1, 2),
+    "compile": slice(2, 3),
+    "trace, lower and compile": slice(0, 3),
+}
+
 _MICRO, _MILLI = 1e-6, 1e-3
-_PRODUCTS = 60  # in the program that is compiled
 
 
 def report(*, quick: bool) -> str:
@@ -41,11 +48,10 @@ def report(*, quick: bool) -> str:
             for n in (8, 16, 32)
         ),
     ]
-    few = 2 if quick else 5
-    for name, stage in (("trace", 0), ("lower", 1), ("compile", 2)):
-        rows.append(
-            compare(f"{name} {_PRODUCTS} products, ms", _build(ours, stage), _build(theirs, stage), few, _MILLI, 1)
-        )
+    few, products = (2, 2) if quick else (5, 60)
+    for what, stages in _STAGES.items():
+        our_build, their_build = (_build(each, stages, products) for each in (ours, theirs))
+        rows.append(compare(f"{what} {products} products, ms", our_build, their_build, few, _MILLI, 1))
     rows.append(_import_row(few))
     return f"{machine.describe()['cpu']}, JAX {jax.__version__}\n\n{pairs_table(rows)}"
 
@@ -83,11 +89,11 @@ def _looped(ours: bool, n: int, calls: int) -> Timed:
     return lambda: runner.run(trips) / trips
 
 
-def _build(matmul_of: Callable[..., Any], stage: int) -> Timed:
-    """Times tracing (0), lowering (1) or compiling (2) of a program with products of many shapes."""
+def _build(matmul_of: Callable[..., Any], stages: slice, products: int) -> Timed:
+    """Times some of _STAGES for a program with products of many shapes."""
 
     def program(x: jax.Array) -> jax.Array:
-        for i in range(_PRODUCTS):
+        for i in range(products):
             x = jnp.tanh(matmul_of(x, jnp.ones((16 + i, 17 + i))))
         return x
 
@@ -95,15 +101,15 @@ def _build(matmul_of: Callable[..., Any], stage: int) -> Timed:
 
     def timed() -> float:
         jax.clear_caches()
-        start = time.perf_counter()
+        times = [time.perf_counter()]
         traced = jax.jit(program).trace(argument)
-        if stage > 0:
-            start = time.perf_counter()
-            lowered = traced.lower()
-        if stage > 1:
-            start = time.perf_counter()
+        times.append(time.perf_counter())
+        lowered = traced.lower()
+        times.append(time.perf_counter())
+        if stages.stop == len(times):
             lowered.compile()
-        return time.perf_counter() - start
+            times.append(time.perf_counter())
+        return times[stages.stop] - times[stages.start]
 
     return timed
 

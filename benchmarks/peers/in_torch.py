@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import time
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -10,10 +12,15 @@ import numpy as np
 from benchmarks.cases import DTYPES, Array, Case
 from benchmarks.peers import Operands, Unavailable
 
-try:
-    import torch
-except ImportError:
-    torch = None
+
+def _optional(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+torch = _optional("torch")
 
 
 class TorchRunner:
@@ -64,17 +71,17 @@ class TorchRunner:
         self._calls, self._out = [], []
 
 
-def _dtype(name: str) -> torch.dtype:
+def _dtype(name: str) -> Any:
     return getattr(torch, name)
 
 
-def _tensor(array: Array) -> torch.Tensor:
+def _tensor(array: Array) -> Any:
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(array.copy())
 
 
-def _array(tensor: torch.Tensor) -> Array:
+def _array(tensor: Any) -> Array:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
