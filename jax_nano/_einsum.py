@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import opt_einsum
+import opt_einsum  # type: ignore[import-untyped]
 
 from jax_nano import _shapes
 from jax_nano._shapes import Labels
@@ -20,9 +20,7 @@ class Step(NamedTuple):
     labels: Labels | None  # None: not a plain product; jnp.einsum does it
 
 
-def steps(
-    subscripts: Any, operands: Sequence[Any], optimize: Any, out_sharding: Any
-) -> tuple[Step, ...] | None:
+def steps(subscripts: Any, operands: Sequence[Any], optimize: Any, out_sharding: Any) -> tuple[Step, ...] | None:
     """The contractions of an expression; None if it is to be left to jnp.einsum as a whole.
 
     That is: errors, so that they are JAX's own; operands in the form of alternating arrays and lists;
@@ -30,9 +28,9 @@ def steps(
     """
     if not isinstance(subscripts, str):
         return None
-    shapes = tuple(getattr(x, "shape", None) for x in operands)
-    if not shapes or None in shapes:
+    if not operands or not all(hasattr(x, "shape") for x in operands):
         return None
+    shapes = tuple(x.shape for x in operands)
     path = tuple(optimize) if isinstance(optimize, list) else optimize
     if any(not isinstance(size, int) for shape in shapes for size in shape) and len(shapes) > 2:
         return None

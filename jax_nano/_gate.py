@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from jax_nano._shapes import Labels
 
@@ -34,6 +34,7 @@ def declines(labels: Labels, lhs_shape: Sequence[int], rhs_shape: Sequence[int])
     if not enabled:
         return None
     multiply_adds = 1
+    size: Any  # an int, or JAX's symbolic dimension
     for size in labels.sizes(lhs_shape, rhs_shape).values():
         if not isinstance(size, int):
             return None

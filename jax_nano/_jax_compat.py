@@ -6,7 +6,7 @@ to the last error message, or reaches a hook that JAX keeps to itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -16,7 +16,7 @@ from jax._src.dtypes import check_and_canonicalize_user_dtype
 from jax._src.interpreters import batching, mlir
 from jax._src.lax.lax import _convert_element_type, canonicalize_precision
 from jax._src.numpy.util import ensure_arraylike, ensure_arraylike_tuple
-from jax._src.sharding_impls import canonicalize_sharding
+from jax._src.sharding_impls import canonicalize_sharding as _canonicalize_sharding
 from jax._src.util import canonicalize_axis
 from jax.extend.core import Primitive
 from jax.sharding import NamedSharding, PartitionSpec
@@ -49,10 +49,20 @@ INLINE: Any = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
 
 # Renamed in 0.10.1. Casts an operand that is replicated over a manual mesh axis to one that varies over it
 # where the other operand varies; its transpose is the psum of the gradient of a replicated weight.
-match_varying_axes = getattr(core, "auto_insert_reshard", None) or core.standard_insert_pvary
+match_varying_axes: Callable[..., Any] = (
+    core.auto_insert_reshard if hasattr(core, "auto_insert_reshard") else getattr(core, "standard_insert_pvary")  # noqa: B009
+)
 
 # 0.11 added layouts to the types that a lowered result must be annotated with.
-lower_with_types = getattr(mlir, "lower_with_explicit_types", None) or mlir.lower_with_sharding_in_types
+lower_with_types: Callable[..., Any] = (
+    getattr(mlir, "lower_with_explicit_types", None) or mlir.lower_with_sharding_in_types
+)
+
+
+def canonicalize_sharding(sharding: OutSharding, name: str) -> NamedSharding | None:
+    """An out_sharding with its mesh; None if it says nothing. TypeError or ValueError if it is not one."""
+    canonical: NamedSharding | None = _canonicalize_sharding(sharding, name)
+    return canonical
 
 
 def convert_element_type(x: Array, dtype: Any, weak_type: bool) -> Array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -22,16 +22,19 @@ from jax.interpreters import mlir, xla
 
 from jax_nano import _gate, _native, _shapes, _sharding
 from jax_nano import _jax_compat as compat
-from jax_nano._primitive import Precision, dot_general_p, lax_dot_general
+from jax_nano._primitive import Precision, lax_dot_general
+from jax_nano._primitive import dot_general_p as dot_general_p
 from jax_nano._shapes import Dims, Labels
+
+# JAX types avals as AbstractValue where these rules see only ShapedArray, and IR values by their kind.
+Context: TypeAlias = Any
+Value: TypeAlias = Any
 
 # Loading the extension here, not at the first product, reports a missing build at import.
 _native.runtime()
 
 
-def declined(
-    lhs: ShapedArray, rhs: ShapedArray, out: ShapedArray, labels: Labels, precision: Precision
-) -> str | None:
+def declined(lhs: ShapedArray, rhs: ShapedArray, out: ShapedArray, labels: Labels, precision: Precision) -> str | None:
     """Why a product on a CPU takes lax's own lowering, in words; None if it takes our kernels."""
     if isinstance(precision, (lax.DotAlgorithm, lax.DotAlgorithmPreset)):
         return f"precision {precision} asks for an algorithm"
@@ -53,9 +56,7 @@ def operand_dtypes(lhs: np.dtype, rhs: np.dtype, out: np.dtype) -> tuple[np.dtyp
     return None
 
 
-def _custom_call(
-    ctx: mlir.LoweringRuleContext, lhs: ir.Value, rhs: ir.Value, labels: Labels
-) -> Sequence[ir.Value]:
+def _custom_call(ctx: Context, lhs: Value, rhs: Value, labels: Labels) -> Sequence[Value]:
     rule = jax.ffi.ffi_lowering(_native.TARGET_NAME)
     return rule(
         ctx,
@@ -76,15 +77,11 @@ call_p.def_impl(partial(xla.apply_primitive, call_p))
 
 
 @call_p.def_abstract_eval
-def _call_abstract_eval(
-    lhs: ShapedArray, rhs: ShapedArray, *, labels: Labels, out_dtype: np.dtype
-) -> ShapedArray:
+def _call_abstract_eval(lhs: ShapedArray, rhs: ShapedArray, *, labels: Labels, out_dtype: np.dtype) -> ShapedArray:
     return ShapedArray(labels.out_shape(lhs.shape, rhs.shape), out_dtype)
 
 
-def _call_lower_cpu(
-    ctx: mlir.LoweringRuleContext, lhs: ir.Value, rhs: ir.Value, *, labels: Labels, out_dtype: np.dtype
-) -> Sequence[ir.Value]:
+def _call_lower_cpu(ctx: Context, lhs: Value, rhs: Value, *, labels: Labels, out_dtype: np.dtype) -> Sequence[Value]:
     del out_dtype
     return _custom_call(ctx, lhs, rhs, labels)
 
@@ -119,7 +116,7 @@ def local_product(lhs: Array, rhs: Array, *, labels: Labels, out_dtype: np.dtype
     return out if stored == labels.out else lax.transpose(out, _shapes.positions(stored, labels.out))
 
 
-def _fold_transposes(value: ir.Value, dims: Dims) -> tuple[ir.Value, Dims]:
+def _fold_transposes(value: Value, dims: Dims) -> tuple[Value, Dims]:
     """The array behind the transposes that made an operand, and its labels."""
     while not isinstance(value.owner, ir.Block) and value.owner.name == "stablehlo.transpose":
         dims = _shapes.before_transpose(dims, list(value.owner.attributes["permutation"]))
@@ -127,16 +124,12 @@ def _fold_transposes(value: ir.Value, dims: Dims) -> tuple[ir.Value, Dims]:
     return value, dims
 
 
-def _lower(
-    ctx: mlir.LoweringRuleContext, lhs: ir.Value, rhs: ir.Value, **params: Any
-) -> Sequence[ir.Value]:
+def _lower(ctx: Context, lhs: Value, rhs: Value, **params: Any) -> Sequence[Value]:
     lhs_aval, rhs_aval = ctx.avals_in
     (out_aval,) = ctx.avals_out
     platforms = compat.lowering_platforms(ctx)
     placement = _sharding.placement(ctx)
-    labels = _shapes.labels_of(
-        params["dimension_numbers"], params["out_perm"], lhs_aval.ndim, rhs_aval.ndim
-    )
+    labels = _shapes.labels_of(params["dimension_numbers"], params["out_perm"], lhs_aval.ndim, rhs_aval.ndim)
     if (
         "cpu" not in platforms
         or placement is _sharding.Placement.XLA

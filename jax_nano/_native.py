@@ -10,12 +10,10 @@ import importlib
 import platform
 import sys
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final, cast
+from types import ModuleType
+from typing import Final
 
 import jax
-
-if TYPE_CHECKING:
-    from jax_nano import _runtime as _RuntimeModule
 
 TARGET_NAME: Final = "jax_nano_dot_general"
 
@@ -24,7 +22,7 @@ ABI: Final = 1
 
 
 @cache
-def runtime() -> Any | None:
+def runtime() -> ModuleType | None:
     """The extension module with its targets registered; None where the platform has none.
 
     Raises:
@@ -33,14 +31,13 @@ def runtime() -> Any | None:
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
         return None
     try:
-        module = importlib.import_module("jax_nano._runtime")
+        native = importlib.import_module("jax_nano._runtime")
     except ImportError as error:
         raise ImportError(
             "jax_nano's compiled extension jax_nano._runtime is missing or does not load"
             f" ({error}). Build it with `pip install .` in the source tree of jax_nano;"
             " if you are in that source tree now, its uncompiled package shadows the installed one."
         ) from error
-    native = cast("type[_RuntimeModule]", module)
     if native.ABI_VERSION != ABI:
         raise ImportError(
             f"jax_nano._runtime has ABI version {native.ABI_VERSION}, the Python files expect {ABI}:"
@@ -66,4 +63,4 @@ def register() -> None:
 def supports(lhs_dtype: str, rhs_dtype: str, out_dtype: str) -> bool:
     """Whether a kernel for these dtypes runs on this CPU, on the target that was selected."""
     native = runtime()
-    return native is not None and native.supports(lhs_dtype, rhs_dtype, out_dtype)
+    return native is not None and bool(native.supports(lhs_dtype, rhs_dtype, out_dtype))

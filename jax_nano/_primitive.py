@@ -18,6 +18,7 @@ from jax.extend.core.primitives import dot_general_p as lax_dot_general_p
 from jax.extend.core.primitives import transpose_p as lax_transpose_p
 from jax.interpreters import ad, batching, xla
 from jax.sharding import NamedSharding
+from jax.typing import ArrayLike
 
 from jax_nano import _jax_compat as compat
 from jax_nano import _shapes
@@ -31,8 +32,8 @@ dot_general_p.def_impl(partial(xla.apply_primitive, dot_general_p))
 
 
 def bind(
-    lhs: Array,
-    rhs: Array,
+    lhs: ArrayLike,
+    rhs: ArrayLike,
     dimension_numbers: DimensionNumbers,
     *,
     out_perm: Dims | None = None,
@@ -132,9 +133,7 @@ def _transpose_lhs(
 ) -> Array:
     del out_sharding
     labels = _shapes.labels_of(dimension_numbers, out_perm, lhs.aval.ndim, rhs.ndim)
-    return _cotangent(
-        g, rhs, lhs.aval, _shapes.lhs_cotangent(labels), precision, preferred_element_type
-    )
+    return _cotangent(g, rhs, lhs.aval, _shapes.lhs_cotangent(labels), precision, preferred_element_type)
 
 
 def _transpose_rhs(
@@ -150,9 +149,7 @@ def _transpose_rhs(
 ) -> Array:
     del out_sharding
     labels = _shapes.labels_of(dimension_numbers, out_perm, lhs.ndim, rhs.aval.ndim)
-    return _cotangent(
-        lhs, g, rhs.aval, _shapes.rhs_cotangent(labels), precision, preferred_element_type
-    )
+    return _cotangent(lhs, g, rhs.aval, _shapes.rhs_cotangent(labels), precision, preferred_element_type)
 
 
 def _batch(
@@ -170,20 +167,17 @@ def _batch(
     if lhs_dim is None and rhs_dim is None:
         out = bind(lhs, rhs, dimension_numbers, out_perm=out_perm, out_sharding=out_sharding, **params)
         return out, None
-    shapes = [
-        _shapes.remove_index(x.shape, dim) if dim is not None else x.shape for x, dim in zip(args, dims)
-    ]
-    # Nothing has looked at the dimension numbers yet if the product is only ever seen under vmap.
-    unbatched = (ShapedArray(shape, x.dtype) for x, shape in zip(args, shapes, strict=True))
-    lax_dot_general_p.abstract_eval(
-        *unbatched, dimension_numbers=dimension_numbers, out_sharding=None, **params
+    # Under vmap nothing has looked at the dimension numbers yet.
+    unbatched = (
+        ShapedArray(x.shape if dim is None else _shapes.remove_index(x.shape, dim), x.dtype)
+        for x, dim in zip(args, dims, strict=True)
     )
-    labels = _shapes.labels_of(dimension_numbers, out_perm, *map(len, shapes))
+    lax_dot_general_p.abstract_eval(*unbatched, dimension_numbers=dimension_numbers, out_sharding=None, **params)
+    lhs_ndim, rhs_ndim = lhs.ndim - (lhs_dim is not None), rhs.ndim - (rhs_dim is not None)
+    labels = _shapes.labels_of(dimension_numbers, out_perm, lhs_ndim, rhs_ndim)
     if out_sharding is not None:
         out_sharding = compat.sharding_for_vmap(axis_data, out_sharding, 0)
-    out = bind_labels(
-        lhs, rhs, _shapes.batched(labels, lhs_dim, rhs_dim), out_sharding=out_sharding, **params
-    )
+    out = bind_labels(lhs, rhs, _shapes.batched(labels, lhs_dim, rhs_dim), out_sharding=out_sharding, **params)
     return out, 0
 
 

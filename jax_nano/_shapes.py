@@ -55,9 +55,7 @@ class Labels(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def labels_of(
-    dimension_numbers: DimensionNumbers, out_perm: Dims | None, lhs_ndim: int, rhs_ndim: int
-) -> Labels:
+def labels_of(dimension_numbers: DimensionNumbers, out_perm: Dims | None, lhs_ndim: int, rhs_ndim: int) -> Labels:
     """Labels of a dot_general whose result is transposed by out_perm (None: not at all).
 
     lhs dimension i has label i, so that equal products get equal labels.
@@ -176,9 +174,7 @@ def matmul_layout(
                 lhs_labels.append(i)
             if not rhs_one:
                 rhs_labels.append(i)
-            if not (lhs_one or rhs_one) and not (
-                lhs_batch[li] == rhs_batch[ri] and lhs_specs[li] == rhs_specs[ri]
-            ):
+            if not (lhs_one or rhs_one) and not (lhs_batch[li] == rhs_batch[ri] and lhs_specs[li] == rhs_specs[ri]):
                 return None
         out.append(i)
     m, k, n = ndim, ndim + 1, ndim + 2

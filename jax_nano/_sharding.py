@@ -63,9 +63,8 @@ def partitioned(product: Product, labels: Labels) -> Product:
     def partition(
         mesh: Mesh, operands: Sequence[Any], result: Any
     ) -> tuple[Mesh, Product, NamedSharding, tuple[NamedSharding, NamedSharding]]:
-        axes = settle(
-            labels, *(spec_axes(x.sharding, x.ndim) for x in (*operands, result))
-        )
+        lhs_axes, rhs_axes, out_axes = (spec_axes(x.sharding, x.ndim) for x in (*operands, result))
+        axes = settle(labels, lhs_axes, rhs_axes, out_axes)
         reduced = tuple(axis for label in labels.contracting for axis in axes[label])
 
         def shard(lhs: Array, rhs: Array) -> Array:
@@ -79,8 +78,8 @@ def partitioned(product: Product, labels: Labels) -> Product:
         return mesh, shard, out, (lhs, rhs)
 
     def infer(mesh: Mesh, operands: Sequence[Any], result: Any) -> NamedSharding:
-        unsharded = ((),) * len(result.shape)
-        axes = settle(labels, *(spec_axes(x.sharding, x.ndim) for x in operands), unsharded)
+        lhs_axes, rhs_axes = (spec_axes(x.sharding, x.ndim) for x in operands)
+        axes = settle(labels, lhs_axes, rhs_axes, ((),) * len(result.shape))
         return NamedSharding(mesh, _spec(labels.out, axes))
 
     wrapped = custom_partitioning(whole)
@@ -93,9 +92,7 @@ def partitioned(product: Product, labels: Labels) -> Product:
     return wrapped
 
 
-def settle(
-    labels: Labels, lhs: Sequence[Axes], rhs: Sequence[Axes], out: Sequence[Axes]
-) -> dict[int, Axes]:
+def settle(labels: Labels, lhs: Sequence[Axes], rhs: Sequence[Axes], out: Sequence[Axes]) -> dict[int, Axes]:
     """The mesh axes of each label, from those of each dimension of the three arrays.
 
     Where arrays disagree the result wins, then lhs. An axis serves one label only; later ones lose it

@@ -18,10 +18,11 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_nano import _einsum, _lowering, _native, _shapes
+from jax_nano import _einsum, _native, _shapes
 from jax_nano import _jax_compat as compat
 from jax_nano._jax_compat import OutSharding
-from jax_nano._primitive import bind, bind_labels, dot_general_p
+from jax_nano._lowering import dot_general_p as dot_general_p  # importing it from here registers its lowering
+from jax_nano._primitive import bind, bind_labels
 
 if TYPE_CHECKING:
     from jax.export import DisabledSafetyCheck
@@ -39,9 +40,6 @@ __all__ = [
     "vdot",
     "vecmat",
 ]
-
-# The primitive is of no use before its lowering rule is registered, which importing _lowering does.
-assert _lowering.dot_general_p is dot_general_p
 
 # inline: a call under an outer jit leaves its equations there, where remat policies and the folding of
 # transposes see them.
@@ -133,9 +131,7 @@ def matmul(
     a, b = compat.ensure_arraylike("matmul", a, b)
     for i, x in enumerate((a, b)):
         if x.ndim < 1:
-            raise ValueError(
-                f"matmul input operand {i} must have ndim at least 1, but it has ndim {x.ndim}"
-            )
+            raise ValueError(f"matmul input operand {i} must have ndim at least 1, but it has ndim {x.ndim}")
     dtype, weak_type = _result_type("matmul", preferred_element_type, a, b)
     layout = _shapes.matmul_layout(a.shape, b.shape, *(compat.batch_sharding(x) for x in (a, b)))
     if layout is None:
@@ -235,9 +231,7 @@ def inner(
     """
     a, b = compat.ensure_arraylike("inner", a, b)
     if a.ndim and b.ndim:
-        return tensordot(
-            a, b, (-1, -1), precision=precision, preferred_element_type=preferred_element_type
-        )
+        return tensordot(a, b, (-1, -1), precision=precision, preferred_element_type=preferred_element_type)
     if preferred_element_type is not None:
         a, b = a.astype(preferred_element_type), b.astype(preferred_element_type)
     return a * b
@@ -277,21 +271,15 @@ def tensordot(
 def _tensordot_axes(a: Array, b: Array, axes: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if type(axes) is int:
         if axes > min(a.ndim, b.ndim):
-            raise TypeError(
-                f"Number of tensordot axes (axes {axes}) exceeds input ranks ({a.shape} and {b.shape})"
-            )
+            raise TypeError(f"Number of tensordot axes (axes {axes}) exceeds input ranks ({a.shape} and {b.shape})")
         return tuple(range(a.ndim - axes, a.ndim)), tuple(range(axes))
     if not (isinstance(axes, tuple | list) and len(axes) == 2):
-        raise TypeError(
-            "tensordot axes argument must be an int, a pair of ints, or a pair of lists/tuples of ints."
-        )
+        raise TypeError("tensordot axes argument must be an int, a pair of ints, or a pair of lists/tuples of ints.")
     ax1, ax2 = axes
     if isinstance(ax1, int) and isinstance(ax2, int):
         ax1, ax2 = (ax1,), (ax2,)
     elif not (isinstance(ax1, tuple | list) and isinstance(ax2, tuple | list)):
-        raise TypeError(
-            f"tensordot requires both axes lists to be either ints, tuples or lists, got {ax1} and {ax2}"
-        )
+        raise TypeError(f"tensordot requires both axes lists to be either ints, tuples or lists, got {ax1} and {ax2}")
     if len(ax1) != len(ax2):
         raise TypeError(f"tensordot requires axes lists to have equal length, got {ax1} and {ax2}.")
     return compat.canonicalize_axes(ax1, a.ndim), compat.canonicalize_axes(ax2, b.ndim)
@@ -361,14 +349,14 @@ def einsum(
       TypeError, ValueError: what jnp.einsum raises for malformed subscripts or shapes.
       NotImplementedError: `out` is given.
     """
-    options = dict(
-        precision=precision, preferred_element_type=preferred_element_type, out_sharding=out_sharding
-    )
+    options = {
+        "precision": precision,
+        "preferred_element_type": preferred_element_type,
+        "out_sharding": out_sharding,
+    }
     steps = None if out is not None else _einsum.steps(subscripts, operands, optimize, out_sharding)
     if steps is None:
-        return jnp.einsum(
-            subscripts, *operands, out=out, optimize=optimize, _dot_general=dot_general, **options
-        )
+        return jnp.einsum(subscripts, *operands, out=out, optimize=optimize, _dot_general=dot_general, **options)
     return _run_einsum(compat.ensure_arraylike_tuple("einsum", operands), steps=steps, **options)
 
 
@@ -386,16 +374,17 @@ def _run_einsum(
     out_sharding: OutSharding,
 ) -> Array:
     dtype, weak_type = _result_type("einsum", preferred_element_type, *operands)
-    params = dict(
-        precision=compat.canonicalize_precision(precision),
-        preferred_element_type=dtype,
-        out_sharding=compat.canonicalize_sharding(out_sharding, "einsum"),
-    )
+    params: dict[str, Any] = {
+        "precision": compat.canonicalize_precision(precision),
+        "preferred_element_type": dtype,
+        "out_sharding": compat.canonicalize_sharding(out_sharding, "einsum"),
+    }
     left = list(operands)
     for step in steps:
         arrays = [left.pop(i) for i in step.operands]
         if step.labels is not None:
-            left.append(bind_labels(*arrays, step.labels, **params))
+            lhs, rhs = arrays
+            left.append(bind_labels(lhs, rhs, step.labels, **params))
         else:
             left.append(jnp.einsum(step.subscripts, *arrays, _dot_general=dot_general, **params))
     return compat.convert_element_type(left[0], dtype, weak_type)

@@ -38,9 +38,7 @@ def extend(policy: Policy) -> Policy:
 
 dots_saveable: Policy = extend(jax.checkpoint_policies.dots_saveable)
 checkpoint_dots = dots_saveable
-dots_with_no_batch_dims_saveable: Policy = extend(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-)
+dots_with_no_batch_dims_saveable: Policy = extend(jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
 checkpoint_dots_with_no_batch_dims = dots_with_no_batch_dims_saveable
 
 

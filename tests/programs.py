@@ -29,6 +29,14 @@ def ops(fun: Callable[..., Any], *args: Any) -> Counter[str]:
     return found + Counter(product=products) - Counter({"custom-call": products})
 
 
+def outcome(fun: Callable[..., Any], *args: Any) -> tuple[Any, tuple[type, str] | None]:
+    """(result, None), or (None, the error's type and text without what names the function)."""
+    try:
+        return fun(*args), None
+    except Exception as error:
+        return None, (type(error), re.sub(r" at 0x[0-9a-f]+", "", str(error)).replace("jax_nano", "jax"))
+
+
 COPIES = ("transpose", "copy", "broadcast", "gather", "reverse")
 
 

@@ -62,7 +62,8 @@ def test_a_product_across_two_processes() -> None:
     try:
         for index, worker in enumerate(workers):
             output, _ = worker.communicate(timeout=150)
-            assert worker.returncode == 0 and f"ok {index}" in output, output
+            assert f"ok {index}" in output, output
+            assert worker.returncode == 0, output
     finally:
         for worker in workers:
             if worker.poll() is None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax_nano
+import pytest
 from programs import run_python
+
+import jax_nano
 
 
 def test_public_names_resolve() -> None:
@@ -13,12 +15,8 @@ def test_public_names_resolve() -> None:
         assert getattr(jax_nano, name) is not None
         assert name in dir(jax_nano)
     assert jax_nano.__version__
-    try:
-        jax_nano.no_such_name
-    except AttributeError as error:
-        assert "no_such_name" in str(error)
-    else:
-        raise AssertionError
+    with pytest.raises(AttributeError, match="no_such_name"):
+        jax_nano.no_such_name()
 
 
 def test_importing_does_no_work() -> None:

@@ -114,9 +114,9 @@ def test_export_for_several_platforms(tmp_path: Path, rng: np.random.Generator) 
     def fun(a: jax.Array, b: jax.Array) -> jax.Array:
         return jax_nano.matmul(jnp.sin(a).T, b)
 
-    exported = export.export(
-        jax.jit(fun), platforms=("cpu", "tpu"), disabled_checks=jax_nano.export_checks()
-    )(*specs("17, m", "17, n"))
+    exported = export.export(jax.jit(fun), platforms=("cpu", "tpu"), disabled_checks=jax_nano.export_checks())(
+        *specs("17, m", "17, n")
+    )
     a, b = arrays(rng, (17, 9), (17, 25))
     run_python(
         LOAD
@@ -143,9 +143,7 @@ def test_export_of_sharded_programs_is_left_to_xla(tmp_path: Path, rng: np.rando
     reference.expected("mk,kn->mn", a, b).check(jax.jit(exported.call)(x, y))
 
 
-def test_without_the_package_a_program_says_what_is_missing(
-    tmp_path: Path, rng: np.random.Generator
-) -> None:
+def test_without_the_package_a_program_says_what_is_missing(tmp_path: Path, rng: np.random.Generator) -> None:
     exported = export.export(jax.jit(jax_nano.matmul), disabled_checks=jax_nano.export_checks())(
         *specs("9, 17", "17, 25")
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from programs import outcome
 
 import jax_nano
 from jax_nano import _shapes
@@ -60,9 +62,7 @@ def products(draw: st.DrawFn, natural: bool = False, most: int = 2, sizes: Any =
     """Up to `most` labels of each kind, in any order; natural: the result is in lax's order."""
     kinds = [draw(st.integers(0, most)) for _ in range(4)]
     starts = np.cumsum([0, *kinds])
-    batch, contracting, m, n = (
-        list(range(a, b)) for a, b in zip(starts, starts[1:], strict=False)
-    )
+    batch, contracting, m, n = (list(range(a, b)) for a, b in itertools.pairwise(starts))
     lhs = tuple(draw(st.permutations(batch + contracting + m)))
     rhs = tuple(draw(st.permutations(batch + contracting + n)))
     out = tuple(draw(st.permutations(batch + m + n)))
@@ -123,21 +123,11 @@ FLOATS = st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16])
 @settings(EXAMPLES, max_examples=40)
 def test_dtypes(product: Product, lhs_dtype: Any, rhs_dtype: Any, preferred: Any) -> None:
     args = product.arrays(lhs_dtype, rhs_dtype)
-    ours, theirs = (
-        dot_general(product, m, preferred_element_type=preferred) for m in (jax_nano, jax.lax)
-    )
-    try:
-        want = theirs(*args)
-    except Exception as error:
-        try:
-            ours(*args)
-        except type(error) as ours_error:
-            assert str(ours_error) == str(error)
-        else:
-            raise AssertionError from error
-        return
-    k = int(np.prod([product.sizes[x] for x in product.labels.contracting]))
-    same(ours(*args), want, k, want.dtype)
+    ours, theirs = (dot_general(product, m, preferred_element_type=preferred) for m in (jax_nano, jax.lax))
+    (got, our_error), (want, error) = outcome(ours, *args), outcome(theirs, *args)
+    assert our_error == error
+    if error is None:
+        same(got, want, int(np.prod([product.sizes[x] for x in product.labels.contracting])), want.dtype)
 
 
 SMALL = st.sampled_from([0, 1, 2, 3, 5])
@@ -149,12 +139,10 @@ TRANSFORMATIONS: dict[str, Callable[[Callable, jax.Array, jax.Array], Any]] = {
     "vmap lhs": lambda f, a, b: jax.vmap(f, (-1, None))(jnp.stack([a, 2 * a], -1), b),
     "vmap rhs": lambda f, a, b: jax.vmap(f, (None, 0), -1)(a, jnp.stack([b, 2 * b])),
     "scan": lambda f, a, b: jax.lax.scan(lambda c, x: (c + 1, f(x * c, b)), 1.0, jnp.stack([a, -a])),
-    "grad of vmap": lambda f, a, b: jax.grad(
-        lambda b: (jax.vmap(f, (0, None))(jnp.stack([a, 2 * a]), b) ** 2).sum()
-    )(b),
-    "jvp of grad": lambda f, a, b: jax.jvp(
-        jax.grad(lambda a: jnp.sin(f(a, b)).sum()), (a,), (jnp.cos(a),)
+    "grad of vmap": lambda f, a, b: jax.grad(lambda b: (jax.vmap(f, (0, None))(jnp.stack([a, 2 * a]), b) ** 2).sum())(
+        b
     ),
+    "jvp of grad": lambda f, a, b: jax.jvp(jax.grad(lambda a: jnp.sin(f(a, b)).sum()), (a,), (jnp.cos(a),)),
     "checkpoint": lambda f, a, b: jax.grad(lambda a: jax.checkpoint(f)(jnp.sin(a), b).sum())(a),
 }
 
@@ -185,9 +173,7 @@ def test_shard_map(product: Product, data: st.DataObject, check_vma: bool) -> No
             part = dot_general(product, module)(a, b)
             return jax.lax.psum(part, "x") if sharded in product.labels.contracting else part
 
-        return jax.jit(
-            jax.shard_map(body, mesh=mesh, in_specs=(lhs, rhs), out_specs=out, check_vma=check_vma)
-        )(*args)
+        return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(lhs, rhs), out_specs=out, check_vma=check_vma))(*args)
 
     same(program(jax_nano), program(jax.lax), int(np.prod(list(product.sizes.values()))))
 
@@ -201,14 +187,7 @@ def test_wrong_dimension_numbers(product: Product, lc: tuple, rc: tuple, lb: tup
     """Mostly errors: type and message are lax's. At times a product after all."""
     args = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in product.arrays()]
     numbers = ((lc, rc), (lb, rb))
-    try:
-        want = jax.eval_shape(lambda a, b: jax.lax.dot_general(a, b, numbers), *args)
-    except Exception as error:
-        try:
-            jax.eval_shape(lambda a, b: jax_nano.dot_general(a, b, numbers), *args)
-        except type(error) as ours:
-            assert str(ours) == str(error)
-        else:
-            raise AssertionError from error
-    else:
-        assert jax.eval_shape(lambda a, b: jax_nano.dot_general(a, b, numbers), *args) == want
+    ours, theirs = (
+        outcome(jax.eval_shape, lambda a, b, m=m: m.dot_general(a, b, numbers), *args) for m in (jax_nano, jax.lax)
+    )
+    assert ours == theirs

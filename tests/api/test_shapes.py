@@ -45,9 +45,7 @@ def test_labels_and_dimension_numbers_are_inverse(out_perm: tuple[int, ...] | No
 
 
 @pytest.mark.parametrize("out_perm", [None, (1, 0, 2), (2, 1, 0)])
-def test_cotangents_are_laid_out_as_their_operands(
-    out_perm: tuple[int, ...] | None, rng: np.random.Generator
-) -> None:
+def test_cotangents_are_laid_out_as_their_operands(out_perm: tuple[int, ...] | None, rng: np.random.Generator) -> None:
     labels = _shapes.labels_of(BATCHED, out_perm, 3, 3)
     lhs, rhs = arrays(labels, rng)
     out = run(labels, lhs, rhs)
@@ -64,9 +62,7 @@ def test_cotangents_are_laid_out_as_their_operands(
 
 
 @pytest.mark.parametrize(("lhs_dim", "rhs_dim"), [(0, 0), (2, 1), (None, 2), (1, None), (2, 0)])
-def test_batching_stacks_in_front(
-    lhs_dim: int | None, rhs_dim: int | None, rng: np.random.Generator
-) -> None:
+def test_batching_stacks_in_front(lhs_dim: int | None, rhs_dim: int | None, rng: np.random.Generator) -> None:
     labels = _shapes.labels_of(MATMUL, None, 2, 2)
     batched = _shapes.batched(labels, lhs_dim, rhs_dim)
     lhs = rng.standard_normal((5, 3, 4) if lhs_dim is not None else (3, 4))
@@ -81,9 +77,7 @@ def test_batching_stacks_in_front(
 
 
 @pytest.mark.parametrize("perm", list(itertools.permutations(range(3))))
-def test_transpose_before_a_product_is_a_matter_of_labels(
-    perm: tuple[int, ...], rng: np.random.Generator
-) -> None:
+def test_transpose_before_a_product_is_a_matter_of_labels(perm: tuple[int, ...], rng: np.random.Generator) -> None:
     labels = _shapes.labels_of(BATCHED, None, 3, 3)
     lhs, rhs = arrays(labels, rng)
     x = np.transpose(lhs, np.argsort(perm))

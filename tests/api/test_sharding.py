@@ -126,9 +126,7 @@ def test_shard_map(layout: str, check_vma: bool, rng: np.random.Generator) -> No
             return jax.lax.psum(out, "x") if layout == "K" else out
 
         out_specs = P() if layout == "K" else P("x")
-        return jax.shard_map(
-            body, mesh=mesh(*sizes), in_specs=tuple(specs), out_specs=out_specs, check_vma=check_vma
-        )
+        return jax.shard_map(body, mesh=mesh(*sizes), in_specs=tuple(specs), out_specs=out_specs, check_vma=check_vma)
 
     for wrap in (lambda f: f, gradients):
         ours, theirs = jax.jit(wrap(program(jax_nano.matmul))), jax.jit(wrap(program(jnp.matmul)))
@@ -206,7 +204,10 @@ def test_explicit_out_sharding(explicit: Mesh, rng: np.random.Generator) -> None
         for ours, theirs in (
             (jax_nano.matmul, jnp.matmul),
             (jax_nano.dot, jnp.dot),
-            (partial(jax_nano.dot_general, dimension_numbers=numbers), partial(jax.lax.dot_general, dimension_numbers=numbers)),
+            (
+                partial(jax_nano.dot_general, dimension_numbers=numbers),
+                partial(jax.lax.dot_general, dimension_numbers=numbers),
+            ),
             (partial(jax_nano.einsum, "ij,jk->ki"), partial(jnp.einsum, "ij,jk->ki")),
         ):
             got, want = ours(a, b, out_sharding=out), theirs(a, b, out_sharding=out)

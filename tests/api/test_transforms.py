@@ -82,10 +82,8 @@ def test_vmap_of_batched_products(rng: np.random.Generator) -> None:
     dot = partial(jax_nano.dot_general, dimension_numbers=(((2,), (0,)), ((0,), (1,))))
     theirs = partial(jax.lax.dot_general, dimension_numbers=(((2,), (0,)), ((0,), (1,))))
     for axes in ((1, 2), (1, None), (None, 2)):
-        args = [x if axis is not None else jnp.take(x, 0, 1 + i) for i, (x, axis) in enumerate(zip((a, b), axes))]
-        np.testing.assert_allclose(
-            jax.vmap(dot, axes)(*args), jax.vmap(theirs, axes)(*args), rtol=1e-5, atol=1e-5
-        )
+        args = (a if axes[0] is not None else a[:, 0], b if axes[1] is not None else b[:, :, 0])
+        np.testing.assert_allclose(jax.vmap(dot, axes)(*args), jax.vmap(theirs, axes)(*args), rtol=1e-5, atol=1e-5)
 
 
 PROGRAMS: dict[str, Callable[..., Any]] = {
@@ -101,12 +99,10 @@ PROGRAMS: dict[str, Callable[..., Any]] = {
     ),
     "fori": lambda mm, a, b: jax.jit(lambda a: jax.lax.fori_loop(0, 3, lambda i, x: mm(x, b), a))(a),
     "cond": lambda mm, a, b: jax.lax.cond(a[0, 0] > 0, mm, lambda a, b: mm(a, b.T), a, b),
-    "vmap cond": lambda mm, a, b: jax.vmap(
-        lambda p: jax.lax.cond(p, mm, lambda a, b: mm(a, b.T), a, b)
-    )(jnp.array([True, False])),
-    "switch grad": lambda mm, a, b: jax.grad(
-        lambda a: jax.lax.switch(1, [mm, lambda a, b: mm(a.T, b)], a, b).sum()
-    )(a),
+    "vmap cond": lambda mm, a, b: jax.vmap(lambda p: jax.lax.cond(p, mm, lambda a, b: mm(a, b.T), a, b))(
+        jnp.array([True, False])
+    ),
+    "switch grad": lambda mm, a, b: jax.grad(lambda a: jax.lax.switch(1, [mm, lambda a, b: mm(a.T, b)], a, b).sum())(a),
     "checkpoint": lambda mm, a, b: jax.grad(lambda a: jax.checkpoint(mm)(jnp.sin(a), b).sum())(a),
     "custom_jvp": lambda mm, a, b: jax.grad(lambda a: jax.nn.relu(mm(a, b)).sum())(a),
     "named_call": lambda mm, a, b: jax.named_call(mm, name="product")(a, b),
@@ -139,10 +135,9 @@ def test_strict_promotion_and_leak_checks(rng: np.random.Generator) -> None:
     with jax.numpy_dtype_promotion("strict"), jax.checking_leaks():
         jax.jit(jax.grad(lambda a: jax_nano.matmul(a, b).sum()))(a)
         half = b.astype(jnp.bfloat16)
-        with pytest.raises(ValueError) as want:
-            jnp.matmul(a, half)
-        with pytest.raises(want.type, match="promotion"):
-            jax_nano.matmul(a, half)
+        for module in (jnp, jax_nano):
+            with pytest.raises(ValueError, match="promotion"):
+                module.matmul(a, half)
 
 
 def test_one_equation(rng: np.random.Generator) -> None:
