@@ -4,12 +4,14 @@ Values come from NumPy in float64 (longdouble for float64 products), so a result
 analysis alone: |error| <= c * K * eps * (|A| @ |B|), element by element, plus one rounding to the result's dtype.
 That bound is the worst case; for long sums it would let a wrong operand pass. Roundings are as good as
 independent, so errors grow like sqrt(K) (Higham and Mary, 2019), and the smaller of the two bounds is used.
+Integer products are exact: they wrap around as JAX's do.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
@@ -24,8 +26,8 @@ C_SQRT = 4.0
 class Expected:
     """What a product must be: ``value`` within ``bound``, element by element, in a wide dtype."""
 
-    value: NDArray[np.floating]
-    bound: NDArray[np.floating]
+    value: NDArray[np.number]
+    bound: NDArray[np.number]
 
     def __getitem__(self, index: object) -> Expected:
         return Expected(self.value[index], self.bound[index])
@@ -36,6 +38,8 @@ class Expected:
 
     def _wrong(self, got: NDArray[np.generic]) -> NDArray[np.bool_]:
         got = got.astype(self.value.dtype)
+        if is_integer(self.value.dtype):
+            return got != self.value
         with np.errstate(invalid="ignore"):
             near = np.abs(got - self.value) <= self.bound
         same = (got == self.value) | (np.isnan(got) & np.isnan(self.value))
@@ -73,6 +77,8 @@ def expected(
     """
     acc = np.dtype(acc)
     out = acc if out is None else np.dtype(out)
+    if is_integer(acc):
+        return _exact(subscripts, lhs, rhs, out, initial)
     wide = np.longdouble if acc == np.float64 else np.float64
     a, b = lhs.astype(wide), rhs.astype(wide)
     terms = _contracted(subscripts, lhs) + (initial is not None)
@@ -82,10 +88,29 @@ def expected(
         if initial is not None:
             value = value + initial.astype(wide)
             magnitude = magnitude + np.abs(initial.astype(wide))
-        bound = min(C * terms, C_SQRT * terms**0.5) * np.finfo(acc).eps * magnitude
+        bound = min(C * terms, C_SQRT * terms**0.5) * float(ml_dtypes.finfo(acc).eps) * magnitude
         if out != acc:
-            bound = bound + np.finfo(out).eps * np.abs(value)
+            bound = bound + float(ml_dtypes.finfo(out).eps) * np.abs(value)
     return Expected(value, bound)
+
+
+def _exact(
+    subscripts: str,
+    lhs: NDArray[np.generic],
+    rhs: NDArray[np.generic],
+    out: np.dtype,
+    initial: NDArray[np.generic] | None,
+) -> Expected:
+    value = np.einsum(subscripts, lhs.astype(np.int64), rhs.astype(np.int64), optimize=True)
+    if initial is not None:
+        value = value + initial.astype(np.int64)
+    value = value.astype(out).astype(np.int64)
+    return Expected(value, np.zeros_like(value))
+
+
+def is_integer(dtype: DTypeLike) -> bool:
+    """Whether the dtype holds integers, bfloat16 and its like being none."""
+    return np.issubdtype(np.dtype(dtype), np.integer)
 
 
 def _contracted(subscripts: str, lhs: NDArray[np.generic]) -> int:
@@ -96,12 +121,29 @@ def _contracted(subscripts: str, lhs: NDArray[np.generic]) -> int:
 
 
 def random(rng: np.random.Generator, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[np.generic]:
-    """Normal values: all distinct, both signs, no structure that a wrong permutation would keep."""
+    """Distinct values of both signs, without structure that a wrong permutation would keep.
+
+    Normal numbers, or integers of the dtype's whole range.
+    """
+    if is_integer(dtype):
+        info = np.iinfo(dtype)
+        return rng.integers(info.min, info.max, shape, np.dtype(dtype), endpoint=True)
     return rng.standard_normal(shape).astype(dtype)
 
 
 def small_integers(
     rng: np.random.Generator, shape: tuple[int, ...], dtype: DTypeLike = np.float32
 ) -> NDArray[np.generic]:
-    """Integers in -8..8: sums of up to 2**17 of their products are exact in float32, in whatever order."""
-    return rng.integers(-8, 9, shape).astype(dtype)
+    """Integers of at most 8: sums of up to 2**17 of their products are exact in float32, in whatever order."""
+    least = 0 if np.dtype(dtype).kind == "u" else -8
+    return rng.integers(least, 9, shape).astype(dtype)
+
+
+def poison(dtype: DTypeLike) -> float | int:
+    """What no right result holds where it was not written: NaN, or an integer that is unlikely enough."""
+    return np.iinfo(dtype).max - 37 if is_integer(dtype) else np.nan
+
+
+def poisoned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[np.generic]:
+    """An array full of poison."""
+    return np.full(shape, poison(dtype), dtype)

@@ -83,3 +83,25 @@ def test_longdouble_judges_float64():
     assert want.value.dtype == np.longdouble
     want.check(a @ b)
     assert not want.matches(a @ b + 1e-14)
+
+
+def test_integers_are_exact_and_wrap():
+    rng = np.random.default_rng(0)
+    a, b = reference.random(rng, (3, 300), np.int8), reference.random(rng, (300, 4), np.uint8)
+    wide = a.astype(np.int64) @ b.astype(np.int64)
+    for out in (np.int32, np.int8):
+        want = reference.expected("mk,kn->mn", a, b, acc=np.int32, out=out)
+        assert want.matches(wide.astype(out))
+        bad = wide.astype(out)
+        bad[1, 2] += 1
+        assert not want.matches(bad)
+
+
+@pytest.mark.parametrize("out", ["bfloat16", "float16"])
+def test_narrow_results_may_be_off_by_one_rounding(out):
+    rng = np.random.default_rng(0)
+    a, b = (reference.random(rng, (40, 40), out) for _ in range(2))
+    want = reference.expected("mk,kn->mn", a, b, out=out)
+    c = (a.astype(np.float64) @ b.astype(np.float64)).astype(out)
+    assert want.matches(c)
+    assert not want.matches((c.astype(np.float32) * 1.03).astype(out))
