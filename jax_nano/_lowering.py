@@ -9,8 +9,8 @@ a tuple to a list), so several platforms are handled by a second primitive, `cal
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, TypeAlias
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ from jax_nano import _gate, _native, _shapes, _sharding
 from jax_nano import _jax_compat as compat
 from jax_nano._primitive import Precision, lax_dot_general
 from jax_nano._primitive import dot_general_p as dot_general_p
-from jax_nano._shapes import Dims, Labels
+from jax_nano._shapes import DimensionNumbers, Dims, Labels
 
 # JAX types avals as AbstractValue where these rules see only ShapedArray, and IR values by their kind.
 Context: TypeAlias = Any
@@ -34,13 +34,34 @@ Value: TypeAlias = Any
 _native.runtime()
 
 
-def declined(lhs: ShapedArray, rhs: ShapedArray, out: ShapedArray, labels: Labels, precision: Precision) -> str | None:
-    """Why a product on a CPU takes lax's own lowering, in words; None if it takes our kernels."""
+class Choice(NamedTuple):
+    """What becomes of a product on a CPU."""
+
+    labels: Labels
+    declined: str | None  # why it takes lax's own lowering, in words
+    bare: bool  # a kernel does it as it is: nothing to convert before, nothing to transpose after
+
+
+@lru_cache(maxsize=4096)
+def choose(
+    dimension_numbers: DimensionNumbers,
+    out_perm: Dims | None,
+    precision: Precision,
+    lhs_shape: tuple[int, ...],
+    rhs_shape: tuple[int, ...],
+    dtypes: tuple[np.dtype, np.dtype, np.dtype],
+) -> Choice:
+    """The choice for a product: a function of its parameters, its static shapes and dtypes, and the target."""
+    labels = _shapes.labels_of(dimension_numbers, out_perm, len(lhs_shape), len(rhs_shape))
+    converted = operand_dtypes(*dtypes)
     if isinstance(precision, (lax.DotAlgorithm, lax.DotAlgorithmPreset)):
-        return f"precision {precision} asks for an algorithm"
-    if operand_dtypes(lhs.dtype, rhs.dtype, out.dtype) is None:
-        return f"no kernel for {lhs.dtype} x {rhs.dtype} -> {out.dtype} on this CPU"
-    return _gate.declines(labels, lhs.shape, rhs.shape)
+        declined: str | None = f"precision {precision} asks for an algorithm"
+    elif converted is None:
+        declined = "no kernel for {} x {} -> {} on this CPU".format(*dtypes)
+    else:
+        declined = _gate.declines(labels, lhs_shape, rhs_shape)
+    in_place = _shapes.runnable_out(labels, lhs_shape, rhs_shape) == labels.out
+    return Choice(labels, declined, bare=in_place and converted == dtypes[:2])
 
 
 def operand_dtypes(lhs: np.dtype, rhs: np.dtype, out: np.dtype) -> tuple[np.dtype, np.dtype] | None:
@@ -56,9 +77,11 @@ def operand_dtypes(lhs: np.dtype, rhs: np.dtype, out: np.dtype) -> tuple[np.dtyp
     return None
 
 
+_ffi_rule: Callable[..., Any] = jax.ffi.ffi_lowering(_native.TARGET_NAME)
+
+
 def _custom_call(ctx: Context, lhs: Value, rhs: Value, labels: Labels) -> Sequence[Value]:
-    rule = jax.ffi.ffi_lowering(_native.TARGET_NAME)
-    return rule(
+    return _ffi_rule(
         ctx,
         lhs,
         rhs,
@@ -128,13 +151,16 @@ def _lower(ctx: Context, lhs: Value, rhs: Value, **params: Any) -> Sequence[Valu
     lhs_aval, rhs_aval = ctx.avals_in
     (out_aval,) = ctx.avals_out
     platforms = compat.lowering_platforms(ctx)
-    placement = _sharding.placement(ctx)
-    labels = _shapes.labels_of(params["dimension_numbers"], params["out_perm"], lhs_aval.ndim, rhs_aval.ndim)
-    if (
-        "cpu" not in platforms
-        or placement is _sharding.Placement.XLA
-        or declined(lhs_aval, rhs_aval, out_aval, labels, params["precision"])
-    ):
+    placement = _sharding.placement(ctx, out_aval)
+    labels, declined, bare = choose(
+        params["dimension_numbers"],
+        params["out_perm"],
+        params["precision"],
+        lhs_aval.shape,
+        rhs_aval.shape,
+        (lhs_aval.dtype, rhs_aval.dtype, out_aval.dtype),
+    )
+    if declined or placement is _sharding.Placement.XLA or "cpu" not in platforms:
         return mlir.lower_fun(partial(lax_dot_general, **params), multiple_results=False)(ctx, lhs, rhs)
 
     sizes = labels.sizes(lhs_aval.shape, rhs_aval.shape)
@@ -148,12 +174,7 @@ def _lower(ctx: Context, lhs: Value, rhs: Value, **params: Any) -> Sequence[Valu
         ],
         avals_out=[ShapedArray(out_aval.shape, out_aval.dtype)],
     )
-    if (
-        platforms == ("cpu",)
-        and placement is _sharding.Placement.LOCAL
-        and operand_dtypes(lhs_aval.dtype, rhs_aval.dtype, out_aval.dtype) == (lhs_aval.dtype, rhs_aval.dtype)
-        and _shapes.runnable_out(labels, *(aval.shape for aval in inner.avals_in)) == labels.out
-    ):
+    if bare and placement is _sharding.Placement.LOCAL and platforms == ("cpu",):
         (out,) = _custom_call(inner, lhs, rhs, labels)
     else:
         product: Callable[[Array, Array], Array]

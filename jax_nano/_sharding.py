@@ -33,18 +33,19 @@ class Placement(enum.Enum):
     XLA = "arrays over several devices, in a program that cannot hold a callback"
 
 
-def placement(ctx: mlir.LoweringRuleContext) -> Placement:
-    """The placement in a program that is being lowered.
+def placement(ctx: mlir.LoweringRuleContext, out: Any) -> Placement:
+    """The placement of a product with the result `out` in a program that is being lowered.
 
     XLA's own product serves an exported program, which outlives the process that has the callback, and a
-    shard_map over some axes of a mesh only, where XLA would not call back but gather the operands.
+    shard_map over some axes of a mesh only, where XLA would not call back but gather the operands, and a
+    result that is to be left unreduced, as partial sums.
     """
     module = ctx.module_context
     axes = module.axis_context
     if isinstance(axes, mlir.ShardingContext):
         if axes.num_devices == 1:
             return Placement.LOCAL
-        if axes.device_assignment is None or module.lowering_parameters.for_export:
+        if out.sharding.spec.unreduced or axes.device_assignment is None or module.lowering_parameters.for_export:
             return Placement.XLA
         return Placement.PARTITIONED
     if isinstance(axes, mlir.SPMDAxisContext):
