@@ -7,6 +7,7 @@ import string
 
 import numpy as np
 import pytest
+from jax import export
 
 from jax_nano import _einsum, _gate, _shapes, _sharding
 from jax_nano._shapes import Labels
@@ -165,14 +166,44 @@ def test_einsum_steps() -> None:
     assert _einsum.steps("ij,jk,kl", zeros((2, 3), (3, 4), (4, 5)), "auto", object()) is None
 
 
-def test_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("subscripts", "lhs", "rhs", "why"),
+    [
+        ("mk,kn->mn", (2, 2), (2, 2), "too small"),
+        ("mk,kn->mn", (6, 6), (6, 6), "too small"),
+        ("mk,kn->mn", (7, 7), (7, 7), None),
+        ("mk,kn->mn", (512, 512), (512, 512), None),
+        ("bmk,bkn->bmn", (64, 3, 3), (64, 3, 3), "too small"),
+        ("bmk,bkn->bmn", (64, 4, 4), (64, 4, 4), None),
+        ("bmk,bkn->bmn", (1, 4, 4), (1, 4, 4), "too small"),
+        ("mk,kn->mn", (0, 512), (512, 512), "empty"),
+        ("mk,kn->mn", (512, 0), (0, 512), "empty"),
+        ("mk,kn->mn", (512, 1), (1, 512), "outer"),
+        ("m,n->mn", (512,), (512,), "outer"),
+        ("mk,k->m", (256, 256), (256,), "vector"),
+        ("k,k->", (4096,), (4096,), "vector"),
+        ("mk,kn->mn", (1, 256), (256, 256), "vector"),
+    ],
+)
+def test_gate(subscripts: str, lhs: tuple, rhs: tuple, why: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, output = subscripts.split("->")
+    labels = _shapes.einsum_labels(inputs.split(","), output, (lhs, rhs))
+    monkeypatch.setattr(_gate, "enabled", True)
+    reason = _gate.declines(labels, lhs, rhs)
+    assert (reason is None) if why is None else (why in reason)
+    monkeypatch.setattr(_gate, "enabled", False)
+    assert _gate.declines(labels, lhs, rhs) is None
+
+
+def test_symbolic_sizes_pass_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_gate, "enabled", True)
     labels = _shapes.labels_of(MATMUL, None, 2, 2)
-    assert "too small" in _gate.declines(labels, (2, 2), (2, 2))
-    assert _gate.declines(labels, (512, 512), (512, 512)) is None
-    assert _gate.declines(labels, (0, 2), (2, 2)) is not None
-    monkeypatch.setattr(_gate, "enabled", False)
-    assert _gate.declines(labels, (2, 2), (2, 2)) is None
+    m, k = export.symbolic_shape("m, k")
+    assert _gate.declines(labels, (m, k), (k, 5)) is None
+    assert _gate.declines(labels, (m, 2), (2, 2)) is None
+
+
+def test_gate_switch_is_on_or_off() -> None:
     with pytest.raises(ValueError, match="JAX_NANO_GATE=maybe: expected one of on, off"):
         _gate._read_switch("maybe")
 
