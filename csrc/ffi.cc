@@ -77,6 +77,7 @@ struct DotState {
   static ffi::TypeId id;
 
   std::vector<int64_t> labels[3];  // lhs, rhs, out
+  std::string algorithm;           // a DotAlgorithm preset, or "default"
 
   // Nearly always the only plan, as shapes are fixed when a program is compiled: found without a lock.
   std::atomic<const CachedPlan*> last = nullptr;
@@ -95,11 +96,8 @@ ffi::ErrorOr<std::unique_ptr<DotState>> Instantiate(int64_t abi, Int64s lhs_labe
     return ffi::Unexpected(ffi::Error::InvalidArgument("jax_nano: this program asks for ABI " + std::to_string(abi) +
                                                        ", the installed one is " + std::to_string(kFfiAbi)));
   }
-  if (algorithm != "default") {
-    return ffi::Unexpected(
-        ffi::Error::InvalidArgument("jax_nano: unknown algorithm \"" + std::string(algorithm) + "\""));
-  }
   auto state = std::make_unique<DotState>();
+  state->algorithm = algorithm;
   state->labels[0].assign(lhs_labels.begin(), lhs_labels.end());
   state->labels[1].assign(rhs_labels.begin(), rhs_labels.end());
   state->labels[2].assign(out_labels.begin(), out_labels.end());
@@ -119,7 +117,8 @@ std::unique_ptr<const CachedPlan> NewPlan(const DotState& state, const ffi::AnyB
     operands[i] = {names[i], entry->shape.dims[i], state.labels[i]};
   }
   entry->shape.threads = pool.num_threads();
-  entry->plan = MakePlan(operands[0], operands[1], operands[2], SelectedTargets(), entry->shape.threads, HostCaches());
+  entry->plan = MakePlan(operands[0], operands[1], operands[2], state.algorithm, SelectedTargets(),
+                         entry->shape.threads, HostCaches());
   return entry;
 }
 

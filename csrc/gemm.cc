@@ -52,6 +52,7 @@ void RunPasses(const Plan& plan, GemmArgs& args, const void* a, const void* b) {
     args.a = Advance(a, at.a, plan.a_bytes);
     args.b = Advance(b, at.b, plan.b_bytes);
     args.accumulate = pass > 0;
+    args.more = pass + 1 < passes;
     plan.kernel->fn(&args);
   }
 }
@@ -66,8 +67,9 @@ void RunItem(const Plan& plan, const Buffers& buffers, int64_t item) {
   const Range products = Piece(plan.products, 1, split.products, item / split.n / split.m);
 
   GemmArgs args = plan.args;
-  args.a_pack = Workspace(plan.a_pack_bytes + plan.b_pack_bytes);
+  args.a_pack = Workspace(plan.a_pack_bytes + plan.b_pack_bytes + plan.partial_bytes);
   args.b_pack = static_cast<char*>(args.a_pack) + plan.a_pack_bytes;
+  args.partial = static_cast<char*>(args.b_pack) + plan.b_pack_bytes;
   args.m = m.size();
   args.n = n.size();
   const void* a = plan.swapped ? buffers.rhs : buffers.lhs;

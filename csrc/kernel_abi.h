@@ -18,39 +18,44 @@ struct GemmArgs {
   const void* a;
   const void* b;
   void* c;
-  void* a_pack;         // workspace for packed A, 64-byte aligned, PackedBytes(mc * kc * a_panel_bytes); unused unless pack_a
-  void* b_pack;         // workspace for packed B, 64-byte aligned, PackedBytes(kc * nc * b_panel_bytes); unused unless pack_b
-  int64_t m, n, k;      // any of them may be 0; k == 0 stores zeros (or leaves C alone when accumulating)
-  int64_t rsa, csa;     // A: stride between rows (m), between columns (k)
-  int64_t rsb, csb;     // B: stride between rows (k), between columns (n); csb == 1 unless pack_b
-  int64_t rsc;          // C: stride between rows (m)
-  int64_t batch;        // number of products, at least 1
+  void* a_pack;           // workspace for packed A, 64-byte aligned, PackedABytes(); unused unless pack_a
+  void* b_pack;           // workspace for packed B, 64-byte aligned, PackedBBytes(); unused unless pack_b
+  void* partial;          // unfinished sums of a narrow kernel, m rows of accumulators, rs_partial apart; else unused
+  int64_t m, n, k;        // any of them may be 0; k == 0 stores zeros (or leaves C alone when accumulating)
+  int64_t rsa, csa;       // A: stride between rows (m), between columns (k)
+  int64_t rsb, csb;       // B: stride between rows (k), between columns (n); csb == 1 unless pack_b
+  int64_t rsc;            // C: stride between rows (m)
+  int64_t rs_partial;     // partial: stride between rows, at least n rounded up to nr
+  int64_t batch;          // number of products, at least 1
   int64_t bsa, bsb, bsc;  // strides between products
-  int64_t accumulate;   // 0: C = A*B, C is not read; 1: C += A*B
-  int64_t pack_a;       // 1: copy blocks of A into the workspace
-  int64_t pack_b;       // 1: copy blocks of B into the workspace (required unless csb == 1)
-  int64_t mc, kc, nc;   // cache blocking; mc multiple of mr, nc multiple of nr, kc multiple of kr
+  int64_t accumulate;     // 1: add to the sums so far: C, or `partial` of a narrow kernel; 0: neither is read
+  int64_t more;           // 1: the sum over k is not finished by this call: a narrow kernel leaves it in `partial`
+  int64_t pack_a;         // 1: copy blocks of A into the workspace (required unless direct_a)
+  int64_t pack_b;         // 1: copy blocks of B into the workspace (required unless direct_b and csb == 1)
+  int64_t mc, kc, nc;     // cache blocking; mc multiple of mr, nc multiple of nr, kc multiple of kr
 };
 
 // Packing stores whole vectors, so a packed block may be overrun by less than this.
 inline constexpr int64_t kPackSlackBytes = 8192;
 
-// Workspace for a packed block of so many payload bytes. `kc` counts as rounded up to a multiple of kr.
-inline constexpr int64_t PackedBytes(int64_t payload) { return (payload + 63) / 64 * 64 + kPackSlackBytes; }
-
 using GemmFn = void (*)(const GemmArgs*);
 
-// One generated GEMM: a target and a signature, with every micro-kernel behind it.
+// One generated GEMM: a target and a signature, with every microkernel behind it.
 struct KernelInfo {
-  const char* name;       // e.g. "gemm_f32_f32_f32_f32_14x32_x86-64-v4"
-  const char* target;     // e.g. "x86-64-v4"
-  const char* lhs;        // element types by their NumPy / ml_dtypes names: "float32", "bfloat16", "int8", ...
+  const char* name;    // e.g. "gemm_f32_f32_f32_f32_14x32_x86-64-v4"
+  const char* target;  // e.g. "x86-64-v4"
+  const char* lhs;     // element types by their NumPy / ml_dtypes names: "float32", "bfloat16", "int8", ...
   const char* rhs;
   const char* acc;
   const char* out;
-  int32_t mr, nr, kr;     // register tile, and K values interleaved in a packed row of B
-  int32_t a_panel_bytes;  // bytes of one element of packed A
-  int32_t b_panel_bytes;  // and of packed B
+  const char* algorithm;   // DotAlgorithm preset that it computes, or "default"
+  int32_t mr, nr, kr;      // register tile, and K values that are packed side by side
+  int32_t a_panel_bytes;   // bytes of packed A for one element of A
+  int32_t b_panel_bytes;   // and of packed B
+  int32_t b_header_bytes;  // bytes in front of each packed column of B
+  bool direct_a;           // whether A can be read where it lies
+  bool direct_b;           // whether B can, if its columns are 1 apart
+  bool narrow;             // whether C cannot hold unfinished sums: these live in GemmArgs::partial
   GemmFn fn;
 };
 

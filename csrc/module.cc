@@ -87,9 +87,9 @@ std::string SelectTarget(const Names& features, std::string_view forced) {
 }
 
 // Either order of the operands, as roles may be swapped.
-bool Supports(std::string_view lhs, std::string_view rhs, std::string_view out) {
-  return SelectKernel(SelectedTargets(), lhs, rhs, out) != nullptr &&
-         SelectKernel(SelectedTargets(), rhs, lhs, out) != nullptr;
+bool Supports(std::string_view lhs, std::string_view rhs, std::string_view out, std::string_view algorithm) {
+  return SelectKernel(SelectedTargets(), lhs, rhs, out, algorithm) != nullptr &&
+         SelectKernel(SelectedTargets(), rhs, lhs, out, algorithm) != nullptr;
 }
 
 nb::dict KernelDict(const KernelInfo& k) {
@@ -105,6 +105,10 @@ nb::dict KernelDict(const KernelInfo& k) {
   d["kr"] = k.kr;
   d["a_panel_bytes"] = k.a_panel_bytes;
   d["b_panel_bytes"] = k.b_panel_bytes;
+  d["algorithm"] = k.algorithm;
+  d["direct_a"] = k.direct_a;
+  d["direct_b"] = k.direct_b;
+  d["narrow"] = k.narrow;
   return d;
 }
 
@@ -172,20 +176,20 @@ nb::dict PlanDict(const Plan& plan) {
   d["k_outer"] = LoopList(plan.k_outer);
   d["products"] = plan.products;
   d["split"] = nb::make_tuple(plan.split.products, plan.split.m, plan.split.n);
-  d["workspace_bytes"] = plan.a_pack_bytes + plan.b_pack_bytes;
+  d["workspace_bytes"] = plan.a_pack_bytes + plan.b_pack_bytes + plan.partial_bytes;
   return d;
 }
 
 // A call's arrays as Python gives them; owns what Operand only views.
 struct CallSpec {
   Ints lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels;
-  std::string lhs_dtype, rhs_dtype, out_dtype;
+  std::string lhs_dtype, rhs_dtype, out_dtype, algorithm;
 
   Plan MakePlanFor(std::span<const Target* const> targets, int64_t threads, const Caches& caches) const {
     Ints out_shape;
     for (int64_t label : out_labels) out_shape.push_back(SizeOf(label));
     return MakePlan({lhs_dtype, lhs_shape, lhs_labels}, {rhs_dtype, rhs_shape, rhs_labels},
-                    {out_dtype, out_shape, out_labels}, targets, threads, caches);
+                    {out_dtype, out_shape, out_labels}, algorithm, targets, threads, caches);
   }
 
  private:
@@ -211,15 +215,19 @@ std::vector<const Target*> TargetsFor(const std::optional<std::string>& name) {
 
 nb::dict ExplainPlan(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels, Ints out_labels,
                      std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads,
-                     std::optional<std::string> target, std::optional<std::array<int64_t, 3>> caches) {
-  const CallSpec spec = {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels, lhs_dtype, rhs_dtype, out_dtype};
+                     std::string algorithm, std::optional<std::string> target,
+                     std::optional<std::array<int64_t, 3>> caches) {
+  const CallSpec spec = {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels,
+                         lhs_dtype, rhs_dtype, out_dtype,  algorithm};
   const Caches sizes = caches ? Caches{(*caches)[0], (*caches)[1], (*caches)[2]} : HostCaches();
   return PlanDict(spec.MakePlanFor(TargetsFor(target), threads, sizes));
 }
 
 void Dot(uintptr_t lhs, uintptr_t rhs, uintptr_t out, Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels,
-         Ints out_labels, std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads) {
-  const CallSpec spec = {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels, lhs_dtype, rhs_dtype, out_dtype};
+         Ints out_labels, std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads,
+         std::string algorithm) {
+  const CallSpec spec = {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels,
+                         lhs_dtype, rhs_dtype, out_dtype,  algorithm};
   const nb::gil_scoped_release release;
   const Plan plan = spec.MakePlanFor(SelectedTargets(), threads, HostCaches());
   PrivatePool pool(threads);
@@ -256,22 +264,30 @@ void CallKernel(std::string_view kernel_name, const nb::dict& fields) {
   x.bsb = get("bsb", 0);
   x.bsc = get("bsc", 0);
   ChooseBlocking(*kernel, HostCaches(), x.m, x.n, x);
+  x.partial = pointer("partial");
+  x.rs_partial = get("rs_partial", (x.n + kernel->nr - 1) / kernel->nr * kernel->nr);
   x.accumulate = get("accumulate", 0);
-  x.pack_a = get("pack_a", 0);
-  x.pack_b = get("pack_b", 0);
+  x.more = get("more", 0);
+  x.pack_a = get("pack_a", !kernel->direct_a);
+  x.pack_b = get("pack_b", !kernel->direct_b);
   x.mc = get("mc", x.mc);
   x.kc = get("kc", x.kc);
   x.nc = get("nc", x.nc);
   if (used != fields.size()) throw std::invalid_argument("unknown field among the arguments");
   if (x.csb != 1 && !x.pack_b) throw std::invalid_argument("csb must be 1 unless pack_b");
+  if (!x.pack_a && !kernel->direct_a) throw std::invalid_argument("this kernel needs pack_a");
+  if (!x.pack_b && !kernel->direct_b) throw std::invalid_argument("this kernel needs pack_b");
   if (x.mc % kernel->mr || x.kc % kernel->kr || x.nc % kernel->nr) {
     throw std::invalid_argument("mc, kc, nc must be multiples of mr, kr, nr");
   }
   const nb::gil_scoped_release release;
   const int64_t a_pack_bytes = PackedABytes(*kernel, x);
-  char* workspace = static_cast<char*>(Workspace(a_pack_bytes + PackedBBytes(*kernel, x)));
+  const int64_t b_pack_bytes = PackedBBytes(*kernel, x);
+  const int64_t partial_bytes = kernel->narrow ? PartialBytes(*kernel, x.m, x.rs_partial) : 0;
+  char* workspace = static_cast<char*>(Workspace(a_pack_bytes + b_pack_bytes + partial_bytes));
   if (x.a_pack == nullptr) x.a_pack = workspace;
   if (x.b_pack == nullptr) x.b_pack = workspace + a_pack_bytes;
+  if (x.partial == nullptr) x.partial = workspace + a_pack_bytes + b_pack_bytes;
   kernel->fn(&x);
 }
 
@@ -284,15 +300,16 @@ NB_MODULE(_runtime, m) {
   m.def("targets", &TargetList, "features"_a = nb::none());
   m.def("selected_target", &SelectedTarget);
   m.def("select_target", &SelectTarget, "features"_a, "forced"_a = "");
-  m.def("supports", &Supports, "lhs"_a, "rhs"_a, "out"_a);
+  m.def("supports", &Supports, "lhs"_a, "rhs"_a, "out"_a, "algorithm"_a = "default");
   m.def("kernels", &KernelList);
   m.def("features", &HostFeatureNames);
   m.def("caches", &CacheDict);
   m.def("decode_features", &DecodeFeatures, "cpuid"_a, "xcr0"_a, "amx_permission"_a);
   m.def("plan", &ExplainPlan, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a, "out_labels"_a,
-        "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a, "target"_a = nb::none(), "caches"_a = nb::none());
+        "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a, "algorithm"_a = "default", "target"_a = nb::none(),
+        "caches"_a = nb::none());
   m.def("dot", &Dot, "lhs"_a, "rhs"_a, "out"_a, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a,
-        "out_labels"_a, "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a);
+        "out_labels"_a, "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a, "algorithm"_a = "default");
   m.def("call", &CallKernel, "kernel_name"_a, "args"_a);
   m.def("workspace_bytes", &WorkspaceHighWater);
 }

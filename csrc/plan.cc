@@ -17,7 +17,8 @@ namespace {
 constexpr int64_t kKcBytes = 1536;     // of one column of a B panel: 384 f32, 768 bf16
 constexpr double kBlockBOfL2 = 0.625;  // the rest of L2 is for A, C and what passes through
 constexpr int64_t kMaxBlockABytes = 4 << 20;
-constexpr int64_t kMaxBlockBBytes = 3 << 20;
+constexpr int64_t kMaxBlockBBytes = 2 << 20;
+constexpr int64_t kMaxPartialBytes = 3 << 19;  // 1.5 MiB; with the blocks above it stays below kMaxWorkspaceBytes
 
 // Packing pays once the packed block is read often enough.
 constexpr int64_t kPackBMinTiles = 4;         // B block read by this many register tiles of rows
@@ -64,11 +65,16 @@ Loop TakeLargest(std::vector<Loop>& loops) {
 }  // namespace
 
 int64_t PackedABytes(const KernelInfo& kernel, const GemmArgs& args) {
-  return args.pack_a ? PackedBytes(args.mc * args.kc * kernel.a_panel_bytes) : 0;
+  return args.pack_a ? RoundUp(args.mc * args.kc * kernel.a_panel_bytes, 64) + kPackSlackBytes : 0;
 }
 
 int64_t PackedBBytes(const KernelInfo& kernel, const GemmArgs& args) {
-  return args.pack_b ? PackedBytes(args.kc * args.nc * kernel.b_panel_bytes) : 0;
+  const int64_t column = args.kc * kernel.b_panel_bytes + kernel.b_header_bytes;
+  return args.pack_b ? RoundUp(args.nc * column, 64) + kPackSlackBytes : 0;
+}
+
+int64_t PartialBytes(const KernelInfo& kernel, int64_t m, int64_t rs_partial) {
+  return RoundUp(m * rs_partial * ElementBytes(kernel.acc), 64);
 }
 
 void ChooseBlocking(const KernelInfo& kernel, const Caches& caches, int64_t item_m, int64_t item_n, GemmArgs& args) {
@@ -79,12 +85,12 @@ void ChooseBlocking(const KernelInfo& kernel, const Caches& caches, int64_t item
 
   // B unpacked is read in rows of nr elements, kc of them for each register tile.
   const bool b_beyond_tlb = std::min(args.k, args.kc) * args.rsb * b_bytes > kTlbReachBytes;
-  args.pack_b = args.csb != 1 || (item_m >= kPackBMinTiles * kernel.mr && b_beyond_tlb);
+  args.pack_b = !kernel.direct_b || args.csb != 1 || (item_m >= kPackBMinTiles * kernel.mr && b_beyond_tlb);
 
   // A unpacked is read one element of each of mr rows at a time.
   const bool a_strided = args.csa != 1 || args.rsa * a_bytes % kAliasBytes == 0;
   const int64_t tiles = a_strided ? kPackAMinTilesStrided : kPackAMinTiles;
-  args.pack_a = item_n >= tiles * kernel.nr && item_m > 1;
+  args.pack_a = !kernel.direct_a || (item_n >= tiles * kernel.nr && item_m > 1);
 
   const int64_t b_column = args.kc * kernel.b_panel_bytes, a_row = args.kc * kernel.a_panel_bytes;
   const int64_t b_block = std::min(kMaxBlockBBytes, static_cast<int64_t>(kBlockBOfL2 * Real(caches.l2)));
@@ -92,6 +98,21 @@ void ChooseBlocking(const KernelInfo& kernel, const Caches& caches, int64_t item
   // Each block of rows packs all of B again, so unpacked rows are not cut at all.
   const int64_t mc_most = args.pack_a ? kMaxBlockABytes / a_row : RoundUp(item_m, kernel.mr);
   args.mc = BalancedBlock(item_m, mc_most, kernel.mr);
+}
+
+Split SplitForPartialSums(const KernelInfo& kernel, int64_t m, int64_t n, Split split) {
+  const int64_t m_units = CeilDiv(m, kernel.mr), n_units = CeilDiv(n, kernel.nr);
+  const auto fits = [&] {
+    const int64_t item_m = CeilDiv(m_units, split.m) * kernel.mr, item_n = CeilDiv(n_units, split.n) * kernel.nr;
+    return PartialBytes(kernel, item_m, item_n) <= kMaxPartialBytes;
+  };
+  // Halve the longer side: a square item packs least.
+  while (!fits()) {
+    const bool tall = m_units * kernel.mr / split.m >= n_units * kernel.nr / split.n;
+    int64_t& pieces = tall ? split.m : split.n;
+    pieces = std::min(2 * pieces, tall ? m_units : n_units);
+  }
+  return split;
 }
 
 bool WorthSplitting(int64_t products, int64_t m, int64_t n, int64_t k) { return FullItems(products, m, n, k) >= 2; }
@@ -169,22 +190,27 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
   const int64_t all_k = args.k * passes;
   plan.divisible = WorthSplitting(plan.products, args.m, args.n, all_k);
   plan.split = ChooseSplit(kernel, plan.products, args.m, args.n, all_k, threads);
+  ChooseBlocking(kernel, caches, args.m, args.n, args);  // kc does not depend on the split
+  const bool partial = kernel.narrow && (args.k > args.kc || passes > 1);
+  if (partial) plan.split = SplitForPartialSums(kernel, args.m, args.n, plan.split);
   const int64_t item_m = CeilDiv(CeilDiv(args.m, kernel.mr), plan.split.m) * kernel.mr;
   const int64_t item_n = CeilDiv(CeilDiv(args.n, kernel.nr), plan.split.n) * kernel.nr;
   ChooseBlocking(kernel, caches, std::min(item_m, args.m), std::min(item_n, args.n), args);
   plan.a_pack_bytes = PackedABytes(kernel, args);
   plan.b_pack_bytes = PackedBBytes(kernel, args);
+  args.rs_partial = partial ? item_n : 0;
+  plan.partial_bytes = PartialBytes(kernel, item_m, args.rs_partial);
   return plan;
 }
 
-Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::span<const Target* const> targets,
-              int64_t threads, const Caches& caches) {
+Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::string_view algorithm,
+              std::span<const Target* const> targets, int64_t threads, const Caches& caches) {
   const Contraction contraction = Analyze(lhs, rhs, out);
   const Operand &a = contraction.swapped ? rhs : lhs, &b = contraction.swapped ? lhs : rhs;
-  const KernelInfo* kernel = SelectKernel(targets, a.dtype, b.dtype, out.dtype);
+  const KernelInfo* kernel = SelectKernel(targets, a.dtype, b.dtype, out.dtype, algorithm);
   if (kernel == nullptr) {
     throw std::invalid_argument("jax_nano has no kernel on this machine for " + Describe(lhs) + ", " + Describe(rhs) +
-                                " -> " + Describe(out));
+                                " -> " + Describe(out) + ", algorithm " + std::string(algorithm));
   }
   return MakePlan(contraction, *kernel, threads, caches);
 }

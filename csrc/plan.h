@@ -43,7 +43,7 @@ struct Plan {
   int64_t products = 1;    // outer sizes times args.batch: independent products of m x n x k
   bool divisible = false;  // large enough to be split, if there are threads
   Split split;
-  int64_t a_pack_bytes = 0, b_pack_bytes = 0;  // workspace of one thread
+  int64_t a_pack_bytes = 0, b_pack_bytes = 0, partial_bytes = 0;  // workspace of one thread
 };
 
 // For a given kernel and contraction every element of C is the same, bit for bit, whatever `threads` and
@@ -52,8 +52,8 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
 
 // The whole way from labelled arrays: analysis, the best of `targets` that has a kernel, plan. Throws
 // std::invalid_argument if the arrays do not fit together or no kernel takes their dtypes.
-Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::span<const Target* const> targets,
-              int64_t threads, const Caches& caches);
+Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::string_view algorithm,
+              std::span<const Target* const> targets, int64_t threads, const Caches& caches);
 
 // The parts of MakePlan, for tests and tuning.
 
@@ -65,9 +65,13 @@ bool WorthSplitting(int64_t products, int64_t m, int64_t n, int64_t k);
 
 Split ChooseSplit(const KernelInfo& kernel, int64_t products, int64_t m, int64_t n, int64_t k, int64_t threads);
 
-// What the kernel may write at GemmArgs::a_pack and b_pack: multiples of 64, 0 for what is not packed.
+// Cuts m and n further until the unfinished sums of an item of a narrow kernel fit into the workspace.
+Split SplitForPartialSums(const KernelInfo& kernel, int64_t m, int64_t n, Split split);
+
+// What the kernel may write at GemmArgs::a_pack, b_pack and partial: multiples of 64, 0 for what is not used.
 int64_t PackedABytes(const KernelInfo& kernel, const GemmArgs& args);
 int64_t PackedBBytes(const KernelInfo& kernel, const GemmArgs& args);
+int64_t PartialBytes(const KernelInfo& kernel, int64_t m, int64_t rs_partial);
 
 }  // namespace jax_nano
 

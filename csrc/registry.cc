@@ -14,8 +14,7 @@ namespace jax_nano {
 namespace {
 
 constexpr KernelInfo kKernels[] = {
-#define JAX_NANO_KERNEL(symbol, name, target, lhs, rhs, acc, out, mr, nr, kr, a_bytes, b_bytes) \
-  {name, target, lhs, rhs, acc, out, mr, nr, kr, a_bytes, b_bytes, &symbol},
+#define JAX_NANO_KERNEL(symbol, ...) {__VA_ARGS__, &symbol},
 #include "manifest.inc"
 #undef JAX_NANO_KERNEL
     {},  // an array may not be empty, a build without kernels (another architecture) may
@@ -30,10 +29,10 @@ constexpr std::pair<std::string_view, int64_t> kElementBytes[] = {
 
 std::span<const KernelInfo> Kernels() { return {kKernels, std::size(kKernels) - 1}; }
 
-const KernelInfo* FindKernel(std::string_view target, std::string_view lhs, std::string_view rhs,
-                             std::string_view out) {
+const KernelInfo* FindKernel(std::string_view target, std::string_view lhs, std::string_view rhs, std::string_view out,
+                             std::string_view algorithm) {
   for (const KernelInfo& k : Kernels()) {
-    if (target == k.target && lhs == k.lhs && rhs == k.rhs && out == k.out) return &k;
+    if (target == k.target && lhs == k.lhs && rhs == k.rhs && out == k.out && algorithm == k.algorithm) return &k;
   }
   return nullptr;
 }

@@ -14,7 +14,8 @@ namespace jax_nano {
 std::span<const KernelInfo> Kernels();
 
 // The kernel of exactly this target and signature, or null.
-const KernelInfo* FindKernel(std::string_view target, std::string_view lhs, std::string_view rhs, std::string_view out);
+const KernelInfo* FindKernel(std::string_view target, std::string_view lhs, std::string_view rhs, std::string_view out,
+                             std::string_view algorithm);
 
 // The kernel of this name, or null.
 const KernelInfo* FindKernel(std::string_view name);

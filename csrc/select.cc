@@ -98,9 +98,9 @@ const std::vector<const Target*>& SelectedTargets() {
 }
 
 const KernelInfo* SelectKernel(std::span<const Target* const> targets, std::string_view lhs, std::string_view rhs,
-                               std::string_view out) {
+                               std::string_view out, std::string_view algorithm) {
   for (const Target* t : targets) {
-    if (const KernelInfo* k = FindKernel(t->name, lhs, rhs, out)) return k;
+    if (const KernelInfo* k = FindKernel(t->name, lhs, rhs, out, algorithm)) return k;
   }
   return nullptr;
 }

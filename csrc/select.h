@@ -39,7 +39,7 @@ const std::vector<const Target*>& SelectedTargets();
 
 // The first of `targets` with a kernel for this signature; null if none has one.
 const KernelInfo* SelectKernel(std::span<const Target* const> targets, std::string_view lhs, std::string_view rhs,
-                               std::string_view out);
+                               std::string_view out, std::string_view algorithm);
 
 }  // namespace jax_nano
 

@@ -13,8 +13,9 @@ from .macrokernel import Gemm
 from .microkernel import Microkernel
 from .nanokernel import Family
 from .nanokernel.fma import Fma
+from .nanokernel.int8_dot import Int8Widened
 from .target import TARGETS, Target
-from .tile import Tile, check, choose
+from .tile import Tile, check, panel_tile
 
 SHORT = {
     "float64": "f64",
@@ -36,7 +37,8 @@ class Kernel:
       target: the instruction set it is compiled for.
       a, b, out: dtype names of A, B and C in memory.
       family: the instructions of its nanokernel, which fix the accumulator.
-      tile: the register tile of its full microkernel.
+      tile: the register tile of its main microkernel.
+      algorithm: the DotAlgorithm preset that it computes, or "default".
       why: the reason for this family and tile, for people.
     """
 
@@ -46,16 +48,19 @@ class Kernel:
     out: str
     family: Family
     tile: Tile
+    algorithm: str
     why: str
 
     @property
     def name(self) -> str:
         dtypes = "_".join(SHORT[d] for d in (self.a, self.b, self.family.acc, self.out))
-        return f"gemm_{dtypes}_{self.tile.mr}x{self.tile.nr}_{self.target.name}"
+        algorithm = "" if self.algorithm == "default" else f"_{self.algorithm.lower()}"
+        return f"gemm_{dtypes}{algorithm}_{self.tile.mr}x{self.tile.nr}_{self.target.name}"
 
     @property
     def signature(self) -> str:
-        return f"{SHORT[self.a]} x {SHORT[self.b]} -> {SHORT[self.family.acc]} -> {SHORT[self.out]}"
+        algorithm = "" if self.algorithm == "default" else f" ({self.algorithm})"
+        return f"{SHORT[self.a]} x {SHORT[self.b]} -> {SHORT[self.family.acc]} -> {SHORT[self.out]}{algorithm}"
 
     @property
     def symbol(self) -> str:
@@ -64,7 +69,7 @@ class Kernel:
 
     @property
     def gemm(self) -> Gemm:
-        return Gemm(self.a, self.b, self.out, self.family, self.tile)
+        return Gemm(self.target, self.a, self.b, self.out, self.family, self.tile)
 
     def mlir(self) -> str:
         """The kernel's verified MLIR module, as composed."""
@@ -77,17 +82,52 @@ class Kernel:
         return {m.name(self.symbol): m for m in self.gemm.microkernels()}
 
 
+FLOAT_SIGNATURES = (
+    ("float32", "float32", "float32"),
+    ("bfloat16", "bfloat16", "float32"),
+    ("bfloat16", "bfloat16", "bfloat16"),
+    ("float16", "float16", "float32"),
+    ("float16", "float16", "float16"),
+    ("float32", "bfloat16", "float32"),
+    ("bfloat16", "float32", "float32"),
+    ("float32", "float16", "float32"),
+    ("float16", "float32", "float32"),
+    ("float64", "float64", "float64"),
+)
+"""(A, B, C) that are multiplied in f32 or f64."""
+
+INTEGER_SIGNATURES = (
+    ("int8", "int8", "int32"),
+    ("int8", "int8", "int8"),
+    ("uint8", "uint8", "int32"),
+    ("uint8", "uint8", "uint8"),
+    ("int8", "uint8", "int32"),
+    ("int8", "uint8", "int16"),
+    ("uint8", "int8", "int32"),
+    ("uint8", "int8", "int16"),
+)
+"""(A, B, C) that are multiplied exactly in i32; a narrower C takes the low bits, as jnp does."""
+
+
 def kernels() -> Iterator[Kernel]:
     """Every kernel of the package, in a fixed order."""
     for target in TARGETS.values():
-        yield _fma(target, "float32")
+        for a, b, out in FLOAT_SIGNATURES:
+            acc = "float64" if out == "float64" else "float32"
+            widened = "" if a == b == acc else ", widened on the way in"
+            yield _kernel(target, a, b, out, Fma(acc), f"one vfmadd231 a vector and K value{widened}")
+        for a, b, out in INTEGER_SIGNATURES:
+            family = Int8Widened(target.vector_bits)
+            yield _kernel(target, a, b, out, family, "vpmaddwd on pairs of i16: exact where vpmaddubsw saturates")
 
 
-def _fma(target: Target, dtype: str) -> Kernel:
-    family = Fma(dtype)
-    tile = check(choose(target, ir.elem_bytes(dtype)), target)
-    why = f"one vfmadd231 a vector and K value; {tile.registers} of {target.vector_registers} registers"
-    return Kernel(target, dtype, dtype, dtype, family, tile, why)
+def _kernel(
+    target: Target, a: str, b: str, out: str, family: Family, why: str, algorithm: str = "default"
+) -> Kernel:
+    temporaries = family.temporaries
+    tile = check(panel_tile(target, ir.elem_bytes(family.acc), temporaries), target, temporaries)
+    used = f"{tile.registers + temporaries} of {target.vector_registers} registers"
+    return Kernel(target, a, b, out, family, tile, algorithm, f"{why}; {used}")
 
 
 def find(name: str) -> Kernel:

@@ -74,6 +74,8 @@ class I64:
     __radd__ = __add__
 
     def __sub__(self, other: Size) -> Size:
+        if other is self:
+            return 0
         return self if _is(other, 0) else _binary(arith.subi, self, other)
 
     def __rsub__(self, other: Size) -> Size:
@@ -137,6 +139,12 @@ def equal(a: Size, b: Size) -> Value | bool:
     if isinstance(a, I64):
         return a.eq(b)
     return b.eq(a) if isinstance(b, I64) else a == b
+
+
+def less(a: Size, b: Size) -> Value | bool:
+    if isinstance(a, int) and isinstance(b, int):
+        return a < b
+    return arith.cmpi(arith.CmpIPredicate.slt, _i64(a), _i64(b))
 
 
 def both(a: Value | bool, b: Value | bool) -> Value | bool:
@@ -300,6 +308,20 @@ def zeros(lanes: int, elem: str) -> Value:
     return constant_vector(0, lanes, elem)
 
 
+def zeros_like(v: Value) -> Value:
+    """Zero of v's type."""
+    return _constant_like(0, v)
+
+
+def zero_of(elem: str) -> Value:
+    """A scalar zero."""
+    return scalar_constant(0, elem)
+
+
+def lanes_of(v: Value) -> int:
+    return int(ir.VectorType(v.type).shape[0])
+
+
 def splat(scalar: Value, lanes: int) -> Value:
     return vector.broadcast(vec(lanes, scalar.type), scalar)
 
@@ -393,16 +415,16 @@ def select(mask: Value, a: Value, b: Value) -> Value:
     return arith.select(mask, a, b)
 
 
-def lane_mask(active: Size, lanes: int) -> Value:
-    """A mask whose first ``active`` lanes are set; ``active`` may be anything, also negative or beyond ``lanes``."""
+def lane_mask(active: Size, lanes: int, elem: str = "int32") -> Value:
+    """A mask whose first ``active`` lanes are set; ``active`` may be anything, also negative or beyond ``lanes``.
+
+    Lanes are compared as integers of type ``elem``: that of the elements to mask, where the mask is a vector.
+    """
     clipped = minimum(active, lanes)
-    i32 = ir.IntegerType.get_signless(32)
-    count = splat(arith.trunci(i32, _i64(clipped)), lanes)
-    vty = vec(lanes, i32)
-    steps = arith.constant(
-        vty, ir.DenseElementsAttr.get([ir.IntegerAttr.get(i32, i) for i in range(lanes)], type=vty)
-    )
-    return arith.cmpi(2, steps, count)
+    ty = type_of(elem)
+    count = splat(arith.trunci(ty, _i64(clipped)), lanes)
+    steps = ir.DenseElementsAttr.get([ir.IntegerAttr.get(ty, i) for i in range(lanes)], type=vec(lanes, ty))
+    return arith.cmpi(2, arith.constant(vec(lanes, ty), steps), count)
 
 
 def alloca(count: int, elem: str) -> Ptr:

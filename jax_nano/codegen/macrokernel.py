@@ -1,4 +1,4 @@
-"""The macrokernel: a whole matrix product, cache-blocked, from generated micro-kernels and packing.
+"""The macrokernel: a whole matrix product, cache-blocked, from generated microkernels and packing.
 
     for each product of the batch
       for ic in m by mc
@@ -17,20 +17,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from . import ir
 from .ir import I64, Ptr, Size
-from .microkernel import Microkernel
+from .microkernel import ADD, MORE, Microkernel
 from .nanokernel import Family
 from .packing import Packing
-from .tile import Tile
+from .target import Target
+from .tile import Tile, stream_tile
 
 GEMM_ARGS = (
-    *("a", "b", "c", "a_pack", "b_pack"),
+    *("a", "b", "c", "a_pack", "b_pack", "partial"),
     *("m", "n", "k"),
-    *("rsa", "csa", "rsb", "csb", "rsc"),
+    *("rsa", "csa", "rsb", "csb", "rsc", "rs_partial"),
     *("batch", "bsa", "bsb", "bsc"),
-    *("accumulate", "pack_a", "pack_b"),
+    *("accumulate", "more", "pack_a", "pack_b"),
     *("mc", "kc", "nc"),
 )
 """The fields of GemmArgs in the order of csrc/kernel_abi.h; each has 8 bytes."""
@@ -38,164 +40,283 @@ GEMM_ARGS = (
 
 @dataclass(frozen=True)
 class Gemm:
-    """A generated matrix product for one signature: the dtype names of A, B and C, a family and its tile."""
+    """A generated matrix product for one signature.
 
+    Attributes:
+      target: the instruction set.
+      a, b, out: dtype names of A, B and C in the caller's buffers.
+      family: the nanokernel's instructions.
+      tile: the register tile for packed operands.
+    """
+
+    target: Target
     a: str
     b: str
     out: str
     family: Family
     tile: Tile
 
-    def emit(self, module: ir.Module, symbol: str) -> None:
-        """Adds ``void symbol(const GemmArgs*)`` and everything behind it to the module."""
-        packing = Packing(self.tile, self.a, self.b, self.family.a_panel, self.family.b_panel, self.tile.lanes)
-        pack_a, pack_b = packing.emit(module, symbol)
-        tile_rows = self._emit_tile_rows(module, symbol)
-        module.function(
-            symbol,
-            ["int64"],  # GemmArgs, read field by field
-            lambda args: self._body(module, args, pack_a, pack_b, tile_rows),
-            internal=False,
-        )
+    @property
+    def direct_a(self) -> bool:
+        """Whether A can be read where it lies: its elements are the units that microkernels broadcast."""
+        return self.family.kr == 1 and self.a == self.family.unit and not self._splits
+
+    @property
+    def direct_b(self) -> bool:
+        """Whether B can be read where it lies, widened on the way into registers if need be."""
+        return self.family.kr == 1 and not self._splits
+
+    @property
+    def _splits(self) -> bool:
+        return getattr(self.family, "splits", False)
 
     def microkernels(self) -> Iterator[Microkernel]:
-        """Every microkernel of this product: each number of rows, full, and masked for each number of vectors."""
-        for m in range(1, self.tile.mr + 1):
-            yield self._micro(m, self.tile.nv, masked=False)
-            for nv in range(1, self.tile.nv + 1):
-                yield self._micro(m, nv, masked=True)
+        """Every microkernel of this product."""
+        for rows in self._tile_rows():
+            yield from (*rows.whole, rows.masked)
 
-    # --- one row of tiles -------------------------------------------------------------------------------------
+    def emit(self, module: ir.Module, symbol: str) -> None:
+        """Adds ``void symbol(const GemmArgs*)`` and everything behind it to the module."""
+        masks = all(self.target.masks(ir.elem_bytes(x)) for x in (self.a, self.b))
+        packing = Packing(self.tile, self.family, self.a, self.b, masks)
+        pack_a, pack_b = packing.emit(module, symbol)
+        names = {stream: [] for stream in (False, True)}
+        for rows in self._tile_rows():
+            names[rows.full.stream].append(rows.emit(module, symbol))
+        nest = _LoopNest(self, module, packing, pack_a, pack_b, names[False], names[True])
+        module.function(symbol, ["int64"], nest.emit, internal=False)
 
-    TILE_ROW = ("rsa", "csa", "rsb", "rsc", "rs_ahead", "ahead_step", "k", "cols", "b_step", "accumulate")
+    def _tile_rows(self) -> Iterator[_TileRow]:
+        """For each number of rows 1..mr, against packed panels of B and against B where it lies."""
+        for stream in (False, True) if self.direct_b else (False,):
+            for m in range(1, self.tile.mr + 1):
+                tile = Tile(m, self.tile.nv, self.tile.lanes)
+                if stream:
+                    tile = stream_tile(self.tile, m, self.target, self.family.temporaries)
+                whole = [self._micro(Tile(m, nv, tile.lanes), stream) for nv in range(1, tile.nv + 1)]
+                yield _TileRow(whole, self._micro(Tile(m, 1, tile.lanes), stream, masked=True))
 
-    def _emit_tile_rows(self, module: ir.Module, symbol: str) -> list[str]:
-        """One function for each number of rows 1..mr: all tiles from left to right against one panel of A."""
-        names = []
-        for m in range(1, self.tile.mr + 1):
-            full = self._micro(m, self.tile.nv, masked=False).emit(module, symbol)
-            edges = [self._micro(m, nv, masked=True).emit(module, symbol) for nv in range(1, self.tile.nv + 1)]
-            name = f"{symbol}_row{m}"
+    def _micro(self, tile: Tile, stream: bool, *, masked: bool = False) -> Microkernel:
+        b = self.b if stream else self.family.unit
+        return Microkernel(
+            tile=tile,
+            family=self.family,
+            b=b,
+            out=self.out,
+            main=tile.mr == self.tile.mr and tile.nv == self.tile.nv,
+            masked=masked,
+            stream=stream,
+            masks=all(self.target.masks(ir.elem_bytes(x)) for x in (b, self.out)),
+        )
 
-            def body(
-                a: Ptr, b: Ptr, c: Ptr, ahead: Ptr, *args: I64, full: str = full, edges: list[str] = edges
-            ) -> None:
-                rsa, csa, rsb, rsc, rs_ahead, ahead_step, k, cols, b_step, accumulate = args
-                nr = self.tile.nr
-                whole = cols // nr * nr
 
-                def tile_at(j: Size, kernel: str, active: Size) -> None:
+@dataclass(frozen=True)
+class _TileRow:
+    """All tiles from left to right against one panel of A: full ones, one of the whole vectors left, one masked."""
+
+    whole: list[Microkernel]  # by number of vectors, from 1
+    masked: Microkernel
+
+    @property
+    def full(self) -> Microkernel:
+        return self.whole[-1]
+
+    PARAMS = (
+        *("a", "b", "ahead", "rsa", "csa", "rsb", "rs_ahead", "ahead_step", "k"),
+        *("c", "rsc", "cols", "b_step", "mode", "partial", "rs_partial"),
+    )
+
+    def emit(self, module: ir.Module, prefix: str) -> str:
+        kernels = [k.emit(module, prefix) for k in self.whole]
+        masked = self.masked.emit(module, prefix)
+        unit = self.full.family.unit
+        pointers = {"a": unit, "ahead": unit, "b": self.full.b, "c": self.full.out, "partial": self.full.family.acc}
+        name = f"{prefix}_row{self.full.tile.mr}{'_stream' if self.full.stream else ''}"
+
+        def body(*args: Ptr | I64) -> None:
+            x = dict(zip(self.PARAMS, args, strict=True))
+            nr, lanes = self.full.tile.nr, self.full.tile.lanes
+            cols = x["cols"]
+
+            def tile_at(j: Size, kernel: str, active: Size, panel: Size | None = None) -> None:
+                """The tile at column j, in the panel of B that begins at column ``panel`` if not at j itself."""
+                panel = j if panel is None else panel
+                here = {
+                    **x,
+                    "b": x["b"].at(panel * x["b_step"] + (j - panel)),
                     # The tile in column t of this row fetches row t of A's next panel.
-                    next_row = ahead.at(j // nr * rs_ahead)
-                    sources = (a, b.at(j * b_step), next_row, rsa, csa, rsb, ahead_step)
-                    module.call(kernel, [*sources, k, c.at(j), rsc, active, accumulate])
+                    "ahead": x["ahead"].at(j // nr * x["rs_ahead"]),
+                    "c": x["c"].at(j),
+                    "cols": active,
+                    "partial": x["partial"].at(j),
+                }
+                module.call(kernel, [here[p] for p in self.full.params])
 
-                ir.loop(0, whole, nr, [], lambda j: tile_at(j, full, nr))
-                rest = cols - whole
+            tiles = cols // nr * nr
+            vectors = cols // lanes * lanes
+            ir.loop(0, tiles, nr, [], lambda j: tile_at(j, kernels[-1], nr))
+            if len(kernels) > 1:
+                rests = [lambda: None, *(partial(tile_at, tiles, k, n * lanes) for n, k in enumerate(kernels[:-1], 1))]
+                ir.switch((vectors - tiles) // lanes, rests)
+            ir.if_(ir.less(vectors, cols), lambda: tile_at(vectors, masked, cols - vectors, tiles))
 
-                def edge(nv: int) -> None:
-                    if nv == self.tile.nv:
-                        tile_at(whole, edges[nv - 1], rest)
-                    else:
-                        ir.if_(
-                            rest.lt(nv * self.tile.lanes + 1),
-                            lambda: tile_at(whole, edges[nv - 1], rest),
-                            lambda: edge(nv + 1),
-                        )
+        module.function(name, [pointers.get(p, "i64") for p in self.PARAMS], body, internal=True)
+        return name
 
-                ir.if_(rest.ne(0), lambda: edge(1))
 
-            params = [self.a, self.b, self.out, self.a, *["i64"] * len(self.TILE_ROW)]
-            module.function(name, params, body, internal=True)
-            names.append(name)
-        return names
+@dataclass(frozen=True)
+class _LoopNest:
+    """The generated function itself: five loops around rows of tiles."""
 
-    def _micro(self, m: int, nv: int, *, masked: bool) -> Microkernel:
-        tile = Tile(m, nv, self.tile.lanes, self.tile.kr)
-        main = m == self.tile.mr and not masked
-        return Microkernel(tile, main, masked, self.family, self.a, self.b, self.out)
+    gemm: Gemm
+    module: ir.Module
+    packing: Packing
+    pack_a: str
+    pack_b: str
+    panel_rows: list[str]
+    stream_rows: list[str]
 
-    # --- the loop nest ----------------------------------------------------------------------------------------
+    def emit(self, args: Ptr) -> None:
+        gemm, family = self.gemm, self.gemm.family
+        pointers = {
+            "a": gemm.a,
+            "b": gemm.b,
+            "c": gemm.out,
+            "a_pack": family.unit,
+            "b_pack": family.unit,
+            "partial": family.acc,
+        }
 
-    def _body(self, module: ir.Module, args: Ptr, pack_a: str, pack_b: str, tile_rows: list[str]) -> None:
-        def number(name: str) -> I64:
-            return I64(args.at(GEMM_ARGS.index(name)).load())
+        def field(name: str) -> Ptr | I64:
+            at = args.at(GEMM_ARGS.index(name))
+            return Ptr(at.as_type("ptr").load(), pointers[name]) if name in pointers else I64(at.load())
 
-        def address(name: str, elem: str) -> Ptr:
-            return Ptr(args.at(GEMM_ARGS.index(name)).as_type("ptr").load(), elem)
-
-        a, b, c = address("a", self.a), address("b", self.b), address("c", self.out)
-        a_pack, b_pack = address("a_pack", self.family.a_panel), address("b_pack", self.family.b_panel)
-        m, n, k = number("m"), number("n"), number("k")
-        rsa, csa, rsb, csb, rsc = (number(x) for x in ("rsa", "csa", "rsb", "csb", "rsc"))
-        mc, kc, nc = number("mc"), number("kc"), number("nc")
-        accumulate = number("accumulate")
-        packs_a, packs_b = number("pack_a").ne(0), number("pack_b").ne(0)
-        mr, nr = self.tile.mr, self.tile.nr
+        x = {name: field(name) for name in GEMM_ARGS}
 
         def product(index: Size) -> None:
-            a0, b0, c0 = (p.at(index * number(s)) for p, s in ((a, "bsa"), (b, "bsb"), (c, "bsc")))
+            here = {**x, **{p: x[p].at(index * x[s]) for p, s in (("a", "bsa"), ("b", "bsb"), ("c", "bsc"))}}
+            ir.loop(0, x["m"], x["mc"], [], lambda ic: self._block_m(here, ic))
 
-            def block_m(ic: Size) -> None:
-                rows = ir.minimum(m - ic, mc)
+        ir.loop(0, x["batch"], 1, [], product)
 
-                def block_k(pc: Size) -> None:
-                    depth = ir.minimum(k - pc, kc)
-                    a_source = a0.at(ic * rsa + pc * csa)
-                    adds = accumulate | pc
-                    inside = Packing.a_strides(rsa, csa, depth, mr)
-                    packed = [Ptr(a_pack.value, self.a), *inside, depth]
-                    here_or_packed = ir.if_(
-                        packs_a, lambda: packed, lambda: [a_source, rsa, csa, rsa], like=[a, rsa, csa, rsa]
-                    )
+    def _block_m(self, x: dict[str, Ptr | I64], ic: Size) -> None:
+        k = x["k"]
+        rows = ir.minimum(x["m"] - ic, x["mc"])
+        # k == 0 still runs one block of depth 0, which stores zeros.
+        once = k + ir.select_size(ir.equal(k, 0), 1, 0)
+        ir.loop(0, once, x["kc"], [], lambda pc: self._block_k(x, ic, rows, pc))
 
-                    def block_n(jc: Size) -> None:
-                        cols = ir.minimum(n - jc, nc)
-                        b_source = b0.at(pc * rsb + jc * csb)
+    def _block_k(self, x: dict[str, Ptr | I64], ic: Size, rows: Size, pc: Size) -> None:
+        depth = ir.minimum(x["k"] - pc, x["kc"])
+        adds = ir.select_size(ir.equal(x["accumulate"] | pc, 0), 0, ADD)
+        goes_on = ir.select_size(ir.less(pc + depth, x["k"]), MORE, x["more"] * MORE)
+        block = _Block(
+            ic=ic,
+            rows=rows,
+            pc=pc,
+            depth=depth,
+            mode=adds + goes_on,
+            a=x["a"].at(ic * x["rsa"] + pc * x["csa"]),
+            a_strides=self.packing.a_strides(x["rsa"], x["csa"], depth),
+        )
+        ir.loop(0, x["n"], x["nc"], [], lambda jc: self._block_n(x, block, jc))
 
-                        def packed_b() -> list[object]:
-                            module.call(pack_b, [b_source, b_pack, depth, cols, rsb, csb])
-                            return [Ptr(b_pack.value, self.b), nr, depth]
+    def _block_n(self, x: dict[str, Ptr | I64], block: _Block, jc: Size) -> None:
+        gemm = self.gemm
+        cols = ir.minimum(x["n"] - jc, x["nc"])
+        b = x["b"].at(block.pc * x["rsb"] + jc * x["csb"])
 
-                        b_block, b_rs, b_step = ir.if_(
-                            packs_b, packed_b, lambda: [b_source, rsb, 1], like=[b, rsb, rsb]
-                        )
+        def packed() -> None:
+            self.module.call(self.pack_b, [b, x["b_pack"], block.depth, cols, x["rsb"], x["csb"]])
+            height = self.packing.b_panel_rows(block.depth)
+            self._panels_of_a(x, block, jc, cols, self.panel_rows, x["b_pack"], gemm.tile.nr, height)
 
-                        def panel(ir_: Size) -> None:
-                            here = ir.minimum(rows - ir_, mr)
-                            assert isinstance(here, I64)
-                            first = ir.both(packs_a, ir.equal(jc, 0))
-                            a_here = a_source.at(ir_ * rsa)
-                            ir.if_(
-                                first,
-                                lambda: module.call(pack_a, [a_here, a_pack.at(ir_ * depth), here, depth, rsa, csa]),
-                            )
-                            a_block, a_rs, a_cs, a_step = here_or_packed
-                            # What the next panel will be read from: its source if it is yet to be packed.
-                            ahead, rs_ahead, ahead_step = ir.if_(
-                                first,
-                                lambda: [a_here.at(mr * rsa), rsa, csa],
-                                lambda: [a_block.at((ir_ + mr) * a_step), a_rs, a_cs],
-                                like=[a, rsa, csa],
-                            )
+        def where_it_lies() -> None:
+            self._panels_of_a(x, block, jc, cols, self.stream_rows, b, x["rsb"], 1)
 
-                            def call(name: str) -> None:
-                                strides = (a_rs, a_cs, b_rs, rsc, rs_ahead, ahead_step)
-                                c_here = c0.at((ic + ir_) * rsc + jc)
-                                a_panel = a_block.at(ir_ * a_step)
-                                module.call(
-                                    name, [a_panel, b_block, c_here, ahead, *strides, depth, cols, b_step, adds]
-                                )
+        if gemm.direct_b:
+            ir.if_(ir.equal(x["pack_b"], 0), where_it_lies, packed)
+        else:
+            packed()
 
-                            ir.switch(here, [lambda name=name: call(name) for name in tile_rows], first=1)
+    def _panels_of_a(
+        self,
+        x: dict[str, Ptr | I64],
+        block: _Block,
+        jc: Size,
+        cols: Size,
+        tile_rows: list[str],
+        b: Ptr,
+        rsb: Size,
+        b_step: Size,
+    ) -> None:
+        """All panels of A against one block of B."""
+        gemm, mr = self.gemm, self.gemm.tile.mr
+        panel_depth = self.packing.depth(block.depth)
+        unit = gemm.family.unit
 
-                        ir.loop(0, rows, mr, [], panel)
+        def panel(ir_: Size) -> None:
+            here = ir.minimum(block.rows - ir_, mr)
+            source = block.a.at(ir_ * x["rsa"])
+            next_source = [Ptr(source.at(mr * x["rsa"]).value, unit), x["rsa"], x["csa"]]
+            room = x["a_pack"].at(ir_ * panel_depth)
+            like = [room, x["rsa"], x["csa"], room, x["rsa"], x["csa"]]
 
-                    ir.loop(0, n, nc, [], block_n)
+            def packed() -> list[Ptr | Size]:
+                """This panel, and what the next one will be read from: its source if it is yet to be packed."""
+                first = ir.equal(jc, 0)
 
-                # k == 0 still runs one block of depth 0, which stores zeros.
-                ir.loop(0, k + ir.select_size(ir.equal(k, 0), 1, 0), kc, [], block_k)
+                def pack() -> list[Ptr | Size]:
+                    self.module.call(self.pack_a, [source, room, here, block.depth, x["rsa"], x["csa"]])
+                    return next_source
 
-            ir.loop(0, m, mc, [], block_m)
+                ahead = ir.if_(
+                    first, pack, lambda: [room.at(mr * panel_depth), *block.a_strides], like=like[3:]
+                )
+                return [room, *block.a_strides, *ahead]
 
-        ir.loop(0, number("batch"), 1, [], product)
+            def where_it_lies() -> list[Ptr | Size]:
+                return [source, x["rsa"], x["csa"], *next_source]
+
+            if gemm.direct_a:
+                a, rsa, csa, ahead, rs_ahead, ahead_step = ir.if_(
+                    ir.equal(x["pack_a"], 0), where_it_lies, packed, like=like
+                )
+            else:
+                a, rsa, csa, ahead, rs_ahead, ahead_step = packed()
+            c_row = block.ic + ir_
+            given = {
+                "a": a,
+                "b": b,
+                "ahead": ahead,
+                "rsa": rsa,
+                "csa": csa,
+                "rsb": rsb,
+                "rs_ahead": rs_ahead,
+                "ahead_step": ahead_step,
+                "k": panel_depth,
+                "c": x["c"].at(c_row * x["rsc"] + jc),
+                "rsc": x["rsc"],
+                "cols": cols,
+                "b_step": b_step,
+                "mode": block.mode,
+                "partial": x["partial"].at(c_row * x["rs_partial"] + jc),
+                "rs_partial": x["rs_partial"],
+            }
+            calls = [partial(self.module.call, name, [given[p] for p in _TileRow.PARAMS]) for name in tile_rows]
+            ir.switch(here, calls, first=1)
+
+        ir.loop(0, block.rows, mr, [], panel)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One mc x kc block of A and where it stands in the product."""
+
+    ic: Size
+    rows: Size
+    pc: Size
+    depth: Size
+    mode: Size
+    a: Ptr
+    a_strides: tuple[Size, Size]  # inside a packed panel

@@ -1,20 +1,25 @@
-"""Microkernels: the K loop around a nanokernel, from zero accumulators to the stored tile of C.
+"""Microkernels: the K loop around a nanokernel, from the first accumulator to the stored tile of C.
 
-A microkernel reads ``mr`` rows of A and ``nr`` columns of B wherever they are (packed or in the caller's
-buffers: only strides differ) and writes one tile of C. Its generated signature is
+A microkernel reads ``mr`` rows of A and ``nr`` columns of B wherever they are (packed or in the caller's buffers:
+only strides differ) and writes one tile of C. Its generated signature is
 
-    void name(a, b, ahead, rsa, csa, rsb, ahead_step, k, c, rsc, cols, accumulate)
+    void name(a, b, ahead, rsa, csa, rsb, ahead_step, k, c, rsc, cols, mode, partial, rs_partial)
 
-with strides in elements, ``k`` in steps of the family's ``kr``, and ``cols`` the columns of C that exist (only
-masked microkernels look at it: they neither read B nor touch C beyond it). Accumulators start from zero and C
-is added at the end, so that no K loop waits for C; it is prefetched at the start instead. The main microkernel
-also walks ``ahead`` by ``ahead_step`` elements a K step and prefetches what it points to: A's next panel.
+with strides in elements of what the pointers point to, ``k`` in K steps, and ``cols`` the columns of C that exist
+(only masked microkernels look at it: they neither read B nor touch C beyond it). Accumulators start from zero (or
+from the corrections in front of a panel of B), and what C held is added at the end, so that no K loop waits for C; it
+is prefetched at the start instead. The main microkernel also walks ``ahead`` by ``ahead_step`` elements a K step and
+prefetches what it points to: A's next panel.
+
+``mode`` is a sum of ADD (the tile continues an earlier sum over K) and MORE (the sum over K goes on after this
+call). Where C is narrower than the accumulators, unfinished sums live in ``partial`` and C is written once, rounded
+once; where it is not, they live in C itself and the two last arguments do not exist.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from . import ir
@@ -22,8 +27,12 @@ from .ir import I64, Ptr, Size, Value
 from .nanokernel import Family, step
 from .tile import Tile
 
+ADD, MORE = 1, 2  # bits of ``mode``
+
 MAIN_UNROLL = 4  # K steps between two prefetches of the next panel, whose lines hold 16 f32 values of K
 A_ROWS_PER_POINTER = 7  # x86 reaches p + i * s for i = 0..6 from one pointer and the registers s, 3s and 5s
+STREAM_ROWS_AHEAD = 8  # rows of an unpacked B that few rows of A wait for, fetched ahead
+STREAM_PREFETCH_MAX_ROWS = 4  # ... up to so many rows of A; with more of them the products hide the latency
 
 
 class RowOffsets:
@@ -46,104 +55,174 @@ class Microkernel:
 
     Attributes:
       tile: rows and vectors of its register tile.
-      main: this is the one that does nearly all the work: unrolled, and prefetching what comes next.
-      masked: the last vector of each row may be partial, and any vector may be absent.
       family: the instructions of its nanokernel.
-      a, b: dtype names of the elements in memory; converted to the family's on the way into registers.
+      b: dtype name of what it reads of B: the family's unit (panels), or elements to be widened (the caller's buffer).
       out: dtype name of C.
-      fixed: strides that are constants of this microkernel, by name; the others are arguments.
+      main: this is the one that does nearly all the work: unrolled, and prefetching what comes next.
+      masked: its one vector a row is partial.
+      stream: B is not packed: prefetch its rows.
+      masks: whether the target loads and stores masked vectors of B's and C's elements; else a masked microkernel
+        gets by without.
     """
 
     tile: Tile
-    main: bool
-    masked: bool
     family: Family
-    a: str
     b: str
     out: str
-    fixed: dict[str, int] = field(default_factory=dict)
+    main: bool
+    masked: bool
+    stream: bool
+    masks: bool
 
-    # What the K loop does not need comes last: it arrives on the stack and leaves the registers to the loop.
-    PARAMS = ("a", "b", "ahead", "rsa", "csa", "rsb", "ahead_step", "k", "c", "rsc", "cols", "accumulate")
+    @property
+    def narrow(self) -> bool:
+        """Whether C cannot hold unfinished sums."""
+        return ir.elem_bytes(self.out) < ir.elem_bytes(self.family.acc)
+
+    @property
+    def unroll(self) -> int:
+        """K steps per iteration of the main loop. Products that go through temporaries are not unrolled: LLVM's
+        scheduler would start products of the next step early and spill."""
+        return 1 if self.family.temporaries else MAIN_UNROLL
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        # What the K loop does not need comes last: it arrives on the stack and leaves the registers to the loop.
+        loop = ("a", "b", "ahead", "rsa", "csa", "rsb", "ahead_step", "k")
+        tile = ("c", "rsc", "cols", "mode")
+        return (*loop, *tile, "partial", "rs_partial") if self.narrow else (*loop, *tile)
 
     def name(self, prefix: str) -> str:
-        return f"{prefix}_{self.tile.mr}x{self.tile.nr}{'_masked' if self.masked else ''}"
+        kind = ("_stream" if self.stream else "") + ("_masked" if self.masked else "")
+        return f"{prefix}_{self.tile.mr}x{self.tile.nr}{kind}"
 
     def emit(self, module: ir.Module, prefix: str) -> str:
         """Adds the microkernel to the module (once) and returns its name."""
+        unit = self.family.unit
+        pointers = {"a": unit, "ahead": unit, "b": self.b, "c": self.out, "partial": self.family.acc}
         name = self.name(prefix)
-        pointers = {"a": self.a, "b": self.b, "c": self.out, "ahead": self.a}
-        params = [pointers.get(p, "i64") for p in self.PARAMS]
-        module.function(name, params, self._body, internal=True)
+        module.function(name, [pointers.get(p, "i64") for p in self.params], self._body, internal=True)
         return name
 
     def _body(self, *args: Ptr | I64) -> None:
-        given: dict[str, Any] = {**dict(zip(self.PARAMS, args, strict=True)), **self.fixed}
-        a, b, c, ahead = given["a"], given["b"], given["c"], given["ahead"]
-        tile, kr = self.tile, self.family.kr
-        rsa, csa, rsb, rsc = given["rsa"], given["csa"], given["rsb"], given["rsc"]
-        masks = self._masks(given["cols"])
-        rows = [c.at(i * rsc) for i in range(tile.mr)]
-        for row in rows:
-            for line in range(0, tile.nr * ir.elem_bytes(self.out), 64):
-                row.at(line // ir.elem_bytes(self.out)).prefetch(write=True)
+        given: dict[str, Any] = dict(zip(self.params, args, strict=True))
+        tile = self.tile
+        a, b, ahead, rsa, csa, rsb = (given[x] for x in ("a", "b", "ahead", "rsa", "csa", "rsb"))
+        load_b = self._b_loader(given["cols"])
+        store = self._destination(given)
 
         bases = [a.at(i * rsa) for i in range(0, tile.mr, A_ROWS_PER_POINTER)]
-        a_row = RowOffsets(rsa * ir.elem_bytes(self.a))
-        zero = ir.zeros(tile.lanes, self.family.acc)
+        a_row = RowOffsets(rsa * ir.elem_bytes(self.family.unit))
+        row = [ir.zeros(tile.lanes, self.family.acc)] * tile.nv
+        if self.family.column_sums:
+            row = [b.at(j * tile.lanes).load(tile.lanes) for j in range(tile.nv)]
+            b = b.at(rsb)
 
         def k_step(*carried: Value | Ptr) -> list[Value | Ptr]:
             *pointers, b_row = carried[: len(bases) + 1]
             acc = carried[len(bases) + 1 :]
+            if self.stream and tile.mr <= STREAM_PREFETCH_MAX_ROWS:
+                later = b_row.at(rsb * STREAM_ROWS_AHEAD)
+                for o in range(0, tile.nr, 64 // ir.elem_bytes(self.b)):
+                    later.at(o).prefetch()
             new = step(
                 tile,
                 self.family,
                 lambda i: self._load_a(a_row.of(pointers[i // A_ROWS_PER_POINTER], i % A_ROWS_PER_POINTER)),
-                lambda j: self._load_b(b_row.at(j * tile.lanes * kr), masks[j]),
+                lambda j: load_b(b_row.at(j * tile.lanes)),
                 acc,
             )
-            return [*(p.at(csa * kr) for p in pointers), b_row.at(rsb * kr), *new]
+            return [*(p.at(csa) for p in pointers), b_row.at(rsb), *new]
 
         def k_steps(_: I64, ahead: Ptr, *carried: Value | Ptr) -> list[Value | Ptr]:
             """Several steps, and one prefetch of what comes next."""
             ahead.prefetch()
             now = list(carried)
-            for _ in range(MAIN_UNROLL):
+            for _ in range(self.unroll):
                 now = k_step(*now)
-            return [ahead.at(given["ahead_step"] * (MAIN_UNROLL * kr)), *now]
+            return [ahead.at(given["ahead_step"] * self.unroll), *now]
 
-        state: list[Value | Ptr] = [*bases, b, *[zero] * tile.accumulators]
+        state: list[Value | Ptr] = [*bases, b, *(row * tile.mr)]
         k = rest = given["k"]
         # Both counters run up to zero, which needs no register for a limit.
         if self.main:
-            rest = k % MAIN_UNROLL
-            _, *state = ir.loop(0 - k // MAIN_UNROLL, 0, 1, [ahead, *state], k_steps)
+            rest = k % self.unroll
+            _, *state = ir.loop(0 - k // self.unroll, 0, 1, [ahead, *state], k_steps)
         out = ir.loop(0 - rest, 0, 1, state, lambda _, *carried: k_step(*carried))
-        self._store(rows, out[len(bases) + 1 :], masks, given["accumulate"])
-
-    def _masks(self, cols: Size) -> list[Value | None]:
-        if not self.masked:
-            return [None] * self.tile.nv
-        lanes = self.tile.lanes
-        return [ir.lane_mask(cols - j * lanes, lanes) for j in range(self.tile.nv)]
+        store(out[len(bases) + 1 :])
 
     def _load_a(self, p: Ptr) -> Value:
-        scalar = ir.convert(p.load(), self.a, self.family.a_panel)
-        return ir.splat(scalar, self.tile.lanes)
+        return ir.splat(p.load(), self.tile.lanes)
 
-    def _load_b(self, p: Ptr, mask: Value | None) -> Value:
-        return ir.convert(p.load(self.tile.lanes, mask), self.b, self.family.b_panel)
+    def _b_loader(self, cols: Size) -> Callable[[Ptr], Value]:
+        """What loads a vector of B's row."""
+        lanes = self.tile.lanes
+        if not self.stream:
+            return lambda p: p.load(lanes)  # panels are filled up
+        if not self.masked:
+            return lambda p: self.family.prepare_b(p.load(lanes), self.b, 0)
+        if self.masks:
+            mask = ir.lane_mask(cols, lanes)
+            return lambda p: self.family.prepare_b(p.load(lanes, mask), self.b, 0)
+        # Elements of two bytes where only those of four can be masked: pairs, and the last one for itself.
+        pairs, before_last = ir.lane_mask(cols // 2, lanes // 2), ir.lane_mask(cols - 1, lanes, "int16")
 
-    def _store(self, rows: list[Ptr], acc: Sequence[Value], masks: list[Value | None], accumulate: Size) -> None:
-        nv, lanes = self.tile.nv, self.tile.lanes
+        def load(p: Ptr) -> Value:
+            by_pairs = ir.bitcast(p.as_type("int32").load(lanes // 2, pairs), lanes, "int16")
+            last = ir.splat(p.at(cols - 1).as_type("int16").load(), lanes)
+            both = ir.select(before_last, by_pairs, last)
+            return self.family.prepare_b(ir.bitcast(both, lanes, ir.type_of(self.b)), self.b, 0)
 
-        def write(add_c: bool) -> None:
-            for i, row in enumerate(rows):
-                for j in range(nv):
-                    p, value = row.at(j * lanes), acc[i * nv + j]
-                    if add_c:
-                        old = ir.convert(p.load(lanes, masks[j]), self.out, self.family.acc)
-                        value = ir.add_vectors(old, value)
-                    p.store(ir.convert(value, self.family.acc, self.out), masks[j])
+        return load
 
-        ir.if_(ir.negate(ir.equal(accumulate, 0)), lambda: write(True), lambda: write(False))
+    # --- the tile of C ----------------------------------------------------------------------------------------
+
+    def _destination(self, given: dict[str, Any]) -> Callable[[Sequence[Value]], None]:
+        """Prefetches C and returns what stores the accumulators there."""
+        tile, acc = self.tile, self.family.acc
+        rows = [given["c"].at(i * given["rsc"]) for i in range(tile.mr)]
+        for row in rows:
+            for line in range(0, tile.nr * ir.elem_bytes(self.out), 64):
+                row.at(line // ir.elem_bytes(self.out)).prefetch(write=True)
+        mask = ir.lane_mask(given["cols"], tile.lanes) if self.masked and self.masks else None
+        scratch = ir.alloca(tile.lanes, self.out) if self.masked and not self.masks else None
+        partial = [given["partial"].at(i * given["rs_partial"]) for i in range(tile.mr)] if self.narrow else rows
+        partial_mask = None if self.narrow else mask  # `partial` has room for whole tiles
+
+        def each(values: Sequence[Value], put: Callable[[int, int, Value], None]) -> None:
+            for n, value in enumerate(values):
+                put(*divmod(n, tile.nv), value)
+
+        def unfinished(values: Sequence[Value]) -> None:
+            each(values, lambda i, j, v: partial[i].at(j * tile.lanes).store(v, partial_mask))
+
+        def finished(values: Sequence[Value]) -> None:
+            def put(i: int, j: int, v: Value) -> None:
+                v = ir.convert(v, acc, self.out)
+                if scratch is None:
+                    rows[i].at(j * tile.lanes).store(v, mask)
+                    return
+                scratch.store(v)
+                ir.loop(0, given["cols"], 1, [], lambda lane: rows[i].at(lane).store(scratch.at(lane).load()))
+
+            each(values, put)
+
+        def added(values: Sequence[Value]) -> list[Value]:
+            def old(n: int) -> Value:
+                i, j = divmod(n, tile.nv)
+                return partial[i].at(j * tile.lanes).load(tile.lanes, partial_mask)
+
+            return [ir.add_vectors(old(n), v) for n, v in enumerate(values)]
+
+        def store(values: Sequence[Value]) -> None:
+            mode = given["mode"]
+
+            def put(values: Sequence[Value]) -> None:
+                if self.narrow:
+                    ir.if_(ir.equal(mode // MORE, 0), lambda: finished(values), lambda: unfinished(values))
+                else:
+                    finished(values)
+
+            ir.if_(ir.equal(mode % MORE, 0), lambda: put(values), lambda: put(added(values)))
+
+        return store

@@ -191,9 +191,8 @@ class Packing:
                 target = at(p, s)
                 for o, mask in zip(range(0, nr, lanes), masks, strict=True):
                     rows = [source.at(p + o + r * rsb) for r in range(present)]
-                    for r, row in enumerate(rows):
-                        row.at((PREFETCH_ROWS - PREFETCH_ROWS % kr) * rsb).prefetch()
-                        rows[r] = row
+                    for row in rows:
+                        row.at(PREFETCH_ROWS * rsb).prefetch()
                     target.at(o).store(self._units([row.load(lanes, mask) for row in rows], value))
 
             ir.loop(0, whole, nr, [], lambda p: to_panel(p, [None] * self.tile.nv))
@@ -221,28 +220,25 @@ class Packing:
                 for o, units in enumerate(transpose(vectors, self.family.unit)):
                     target.at((s + o) * nr).store(units)
 
-            whole = k // (lanes * kr) * lanes
-            ir.loop(0, whole, lanes, [], lambda s: block(s, None))
-            rest = k - whole * kr
-            ir.if_(ir.negate(ir.equal(rest, 0)), lambda: tail(whole, rest))
-
             def tail(s: Size, rest: Size) -> None:
                 if self.masks:
                     block(s, ir.lane_mask(rest, lanes * kr))
-                else:
-                    self._elements(
-                        (lanes, lambda o: b.at(ir.minimum(j + o, last) * csb + s * kr)),
-                        (rest, 1),
-                        lambda o, step: target.at((s + step) * nr + o),
-                        value,
-                    )
+                    return
+                self._elements(
+                    (lanes, lambda o: b.at(ir.minimum(j + o, last) * csb + s * kr)),
+                    (rest, 1),
+                    lambda o, step: target.at((s + step) * nr + o),
+                    value,
+                )
+
+            whole = k // (lanes * kr) * lanes
+            rest = k - whole * kr
+            ir.loop(0, whole, lanes, [], lambda s: block(s, None))
+            ir.if_(ir.negate(ir.equal(rest, 0)), lambda: tail(whole, rest))
 
         # Strips in the order of the panels: what a strip overruns, the next one of its panel or the next panel
         # writes again.
-        def tail_order(j: Size) -> None:
-            strip(j)
-
-        ir.loop(0, self._round_up(cols), lanes, [], tail_order)
+        ir.loop(0, self._round_up(cols), lanes, [], strip)
 
     def _scattered_b(
         self,
@@ -292,7 +288,7 @@ class Packing:
         prepared += [ir.zeros_like(prepared[0])] * (kr - len(prepared))
         while len(prepared) > 1:  # interleave neighbours: 4 rows of bytes -> 2 rows of byte pairs -> 1 row of quads
             n = ir.lanes_of(prepared[0])
-            order = [x for i in range(n // 1) for x in (i, n + i)]
+            order = [x for i in range(n) for x in (i, n + i)]
             half = len(prepared) // 2
             prepared = [ir.shuffle(prepared[i], prepared[i + half], order) for i in range(half)]
         return ir.bitcast(prepared[0], lanes, self.family.unit)

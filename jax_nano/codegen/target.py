@@ -20,6 +20,7 @@ class Target:
       vector_registers: architectural vector registers.
       fma_per_cycle, loads_per_cycle: full-width issue rates that the tile model weighs against each other; the
         smallest among the CPUs that the target serves well.
+      masked_bytes: the smallest element of which masked vectors can be loaded and stored.
       mca_cpus: models that ``report`` feeds to llvm-mca.
     """
 
@@ -30,11 +31,16 @@ class Target:
     vector_registers: int
     fma_per_cycle: int
     loads_per_cycle: int
+    masked_bytes: int
     mca_cpus: tuple[str, ...]
 
     def lanes(self, elem_bytes: int) -> int:
         """Vector lanes of an element size in bytes."""
         return self.vector_bits // 8 // elem_bytes
+
+    def masks(self, elem_bytes: int) -> bool:
+        """Whether vectors of elements of this size can be masked."""
+        return elem_bytes >= self.masked_bytes
 
 
 TARGETS: dict[str, Target] = {
@@ -48,6 +54,7 @@ TARGETS: dict[str, Target] = {
             vector_registers=16,
             fma_per_cycle=2,
             loads_per_cycle=2,
+            masked_bytes=4,
             mca_cpus=("znver3", "skylake"),
         ),
         Target(
@@ -59,6 +66,7 @@ TARGETS: dict[str, Target] = {
             vector_registers=32,
             fma_per_cycle=2,
             loads_per_cycle=2,
+            masked_bytes=1,
             mca_cpus=("znver4", "skylake-avx512", "sapphirerapids"),
         ),
     )

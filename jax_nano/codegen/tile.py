@@ -3,11 +3,14 @@
 A nanokernel keeps ``mr * nv`` accumulators (nr = nv vectors), holds the smaller side of the outer product in
 registers and streams the other through one register, so a tile fits when
 
-    mr * nv + min(mr, nv) + 1 <= registers.
+    mr * nv + min(mr, nv) + 1 + temporaries <= registers.
 
-Among the tiles that fit, loads must not be the bottleneck: a K step issues ``mr + nv`` loads for ``mr * nv``
-fused multiply-adds. Of those that remain the largest ``mr`` wins: the macrokernel streams B from L2 and each
+*Panel tiles* serve packed operands. Loads must not be their bottleneck: a K step issues ``mr + nv`` loads for
+``mr * nv`` products. Of the tiles that remain the largest ``mr`` wins: the macrokernel streams B from L2 and each
 vector of B is used mr times, while A's side comes from L1.
+
+*Stream tiles* serve a B that is read once, where it lies, by few rows of A: there memory is the bottleneck, and the
+widest tile reads the longest runs of each row of B.
 """
 
 from __future__ import annotations
@@ -16,15 +19,16 @@ from dataclasses import dataclass
 
 from .target import Target
 
+MAX_STREAM_VECTORS = 8
+
 
 @dataclass(frozen=True)
 class Tile:
-    """mr rows by nv vectors of ``lanes`` accumulator elements; ``kr`` K values are consumed per step."""
+    """mr rows by nv vectors of ``lanes`` accumulator elements."""
 
     mr: int
     nv: int
     lanes: int
-    kr: int = 1
 
     @property
     def nr(self) -> int:
@@ -37,7 +41,7 @@ class Tile:
 
     @property
     def registers(self) -> int:
-        """Vector registers that the nanokernel needs at once."""
+        """Vector registers that the nanokernel needs at once, its instructions' temporaries not counted."""
         return self.accumulators + min(self.mr, self.nv) + 1
 
     @property
@@ -50,28 +54,40 @@ def check(tile: Tile, target: Target, temporaries: int = 0) -> Tile:
     """Returns ``tile``, or raises ValueError naming both numbers if it cannot live in the register file."""
     need = tile.registers + temporaries
     if need > target.vector_registers:
-        raise ValueError(f"{tile.mr}x{tile.nr} needs {need} vector registers, {target.name} has {target.vector_registers}")
+        raise ValueError(
+            f"{tile.mr}x{tile.nr} needs {need} vector registers, {target.name} has {target.vector_registers}"
+        )
     return tile
 
 
-def choose(target: Target, acc_bytes: int, *, kr: int = 1, temporaries: int = 0) -> Tile:
-    """The register tile for compute-bound products.
+def panel_tile(target: Target, acc_bytes: int, temporaries: int = 0) -> Tile:
+    """The register tile for packed operands.
 
     Args:
       target: the instruction set.
       acc_bytes: bytes of an accumulator element.
-      kr: K values per step.
-      temporaries: registers that the nanokernel needs beyond the rule, e.g. for widened operands.
+      temporaries: registers that the instructions need beyond the rule.
     """
     lanes = target.lanes(acc_bytes)
     budget = target.vector_registers - temporaries
     fits = [
-        Tile(mr, nv, lanes, kr)
+        Tile(mr, nv, lanes)
         for nv in range(1, budget)
         for mr in range(1, budget)
-        if mr * nv + min(mr, nv) + 1 <= budget
+        if Tile(mr, nv, lanes).registers <= budget
     ]
     balance = target.loads_per_cycle / target.fma_per_cycle
-    # One load port stays free for the prefetcher's refills and the C tile: ask for a quarter of slack.
+    # A quarter of the load slots stays free for what the prefetcher refills and for the tile of C.
     unbound = [t for t in fits if (t.mr + t.nv) / t.accumulators <= 0.75 * balance]
     return max(unbound, key=lambda t: (t.mr, t.accumulators))
+
+
+def stream_tile(panel: Tile, rows: int, target: Target, temporaries: int = 0) -> Tile:
+    """The register tile for ``rows`` <= mr rows against a B that is not packed."""
+    budget = target.vector_registers - temporaries
+    fits = [
+        tile
+        for nv in range(panel.nv, MAX_STREAM_VECTORS + 1)
+        if (tile := Tile(rows, nv, panel.lanes)).registers <= budget
+    ]
+    return fits[-1] if fits else Tile(rows, panel.nv, panel.lanes)

@@ -1,0 +1,39 @@
+"""Dot products of bf16 pairs into f32 (AVX512-BF16).
+
+Meaning, per lane:  ``acc += a[1] * b[1]; acc += a[0] * b[0]`` with subnormal inputs and results taken as zero and
+rounding to nearest even after each of the two steps, whatever MXCSR says (the vendor's description of VDPBF16PS).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxlib.mlir import ir as mlir
+
+from .. import ir
+from .bf16_parts import part_of
+
+
+@dataclass(frozen=True)
+class Bf16Dot:
+    """``vdpbf16ps``: two K values a step."""
+
+    bits: int
+    parts: tuple[tuple[int, int], ...] = ((0, 0),)
+    acc: str = "float32"
+    kr: int = 2
+    a_elem: str = "bfloat16"
+    b_elem: str = "bfloat16"
+    unit: str = "int32"
+    column_sums: bool = False
+    temporaries: int = 0
+    instructions: tuple[str, int] = (r"vdpbf16ps$", 1)
+
+    def prepare_a(self, v: ir.Value, source: str, part: int) -> ir.Value:
+        return v if source == "bfloat16" else part_of(ir.convert(v, source, "float32"), part)
+
+    prepare_b = prepare_a
+
+    def product(self, a: ir.Value, b: ir.Value, acc: ir.Value) -> ir.Value:
+        pairs = [ir.bitcast(x, self.bits // 16, mlir.BF16Type.get()) for x in (a, b)]
+        return ir.call_intrinsic(f"llvm.x86.avx512bf16.dpbf16ps.{self.bits}", acc.type, [acc, *pairs])

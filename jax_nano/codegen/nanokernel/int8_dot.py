@@ -1,0 +1,92 @@
+"""Integer dot products: int8 and uint8 operands into int32, exact for every input.
+
+Two ways. Widened to 16 bits, pairs are multiplied and added without overflow (255 * 255 * 2 < 2**31), whatever the
+signs. With VNNI, ``vpdpbusd`` takes four bytes at once, but only unsigned by signed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .. import ir
+
+
+@dataclass(frozen=True)
+class Int8Widened:
+    """``vpmaddwd`` + ``vpaddd`` on pairs of int16, or VNNI's ``vpdpwssd``, which is both in one.
+
+    Meaning, per lane:  ``acc += a[0] * b[0] + a[1] * b[1]`` modulo 2**32.
+    """
+
+    bits: int
+    vnni: bool = False
+    parts: tuple[tuple[int, int], ...] = ((0, 0),)
+    acc: str = "int32"
+    kr: int = 2
+    a_elem: str = "int16"
+    b_elem: str = "int16"
+    unit: str = "int32"
+    column_sums: bool = False
+
+    @property
+    def temporaries(self) -> int:
+        return 0 if self.vnni else 1
+
+    @property
+    def instructions(self) -> tuple[str, int]:
+        return ("vpdpwssd$" if self.vnni else "vpmaddwd$", 1)
+
+    def prepare_a(self, v: ir.Value, source: str, part: int) -> ir.Value:
+        return ir.convert(v, source, "int16")
+
+    prepare_b = prepare_a
+
+    def product(self, a: ir.Value, b: ir.Value, acc: ir.Value) -> ir.Value:
+        pairs = [ir.bitcast(x, self.bits // 16, "int16") for x in (a, b)]
+        if self.vnni:
+            return ir.call_intrinsic(f"llvm.x86.avx512.vpdpwssd.{self.bits}", acc.type, [acc, *pairs])
+        name = {256: "llvm.x86.avx2.pmadd.wd", 512: "llvm.x86.avx512.pmaddw.d.512"}[self.bits]
+        return ir.add_vectors(acc, ir.call_intrinsic(name, acc.type, pairs))
+
+
+@dataclass(frozen=True)
+class Int8Vnni:
+    """``vpdpbusd``: A's bytes unsigned, B's signed.
+
+    Meaning, per lane:  ``acc += sum(a[i] * b[i] for i in range(4))`` modulo 2**32, a unsigned, b signed.
+
+    A signed A is stored as ``a + 128``; the 128 times the sums over B's columns that this adds are taken off the
+    accumulators before they start. (An unsigned B would need sums over A's rows: those signatures are widened.)
+    """
+
+    bits: int
+    signed_a: bool
+    parts: tuple[tuple[int, int], ...] = ((0, 0),)
+    acc: str = "int32"
+    kr: int = 4
+    a_elem: str = "uint8"
+    b_elem: str = "int8"
+    unit: str = "int32"
+    temporaries: int = 0
+    instructions: tuple[str, int] = ("vpdpbusd$", 1)
+
+    @property
+    def column_sums(self) -> bool:
+        return self.signed_a
+
+    def prepare_a(self, v: ir.Value, source: str, part: int) -> ir.Value:
+        return ir.xor_constant(v, -128) if self.signed_a else v
+
+    def prepare_b(self, v: ir.Value, source: str, part: int) -> ir.Value:
+        return v
+
+    def product(self, a: ir.Value, b: ir.Value, acc: ir.Value) -> ir.Value:
+        quads = [ir.bitcast(x, self.bits // 8, "int8") for x in (a, b)]
+        return ir.call_intrinsic(f"llvm.x86.avx512.vpdpbusd.{self.bits}", acc.type, [acc, *quads])
+
+    def correction(self, b: ir.Value, acc: ir.Value) -> ir.Value:
+        """``acc - 128 * (sum of the unit's four bytes of b)``."""
+        lanes = self.bits // 32
+        bias = ir.bitcast(ir.constant_vector(-128, self.bits // 8, "int8"), lanes, "int32")  # unsigned: 128
+        zero = ir.zeros(lanes, "int32")
+        return ir.subtract(acc, self.product(bias, b, zero))
