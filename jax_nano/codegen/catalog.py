@@ -12,8 +12,10 @@ from . import ir
 from .macrokernel import Gemm
 from .microkernel import Microkernel
 from .nanokernel import Family
+from .nanokernel.bf16_dot import Bf16Dot
+from .nanokernel.bf16_parts import ALGORITHMS
 from .nanokernel.fma import Fma
-from .nanokernel.int8_dot import Int8Widened
+from .nanokernel.int8_dot import Int8Vnni, Int8Widened
 from .target import TARGETS, Target
 from .tile import Tile, check, panel_tile
 
@@ -111,14 +113,47 @@ INTEGER_SIGNATURES = (
 
 def kernels() -> Iterator[Kernel]:
     """Every kernel of the package, in a fixed order."""
-    for target in TARGETS.values():
-        for a, b, out in FLOAT_SIGNATURES:
-            acc = "float64" if out == "float64" else "float32"
-            widened = "" if a == b == acc else ", widened on the way in"
-            yield _kernel(target, a, b, out, Fma(acc), f"one vfmadd231 a vector and K value{widened}")
-        for a, b, out in INTEGER_SIGNATURES:
-            family = Int8Widened(target.vector_bits)
-            yield _kernel(target, a, b, out, family, "vpmaddwd on pairs of i16: exact where vpmaddubsw saturates")
+    for name in ("x86-64-v3", "x86-64-v4"):
+        yield from _vector_kernels(TARGETS[name])
+    for name in ("avx_vnni", "avx512_vnni"):
+        yield from _vnni_kernels(TARGETS[name])
+    yield from _bf16_kernels(TARGETS["avx512_bf16"])
+
+
+def _vector_kernels(target: Target) -> Iterator[Kernel]:
+    """Plain vector instructions: every signature has a kernel here, the ones below replace some of them."""
+    for a, b, out in FLOAT_SIGNATURES:
+        acc = "float64" if out == "float64" else "float32"
+        widened = "" if a == b == acc else ", widened on the way in"
+        yield _kernel(target, a, b, out, Fma(acc), f"one vfmadd231 a vector and K value{widened}")
+    for algorithm, parts in ALGORITHMS.items():
+        family = Fma("float32", parts, splits=True)
+        why = f"{len(parts)} vfmadd231 on bf16 parts: no faster than f32, the same numbers as where there is a bf16 unit"
+        yield _kernel(target, "float32", "float32", "float32", family, why, algorithm)
+    for a, b, out in INTEGER_SIGNATURES:
+        family = Int8Widened(target.vector_bits)
+        yield _kernel(target, a, b, out, family, "vpmaddwd on pairs of i16: exact where vpmaddubsw saturates")
+
+
+def _vnni_kernels(target: Target) -> Iterator[Kernel]:
+    for a, b, out in INTEGER_SIGNATURES:
+        bits = target.vector_bits
+        if b == "int8":
+            shifted = ", A shifted by 128 and the sums over B taken off" if a == "int8" else ""
+            yield _kernel(target, a, b, out, Int8Vnni(bits, a == "int8"), f"vpdpbusd on quads of bytes{shifted}")
+        else:
+            why = "vpdpwssd on pairs of i16: vpdpbusd takes no unsigned B"
+            yield _kernel(target, a, b, out, Int8Widened(bits, vnni=True), why)
+
+
+def _bf16_kernels(target: Target) -> Iterator[Kernel]:
+    bits = target.vector_bits
+    for out in ("float32", "bfloat16"):
+        why = "vdpbf16ps: twice the products of vfmadd231 on Zen 4 and 5; microcoded on Xeons, which have AMX instead"
+        yield _kernel(target, "bfloat16", "bfloat16", out, Bf16Dot(bits), why)
+    for algorithm, parts in ALGORITHMS.items():
+        why = f"{len(parts)} vdpbf16ps on bf16 parts of f32"
+        yield _kernel(target, "float32", "float32", "float32", Bf16Dot(bits, parts), why, algorithm)
 
 
 def _kernel(

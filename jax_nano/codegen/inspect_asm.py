@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _FUNCTION = re.compile(r"^([0-9a-f]+) <(.+)>:$")
-_INSTRUCTION = re.compile(r"^\s+([0-9a-f]+):\s+(\S+)\s*([^#\n]*)")
+_INSTRUCTION = re.compile(r"^\s+([0-9a-f]+):\s+(?:\{vex\}\s+)?(\S+)\s*([^#\n]*)")
 _TARGET = re.compile(r"^0x([0-9a-f]+)")
 _VECTOR = re.compile(r"%[xyz]mm|%tmm")
 
