@@ -1,5 +1,6 @@
 // The Python surface: what JAX registers, and introspection for tests, benchmarks and `python -m jax_nano`.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
@@ -8,6 +9,7 @@
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
 #include <stdexcept>
 
 #include "cpu.h"
@@ -26,6 +28,8 @@ namespace {
 
 using Ints = std::vector<int64_t>;
 using Names = std::vector<std::string>;
+
+int64_t RoundUp(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 nb::dict Registrations() {
   nb::dict stages;
@@ -105,6 +109,7 @@ nb::dict KernelDict(const KernelInfo& k) {
   d["kr"] = k.kr;
   d["a_panel_bytes"] = k.a_panel_bytes;
   d["b_panel_bytes"] = k.b_panel_bytes;
+  d["b_header_bytes"] = k.b_header_bytes;
   d["algorithm"] = k.algorithm;
   d["direct_a"] = k.direct_a;
   d["direct_b"] = k.direct_b;
@@ -172,6 +177,7 @@ nb::dict PlanDict(const Plan& plan) {
   d["mc"] = x.mc;
   d["kc"] = x.kc;
   d["nc"] = x.nc;
+  d["rs_partial"] = x.rs_partial;
   d["outer"] = LoopList(plan.outer);
   d["k_outer"] = LoopList(plan.k_outer);
   d["products"] = plan.products;
@@ -235,9 +241,43 @@ void Dot(uintptr_t lhs, uintptr_t rhs, uintptr_t out, Ints lhs_shape, Ints rhs_s
           pool);
 }
 
-void CallKernel(std::string_view kernel_name, const nb::dict& fields) {
-  const KernelInfo* kernel = FindKernel(kernel_name);
+const KernelInfo& KernelNamed(std::string_view name) {
+  const KernelInfo* kernel = FindKernel(name);
   if (kernel == nullptr) throw std::invalid_argument("no such kernel");
+  return *kernel;
+}
+
+// Fills in what the caller left open, which is 0: cache blocking, and addresses of workspace, for which
+// there is memory behind this call.
+void RunOne(const KernelInfo& kernel, GemmArgs x) {
+  if (x.mc == 0 || x.kc == 0 || x.nc == 0) {
+    GemmArgs planned = x;
+    ChooseBlocking(kernel, HostCaches(), x.m, x.n, planned);
+    if (x.mc == 0) x.mc = planned.mc;
+    if (x.kc == 0) x.kc = planned.kc;
+    if (x.nc == 0) x.nc = planned.nc;
+  }
+  if (!x.pack_a && !kernel.direct_a) throw std::invalid_argument("this kernel needs pack_a");
+  if (!x.pack_b && !kernel.direct_b) throw std::invalid_argument("this kernel needs pack_b");
+  if (x.csb != 1 && !x.pack_b) throw std::invalid_argument("csb must be 1 unless pack_b");
+  if (x.mc % kernel.mr || x.kc % kernel.kr || x.nc % kernel.nr) {
+    throw std::invalid_argument("mc, kc, nc must be multiples of mr, kr, nr");
+  }
+  if (kernel.narrow && x.rs_partial < RoundUp(x.n, kernel.nr)) {
+    throw std::invalid_argument("rs_partial must be at least n rounded up to nr");
+  }
+  const int64_t a_pack_bytes = x.a_pack ? 0 : PackedABytes(kernel, x);
+  const int64_t b_pack_bytes = x.b_pack ? 0 : PackedBBytes(kernel, x);
+  const int64_t partial_bytes = kernel.narrow && !x.partial ? PartialBytes(kernel, x.m, x.rs_partial) : 0;
+  char* workspace = static_cast<char*>(Workspace(a_pack_bytes + b_pack_bytes + partial_bytes));
+  if (x.a_pack == nullptr) x.a_pack = workspace;
+  if (x.b_pack == nullptr) x.b_pack = workspace + a_pack_bytes;
+  if (x.partial == nullptr) x.partial = workspace + a_pack_bytes + b_pack_bytes;
+  kernel.fn(&x);
+}
+
+void CallKernel(std::string_view kernel_name, const nb::dict& fields) {
+  const KernelInfo& kernel = KernelNamed(kernel_name);
   size_t used = 0;
   const auto get = [&](const char* name, int64_t otherwise) {
     if (!fields.contains(name)) return otherwise;
@@ -251,6 +291,7 @@ void CallKernel(std::string_view kernel_name, const nb::dict& fields) {
   x.c = pointer("c");
   x.a_pack = pointer("a_pack");
   x.b_pack = pointer("b_pack");
+  x.partial = pointer("partial");
   x.m = get("m", 0);
   x.n = get("n", 0);
   x.k = get("k", 0);
@@ -259,36 +300,34 @@ void CallKernel(std::string_view kernel_name, const nb::dict& fields) {
   x.rsb = get("rsb", x.n);
   x.csb = get("csb", 1);
   x.rsc = get("rsc", x.n);
+  x.rs_partial = get("rs_partial", RoundUp(x.n, kernel.nr));
   x.batch = get("batch", 1);
   x.bsa = get("bsa", 0);
   x.bsb = get("bsb", 0);
   x.bsc = get("bsc", 0);
-  ChooseBlocking(*kernel, HostCaches(), x.m, x.n, x);
-  x.partial = pointer("partial");
-  x.rs_partial = get("rs_partial", (x.n + kernel->nr - 1) / kernel->nr * kernel->nr);
   x.accumulate = get("accumulate", 0);
   x.more = get("more", 0);
-  x.pack_a = get("pack_a", !kernel->direct_a);
-  x.pack_b = get("pack_b", !kernel->direct_b);
-  x.mc = get("mc", x.mc);
-  x.kc = get("kc", x.kc);
-  x.nc = get("nc", x.nc);
+  x.pack_a = get("pack_a", !kernel.direct_a);
+  x.pack_b = get("pack_b", !kernel.direct_b);
+  x.mc = get("mc", 0);
+  x.kc = get("kc", 0);
+  x.nc = get("nc", 0);
   if (used != fields.size()) throw std::invalid_argument("unknown field among the arguments");
-  if (x.csb != 1 && !x.pack_b) throw std::invalid_argument("csb must be 1 unless pack_b");
-  if (!x.pack_a && !kernel->direct_a) throw std::invalid_argument("this kernel needs pack_a");
-  if (!x.pack_b && !kernel->direct_b) throw std::invalid_argument("this kernel needs pack_b");
-  if (x.mc % kernel->mr || x.kc % kernel->kr || x.nc % kernel->nr) {
-    throw std::invalid_argument("mc, kc, nc must be multiples of mr, kr, nr");
-  }
   const nb::gil_scoped_release release;
-  const int64_t a_pack_bytes = PackedABytes(*kernel, x);
-  const int64_t b_pack_bytes = PackedBBytes(*kernel, x);
-  const int64_t partial_bytes = kernel->narrow ? PartialBytes(*kernel, x.m, x.rs_partial) : 0;
-  char* workspace = static_cast<char*>(Workspace(a_pack_bytes + b_pack_bytes + partial_bytes));
-  if (x.a_pack == nullptr) x.a_pack = workspace;
-  if (x.b_pack == nullptr) x.b_pack = workspace + a_pack_bytes;
-  if (x.partial == nullptr) x.partial = workspace + a_pack_bytes + b_pack_bytes;
-  kernel->fn(&x);
+  RunOne(kernel, x);
+}
+
+// A row is a GemmArgs: its fields are all 8 bytes and stand in the header's order.
+using GemmArgsRows = nb::ndarray<const int64_t, nb::shape<-1, sizeof(GemmArgs) / 8>, nb::c_contig, nb::device::cpu>;
+
+void CallKernelOften(std::string_view kernel_name, const GemmArgsRows& rows) {
+  const KernelInfo& kernel = KernelNamed(kernel_name);
+  const nb::gil_scoped_release release;
+  for (size_t i = 0; i < rows.shape(0); ++i) {
+    GemmArgs x;
+    std::memcpy(&x, rows.data() + i * rows.shape(1), sizeof(x));
+    RunOne(kernel, x);
+  }
 }
 
 }  // namespace
@@ -311,6 +350,7 @@ NB_MODULE(_runtime, m) {
   m.def("dot", &Dot, "lhs"_a, "rhs"_a, "out"_a, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a,
         "out_labels"_a, "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a, "algorithm"_a = "default");
   m.def("call", &CallKernel, "kernel_name"_a, "args"_a);
+  m.def("call_many", &CallKernelOften, "kernel_name"_a, "rows"_a);
   m.def("workspace_bytes", &WorkspaceHighWater);
 }
 

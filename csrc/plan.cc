@@ -166,7 +166,9 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
   plan.outer.insert(plan.outer.end(), m.begin(), m.end());
   plan.outer.insert(plan.outer.end(), n.begin(), n.end());
   std::stable_sort(plan.outer.begin(), plan.outer.end(), [](const Loop& x, const Loop& y) { return x.c > y.c; });
-  const Loop batch = TakeLargest(plan.outer);
+  // Unfinished sums of one product lie in the workspace of a narrow kernel until its last pass.
+  const bool one_by_one = kernel.narrow && !plan.k_outer.empty();
+  const Loop batch = one_by_one ? Loop{1, 0, 0, 0} : TakeLargest(plan.outer);
   plan.products = batch.size;
   for (const Loop& loop : plan.outer) plan.products *= loop.size;
 

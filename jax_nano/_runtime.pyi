@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from types import CapsuleType
 from typing import Literal, TypedDict
 
+import numpy as np
+from numpy.typing import NDArray
+
 ABI_VERSION: int
 """Version of the custom call's attributes, part of every exported program."""
 
@@ -29,6 +32,11 @@ class _Kernel(TypedDict):
     kr: int
     a_panel_bytes: int
     b_panel_bytes: int
+    b_header_bytes: int
+    algorithm: str
+    direct_a: bool
+    direct_b: bool
+    narrow: bool
 
 class _Caches(TypedDict):
     l1d: int
@@ -59,6 +67,7 @@ class _Plan(TypedDict):
     mc: int
     kc: int
     nc: int
+    rs_partial: int  # row stride of unfinished sums; 0: no element of the result has any
     outer: list[_Loop]  # independent loops around the kernel's own batch loop, outermost first
     k_outer: list[_Loop]  # accumulating passes, outermost first
     products: int  # outer sizes times batch
@@ -85,7 +94,7 @@ def select_target(features: Sequence[str], forced: str = "") -> str:
       ValueError: as `selected_target`; or a feature is unknown.
     """
 
-def supports(lhs: str, rhs: str, out: str) -> bool:
+def supports(lhs: str, rhs: str, out: str, algorithm: str = "default") -> bool:
     """Whether there is a kernel for these dtypes, in either order of the operands.
 
     Raises:
@@ -116,6 +125,7 @@ def plan(
     rhs_dtype: str,
     out_dtype: str,
     threads: int,
+    algorithm: str = "default",
     target: str | None = None,
     caches: tuple[int, int, int] | None = None,
 ) -> _Plan:
@@ -142,6 +152,7 @@ def dot(
     rhs_dtype: str,
     out_dtype: str,
     threads: int,
+    algorithm: str = "default",
 ) -> None:
     """Run a plan on dense arrays at these addresses with a thread pool of its own, without XLA. Releases the GIL.
 
@@ -154,10 +165,21 @@ def call(kernel_name: str, args: Mapping[str, int]) -> None:
 
     Args:
       args: fields of GemmArgs (csrc/kernel_abi.h), pointers as addresses. By default operands are dense and
-        row-major, batch is 1, nothing is packed and the blocking is the planner's; workspace is allocated.
+        row-major, batch is 1 and nothing is packed that need not be. Where blocking and workspace are left out or 0,
+        the planner chooses and memory is provided until the call returns.
 
     Raises:
       ValueError: no such kernel, an unknown field, or values that break the kernel's contract.
+    """
+
+def call_many(kernel_name: str, rows: NDArray[np.int64]) -> None:
+    """Call one kernel once for each row, in order. Releases the GIL.
+
+    Args:
+      rows: every row has all fields of GemmArgs in their order, as in `call`; only blocking and workspace may be 0.
+
+    Raises:
+      ValueError: as `call`; the rows before the bad one have run.
     """
 
 def workspace_bytes() -> int:
