@@ -8,7 +8,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from . import checks, manifest, report
+from . import checks, emulate, manifest, report
 from .catalog import Kernel, find, kernels
 from .target import TARGETS
 from .toolchain import STAGES, Toolchain, ToolchainError
@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     b = commands.add_parser("build", help="generate all object files and the manifest")
     b.add_argument("--out", type=Path, required=True)
     b.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    b.add_argument("--emulate", action="store_true", help="all kernels as one library for any x86-64-v3 CPU, for tests")
     d = commands.add_parser("dump", help="one kernel at one stage of the pipeline")
     d.add_argument("kernel", help="a name from `list`")
     d.add_argument("--stage", choices=STAGES, default="mlir")
@@ -76,7 +77,10 @@ def main(argv: list[str] | None = None) -> int:
             for kernel in kernels():
                 print(f"{kernel.name:48} {kernel.signature:28} {kernel.why}")
         elif args.command == "build":
-            build(args.out, args.jobs)
+            if args.emulate:
+                emulate.build(kernels(), args.out / "emulated.so", args.jobs)
+            else:
+                build(args.out, args.jobs)
         elif args.command == "dump":
             print(show(args.kernel, args.stage, args.function))
         elif args.command == "report":

@@ -1,0 +1,107 @@
+"""Emulation: kernels of any target for any x86-64-v3 CPU, so that tests run all of them on every machine.
+
+A kernel's LLVM IR stays as it is, except that intrinsics which x86-64-v3 has no instruction for become calls of
+reference functions (``emulate.c``, one function per instruction). LLVM splits wide vectors for the smaller machine.
+What is tested that way is everything but the instruction selection: order of operations, packing, edges, masks.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from .catalog import Kernel
+from .target import TARGETS
+from .toolchain import Toolchain, ToolchainError
+
+BASELINE = TARGETS["x86-64-v3"]
+"""What emulated kernels are compiled for."""
+
+REFERENCES = {
+    "llvm.x86.avx512bf16.dpbf16ps": "jax_nano_vdpbf16ps",
+    "llvm.x86.avx512.pmaddw.d": "jax_nano_vpmaddwd",
+    "llvm.x86.avx512.vpdpwssd": "jax_nano_vpdpwssd",
+    "llvm.x86.avx512.vpdpbusd": "jax_nano_vpdpbusd",
+}
+"""Reference function for each intrinsic, the width at the end of its name left out."""
+
+NATIVE = frozenset({"llvm.x86.avx2.pmadd.wd"})
+"""Target intrinsics that the baseline has."""
+
+_SOURCE = Path(__file__).with_suffix(".c")
+_DECLARATION = re.compile(r"^declare (?P<result>.+?) @(?P<name>llvm\.x86\.[\w.]+)\((?P<params>.*?)\).*$", re.MULTILINE)
+
+
+def rewrite(llvm_ir: str) -> str:
+    """LLVM IR for the baseline: target intrinsics replaced by calls of reference functions.
+
+    Raises:
+      KeyError: an intrinsic has no reference.
+    """
+    references: dict[str, str] = {}
+
+    def wrap(declared: re.Match[str]) -> str:
+        name = declared["name"]
+        if name in NATIVE:
+            return declared[0]
+        reference = REFERENCES.get(re.sub(r"\.\d+$", "", name))
+        if reference is None:
+            raise KeyError(f"{name}: no reference function in emulate.py stands for this intrinsic")
+        text, declaration = _wrapper(f"emulated.{name}", declared["result"], declared["params"], reference)
+        references[reference] = declaration
+        return text
+
+    text = _DECLARATION.sub(wrap, llvm_ir)
+    text = re.sub(r"@(llvm\.x86\.[\w.]+)\(", lambda m: m[0] if m[1] in NATIVE else f"@emulated.{m[1]}(", text)
+    return "\n".join([text, *references.values()]) + "\n"
+
+
+def _wrapper(name: str, result: str, params: str, reference: str) -> tuple[str, str]:
+    """A function in the place of an intrinsic, and the declaration of the reference that it calls."""
+    types = re.findall(r"<[^>]*>|[^,\s]+", params)
+    passed = ["ptr %r"]
+    lines = [f"  %r = alloca {result}"]
+    for i, t in enumerate(types):
+        lines += [f"  %p{i} = alloca {t}", f"  store {t} %{i}, ptr %p{i}"]
+        passed.append(f"ptr %p{i}")
+    lanes = re.match(r"<(\d+) x", result)
+    if lanes is None:
+        raise ValueError(f"{name} does not give a vector but {result}")
+    passed.append(f"i64 {lanes[1]}")
+    lines += [f"  call void @{reference}({', '.join(passed)})", f"  %value = load {result}, ptr %r"]
+    head = f"define internal {result} @{name}({', '.join(types)}) alwaysinline {{"
+    declaration = f"declare void @{reference}({', '.join(p.split()[0] for p in passed)})"
+    return "\n".join([head, *lines, f"  ret {result} %value", "}"]), declaration
+
+
+def build(kernels: Iterable[Kernel], library: Path, jobs: int) -> None:
+    """Compiles kernels for the baseline into one shared library; their functions keep names and ABI."""
+    tools = Toolchain.find()
+    compiler = shutil.which("cc")
+    if compiler is None:
+        raise ToolchainError("emulated kernels need a C compiler, but there is no `cc`: install gcc or clang.")
+    folder = library.parent
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def make(kernel: Kernel, mlir: str) -> Path:
+        path = folder / f"{kernel.symbol}.o"
+        tools.object_file(tools.optimized(rewrite(tools.llvm_ir(mlir)), BASELINE), BASELINE, path)
+        return path
+
+    with ThreadPoolExecutor(jobs) as pool:
+        # The bindings' contexts stay in this thread; the tools run side by side.
+        work = [pool.submit(make, kernel, kernel.mlir()) for kernel in kernels]
+        objects = [w.result() for w in work]
+    scratch = library.with_suffix(".part")
+    flags = ["-shared", "-fPIC", "-O2", f"-march={BASELINE.mcpu}"]
+    command = [compiler, *flags, "-o", str(scratch), str(_SOURCE), *map(str, objects), "-lm"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ToolchainError(f"{compiler} failed:\n{done.stderr[-4000:]}")
+    scratch.replace(library)
+    for path in objects:
+        path.unlink()
