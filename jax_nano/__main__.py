@@ -1,0 +1,180 @@
+"""``python -m jax_nano``: what runs on this machine, and how a product would be computed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any, Final
+
+from jax_nano import _explain, _machine
+
+_ENVIRONMENT: Final = ("JAX_NANO_", "JAX_", "XLA_FLAGS", "NPROC", "PYTHONPATH")
+_PACKAGES: Final = ("jax_nano", "jax", "jaxlib")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the process's exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        runtime = _runtime()
+        return int(args.command(runtime, args))
+    except (ImportError, ValueError) as error:
+        print(f"python -m jax_nano: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m jax_nano", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="this machine, the targets, and which one serves what, and why")
+    info.set_defaults(command=_info)
+
+    explain = commands.add_parser("explain", help="the plan of a product: kernel, packing, blocking, threads, cost")
+    explain.set_defaults(command=_explain_product)
+    explain.add_argument("sizes", metavar="MxNxK", help="e.g. 4x4096x1024: [4,1024] times [1024,4096]")
+    explain.add_argument(
+        "--dtype", default="f32", help="of the operands, or LHSxRHS, and -RESULT: bf16, bf16-f32, f32xbf16, i8xu8-i32"
+    )
+    explain.add_argument("--layout", default="NN", choices=_explain.LAYOUTS, help="T: the operand is stored transposed")
+    explain.add_argument("--batch", metavar="SIZES", help="batch dimensions in front, e.g. 64 or 8x12")
+    explain.add_argument("--algorithm", default="default", metavar="PRESET", help="a lax.DotAlgorithmPreset")
+    explain.add_argument("--threads", type=int, default=_machine.cores(), help="(default: all, here %(default)s)")
+    explain.add_argument("--target", help="as on a CPU that has this target")
+    return parser
+
+
+def _runtime() -> Any:
+    """The extension module, or ImportError with a remedy; None on a platform without kernels."""
+    from jax_nano import _native
+
+    return _native.runtime()
+
+
+# --- explain ------------------------------------------------------------------------------------
+
+
+def _explain_product(runtime: Any, args: argparse.Namespace) -> int:
+    from jax_nano import _gate
+
+    if runtime is None:
+        raise ValueError("this platform has no kernels; XLA computes every product")
+    if args.threads < 1:
+        raise ValueError(f"--threads {args.threads}: expected at least 1")
+    asked = _explain.request(args.sizes, args.dtype, args.layout, args.batch)
+    declined = _gate.declines(asked.labels, *asked.shapes)
+    text = _explain.explain(
+        runtime, asked, threads=args.threads, algorithm=args.algorithm, target=args.target, declined=declined
+    )
+    print(text)
+    return 0
+
+
+# --- info ---------------------------------------------------------------------------------------
+
+
+def _info(runtime: Any, args: argparse.Namespace) -> int:
+    del args
+    error = None
+    sections = [("machine", _machine_lines(runtime))]
+    if runtime is None:
+        sections.append(("targets", ["none: this platform has no kernels, XLA computes every product"]))
+    else:
+        sections.append(("targets", _target_lines(runtime)))
+        try:
+            sections.append(("signatures", _signature_lines(runtime)))
+        except ValueError as wrong:  # JAX_NANO_TARGET
+            error = wrong
+    sections.append(("versions", _version_lines()))
+    sections.append(("environment", _environment_lines()))
+    for title, lines in sections:
+        print(title, *(f"  {line}" for line in lines), "", sep="\n")
+    if error is not None:
+        raise error
+    return 0
+
+
+def _machine_lines(runtime: Any) -> list[str]:
+    lines = [f"CPU     {_machine.cpu_name()}", f"cores   {_machine.cores()} that this process may use"]
+    if runtime is not None:
+        caches = runtime.caches()
+        names = (("L1", "l1d"), ("L2", "l2"), ("L3", "l3"))
+        lines.append("caches  " + ", ".join(f"{level} {_explain.size(caches[key])}" for level, key in names))
+        lines.append("has     " + " ".join(runtime.features()))
+    return lines
+
+
+def _target_lines(runtime: Any) -> list[str]:
+    kernels = runtime.kernels()
+    rows = []
+    for target in runtime.targets():
+        count = sum(kernel["target"] == target["name"] for kernel in kernels)
+        usable = "usable" if not target["why"] else "not usable: " + target["why"]
+        rows.append((target["name"], f"{count} kernels", usable))
+    return _table([("target, best first", "in this build", "here"), *rows])
+
+
+def _signature_lines(runtime: Any) -> list[str]:
+    """A row for each signature that some kernel of the build has; ValueError if JAX_NANO_TARGET is wrong."""
+    if not runtime.selected_target():
+        return ["none: this CPU has none of the targets, XLA computes every product"]
+    by_name = {kernel["name"]: kernel for kernel in runtime.kernels()}
+    rows = []
+    for lhs, rhs, out, algorithm in dict.fromkeys(
+        (kernel["lhs"], kernel["rhs"], kernel["out"], kernel["algorithm"]) for kernel in by_name.values()
+    ):
+        named = "" if algorithm == "default" else f" ({algorithm})"
+        signature = f"{lhs} x {rhs} -> {out}{named}"
+        try:
+            labels = (0, 1), (1, 2), (0, 2)
+            plan = runtime.plan((64, 64), (64, 64), *labels, lhs, rhs, out, 1, algorithm=algorithm)
+        except ValueError:
+            rows.append((signature, "XLA", "no usable target has a kernel for it"))
+            continue
+        kernel = by_name[plan["kernel"]]
+        passed = [f"{name}: {why}" for name, why in _explain.passed_over(runtime, kernel)]
+        rows.append((signature, kernel["target"], "; ".join(passed) or "none has a kernel for it"))
+    return _table([("signature", "served by", "better ones, and why not"), *rows])
+
+
+def _version_lines() -> list[str]:
+    from importlib import metadata
+
+    lines = []
+    for name in _PACKAGES:
+        try:
+            lines.append(f"{name:9} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            lines.append(f"{name:9} not installed as a package")
+    return [*lines, f"{'Python':9} {sys.version.split()[0]}"]
+
+
+def _environment_lines() -> list[str]:
+    found = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(_ENVIRONMENT)]
+    return found or ["none of the variables that matter is set"]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _leave_the_source_tree() -> None:
+    """Starts over without the current folder on the path, if that made Python find uncompiled sources.
+
+    So that the command works in a checkout, where `python -m` prefers them to the installed package.
+    """
+    here = Path(__file__).resolve().parent
+    elsewhere = [entry for entry in sys.path if Path(entry).resolve() != here.parent]
+    installed = PathFinder.find_spec("jax_nano", elsewhere)
+    if not list(here.glob("_runtime*.so")) and installed is not None and not sys.flags.safe_path:
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "jax_nano", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    _leave_the_source_tree()
+    sys.exit(main())
