@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import math
 import re
 import sys
 import time
@@ -31,6 +30,7 @@ from tqdm import tqdm
 
 import jax_nano
 from jax_nano import _gate, _runtime
+from jax_nano._shapes import Labels
 
 Matmul = Callable[[jax.Array, jax.Array], jax.Array]
 Params = list[tuple[jax.Array, jax.Array]]  # weight [inputs, outputs] and bias [outputs] of each layer
@@ -152,7 +152,9 @@ def products_of_step(batch: int, sizes: list[int]) -> list[tuple[int, int, int]]
 
 def is_declined(product: tuple[int, int, int]) -> bool:
     """Whether jax_nano leaves the product to XLA: it is tiny, or this CPU has none of our targets."""
-    return not _runtime.selected_target() or (_gate.enabled and math.prod(product) < _gate.MIN_MULTIPLY_ADDS)
+    m, n, k = product
+    matrices = Labels(lhs=(0, 1), rhs=(1, 2), out=(0, 2))
+    return not _runtime.selected_target() or _gate.declines(matrices, (m, k), (k, n)) is not None
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -5,8 +5,9 @@ in lhs and rhs only, contracting; in lhs and out, M; in rhs and out, N. dtypes g
 """
 
 from collections.abc import Mapping, Sequence
-from types import CapsuleType
 from typing import Literal, TypedDict
+
+from typing_extensions import CapsuleType  # types.CapsuleType is new in Python 3.13; stubs may always use this one
 
 import numpy as np
 from numpy.typing import NDArray
