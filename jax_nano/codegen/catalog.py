@@ -127,7 +127,7 @@ def _vector_kernels(target: Target) -> Iterator[Kernel]:
         widened = "" if a == b == acc else ", widened on the way in"
         yield _kernel(target, a, b, out, Fma(acc), f"one vfmadd231 a vector and K value{widened}")
     for algorithm, parts in ALGORITHMS.items():
-        family = Fma("float32", parts, splits=True)
+        family: Family = Fma("float32", parts, splits=True)
         why = f"{len(parts)} vfmadd231 on bf16 parts: no faster than f32, the same numbers as where there is a bf16 unit"
         yield _kernel(target, "float32", "float32", "float32", family, why, algorithm)
     for a, b, out in INTEGER_SIGNATURES:

@@ -204,7 +204,17 @@ def type_of(name: str) -> ir.Type:
 
 
 def elem_bytes(name: str) -> int:
-    return {"ptr": 8, "i64": 8, "float64": 8, "float32": 4, "int32": 4, "int64": 8, "bfloat16": 2, "float16": 2, "int16": 2}.get(name, 1)
+    return {
+        "ptr": 8,
+        "i64": 8,
+        "float64": 8,
+        "float32": 4,
+        "int32": 4,
+        "int64": 8,
+        "bfloat16": 2,
+        "float16": 2,
+        "int16": 2,
+    }.get(name, 1)
 
 
 def vec(n: int, elem: ir.Type) -> ir.VectorType:
@@ -231,13 +241,13 @@ class Ptr:
         """The address ``offset`` elements further on."""
         if _is(offset, 0):
             return self
-        constant = isinstance(offset, int) and -(2**31) < offset < 2**31
+        constant = offset if isinstance(offset, int) and -(2**31) < offset < 2**31 else None
         gep = _op(
             "llvm.getelementptr",
             [self.value.type],
-            [self.value] if constant else [self.value, _i64(offset)],
+            [self.value] if constant is not None else [self.value, _i64(offset)],
             elem_type=ir.TypeAttr.get(self.type),
-            rawConstantIndices=ir.DenseI32ArrayAttr.get([offset if constant else _DYNAMIC]),
+            rawConstantIndices=ir.DenseI32ArrayAttr.get([_DYNAMIC if constant is None else constant]),
         )
         return Ptr(gep.result, self.elem)
 
@@ -452,6 +462,7 @@ def call_intrinsic(name: str, result: ir.Type, args: Sequence[Value]) -> Value:
 
 
 # --- control flow ---------------------------------------------------------------------------------------------
+
 
 def _unwrap(x: Any) -> Value:
     if isinstance(x, int):

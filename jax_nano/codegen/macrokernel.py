@@ -270,9 +270,7 @@ class _LoopNest:
                     self.module.call(self.pack_a, [source, room, here, block.depth, x["rsa"], x["csa"]])
                     return next_source
 
-                ahead = ir.if_(
-                    first, pack, lambda: [room.at(mr * panel_depth), *block.a_strides], like=like[3:]
-                )
+                ahead = ir.if_(first, pack, lambda: [room.at(mr * panel_depth), *block.a_strides], like=like[3:])
                 return [room, *block.a_strides, *ahead]
 
             def where_it_lies() -> list[Ptr | Size]:

@@ -118,9 +118,10 @@ class Microkernel:
             row = [b.at(j * tile.lanes).load(tile.lanes) for j in range(tile.nv)]
             b = b.at(rsb)
 
-        def k_step(*carried: Value | Ptr) -> list[Value | Ptr]:
-            *pointers, b_row = carried[: len(bases) + 1]
-            acc = carried[len(bases) + 1 :]
+        def k_step(*carried: Any) -> list[Any]:
+            pointers: Sequence[Ptr] = carried[: len(bases)]
+            b_row: Ptr = carried[len(bases)]
+            acc: Sequence[Value] = carried[len(bases) + 1 :]
             if self.stream and tile.mr <= STREAM_PREFETCH_MAX_ROWS:
                 later = b_row.at(rsb * STREAM_ROWS_AHEAD)
                 for o in range(0, tile.nr, 64 // ir.elem_bytes(self.b)):
@@ -134,7 +135,7 @@ class Microkernel:
             )
             return [*(p.at(csa) for p in pointers), b_row.at(rsb), *new]
 
-        def k_steps(_: I64, ahead: Ptr, *carried: Value | Ptr) -> list[Value | Ptr]:
+        def k_steps(_index: I64, ahead: Ptr, *carried: Any) -> list[Any]:
             """Several steps, and one prefetch of what comes next."""
             ahead.prefetch()
             now = list(carried)

@@ -161,8 +161,8 @@ class Packing:
             value = self._b_value(wanted)
             ir.if_(
                 ir.equal(csb, 1),
-                lambda value=value, at=at: self._copy_b_rows(b, at, k, cols, rsb, value),
-                lambda value=value, at=at: void(
+                lambda: self._copy_b_rows(b, at, k, cols, rsb, value),
+                lambda: void(
                     ir.if_(
                         ir.equal(rsb, 1),
                         lambda: self._transpose_b(b, at, k, cols, csb, value),
@@ -299,7 +299,7 @@ class Packing:
         whole = k // kr
         ir.loop(0, whole, 1, [], lambda s: step(s, kr))
         for present in range(1, kr):
-            ir.if_(ir.equal(k % kr, present), lambda present=present: step(whole, present))
+            ir.if_(ir.equal(k % kr, present), lambda: step(whole, present))
 
     def _row(self, source: Ptr, target: Ptr, k: Size, value: Callable[[Value], Value], ahead: Size) -> None:
         """Copies ``k`` contiguous elements; those ``ahead`` are prefetched, the next row, which no hardware guesses."""
@@ -350,7 +350,7 @@ class Packing:
                         continue
                     (x,) = ir.if_(
                         ir.less(here, k),
-                        lambda here=here: [value(source.at(here * stride).load())],
+                        lambda: [value(source.at(here * stride).load())],
                         lambda: [ir.zero_of(elem)],
                         like=[ir.zero_of(elem)],
                     )
