@@ -64,3 +64,42 @@ class Region:
         dtype = np.dtype(dtype)
         memory = (ctypes.c_byte * (self.end - self.begin)).from_address(self.begin)
         return np.ndarray(shape, dtype, memory, strides=[s * dtype.itemsize for s in strides])
+
+
+class Slots:
+    """``count`` areas of at least ``nbytes``, each between pages that may not be touched.
+
+    Attributes:
+      begin, end: the addresses of the areas' first bytes and of the first ones behind them.
+    """
+
+    def __init__(self, count: int, nbytes: int) -> None:
+        size = (nbytes + _PAGE - 1) // _PAGE * _PAGE
+        self._region = Region(count * (size + _PAGE))
+        self.begin = self._region.begin + np.arange(count, dtype=np.int64) * (size + _PAGE)
+        self.end = self.begin + size
+        for page in self.end[:-1]:
+            if _libc.mprotect(int(page), _PAGE, _PROT_NONE):
+                raise OSError(ctypes.get_errno(), "mprotect")
+
+    @property
+    def base(self) -> int:
+        """The address of the first area."""
+        return self._region.begin
+
+    def elements(self, dtype: DTypeLike) -> NDArray[np.generic]:
+        """Everything from ``base`` on as one array; touching its forbidden parts is fatal as anywhere else."""
+        return self._region.array(((self._region.end - self._region.begin) // np.dtype(dtype).itemsize,), dtype)
+
+    def array(self, slot: int, shape: tuple[int, ...], dtype: DTypeLike, *, at: str = "end") -> NDArray[np.generic]:
+        """A dense array that ends (or begins) where an area does."""
+        dtype = np.dtype(dtype)
+        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        address = int(self.end[slot] - nbytes if at == "end" else self.begin[slot])
+        return np.ndarray(shape, dtype, (ctypes.c_byte * nbytes).from_address(address))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._region.__exit__(*error)

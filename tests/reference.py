@@ -90,8 +90,38 @@ def expected(
             magnitude = magnitude + np.abs(initial.astype(wide))
         bound = min(C * terms, C_SQRT * terms**0.5) * float(ml_dtypes.finfo(acc).eps) * magnitude
         if out != acc:
-            bound = bound + float(ml_dtypes.finfo(out).eps) * np.abs(value)
+            info = ml_dtypes.finfo(out)
+            bound = bound + np.maximum(float(info.eps) * np.abs(value), float(info.smallest_subnormal))
     return Expected(value, bound)
+
+
+_PARTS = {
+    "default": (),
+    "BF16_BF16_F32": ((0, 0),),
+    "BF16_BF16_F32_X3": ((0, 0), (0, 1), (1, 0)),
+    "BF16_BF16_F32_X6": ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0)),
+}
+"""Which bf16 parts of the operands each DotAlgorithm multiplies (XLA's documentation)."""
+
+
+def algorithm_operands(
+    algorithm: str, a: NDArray[np.generic], b: NDArray[np.generic]
+) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+    """Operands (..., m, k) and (..., k, n) whose plain product is what a DotAlgorithm computes of these f32 ones."""
+    pairs = _PARTS[algorithm]
+    if not pairs:
+        return a, b
+
+    def parts(x: NDArray[np.generic]) -> list[NDArray[np.float32]]:
+        found = []
+        for _ in range(3):
+            found.append(x.astype(ml_dtypes.bfloat16).astype(np.float32))
+            x = np.where(np.isfinite(found[-1]), x - found[-1], 0).astype(np.float32)  # Inf and NaN count once
+        return found
+
+    with np.errstate(invalid="ignore", over="ignore"):
+        of_a, of_b = parts(a), parts(b)
+    return np.concatenate([of_a[i] for i, _ in pairs], -1), np.concatenate([of_b[j] for _, j in pairs], -2)
 
 
 def _exact(
@@ -106,6 +136,11 @@ def _exact(
         value = value + initial.astype(np.int64)
     value = value.astype(out).astype(np.int64)
     return Expected(value, np.zeros_like(value))
+
+
+def finfo(dtype: DTypeLike) -> ml_dtypes.finfo:
+    """Limits of any floating-point dtype."""
+    return ml_dtypes.finfo(dtype)
 
 
 def is_integer(dtype: DTypeLike) -> bool:

@@ -1,6 +1,9 @@
 """Every kernel of the build, where this CPU can run it.
 
 JAX_NANO_REQUIRE_TARGET=x86-64-v4 (names separated by commas) turns the skipping of a target into a failure.
+
+Kernels run here without XLA, so with the floating-point environment of Python: XLA's threads flush subnormals to
+zero, these do not.
 """
 
 from __future__ import annotations
@@ -11,13 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reference
+from kernel_abi import FIELDS
+from numpy.typing import NDArray
 
 from jax_nano import _runtime
 
 REQUIRED = {name for name in os.environ.get("JAX_NANO_REQUIRE_TARGET", "").split(",") if name}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """One kernel under test."""
 
@@ -26,10 +32,24 @@ class Kernel:
     def __getattr__(self, name: str) -> Any:
         return self.info[name]
 
+    @property
+    def integer(self) -> bool:
+        return bool(self.acc == "int32")
+
+    def packs(self, *, transposed_b: bool = False) -> list[tuple[int, int]]:
+        """(pack_a, pack_b) that this kernel permits, the fewest copies first."""
+        return [
+            (a, b)
+            for a in (0, 1)
+            for b in (0, 1)
+            if (a or self.direct_a) and (b or (self.direct_b and not transposed_b))
+        ]
+
     def call(self, a: np.ndarray, b: np.ndarray, c: np.ndarray, **fields: int) -> None:
         """C (+)= A @ B by this kernel, with the strides that the arrays have; further fields of GemmArgs as named.
 
-        Shapes are (m, k), (k, n), (m, n), or the same with a batch dimension in front of all three.
+        Shapes are (m, k), (k, n), (m, n), or the same with a batch dimension in front of all three. An operand that
+        the kernel cannot read where it lies is packed, asked for or not.
         """
         strides = {}
         for x, names in ((a, ("bsa", "rsa", "csa")), (b, ("bsb", "rsb", "csb")), (c, ("bsc", "rsc", "csc"))):
@@ -42,7 +62,44 @@ class Kernel:
             strides["batch"] = c.shape[0]
         m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
         addresses = {"a": a.ctypes.data, "b": b.ctypes.data, "c": c.ctypes.data}
-        _runtime.call(self.info["name"], {**addresses, "m": m, "n": n, "k": k, **strides, **fields})
+        packs = {
+            "pack_a": int(fields.pop("pack_a", 0) or not self.direct_a),
+            "pack_b": int(fields.pop("pack_b", 0) or not self.direct_b),
+        }
+        _runtime.call(self.name, {**addresses, "m": m, "n": n, "k": k, **strides, **packs, **fields})
+
+    def call_many(self, **fields: int | NDArray[np.int64]) -> None:
+        """One call for each element of the fields that are arrays; a field that is not given is 0."""
+        shape = np.broadcast_shapes(*(np.shape(x) for x in fields.values()))
+        rows = np.zeros((*shape, len(FIELDS)), np.int64)
+        for name, value in fields.items():
+            rows[..., FIELDS.index(name)] = value
+        _runtime.call_many(self.name, rows.reshape(-1, len(FIELDS)))
+
+    def product(self, a: np.ndarray, b: np.ndarray, **fields: int) -> np.ndarray:
+        """A @ B, in memory full of poison beforehand."""
+        c = reference.poisoned((*a.shape[:-1], b.shape[-1]), self.out)
+        self.call(a, b, c, **fields)
+        return c
+
+    def expected(self, a: np.ndarray, b: np.ndarray, *, initial: np.ndarray | None = None) -> reference.Expected:
+        """What A @ B must be, summed in this kernel's accumulators over the operands that its algorithm names."""
+        a, b = reference.algorithm_operands(self.algorithm, a, b)
+        subscripts = "mk,kn->mn" if a.ndim == 2 else "bmk,bkn->bmn"
+        return reference.expected(subscripts, a, b, out=self.out, acc=self.acc, initial=initial)
+
+    def check(self, a: np.ndarray, b: np.ndarray, c: np.ndarray, context: object = "", **initial: np.ndarray) -> None:
+        """Raises AssertionError if C is not A @ B (plus ``initial``)."""
+        self.expected(a, b, **initial).check(c, context)
+
+    @property
+    def wide(self) -> Kernel | None:
+        """The kernel that differs from this narrow one only in that C has the accumulator's type."""
+        same = ("target", "lhs", "rhs", "acc", "algorithm")
+        for info in _runtime.kernels():
+            if all(info[x] == self.info[x] for x in same) and info["out"] == self.acc:
+                return Kernel(info)
+        return None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,4 +1,4 @@
-"""What a kernel promises beyond small sizes: blocking, strides, batches, special values, far addresses."""
+"""What a kernel promises beyond small sizes: blocking, strides, batches, workspace, special values, far addresses."""
 
 from __future__ import annotations
 
@@ -6,118 +6,278 @@ import numpy as np
 import pytest
 import reference
 from guarded import Region
+from kernel_abi import FIELDS, PACK_SLACK_BYTES
 
-PACKS = pytest.mark.parametrize(("pack_a", "pack_b"), [(0, 0), (0, 1), (1, 0), (1, 1)])
+from jax_nano import _runtime
 
 
 def operands(kernel, rng, m, n, k):
     return reference.random(rng, (m, k), kernel.lhs), reference.random(rng, (k, n), kernel.rhs)
 
 
-def check(kernel, a, b, c, **kwargs):
-    reference.expected("mk,kn->mn", a, b, out=kernel.out, acc=kernel.acc, **kwargs).check(c)
-
-
 def is_poison(array):
     return np.array_equal(array, reference.poisoned(array.shape, array.dtype), equal_nan=True)
 
 
-@PACKS
+def same_bits(x, y):
+    return x.tobytes() == y.tobytes()
+
+
 @pytest.mark.parametrize(("m", "n", "k"), [(127, 129, 131), (61, 521, 263), (331, 67, 1031), (3, 5, 4099)])
-def test_larger_odd_sizes(kernel, rng, m, n, k, pack_a, pack_b):
+def test_larger_odd_sizes(kernel, rng, m, n, k):
     a, b = operands(kernel, rng, m, n, k)
-    c = reference.poisoned((m, n), kernel.out)
-    kernel.call(a, b, c, pack_a=pack_a, pack_b=pack_b)
-    check(kernel, a, b, c)
+    want = kernel.expected(a, b)
+    for pack_a, pack_b in kernel.packs():
+        want.check(kernel.product(a, b, pack_a=pack_a, pack_b=pack_b), (pack_a, pack_b))
 
 
-@PACKS
-@pytest.mark.parametrize("accumulate", [0, 1])
-def test_blocks_of_every_loop(kernel, rng, pack_a, pack_b, accumulate):
+def test_blocks_of_every_loop(kernel, rng):
     """One, exactly several, and several and a bit of the smallest cache blocks there can be."""
     mc, nc, kc = 2 * kernel.mr, 2 * kernel.nr, 8 * kernel.kr
-    for m in (mc, 2 * mc, 2 * mc + 1, 3 * mc - 1):
-        for n in (nc, 2 * nc, 2 * nc + 1, 3 * nc - 1):
-            for k in (kc, 2 * kc, 2 * kc + 1, 3 * kc - 1):
-                a, b = operands(kernel, rng, m, n, k)
-                c = reference.random(rng, (m, n), kernel.out) if accumulate else reference.poisoned((m, n), kernel.out)
-                initial = c.copy() if accumulate else None
-                blocking = {"mc": mc, "nc": nc, "kc": kc}
-                kernel.call(a, b, c, pack_a=pack_a, pack_b=pack_b, accumulate=accumulate, **blocking)
-                check(kernel, a, b, c, initial=initial)
+    blocking = {"mc": mc, "nc": nc, "kc": kc}
+    a_all, b_all = operands(kernel, rng, 3 * mc, 3 * nc, 3 * kc)
+    before = reference.random(rng, (3 * mc, 3 * nc), kernel.out)
+    for k in (kc, 2 * kc, 2 * kc + 1, 3 * kc - 1):
+        want = kernel.expected(a_all[:, :k], b_all[:k])
+        added = None if kernel.narrow else kernel.expected(a_all[:, :k], b_all[:k], initial=before)
+        for m in (mc, 2 * mc, 2 * mc + 1, 3 * mc - 1):
+            for n in (nc, 2 * nc, 2 * nc + 1, 3 * nc - 1):
+                a, b = a_all[:m, :k], b_all[:k, :n]
+                for pack_a, pack_b in kernel.packs():
+                    fields = {"pack_a": pack_a, "pack_b": pack_b, **blocking}
+                    want[:m, :n].check(kernel.product(a, b, **fields), (m, n, k))
+                    if added is not None:
+                        c = before[:m, :n].copy()
+                        kernel.call(a, b, c, accumulate=1, **fields)
+                        added[:m, :n].check(c, (m, n, k))
 
 
-@pytest.mark.parametrize("pack", [0, 1])
-def test_only_kc_decides_the_bits(kernel, rng, pack):
+def test_only_kc_decides_the_bits(kernel, rng):
     """The promise behind "the same for any number of threads": cut m and n anywhere, pack or do not."""
     m, n, k = 5 * kernel.mr + 3, 3 * kernel.nr + 5, 300
     a, b = operands(kernel, rng, m, n, k)
-    whole, pieces = reference.poisoned((m, n), kernel.out), reference.poisoned((m, n), kernel.out)
-    kc = 128 * kernel.kr
-    kernel.call(a, b, whole, kc=kc)
-    for rows in np.array_split(np.arange(m), [1, 2 * kernel.mr, m - 2]):
-        for cols in np.array_split(np.arange(n), [3, kernel.nr, n - 1]):
-            i, j = slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1)
-            blocking = {"mc": kernel.mr, "nc": kernel.nr, "kc": kc}
-            kernel.call(a[i], b[:, j], pieces[i, j], pack_a=pack, pack_b=pack, **blocking)
-    assert whole.tobytes() == pieces.tobytes()
+    kc = 64 * kernel.kr
+    whole = kernel.product(a, b, kc=kc)
+    blocking = {"mc": kernel.mr, "nc": kernel.nr, "kc": kc}
+    for pack_a, pack_b in kernel.packs():
+        pieces = reference.poisoned((m, n), kernel.out)
+        for rows in np.array_split(np.arange(m), [1, 2 * kernel.mr, m - 2]):
+            for cols in np.array_split(np.arange(n), [3, kernel.nr, n - 1]):
+                i, j = slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1)
+                kernel.call(a[i], b[:, j], pieces[i, j], pack_a=pack_a, pack_b=pack_b, **blocking)
+        assert same_bits(whole, pieces)
 
 
-@PACKS
+def test_a_sum_cut_into_calls_is_rounded_once(kernel, rng):
+    """Several calls with ``more``, each of them with K beyond kc, and one call: the same bits, also of batches."""
+    m, n, kc = kernel.mr + 3, 2 * kernel.nr + 5, 8 * kernel.kr
+    k = 7 * kc + 3
+    a, b = operands(kernel, rng, m, n, k)
+    whole = kernel.product(a, b, kc=kc)
+    kernel.check(a, b, whole)
+    blocking = {"mc": kernel.mr, "nc": kernel.nr, "kc": kc}
+    rs_partial = -(-n // kernel.nr) * kernel.nr
+    for pack_a, pack_b in kernel.packs():
+        with Region(m * rs_partial * np.dtype(kernel.acc).itemsize) as region:
+            partial = region.array((m, rs_partial), kernel.acc)
+            partial.fill(reference.poison(kernel.acc))
+            place = {"partial": partial.ctypes.data, "rs_partial": rs_partial}
+            c = reference.poisoned((m, n), kernel.out)
+            for k0, k1 in ((0, 2 * kc), (2 * kc, 3 * kc), (3 * kc, 6 * kc), (6 * kc, k)):
+                assert not kernel.narrow or is_poison(c)
+                steps = {"accumulate": int(k0 > 0), "more": int(k1 < k)}
+                kernel.call(a[:, k0:k1], b[k0:k1], c, pack_a=pack_a, pack_b=pack_b, **steps, **blocking, **place)
+        assert same_bits(c, whole), (pack_a, pack_b)
+
+
+def test_an_empty_call_ends_a_sum(kernel, rng):
+    """k = 0 with something to add: C becomes what was summed so far."""
+    m, n, k = kernel.mr + 1, kernel.nr + 3, 8
+    a, b = operands(kernel, rng, m, n, k)
+    rs_partial = 2 * kernel.nr
+    partial = reference.poisoned((m, rs_partial), kernel.acc)
+    place = {"partial": partial.ctypes.data, "rs_partial": rs_partial}
+    c = reference.poisoned((m, n), kernel.out)
+    kernel.call(a, b, c, more=1, **place)
+    kernel.call(a[:, :0], b[:0], c, accumulate=1, **place)
+    assert same_bits(c, kernel.product(a, b))
+
+
+@pytest.mark.parametrize("k", [5, 700])
+def test_narrow_is_wide_rounded_once(kernel, rng, k):
+    """To nearest even, or wrapped: exactly the kernel with a C as wide as the accumulators, converted."""
+    if kernel.wide is None:
+        pytest.skip("C is as wide as the accumulators" if not kernel.narrow else "there is no such kernel")
+    a, b = operands(kernel, rng, 61, 67, k)
+    kc = 64 * kernel.kr
+    wide = kernel.wide.product(a, b, kc=kc)
+    assert same_bits(kernel.product(a, b, kc=kc), wide.astype(kernel.out))
+
+
 @pytest.mark.parametrize("infinite", [False, True])
-def test_nothing_outside_leaks_in(kernel, rng, pack_a, pack_b, infinite):
+def test_nothing_outside_leaks_in(kernel, rng, infinite):
     """NaN or Inf in the gaps of every operand; the gaps of C keep what they hold."""
 
     def room(shape, dtype):
         value = np.inf if infinite and not reference.is_integer(dtype) else reference.poison(dtype)
         return np.full(shape, value, dtype)
 
-    for m, n, k in [(1, 1, 1), (kernel.mr + 1, kernel.nr + 1, 7), (3, 17, 33), (29, 70, 64)]:
-        a_room, b_room = room((m + 4, k + 5), kernel.lhs), room((k + 4, n + 35), kernel.rhs)
-        c_room = room((m + 4, n + 35), kernel.out)
-        a, b, c = a_room[2 : 2 + m, 3 : 3 + k], b_room[2 : 2 + k, 1 : 1 + n], c_room[2 : 2 + m, 1 : 1 + n]
-        a[...], b[...] = operands(kernel, rng, m, n, k)
-        kernel.call(a, b, c, pack_a=pack_a, pack_b=pack_b)
-        check(kernel, a, b, c)
-        c[...] = c_room[0, 0]
-        assert c_room.tobytes() == room(c_room.shape, kernel.out).tobytes()
+    tails = (16, 17, 31, 33, 47, 49, 63, 65, 95, 97, 127, 129)
+    for m, n, k in [(1, 1, 1), (kernel.mr + 1, kernel.nr + 1, 7), (29, 70, 64), *((3, 17, k) for k in tails)]:
+        for order in "CF":
+            a_room, b_room = room((m + 4, k + 5), kernel.lhs), room((k + 4, n + 35), kernel.rhs)
+            if order == "F":
+                a_room, b_room = np.asfortranarray(a_room), np.asfortranarray(b_room)
+            a, b = a_room[2 : 2 + m, 3 : 3 + k], b_room[2 : 2 + k, 1 : 1 + n]
+            a[...], b[...] = operands(kernel, rng, m, n, k)
+            want = kernel.expected(a, b)
+            for pack_a, pack_b in kernel.packs(transposed_b=order == "F" and n > 1):
+                c_room = room((m + 4, n + 35), kernel.out)
+                c = c_room[2 : 2 + m, 1 : 1 + n]
+                kernel.call(a, b, c, pack_a=pack_a, pack_b=pack_b)
+                want.check(c, (m, n, k, order))
+                c[...] = c_room[0, 0]
+                assert same_bits(c_room, room(c_room.shape, kernel.out))
 
 
-@PACKS
-def test_nan_and_inf_inside(kernel, rng, pack_a, pack_b):
+def test_nan_and_inf_inside(kernel, rng):
     """They reach exactly the rows and columns that IEEE arithmetic takes them to; 0 * Inf is NaN."""
-    if reference.is_integer(kernel.acc):
+    if kernel.integer:
         pytest.skip("integers have neither")
     m, n, k = 2 * kernel.mr + 1, kernel.nr + 7, 40
     a, b = operands(kernel, rng, m, n, k)
     a[1, 3], a[4, 0], a[m - 1, k - 1] = np.nan, np.inf, -np.inf
     b[3, 2], b[0, 5], b[k - 1, n - 1] = np.inf, 0, np.nan
     a[2, :] = 0
-    c = reference.poisoned((m, n), kernel.out)
-    kernel.call(a, b, c, pack_a=pack_a, pack_b=pack_b)
-    check(kernel, a, b, c)
-    assert np.isnan(c[4, 5])
-    assert np.isnan(c[2, 2])
+    a[5, 6], a[5, 7], b[6, :], b[7, :] = np.inf, np.inf, 1, 1
+    for order in "CF":
+        stored_a, stored_b = np.array(a, order=order), np.array(b, order=order)
+        for pack_a, pack_b in kernel.packs(transposed_b=order == "F"):
+            c = kernel.product(stored_a, stored_b, pack_a=pack_a, pack_b=pack_b)
+            kernel.check(a, b, c)
+            assert np.isnan(c[4, 5])
+            assert np.isnan(c[2, 2])
+            assert c[5, 0] == np.inf  # not Inf - Inf, however an algorithm takes its operands apart
 
 
-@pytest.mark.parametrize(
-    ("order_a", "order_b"), [("row", "row"), ("column", "column"), ("reversed", "reversed"), ("zero", "zero")]
-)
+def flushes(kernel):
+    """Whether its instructions take subnormal numbers as zero, whatever the floating-point environment says."""
+    return "bf16" in kernel.target or "amx" in kernel.target
+
+
+@pytest.mark.parametrize("operand", ["lhs", "rhs"])
+def test_subnormals_are_numbers(kernel, operand):
+    """Read as they are, in vectors and one by one; units that always flush them may take them as zero.
+
+    So it is outside XLA. XLA's own threads flush subnormal f32 and f64 numbers, and may flush what becomes one.
+    """
+    dtype = np.dtype(kernel.info[operand])
+    if kernel.integer or dtype == np.float64:
+        pytest.skip("no such numbers, or none that a product with another could make normal")
+    tiny = np.array([1, 2, 3, 77], f"u{dtype.itemsize}").view(dtype).astype(np.float64)
+    large = 2.0 ** (10 if "float16" in (kernel.lhs, kernel.rhs, kernel.out) else 100)
+    for k in (1, 4, 37):
+        a, b = np.full((9, k), large), np.full((k, 41), large)
+        x = a if operand == "lhs" else b
+        x[...] = np.resize(tiny, x.size).reshape(x.shape)
+        want = (a @ b).astype(np.float32).astype(kernel.out)
+        a, b = a.astype(kernel.lhs), b.astype(kernel.rhs)
+        for order in "CF":
+            c = kernel.product(np.array(a, order=order), np.array(b, order=order), pack_b=int(order == "F"))
+            zero_is_fine = flushes(kernel) or kernel.algorithm != "default"
+            assert np.array_equal(c, want) or (zero_is_fine and not c.any()), (k, order)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_rounding_of_narrow_floats(kernel, sign):
+    """Ties go to even, the largest numbers to infinity, the smallest to subnormals: all as NumPy rounds them.
+
+    The sums are exact in the accumulator, so only the last step rounds.
+    """
+    if kernel.integer or not kernel.narrow:
+        pytest.skip("C holds whatever the accumulators do")
+    info = reference.finfo(kernel.out)
+    ulp, most, top = float(info.eps), float(info.max), 2.0 ** (info.maxexp - 1)
+    halves = np.array([0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2.5, 3.5])  # of the last place; .5 and 2.5 go down
+    a = np.array([*((1, ulp * x) for x in halves), *((most, top * ulp * x) for x in halves[:4])]) * sign
+    b = np.ones((2, 35))
+    check_rounding(kernel, a, b)
+    # Quarters of the smallest subnormal, as products of two factors that are not small.
+    exponent = int(np.log2(float(info.smallest_subnormal))) - 2
+    a = sign * np.arange(24)[:, None] * 2.0 ** (exponent // 2)
+    b = np.full((1, 35), 2.0 ** (exponent - exponent // 2))
+    if not flushes(kernel):
+        check_rounding(kernel, a, b)
+
+
+def check_rounding(kernel, a, b):
+    lhs, rhs = a.astype(kernel.lhs), b.astype(kernel.rhs)
+    assert np.array_equal(lhs.astype(np.float64), a)
+    assert np.array_equal(rhs.astype(np.float64), b)
+    with np.errstate(over="ignore"):
+        want = (a @ b).astype(np.float32).astype(kernel.out)
+    assert np.array_equal((a @ b).astype(np.float32), a @ b)
+    c = kernel.product(lhs, rhs)
+    assert np.array_equal(c, want), (c[:, 0], want[:, 0])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 255, 70_000])
+def test_integers_wrap_and_never_saturate(kernel, rng, k):
+    """The extremes: -128 * -128 and 255 * 255 in chains that pass 2**31, and every mixture of both ends."""
+    if not kernel.integer:
+        pytest.skip("floats")
+    lo, hi = ([np.iinfo(x).min, np.iinfo(x).max] for x in (kernel.lhs, kernel.rhs))
+    for x in (*lo, None):
+        for y in (*hi, None):
+            a = np.full((3, k), x if x is not None else 0, kernel.lhs)
+            b = np.full((k, 19), y if y is not None else 0, kernel.rhs)
+            if x is None:
+                a[...] = rng.choice(lo, a.shape)
+            if y is None:
+                b[...] = rng.choice(hi, b.shape)
+            want = (a.astype(np.int64) @ b.astype(np.int64)).astype(kernel.out)
+            for pack_a, pack_b in kernel.packs()[:: 1 if k < 1000 else 3]:
+                assert np.array_equal(kernel.product(a, b, pack_a=pack_a, pack_b=pack_b), want), (x, y)
+
+
+def test_every_pair_of_bytes(kernel):
+    """All 65536 products of one element, alone in its unit and beside others."""
+    if not kernel.integer:
+        pytest.skip("floats")
+    a = np.arange(256).astype(np.uint8).view(kernel.lhs)[:, None]
+    b = np.arange(256).astype(np.uint8).view(kernel.rhs)[None]
+    want = a.astype(np.int64) * b.astype(np.int64)
+    assert np.array_equal(kernel.product(a, b), want.astype(kernel.out))
+    assert np.array_equal(kernel.product(np.repeat(a, 4, 1), np.repeat(b, 4, 0)), (4 * want).astype(kernel.out))
+
+
 @pytest.mark.parametrize("pack_a", [0, 1])
+@pytest.mark.parametrize(
+    ("order_a", "order_b"),
+    [
+        ("row", "row"),
+        ("column", "column"),
+        ("reversed", "reversed"),
+        ("zero", "zero"),
+        ("zero", "row"),
+        ("row", "zero"),
+    ],
+)
 def test_general_strides(kernel, rng, order_a, order_b, pack_a):
     """Every second element, stored either way, backwards, and one row or column repeated (stride 0)."""
-    m, n, k = kernel.mr + 2, kernel.nr + 3, 21
-    a_room, b_room = operands(kernel, rng, 2 * max(m, k), 2 * max(n, k), 2 * max(k, m, n))
-    views = {
-        "row": lambda x, r, s: x[: 2 * r : 2, : 2 * s : 2],
-        "column": lambda x, r, s: x.T[: 2 * r : 2, : 2 * s : 2],
-        "reversed": lambda x, r, s: x[:r, :s][::-1, ::-1],
-        "zero": lambda x, r, s: np.broadcast_to(x[:1, :s], (r, s)),
-    }
-    a, b = views[order_a](a_room, m, k), views[order_b](b_room, k, n)
-    c = reference.poisoned((m, n), kernel.out)
-    kernel.call(a, b, c, pack_a=pack_a, pack_b=int(b.strides[1] != b.itemsize))
-    check(kernel, a, b, c)
+    for k in (1, 21, 64):
+        m, n = kernel.mr + 2, kernel.nr + 3
+        a_room, b_room = operands(kernel, rng, 2 * max(m, k), 2 * max(n, k), 2 * max(k, m, n))
+        views = {
+            "row": lambda x, r, s: x[: 2 * r : 2, : 2 * s : 2],
+            "column": lambda x, r, s: x.T[: 2 * r : 2, : 2 * s : 2],
+            "reversed": lambda x, r, s: x[:r, :s][::-1, ::-1],
+            "zero": lambda x, r, s: np.broadcast_to(x[:1, :s], (r, s)),
+        }
+        a, b = views[order_a](a_room, m, k), views[order_b](b_room, k, n)
+        kernel.check(a, b, kernel.product(a, b, pack_a=pack_a, pack_b=int(b.strides[1] != b.itemsize)), k)
+        repeated = np.broadcast_to(a[:, :1], a.shape)  # a column stride of 0
+        kernel.check(repeated, b, kernel.product(repeated, b, pack_a=pack_a, pack_b=int(b.strides[1] != b.itemsize)), k)
 
 
 def test_rows_of_c_backwards(kernel, rng):
@@ -125,12 +285,15 @@ def test_rows_of_c_backwards(kernel, rng):
     a, b = operands(kernel, rng, m, n, k)
     c = reference.poisoned((m, n), kernel.out)[::-1]
     kernel.call(a, b, c)
-    check(kernel, a, b, c)
+    kernel.check(a, b, c)
 
 
-@PACKS
-def test_batches(kernel, rng, pack_a, pack_b):
-    """Products with gaps between them, in reverse, and with an operand that all share (stride 0)."""
+@pytest.mark.parametrize("kc", [0, 4])
+def test_batches(kernel, rng, kc):
+    """Products with gaps between them, in reverse, and with an operand that all share (stride 0).
+
+    With K cut into blocks each product's unfinished sums must end before the next one's begin.
+    """
     m, n, k, batch = kernel.mr + 1, kernel.nr + 1, 9, 4
     a = reference.random(rng, (batch, m, k), kernel.lhs)
     b = reference.random(rng, (2 * batch, k, n), kernel.rhs)
@@ -140,24 +303,27 @@ def test_batches(kernel, rng, pack_a, pack_b):
         (np.broadcast_to(a[0], a.shape), b[:batch]),
         (a, np.broadcast_to(b[0], (batch, k, n))),
     ]:
-        c = reference.poisoned((batch, m + 1, n), kernel.out)
-        kernel.call(lhs, rhs, c[:, :m], pack_a=pack_a, pack_b=pack_b)
-        reference.expected("bmk,bkn->bmn", lhs, rhs, out=kernel.out, acc=kernel.acc).check(c[:, :m])
-        assert is_poison(c[:, m:])
+        want = kernel.expected(lhs, rhs)
+        for pack_a, pack_b in kernel.packs():
+            c = reference.poisoned((batch, m + 1, n), kernel.out)
+            kernel.call(lhs, rhs, c[:, :m], pack_a=pack_a, pack_b=pack_b, kc=kc)
+            want.check(c[:, :m])
+            assert is_poison(c[:, m:])
 
 
-@PACKS
-@pytest.mark.parametrize(("m", "n", "k"), [(0, 5, 3), (5, 0, 3), (0, 0, 0), (5, 3, 0)])
-def test_zero_sizes(kernel, m, n, k, pack_a, pack_b):
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 5, 3), (5, 0, 3), (0, 0, 0), (5, 3, 0), (41, 67, 0)])
+def test_zero_sizes(kernel, m, n, k):
     """No element, nothing touched; no product in the sum, zeros."""
-    with Region(64) as a_region, Region(64) as b_region:
-        a, b = a_region.array((m, k), kernel.lhs), b_region.array((k, n), kernel.rhs)
-        c = reference.poisoned((m, n), kernel.out)
-        kernel.call(a, b, c, pack_a=pack_a, pack_b=pack_b)
-        assert (c == 0).all()
-        c = reference.poisoned((m, n), kernel.out)
-        kernel.call(a, b, c, pack_a=pack_a, pack_b=pack_b, accumulate=1)
-        assert is_poison(c)
+    for pack_a, pack_b in kernel.packs():
+        with Region(64) as a_region, Region(64) as b_region:
+            a, b = a_region.array((m, k), kernel.lhs), b_region.array((k, n), kernel.rhs)
+            c = kernel.product(a, b, pack_a=pack_a, pack_b=pack_b)
+            assert c.shape == (m, n)
+            assert (c == 0).all()
+            if not kernel.narrow:
+                c = reference.poisoned((m, n), kernel.out)
+                kernel.call(a, b, c, pack_a=pack_a, pack_b=pack_b, accumulate=1)
+                assert is_poison(c)
 
 
 @pytest.mark.parametrize(
@@ -192,52 +358,63 @@ def test_offsets_beyond_two_gigabytes(kernel, rng, where, pack):
         else:
             kernel.call(a, b, far, pack_a=pack, pack_b=pack_b)
             c = far.copy()
-    subscripts = "bmk,bkn->bmn" if batched else "mk,kn->mn"
-    reference.expected(subscripts, a, b, out=kernel.out, acc=kernel.acc).check(c)
+    kernel.check(a, b, c)
 
 
 def test_many_rows_lie_beyond_two_gigabytes(kernel):
     """A product of two integers overflows 32 bits long before memory ends: m * rsa with ordinary m and rsa."""
-    m, n, k, rsa = 40_000, 1, 2, 20_000
+    m, n, k, rsa = 40_000, 1, 2, 60_000
     with Region(m * rsa * np.dtype(kernel.lhs).itemsize) as region:
         a = region.strided((m, k), (rsa, 1), kernel.lhs)[::499]
         a[...] = (np.arange(a.size).reshape(a.shape) % 13).astype(kernel.lhs)
         b = np.ones((k, n), kernel.rhs)
-        c = reference.poisoned((len(a), n), kernel.out)
-        kernel.call(a, b, c)
+        c = kernel.product(a, b)
         assert np.array_equal(c[:, 0], a.astype(np.int64).sum(1).astype(kernel.out))
 
 
-@pytest.mark.parametrize(("pack_a", "pack_b"), [(1, 0), (0, 1), (1, 1)])
 @pytest.mark.parametrize("order", "CF")
-def test_packing_stays_in_the_workspace(kernel, rng, pack_a, pack_b, order):
+def test_packing_stays_in_the_workspace(kernel, rng, order):
     """Exactly as much as kernel_abi.h grants, beside a guard page."""
-    slack = 8192
     for m, n, k in [(1, 1, 1), (kernel.mr + 1, kernel.nr + 1, 7), (29, 70, 65), (100, 100, 100)]:
         mc, nc = (-(-x // r) * r for x, r in ((m, kernel.mr), (n, kernel.nr)))
         kc = -(-k // kernel.kr) * kernel.kr
         a, b = operands(kernel, rng, m, n, k)
-        stored = (x if order == "C" else np.asfortranarray(x) for x in (a, b))
-        a_in, b_in = stored
-        c = reference.poisoned((m, n), kernel.out)
-        sizes = [-(-x // 64) * 64 + slack for x in (mc * kc * kernel.a_panel_bytes, nc * kc * kernel.b_panel_bytes)]
-        with Region(sizes[0]) as a_region, Region(sizes[1]) as b_region:
-            packs = {"a_pack": a_region.end - sizes[0], "b_pack": b_region.end - sizes[1]}
-            for region, size in zip((a_region, b_region), sizes, strict=True):
-                region.array((size // 4,), np.float32).fill(np.nan)  # never read before it is written
-            pack_b_too = pack_b or order == "F"
-            kernel.call(a_in, b_in, c, pack_a=pack_a, pack_b=int(pack_b_too), mc=mc, nc=nc, kc=kc, **packs)
-        check(kernel, a, b, c)
+        want = kernel.expected(a, b)
+        a, b = (np.array(x, order=order) for x in (a, b))
+        of_a, of_b = mc * kc * kernel.a_panel_bytes, nc * (kc * kernel.b_panel_bytes + kernel.b_header_bytes)
+        sizes = [-(-x // 64) * 64 + PACK_SLACK_BYTES for x in (of_a, of_b)]
+        for pack_a, pack_b in kernel.packs(transposed_b=order == "F" and n > 1):
+            with Region(sizes[0]) as a_region, Region(sizes[1]) as b_region:
+                packs = {"a_pack": a_region.end - sizes[0], "b_pack": b_region.end - sizes[1]}
+                for region, size in zip((a_region, b_region), sizes, strict=True):
+                    region.array((size // 4,), np.float32).fill(np.nan)  # never read before it is written
+                c = kernel.product(a, b, pack_a=pack_a, pack_b=pack_b, mc=mc, nc=nc, kc=kc, **packs)
+            want.check(c)
 
 
 def test_bad_calls_are_refused(kernel):
-    from jax_nano import _runtime
-
     with pytest.raises(ValueError, match="no such kernel"):
         _runtime.call("nonesuch", {})
     with pytest.raises(ValueError, match="unknown field"):
         _runtime.call(kernel.name, {"ldc": 1})
-    with pytest.raises(ValueError, match="csb must be 1"):
-        _runtime.call(kernel.name, {"csb": 2})
+    with pytest.raises(ValueError, match="csb must be 1" if kernel.direct_b else "needs pack_b"):
+        _runtime.call(kernel.name, {"csb": 2, "pack_a": 1, "pack_b": 0})
     with pytest.raises(ValueError, match="multiples"):
         _runtime.call(kernel.name, {"mc": kernel.mr + 1})
+    for field, direct in (("pack_a", kernel.direct_a), ("pack_b", kernel.direct_b)):
+        if not direct:
+            with pytest.raises(ValueError, match=f"this kernel needs {field}"):
+                _runtime.call(kernel.name, {field: 0})
+    if kernel.narrow:
+        with pytest.raises(ValueError, match="rs_partial must be at least"):
+            _runtime.call(kernel.name, {"n": 3, "rs_partial": 3})
+
+
+def test_bad_rows_are_refused(kernel):
+    """Rows before the bad one run; a table of another width is no GemmArgs."""
+    for bad in (np.zeros((1, len(FIELDS) + 1), np.int64), np.zeros((1, len(FIELDS)), np.float64)):
+        with pytest.raises(TypeError):
+            _runtime.call_many(kernel.name, bad)
+    with pytest.raises(ValueError, match="multiples"):
+        kernel.call_many(mc=kernel.mr + 1, csb=1, pack_a=1, pack_b=1)
+    _runtime.call_many(kernel.name, np.zeros((0, len(FIELDS)), np.int64))
