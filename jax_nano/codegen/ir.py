@@ -99,6 +99,8 @@ class I64:
     def __or__(self, other: Size) -> Size:
         return self if _is(other, 0) else _binary(arith.ori, self, other)
 
+    __ror__ = __or__
+
     def _compare(self, predicate: int, other: Size) -> Value:
         return arith.cmpi(predicate, self.value, _i64(other))
 
@@ -504,9 +506,9 @@ def if_(
     return [_rewrap(x, v) for x, v in zip(like, op.results, strict=True)]
 
 
-def switch(value: I64, cases: Sequence[Callable[[], None]], first: int = 0) -> None:
+def switch(value: Size, cases: Sequence[Callable[[], None]], first: int = 0) -> None:
     """Runs ``cases[value - first]``; a value outside the cases runs the last one."""
-    index = arith.index_cast(ir.IndexType.get(), value.value)
+    index = arith.index_cast(ir.IndexType.get(), _i64(value))
     labels = [first + i for i in range(len(cases) - 1)]
     op = _op("scf.index_switch", [], [index], regions=len(cases), cases=ir.DenseI64ArrayAttr.get(labels))
     for region, case in zip(op.regions, [cases[-1], *cases[:-1]], strict=True):

@@ -15,7 +15,7 @@ An element of C depends on K and kc alone, so any split of m and n over threads 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -80,7 +80,7 @@ class Gemm:
         masks = all(self.target.masks(ir.elem_bytes(x)) for x in (self.a, self.b))
         packing = Packing(self.tile, self.family, self.a, self.b, masks)
         pack_a, pack_b = packing.emit(module, symbol)
-        names = {stream: [] for stream in (False, True)}
+        names: dict[bool, list[str]] = {stream: [] for stream in (False, True)}
         for rows in self._tile_rows():
             names[rows.full.stream].append(rows.emit(module, symbol))
         nest = _LoopNest(self, module, packing, pack_a, pack_b, names[False], names[True])
@@ -111,6 +111,22 @@ class Gemm:
 
 
 @dataclass(frozen=True)
+class _Given:
+    """The arguments of a generated function by name: addresses, and sizes, strides and flags."""
+
+    ptr: Mapping[str, Ptr]
+    size: Mapping[str, Size]
+
+    @classmethod
+    def of(cls, names: Sequence[str], values: Sequence[Ptr | I64]) -> _Given:
+        named = list(zip(names, values, strict=True))
+        return cls(
+            {name: value for name, value in named if isinstance(value, Ptr)},
+            {name: value for name, value in named if isinstance(value, I64)},
+        )
+
+
+@dataclass(frozen=True)
 class _TileRow:
     """All tiles from left to right against one panel of A: full ones, one of the whole vectors left, one masked."""
 
@@ -134,21 +150,22 @@ class _TileRow:
         name = f"{prefix}_row{self.full.tile.mr}{'_stream' if self.full.stream else ''}"
 
         def body(*args: Ptr | I64) -> None:
-            x = dict(zip(self.PARAMS, args, strict=True))
+            x = _Given.of(self.PARAMS, args)
             nr, lanes = self.full.tile.nr, self.full.tile.lanes
-            cols = x["cols"]
+            cols = x.size["cols"]
 
             def tile_at(j: Size, kernel: str, active: Size, panel: Size | None = None) -> None:
                 """The tile at column j, in the panel of B that begins at column ``panel`` if not at j itself."""
                 panel = j if panel is None else panel
-                here = {
-                    **x,
-                    "b": x["b"].at(panel * x["b_step"] + (j - panel)),
+                here: dict[str, Ptr | Size] = {
+                    **x.ptr,
+                    **x.size,
+                    "b": x.ptr["b"].at(panel * x.size["b_step"] + (j - panel)),
                     # The tile in column t of this row fetches row t of A's next panel.
-                    "ahead": x["ahead"].at(j // nr * x["rs_ahead"]),
-                    "c": x["c"].at(j),
+                    "ahead": x.ptr["ahead"].at(j // nr * x.size["rs_ahead"]),
+                    "c": x.ptr["c"].at(j),
                     "cols": active,
-                    "partial": x["partial"].at(j),
+                    "partial": x.ptr["partial"].at(j),
                 }
                 module.call(kernel, [here[p] for p in self.full.params])
 
@@ -156,7 +173,10 @@ class _TileRow:
             vectors = cols // lanes * lanes
             ir.loop(0, tiles, nr, [], lambda j: tile_at(j, kernels[-1], nr))
             if len(kernels) > 1:
-                rests = [lambda: None, *(partial(tile_at, tiles, k, n * lanes) for n, k in enumerate(kernels[:-1], 1))]
+                rests: list[Callable[[], None]] = [
+                    lambda: None,
+                    *(partial(tile_at, tiles, k, n * lanes) for n, k in enumerate(kernels[:-1], 1)),
+                ]
                 ir.switch((vectors - tiles) // lanes, rests)
             ir.if_(ir.less(vectors, cols), lambda: tile_at(vectors, masked, cols - vectors, tiles))
 
@@ -191,57 +211,58 @@ class _LoopNest:
             at = args.at(GEMM_ARGS.index(name))
             return Ptr(at.as_type("ptr").load(), pointers[name]) if name in pointers else I64(at.load())
 
-        x = {name: field(name) for name in GEMM_ARGS}
+        x = _Given.of(GEMM_ARGS, [field(name) for name in GEMM_ARGS])
 
         def product(index: Size) -> None:
-            here = {**x, **{p: x[p].at(index * x[s]) for p, s in (("a", "bsa"), ("b", "bsb"), ("c", "bsc"))}}
-            ir.loop(0, x["m"], x["mc"], [], lambda ic: self._block_m(here, ic))
+            moved = {p: x.ptr[p].at(index * x.size[s]) for p, s in (("a", "bsa"), ("b", "bsb"), ("c", "bsc"))}
+            here = _Given({**x.ptr, **moved}, x.size)
+            ir.loop(0, x.size["m"], x.size["mc"], [], lambda ic: self._block_m(here, ic))
 
-        ir.loop(0, x["batch"], 1, [], product)
+        ir.loop(0, x.size["batch"], 1, [], product)
 
-    def _block_m(self, x: dict[str, Ptr | I64], ic: Size) -> None:
-        k = x["k"]
-        rows = ir.minimum(x["m"] - ic, x["mc"])
+    def _block_m(self, x: _Given, ic: Size) -> None:
+        k = x.size["k"]
+        rows = ir.minimum(x.size["m"] - ic, x.size["mc"])
         # k == 0 still runs one block of depth 0, which stores zeros.
         once = k + ir.select_size(ir.equal(k, 0), 1, 0)
-        ir.loop(0, once, x["kc"], [], lambda pc: self._block_k(x, ic, rows, pc))
+        ir.loop(0, once, x.size["kc"], [], lambda pc: self._block_k(x, ic, rows, pc))
 
-    def _block_k(self, x: dict[str, Ptr | I64], ic: Size, rows: Size, pc: Size) -> None:
-        depth = ir.minimum(x["k"] - pc, x["kc"])
-        adds = ir.select_size(ir.equal(x["accumulate"] | pc, 0), 0, ADD)
-        goes_on = ir.select_size(ir.less(pc + depth, x["k"]), MORE, x["more"] * MORE)
+    def _block_k(self, x: _Given, ic: Size, rows: Size, pc: Size) -> None:
+        depth = ir.minimum(x.size["k"] - pc, x.size["kc"])
+        adds = ir.select_size(ir.equal(x.size["accumulate"] | pc, 0), 0, ADD)
+        goes_on = ir.select_size(ir.less(pc + depth, x.size["k"]), MORE, x.size["more"] * MORE)
         block = _Block(
             ic=ic,
             rows=rows,
             pc=pc,
             depth=depth,
             mode=adds + goes_on,
-            a=x["a"].at(ic * x["rsa"] + pc * x["csa"]),
-            a_strides=self.packing.a_strides(x["rsa"], x["csa"], depth),
+            a=x.ptr["a"].at(ic * x.size["rsa"] + pc * x.size["csa"]),
+            a_strides=self.packing.a_strides(x.size["rsa"], x.size["csa"], depth),
         )
-        ir.loop(0, x["n"], x["nc"], [], lambda jc: self._block_n(x, block, jc))
+        ir.loop(0, x.size["n"], x.size["nc"], [], lambda jc: self._block_n(x, block, jc))
 
-    def _block_n(self, x: dict[str, Ptr | I64], block: _Block, jc: Size) -> None:
+    def _block_n(self, x: _Given, block: _Block, jc: Size) -> None:
         gemm = self.gemm
-        cols = ir.minimum(x["n"] - jc, x["nc"])
-        b = x["b"].at(block.pc * x["rsb"] + jc * x["csb"])
+        cols = ir.minimum(x.size["n"] - jc, x.size["nc"])
+        b = x.ptr["b"].at(block.pc * x.size["rsb"] + jc * x.size["csb"])
 
         def packed() -> None:
-            self.module.call(self.pack_b, [b, x["b_pack"], block.depth, cols, x["rsb"], x["csb"]])
+            self.module.call(self.pack_b, [b, x.ptr["b_pack"], block.depth, cols, x.size["rsb"], x.size["csb"]])
             height = self.packing.b_panel_rows(block.depth)
-            self._panels_of_a(x, block, jc, cols, self.panel_rows, x["b_pack"], gemm.tile.nr, height)
+            self._panels_of_a(x, block, jc, cols, self.panel_rows, x.ptr["b_pack"], gemm.tile.nr, height)
 
         def where_it_lies() -> None:
-            self._panels_of_a(x, block, jc, cols, self.stream_rows, b, x["rsb"], 1)
+            self._panels_of_a(x, block, jc, cols, self.stream_rows, b, x.size["rsb"], 1)
 
         if gemm.direct_b:
-            ir.if_(ir.equal(x["pack_b"], 0), where_it_lies, packed)
+            ir.if_(ir.equal(x.size["pack_b"], 0), where_it_lies, packed)
         else:
             packed()
 
     def _panels_of_a(
         self,
-        x: dict[str, Ptr | I64],
+        x: _Given,
         block: _Block,
         jc: Size,
         cols: Size,
@@ -257,33 +278,37 @@ class _LoopNest:
 
         def panel(ir_: Size) -> None:
             here = ir.minimum(block.rows - ir_, mr)
-            source = block.a.at(ir_ * x["rsa"])
-            next_source = [Ptr(source.at(mr * x["rsa"]).value, unit), x["rsa"], x["csa"]]
-            room = x["a_pack"].at(ir_ * panel_depth)
-            like = [room, x["rsa"], x["csa"], room, x["rsa"], x["csa"]]
+            source = block.a.at(ir_ * x.size["rsa"])
+            next_source: list[Ptr | Size] = [
+                Ptr(source.at(mr * x.size["rsa"]).value, unit),
+                x.size["rsa"],
+                x.size["csa"],
+            ]
+            room = x.ptr["a_pack"].at(ir_ * panel_depth)
+            like = [room, x.size["rsa"], x.size["csa"], room, x.size["rsa"], x.size["csa"]]
 
             def packed() -> list[Ptr | Size]:
                 """This panel, and what the next one will be read from: its source if it is yet to be packed."""
                 first = ir.equal(jc, 0)
 
                 def pack() -> list[Ptr | Size]:
-                    self.module.call(self.pack_a, [source, room, here, block.depth, x["rsa"], x["csa"]])
+                    self.module.call(self.pack_a, [source, room, here, block.depth, x.size["rsa"], x.size["csa"]])
                     return next_source
 
                 ahead = ir.if_(first, pack, lambda: [room.at(mr * panel_depth), *block.a_strides], like=like[3:])
                 return [room, *block.a_strides, *ahead]
 
             def where_it_lies() -> list[Ptr | Size]:
-                return [source, x["rsa"], x["csa"], *next_source]
+                return [source, x.size["rsa"], x.size["csa"], *next_source]
 
             if gemm.direct_a:
                 a, rsa, csa, ahead, rs_ahead, ahead_step = ir.if_(
-                    ir.equal(x["pack_a"], 0), where_it_lies, packed, like=like
+                    ir.equal(x.size["pack_a"], 0), where_it_lies, packed, like=like
                 )
             else:
                 a, rsa, csa, ahead, rs_ahead, ahead_step = packed()
             c_row = block.ic + ir_
-            given = {
+            given: dict[str, Ptr | Size] = {
                 "a": a,
                 "b": b,
                 "ahead": ahead,
@@ -293,13 +318,13 @@ class _LoopNest:
                 "rs_ahead": rs_ahead,
                 "ahead_step": ahead_step,
                 "k": panel_depth,
-                "c": x["c"].at(c_row * x["rsc"] + jc),
-                "rsc": x["rsc"],
+                "c": x.ptr["c"].at(c_row * x.size["rsc"] + jc),
+                "rsc": x.size["rsc"],
                 "cols": cols,
                 "b_step": b_step,
                 "mode": block.mode,
-                "partial": x["partial"].at(c_row * x["rs_partial"] + jc),
-                "rs_partial": x["rs_partial"],
+                "partial": x.ptr["partial"].at(c_row * x.size["rs_partial"] + jc),
+                "rs_partial": x.size["rs_partial"],
             }
             calls = [partial(self.module.call, name, [given[p] for p in _TileRow.PARAMS]) for name in tile_rows]
             ir.switch(here, calls, first=1)
