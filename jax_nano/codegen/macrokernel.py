@@ -106,7 +106,8 @@ class Gemm:
             main=tile.mr == self.tile.mr and tile.nv == self.tile.nv,
             masked=masked,
             stream=stream,
-            masks=all(self.target.masks(ir.elem_bytes(x)) for x in (b, self.out)),
+            masks_b=self.target.masks(ir.elem_bytes(b)),
+            masks_c=self.target.masks(ir.elem_bytes(self.out)),
         )
 
 

@@ -31,8 +31,7 @@ ADD, MORE = 1, 2  # bits of ``mode``
 
 MAIN_UNROLL = 4  # K steps between two prefetches of the next panel, whose lines hold 16 f32 values of K
 A_ROWS_PER_POINTER = 7  # x86 reaches p + i * s for i = 0..6 from one pointer and the registers s, 3s and 5s
-STREAM_ROWS_AHEAD = 8  # rows of an unpacked B that few rows of A wait for, fetched ahead
-STREAM_PREFETCH_MAX_ROWS = 4  # ... up to so many rows of A; with more of them the products hide the latency
+STREAM_TILES_AHEAD = 2  # tiles of an unpacked B to fetch ahead, along its rows
 
 
 class RowOffsets:
@@ -61,8 +60,8 @@ class Microkernel:
       main: this is the one that does nearly all the work: unrolled, and prefetching what comes next.
       masked: its one vector a row is partial.
       stream: B is not packed: prefetch its rows.
-      masks: whether the target loads and stores masked vectors of B's and C's elements; else a masked microkernel
-        gets by without.
+      masks_b, masks_c: whether the target loads and stores masked vectors of B's and of C's elements; else a masked
+        microkernel gets by without.
     """
 
     tile: Tile
@@ -72,7 +71,8 @@ class Microkernel:
     main: bool
     masked: bool
     stream: bool
-    masks: bool
+    masks_b: bool
+    masks_c: bool
 
     @property
     def narrow(self) -> bool:
@@ -122,8 +122,8 @@ class Microkernel:
             pointers: Sequence[Ptr] = carried[: len(bases)]
             b_row: Ptr = carried[len(bases)]
             acc: Sequence[Value] = carried[len(bases) + 1 :]
-            if self.stream and tile.mr <= STREAM_PREFETCH_MAX_ROWS:
-                later = b_row.at(rsb * STREAM_ROWS_AHEAD)
+            if self.stream:
+                later = b_row.at(tile.nr * STREAM_TILES_AHEAD)
                 for o in range(0, tile.nr, 64 // ir.elem_bytes(self.b)):
                     later.at(o).prefetch()
             new = step(
@@ -162,7 +162,7 @@ class Microkernel:
             return lambda p: p.load(lanes)  # panels are filled up
         if not self.masked:
             return lambda p: self.family.prepare_b(p.load(lanes), self.b, 0)
-        if self.masks:
+        if self.masks_b:
             mask = ir.lane_mask(cols, lanes)
             return lambda p: self.family.prepare_b(p.load(lanes, mask), self.b, 0)
         # Elements of two bytes where only those of four can be masked: pairs, and the last one for itself.
@@ -185,8 +185,8 @@ class Microkernel:
         for row in rows:
             for line in range(0, tile.nr * ir.elem_bytes(self.out), 64):
                 row.at(line // ir.elem_bytes(self.out)).prefetch(write=True)
-        mask = ir.lane_mask(given["cols"], tile.lanes) if self.masked and self.masks else None
-        scratch = ir.alloca(tile.lanes, self.out) if self.masked and not self.masks else None
+        mask = ir.lane_mask(given["cols"], tile.lanes) if self.masked and self.masks_c else None
+        scratch = ir.alloca(tile.lanes, self.out) if self.masked and not self.masks_c else None
         partial = [given["partial"].at(i * given["rs_partial"]) for i in range(tile.mr)] if self.narrow else rows
         partial_mask = None if self.narrow else mask  # `partial` has room for whole tiles
 
