@@ -247,8 +247,8 @@ const KernelInfo& KernelNamed(std::string_view name) {
   return *kernel;
 }
 
-// Fills in what the caller left open, which is 0: cache blocking, and addresses of workspace, for which
-// there is memory behind this call.
+// Fills in what the caller left open, which is 0: cache blocking, and workspace, for which there is memory
+// until this call returns.
 void RunOne(const KernelInfo& kernel, GemmArgs x) {
   if (x.mc == 0 || x.kc == 0 || x.nc == 0) {
     GemmArgs planned = x;
@@ -257,6 +257,7 @@ void RunOne(const KernelInfo& kernel, GemmArgs x) {
     if (x.kc == 0) x.kc = planned.kc;
     if (x.nc == 0) x.nc = planned.nc;
   }
+  if (x.rs_partial == 0) x.rs_partial = RoundUp(x.n, kernel.nr);
   if (!x.pack_a && !kernel.direct_a) throw std::invalid_argument("this kernel needs pack_a");
   if (!x.pack_b && !kernel.direct_b) throw std::invalid_argument("this kernel needs pack_b");
   if (x.csb != 1 && !x.pack_b) throw std::invalid_argument("csb must be 1 unless pack_b");
@@ -300,7 +301,7 @@ void CallKernel(std::string_view kernel_name, const nb::dict& fields) {
   x.rsb = get("rsb", x.n);
   x.csb = get("csb", 1);
   x.rsc = get("rsc", x.n);
-  x.rs_partial = get("rs_partial", RoundUp(x.n, kernel.nr));
+  x.rs_partial = get("rs_partial", 0);
   x.batch = get("batch", 1);
   x.bsa = get("bsa", 0);
   x.bsb = get("bsb", 0);
@@ -350,7 +351,7 @@ NB_MODULE(_runtime, m) {
   m.def("dot", &Dot, "lhs"_a, "rhs"_a, "out"_a, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a,
         "out_labels"_a, "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a, "algorithm"_a = "default");
   m.def("call", &CallKernel, "kernel_name"_a, "args"_a);
-  m.def("call_many", &CallKernelOften, "kernel_name"_a, "rows"_a);
+  m.def("call_many", &CallKernelOften, "kernel_name"_a, "rows"_a.noconvert());
   m.def("workspace_bytes", &WorkspaceHighWater);
 }
 
