@@ -57,6 +57,7 @@ def show(name: str, stage: str, function: str | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the process's exit status."""
     parser = argparse.ArgumentParser(prog="python -m jax_nano.codegen", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="targets, signatures and kernels")

@@ -128,7 +128,7 @@ def _vector_kernels(target: Target) -> Iterator[Kernel]:
         yield _kernel(target, a, b, out, Fma(acc), f"one vfmadd231 a vector and K value{widened}")
     for algorithm, parts in ALGORITHMS.items():
         family: Family = Fma("float32", parts, splits=True)
-        why = f"{len(parts)} vfmadd231 on bf16 parts: no faster than f32, the same numbers as where there is a bf16 unit"
+        why = f"{len(parts)} vfmadd231 on bf16 parts: no faster than f32, the numbers that a bf16 unit gives"
         yield _kernel(target, "float32", "float32", "float32", family, why, algorithm)
     for a, b, out in INTEGER_SIGNATURES:
         family = Int8Widened(target.vector_bits)
@@ -156,9 +156,7 @@ def _bf16_kernels(target: Target) -> Iterator[Kernel]:
         yield _kernel(target, "float32", "float32", "float32", Bf16Dot(bits, parts), why, algorithm)
 
 
-def _kernel(
-    target: Target, a: str, b: str, out: str, family: Family, why: str, algorithm: str = "default"
-) -> Kernel:
+def _kernel(target: Target, a: str, b: str, out: str, family: Family, why: str, algorithm: str = "default") -> Kernel:
     temporaries = family.temporaries
     tile = check(panel_tile(target, ir.elem_bytes(family.acc), temporaries), target, temporaries)
     used = f"{tile.registers + temporaries} of {target.vector_registers} registers"

@@ -14,6 +14,8 @@ _VECTOR = re.compile(r"%[xyz]mm|%tmm")
 
 @dataclass(frozen=True)
 class Instruction:
+    """One line of a disassembly; operands as objdump prints them."""
+
     address: int
     mnemonic: str
     operands: str
