@@ -7,10 +7,9 @@ in lhs and rhs only, contracting; in lhs and out, M; in rhs and out, N. dtypes g
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
-from typing_extensions import CapsuleType  # types.CapsuleType is new in Python 3.13; stubs may always use this one
-
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import CapsuleType  # types.CapsuleType is new in Python 3.13; stubs may always use this one
 
 ABI_VERSION: int
 """Version of the custom call's attributes, part of every exported program."""

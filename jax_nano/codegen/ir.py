@@ -254,7 +254,7 @@ class Ptr:
         return Ptr(gep.result, self.elem)
 
     def at_scaled(self, index: Size, scale: int) -> Ptr:
-        """The address ``index * scale`` BYTES further on (scale 1, 2, 4 or 8): one x86 address ``p + index * scale``."""
+        """The address ``index * scale`` BYTES further (scale 1, 2, 4 or 8): one x86 address ``p + index * scale``."""
         return Ptr(Ptr(self.value, {1: "int8", 2: "int16", 4: "int32", 8: "int64"}[scale]).at(index).value, self.elem)
 
     def as_type(self, elem: str) -> Ptr:
