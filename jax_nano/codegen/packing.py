@@ -27,6 +27,8 @@ from .transpose import transpose
 PREFETCH_ROWS = 4  # rows of a strided operand to fetch ahead while it is packed
 
 Prepare = Callable[[Value, str, int], Value]
+_Part = tuple[Callable[[Size, Size], Ptr], Callable[[Value], Value]]
+"""Of a part of B: where the unit of (column, step) goes, and what is stored of an element."""
 
 
 @dataclass(frozen=True)
@@ -84,47 +86,32 @@ class Packing:
     # --- A ----------------------------------------------------------------------------------------------------
 
     def _pack_a(self, a: Ptr, panels: Ptr, rows: Size, k: Size, rsa: Size, csa: Size) -> None:
-        """Packs ``rows`` rows, panel behind panel."""
+        """Packs ``rows`` rows, panel behind panel, row behind row, part behind part: the order in which they lie, so
+        that what one overruns is written again by the next.
+        """
         steps, depth, mr = self.steps(k), self.depth(k), self.tile.mr
+        parts = [(steps * number, self._a_value(wanted)) for number, (wanted, _) in enumerate(self.family.parts)]
 
-        def part(number: int, wanted: int) -> None:
-            skipped = steps * number
+        def panel_of_columns(p: Size) -> None:
+            for skipped, value in parts:
+                self._columns_of_a(
+                    a.at(p), panels.at(p * depth + skipped * mr), ir.minimum(rows - p, mr), k, csa, value
+                )
 
-            def panel_of_columns(p: Size) -> None:
-                target = panels.at(p * depth + skipped * mr)
-                here = ir.minimum(rows - p, mr)
-                if self.masks:
-                    self._interleave_a(a.at(p), target, here, k, csa, wanted)
-                else:
-                    self._elements(
-                        (here, lambda i: a.at(p + i)),
-                        (k, csa),
-                        lambda i, s: target.at(s * mr + i),
-                        self._a_value(wanted),
-                    )
+        def row(i: Size) -> None:
+            for skipped, value in parts:
+                self._row(a.at(i * rsa), panels.at(i * depth + skipped), k, value, ahead=rsa)
 
-            def row(i: Size) -> None:
-                self._row(a.at(i * rsa), panels.at(i * depth + skipped), k, self._a_value(wanted), ahead=rsa)
+        def scattered() -> None:
+            for skipped, value in parts:
+                first = panels.at(skipped)
+                self._elements((rows, lambda i: a.at(i * rsa)), (k, csa), lambda i, s: first.at(i * depth + s), value)
 
-            ir.if_(
-                self._is_k_major(rsa, csa),
-                lambda: void(ir.loop(0, rows, mr, [], panel_of_columns)),
-                lambda: void(
-                    ir.if_(
-                        ir.equal(csa, 1),
-                        lambda: void(ir.loop(0, rows, 1, [], row)),
-                        lambda: self._elements(
-                            (rows, lambda i: a.at(i * rsa)),
-                            (k, csa),
-                            lambda i, s: panels.at(i * depth + skipped + s),
-                            self._a_value(wanted),
-                        ),
-                    )
-                ),
-            )
-
-        for number, (wanted, _) in enumerate(self.family.parts):
-            part(number, wanted)
+        ir.if_(
+            self._is_k_major(rsa, csa),
+            lambda: void(ir.loop(0, rows, mr, [], panel_of_columns)),
+            lambda: void(ir.if_(ir.equal(csa, 1), lambda: void(ir.loop(0, rows, 1, [], row)), scattered)),
+        )
 
     def _a_value(self, part: int) -> Callable[[Value], Value]:
         return lambda v: self.family.prepare_a(v, self.a, part)
@@ -132,7 +119,9 @@ class Packing:
     def _b_value(self, part: int) -> Callable[[Value], Value]:
         return lambda v: self.family.prepare_b(v, self.b, part)
 
-    def _interleave_a(self, a: Ptr, target: Ptr, here: Size, k: Size, csa: Size, part: int) -> None:
+    def _columns_of_a(
+        self, a: Ptr, target: Ptr, here: Size, k: Size, csa: Size, value: Callable[[Value], Value]
+    ) -> None:
         """One panel from columns that are contiguous along M."""
         lanes, mr = self.tile.lanes, self.tile.mr
 
@@ -141,9 +130,12 @@ class Packing:
             for o in range(0, mr, lanes):
                 mask = ir.lane_mask(here - o, lanes)
                 rows = [source.at(o + r * csa).load(lanes, mask) for r in range(present)]
-                target.at(s * mr + o).store(self._units(rows, self._a_value(part)))
+                target.at(s * mr + o).store(self._units(rows, value))
 
-        self._whole_and_last_step(k, step)
+        if self.masks:
+            self._whole_and_last_step(k, step)
+        else:
+            self._elements((here, lambda i: a.at(i)), (k, csa), lambda i, s: target.at(s * mr + i), value)
 
     # --- B ----------------------------------------------------------------------------------------------------
 
@@ -151,25 +143,25 @@ class Packing:
         """Packs ``cols`` columns, panel behind panel."""
         nr = self.tile.nr
         height = self.b_panel_rows(k) * nr
-        for number, (_, wanted) in enumerate(self.family.parts):
+
+        def part(number: int, wanted: int) -> _Part:
             first = panels.at((self.steps(k) * number + int(self.family.column_sums)) * nr)
+            return lambda j, s: first.at(j // nr * height + j % nr + s * nr), self._b_value(wanted)
 
-            def at(j: Size, s: Size, first: Ptr = first) -> Ptr:
-                """Where the unit of column j and step s goes."""
-                return first.at(j // nr * height + j % nr + s * nr)
+        parts = [part(number, wanted) for number, (_, wanted) in enumerate(self.family.parts)]
 
-            value = self._b_value(wanted)
-            ir.if_(
-                ir.equal(csb, 1),
-                lambda: self._copy_b_rows(b, at, k, cols, rsb, value),
-                lambda: void(
-                    ir.if_(
-                        ir.equal(rsb, 1),
-                        lambda: self._transpose_b(b, at, k, cols, csb, value),
-                        lambda: self._scattered_b(b, at, 0, k, cols, (rsb, csb), value),
-                    )
-                ),
-            )
+        def copied() -> None:
+            for at, value in parts:
+                self._copy_b_rows(b, at, k, cols, rsb, value)
+
+        def scattered() -> None:
+            for at, value in parts:
+                self._scattered_b(b, at, 0, k, cols, (rsb, csb), value)
+
+        def transposed() -> None:
+            self._transpose_b(b, parts, k, cols, csb)
+
+        ir.if_(ir.equal(csb, 1), copied, lambda: void(ir.if_(ir.equal(rsb, 1), transposed, scattered)))
         if self.family.column_sums:
             ir.loop(0, self._round_up(cols), nr, [], lambda p: self._sum_columns(panels.at(p // nr * height), k))
 
@@ -204,17 +196,17 @@ class Packing:
         if not self.masks:
             self._scattered_b(b, at, whole, k, cols, (rsb, 1), value)
 
-    def _transpose_b(
-        self, b: Ptr, at: Callable[[Size, Size], Ptr], k: Size, cols: Size, csb: Size, value: Callable[[Value], Value]
-    ) -> None:
+    def _transpose_b(self, b: Ptr, parts: Sequence[_Part], k: Size, cols: Size, csb: Size) -> None:
         nr, lanes, kr = self.tile.nr, self.tile.lanes, self.family.kr
         last = cols - 1
 
         def strip(j: Size) -> None:
             """Columns j .. j + lanes of B; those beyond the edge repeat the last one."""
             columns = [b.at(ir.minimum(j + o, last) * csb) for o in range(lanes)]
-            target = at(j, 0)
+            for at, value in parts:
+                strip_of_part(j, columns, at(j, 0), value)
 
+        def strip_of_part(j: Size, columns: Sequence[Ptr], target: Ptr, value: Callable[[Value], Value]) -> None:
             def block(s: Size, mask: Value | None) -> None:
                 vectors = [self._bits(value(c.at(s * kr).load(lanes * kr, mask))) for c in columns]
                 for o, units in enumerate(transpose(vectors, self.family.unit)):
@@ -236,8 +228,8 @@ class Packing:
             ir.loop(0, whole, lanes, [], lambda s: block(s, None))
             ir.if_(ir.negate(ir.equal(rest, 0)), lambda: tail(whole, rest))
 
-        # Strips in the order of the panels: what a strip overruns, the next one of its panel or the next panel
-        # writes again.
+        # Strips in the order of the panels and parts in that of their rows: what one overruns, the next part, strip
+        # or panel writes again.
         ir.loop(0, self._round_up(cols), lanes, [], strip)
 
     def _scattered_b(
@@ -332,7 +324,8 @@ class Packing:
         value: Callable[[Value], Value],
     ) -> None:
         """Any order, element by element: ``lines`` of K values (count, address of each one's first element),
-        ``depth`` K values with their stride, and where the unit of (line, step) goes."""
+        ``depth`` K values with their stride, and where the unit of (line, step) goes.
+        """
         count, line = lines
         k, stride = depth
         kr = self.family.kr
