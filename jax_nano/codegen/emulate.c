@@ -17,7 +17,7 @@ static float FromBf16(uint16_t x) {
   return f;
 }
 
-// bf16 products round to nearest even, take subnormal operands as zero and flush subnormal results, whatever MXCSR says.
+// bf16 products round to nearest even, take subnormal operands as zero and flush subnormal results, not asking MXCSR.
 static unsigned EnterBf16(void) {
   enum { kExceptionsMasked = 0x1f80, kDenormalsAreZero = 0x40, kFlushToZero = 0x8000 };
   const unsigned before = _mm_getcsr();

@@ -1,0 +1,112 @@
+"""Kernels of targets that this CPU lacks, emulated (jax_nano/codegen/emulate.py), with the surface of native ones.
+
+The library of emulated kernels is built once and kept in pytest's cache until a source of the generator changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from guarded import Region
+from kernel_abi import FIELDS, PACK_SLACK_BYTES
+
+import jax_nano.codegen
+from jax_nano.codegen import emulate, manifest
+from jax_nano.codegen.catalog import Kernel as CatalogKernel
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One emulated kernel: what the manifest says of it, and a way to call it."""
+
+    info: dict[str, Any]
+    function: Any  # a ctypes function
+
+    def __getattr__(self, name: str) -> Any:
+        return self.info[name]
+
+    def call(self, a: np.ndarray, b: np.ndarray, c: np.ndarray, **fields: int) -> None:
+        """C (+)= A @ B, as tests/kernels' native Kernel.call; blocks are as large as the product unless given.
+
+        The workspace is exactly as large as kernel_abi.h says, between pages that may not be touched.
+        """
+        (m, k), n = a.shape[-2:], b.shape[-1]
+        blocks = {"mc": _round_up(m, self.mr), "nc": _round_up(n, self.nr), "kc": _round_up(k, self.kr)}
+        x = dict.fromkeys(FIELDS, 0) | {"a": a.ctypes.data, "b": b.ctypes.data, "c": c.ctypes.data}
+        x |= {"m": m, "n": n, "k": k, "batch": 1, "rs_partial": _round_up(n, self.nr), **blocks, **_strides(a, b, c)}
+        x |= {"pack_a": int(not self.direct_a), "pack_b": int(not self.direct_b), **fields}
+        assert len(x) == len(FIELDS), "unknown field among the arguments"
+        assert x["csb"] == 1 or x["pack_b"]
+        sizes = {
+            "a_pack": x["pack_a"] and x["mc"] * x["kc"] * self.a_panel_bytes,
+            "b_pack": x["pack_b"] and x["nc"] * (x["kc"] * self.b_panel_bytes + self.b_header_bytes),
+        }
+        sizes = {name: _round_up(size, 64) + PACK_SLACK_BYTES for name, size in sizes.items() if size}
+        if self.narrow:
+            sizes["partial"] = _round_up(m * x["rs_partial"] * np.dtype(self.acc).itemsize, 64)
+        with contextlib.ExitStack() as regions:
+            for name, size in sizes.items():
+                if not x[name]:
+                    x[name] = regions.enter_context(Region(size)).end - size
+            self.function((ctypes.c_int64 * len(FIELDS))(*(x[name] for name in FIELDS)))
+
+
+def _round_up(x: int, unit: int) -> int:
+    """The smallest multiple of ``unit``, zero excepted, that is not below x."""
+    return max(-(-x // unit), 1) * unit
+
+
+def _strides(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> dict[str, int]:
+    """The stride fields of arrays (m, k), (k, n), (m, n), or of such with a batch dimension in front."""
+    strides = {}
+    for x, names in ((a, ("bsa", "rsa", "csa")), (b, ("bsb", "rsb", "csb")), (c, ("bsc", "rsc", "csc"))):
+        for name, stride in zip(names[3 - x.ndim :], x.strides, strict=True):
+            strides[name] = stride // x.itemsize
+    assert strides.pop("csc") == 1 or c.shape[-1] <= 1 or c.size == 0
+    if b.shape[-1] <= 1 or b.size == 0:  # NumPy's strides mean nothing then
+        strides["csb"] = 1
+    if c.ndim == 3:
+        strides["batch"] = c.shape[0]
+    return strides
+
+
+def load(kernels: list[CatalogKernel], folder: Path) -> dict[str, Kernel]:
+    """These kernels by name, from ``folder`` or built anew.
+
+    Raises:
+      ToolchainError: there is no LLVM 22 or C compiler to build them with.
+    """
+    library = folder / f"{_key(kernels)}.so"
+    with (folder / "lock").open("w") as lock:  # other test runs may share the folder
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            for old in folder.glob("*.so"):
+                old.unlink()
+            emulate.build(kernels, library, os.cpu_count() or 1)
+        functions = ctypes.CDLL(str(library))
+    return {k.name: Kernel(manifest.entry(k), _function(functions, k.symbol)) for k in kernels}
+
+
+def _function(library: ctypes.CDLL, symbol: str) -> Any:
+    function = getattr(library, symbol)
+    function.restype = None
+    return function
+
+
+def _key(kernels: list[CatalogKernel]) -> str:
+    """Stands for everything that the library is made of."""
+    folder = Path(jax_nano.codegen.__file__).parent
+    digest = hashlib.sha256()
+    for source in sorted(p for p in folder.rglob("*") if p.suffix in {".py", ".c"}):
+        digest.update(source.read_bytes())
+    for kernel in kernels:
+        digest.update(kernel.name.encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,234 @@
+"""Kernels of targets that this CPU lacks, run by emulation; and of those it has, the same bits as natively.
+
+JAX_NANO_REQUIRE_TARGET=emulated turns the skipping of these tests (for want of LLVM 22) into a failure.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import emulated
+import ml_dtypes
+import numpy as np
+import pytest
+import reference
+from guarded import Region
+
+from jax_nano import _runtime
+from jax_nano.codegen import catalog, emulate
+from jax_nano.codegen.nanokernel.fma import Fma
+from jax_nano.codegen.toolchain import ToolchainError
+
+SUPPORTED = {t["name"] for t in _runtime.targets() if t["supported"]}
+# Where the CPU has the target, only kernels with emulated instructions are of interest.
+KERNELS = [
+    k
+    for k in catalog.kernels()
+    if k.target != emulate.BASELINE and (k.target.name not in SUPPORTED or not isinstance(k.family, Fma))
+]
+KS = (0, 1, 3, 4, 33, 130)
+
+
+@pytest.fixture(scope="session")
+def library(request: pytest.FixtureRequest) -> dict[str, emulated.Kernel]:
+    if emulate.BASELINE.name not in SUPPORTED:
+        pytest.skip(f"this CPU is no {emulate.BASELINE.name}")
+    try:
+        return emulated.load(KERNELS, request.config.cache.mkdir("emulated-kernels"))
+    except ToolchainError as error:
+        message = str(error)
+    if "emulated" in os.environ.get("JAX_NANO_REQUIRE_TARGET", "").split(","):
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+@pytest.fixture(params=[k.name for k in KERNELS])
+def subject(request: pytest.FixtureRequest, library: dict[str, emulated.Kernel]) -> emulated.Kernel:
+    return library[request.param]
+
+
+@pytest.fixture(scope="module")
+def memory() -> Iterator[list[Region]]:
+    regions = [Region(1 << 20) for _ in range(3)]
+    yield regions
+    for r in regions:
+        r.__exit__(None, None, None)
+
+
+def place(region: Region, like: np.ndarray, order: str, at: str) -> np.ndarray:
+    """A copy of ``like`` in guarded memory, stored by rows (C) or by columns (F)."""
+    stored = region.array(like.shape if order == "C" else like.shape[::-1], like.dtype, at=at)
+    view = stored if order == "C" else stored.T
+    view[...] = like
+    return view
+
+
+def sizes(unit: int) -> tuple[int, ...]:
+    return (1, unit // 2 + 1, unit - 1, unit, 2 * unit + 3)
+
+
+def exact_parts(x: np.ndarray) -> list[np.ndarray]:
+    """An f32 array as the sum of three bf16 arrays, in float64."""
+    parts, rest = [], x.astype(np.float32)
+    for _ in range(3):
+        part = rest.astype(ml_dtypes.bfloat16).astype(np.float32)
+        parts.append(part.astype(np.float64))
+        with np.errstate(invalid="ignore"):
+            rest = np.where(np.isfinite(part), rest - part, 0).astype(np.float32)
+    return parts
+
+
+PRODUCTS = {
+    "BF16_BF16_F32": [(0, 0)],
+    "BF16_BF16_F32_X3": [(0, 0), (0, 1), (1, 0)],
+    "BF16_BF16_F32_X6": [(0, 0), (0, 1), (1, 0), (0, 2), (2, 0), (1, 1)],
+}
+
+
+def expected(kernel: emulated.Kernel, a: np.ndarray, b: np.ndarray, initial: np.ndarray | None = None) -> object:
+    if kernel.algorithm == "default":
+        return reference.expected("mk,kn->mn", a, b, out=kernel.out, acc=kernel.acc, initial=initial)
+    left, right = exact_parts(a), exact_parts(b)
+    with np.errstate(invalid="ignore"):
+        value = sum(left[i] @ right[j] for i, j in PRODUCTS[kernel.algorithm])
+    judged = reference.expected("mk,kn->mn", left[0], right[0], out=kernel.out, acc=kernel.acc, initial=initial)
+    if initial is not None:
+        value = value + initial
+    return reference.Expected(np.broadcast_to(value, judged.value.shape), 2 * judged.bound)
+
+
+def operands(kernel: emulated.Kernel, rng: np.random.Generator, m: int, n: int, k: int) -> tuple:
+    return reference.random(rng, (m, k), kernel.lhs), reference.random(rng, (k, n), kernel.rhs)
+
+
+def packs(kernel: emulated.Kernel, order_b: str) -> list[dict[str, int]]:
+    """What may be packed: everything, and as little as possible."""
+    least = {"pack_a": int(not kernel.direct_a), "pack_b": int(not kernel.direct_b or order_b == "F")}
+    most = {"pack_a": 1, "pack_b": 1}
+    return [most] if least == most else [most, least]
+
+
+@pytest.mark.parametrize(("at", "orders"), [("end", "CC"), ("begin", "CF"), ("end", "FC"), ("begin", "FF")])
+def test_edges_beside_guard_pages(subject, memory, rng, at, orders):
+    ms, ns = sizes(subject.mr), sizes(subject.nr)
+    for k in KS:
+        a_all, b_all = operands(subject, rng, ms[-1], ns[-1], k)
+        want = expected(subject, a_all, b_all)
+        for n in ns:
+            b = place(memory[1], b_all[:, :n], orders[1], at)
+            for m in ms:
+                a = place(memory[0], a_all[:m], orders[0], at)
+                for pack in packs(subject, orders[1]):
+                    c = memory[2].array((m, n), subject.out, at=at)
+                    c.fill(reference.poison(subject.out))
+                    subject.call(a, b, c, **pack)
+                    want[:m, :n].check(c, (m, n, k))
+
+
+@pytest.mark.parametrize("orders", ["CC", "CF", "FC", "FF"])
+def test_exact_on_integers_in_blocks(subject, rng, orders):
+    """Small blocks of every loop; sums that go on from C or `partial`, rounded or wrapped once, at the end."""
+    mc, nc, kc = 2 * subject.mr, subject.nr, 8 * subject.kr
+    m, n, k = mc + subject.mr + 1, 2 * nc + 5, 2 * kc + 3
+    a = np.asarray(reference.small_integers(rng, (m, k), subject.lhs), order=orders[0])
+    b = np.asarray(reference.small_integers(rng, (k, n), subject.rhs), order=orders[1])
+    half = kc + 1
+    want = (a.astype(np.int64) @ b.astype(np.int64)).astype(subject.out)
+    for pack in packs(subject, orders[1]):
+        blocks = {"mc": mc, "nc": nc, "kc": kc, **pack}
+        c = reference.poisoned((m, n), subject.out)
+        subject.call(a, b, c, **blocks)
+        assert np.array_equal(c, want)
+        c = reference.poisoned((m, n), subject.out)
+        rs_partial = -(-n // subject.nr) * subject.nr
+        partial = np.zeros((m, rs_partial), subject.acc)
+        sums = {"partial": partial.ctypes.data, "rs_partial": rs_partial} if subject.narrow else {}
+        subject.call(a[:, :half], b[:half], c, more=1, **blocks, **sums)
+        subject.call(a[:, half:], b[half:], c, accumulate=1, **blocks, **sums)
+        assert np.array_equal(c, want)
+
+
+def test_nothing_outside_leaks_in(subject, rng):
+    """Poison in the gaps of every operand; the gaps of C keep what they hold."""
+    for m, n, k in [(subject.mr + 1, subject.nr + 1, 7), (3, 17, 33)]:
+        a_room, b_room, c_room = (
+            reference.poisoned(shape, dtype)
+            for shape, dtype in (
+                ((m + 4, k + 5), subject.lhs),
+                ((k + 4, n + 35), subject.rhs),
+                ((m + 4, n + 35), subject.out),
+            )
+        )
+        a, b, c = a_room[2 : 2 + m, 3 : 3 + k], b_room[2 : 2 + k, 1 : 1 + n], c_room[2 : 2 + m, 1 : 1 + n]
+        a[...], b[...] = operands(subject, rng, m, n, k)
+        subject.call(a, b, c)
+        expected(subject, a, b).check(c)
+        c[...] = c_room[0, 0]
+        assert c_room.tobytes() == reference.poisoned(c_room.shape, subject.out).tobytes()
+
+
+def test_nan_and_inf(subject, rng):
+    if reference.is_integer(subject.acc):
+        pytest.skip("integers have neither")
+    m, n, k = subject.mr + 1, subject.nr + 7, 37
+    a, b = operands(subject, rng, m, n, k)
+    a[1, 3], a[4, 0], a[m - 1, k - 1] = np.nan, np.inf, -np.inf
+    b[3, 2], b[0, 5], b[k - 1, n - 1] = np.inf, 0, np.nan
+    a[2, :] = 0
+    c = reference.poisoned((m, n), subject.out)
+    subject.call(a, b, c)
+    want = expected(subject, a, b)
+    if subject.algorithm == "default":
+        want.check(c)
+    else:  # the rest of an Inf is zero, and zero times Inf is NaN: where exactly is the algorithm's business
+        finite = np.isfinite(want.value)
+        assert not np.isfinite(c[~finite]).any()
+        want[finite].check(c[finite])
+
+
+def test_extreme_integers(subject):
+    if not reference.is_integer(subject.acc):
+        pytest.skip("floats have tests of their own")
+    m, n, k = subject.mr + 1, subject.nr + 1, 515
+    for a_value in (np.iinfo(subject.lhs).min, np.iinfo(subject.lhs).max):
+        for b_value in (np.iinfo(subject.rhs).min, np.iinfo(subject.rhs).max):
+            a, b = np.full((m, k), a_value, subject.lhs), np.full((k, n), b_value, subject.rhs)
+            c = reference.poisoned((m, n), subject.out)
+            subject.call(a, b, c)
+            assert (c == np.array(int(a_value) * int(b_value) * k).astype(subject.out)).all()
+
+
+def test_bf16_products_flush_subnormals(subject):
+    if "bf" not in next(k for k in KERNELS if k.name == subject.name).family.instructions[0]:
+        pytest.skip("not a bf16 product instruction")
+    for x, y in [(2.0**-130, 2.0**20), (2.0**-70, 2.0**-60)]:
+        a, b = np.full((1, 2), x, subject.lhs), np.full((2, 1), y, subject.rhs)
+        c = reference.poisoned((1, 1), subject.out)
+        subject.call(a, b, c)
+        assert c[0, 0] == 0
+
+
+def bits(x: np.ndarray) -> np.ndarray:
+    """Bit patterns; a NaN's sign and payload mean nothing."""
+    raw = x.view(f"u{x.itemsize}")
+    return raw if reference.is_integer(x.dtype) else np.where(np.isnan(x), 0x7FC1, raw)
+
+
+def test_the_same_bits_as_natively(subject, rng):
+    """The emulation itself is right, NaN, Inf and subnormal numbers included: where the CPU can tell."""
+    if subject.target not in SUPPORTED:
+        pytest.skip(f"this CPU has no {subject.target}")
+    m, n, k = 2 * subject.mr + 1, 2 * subject.nr + 5, 67
+    for anything in (False, True):
+        a, b = operands(subject, rng, m, n, k)
+        if anything:  # all bit patterns
+            a, b = (np.frombuffer(rng.bytes(x.nbytes), x.dtype).reshape(x.shape) for x in (a, b))
+        ours, native = (reference.poisoned((m, n), subject.out) for _ in range(2))
+        kc = 16 * subject.kr
+        subject.call(a, b, ours, kc=kc)
+        strides = {"m": m, "n": n, "k": k, "rsa": k, "csa": 1, "rsb": n, "csb": 1, "rsc": n}
+        addresses = {"a": a.ctypes.data, "b": b.ctypes.data, "c": native.ctypes.data}
+        pack = {"pack_a": int(not subject.direct_a), "pack_b": int(not subject.direct_b)}
+        _runtime.call(subject.name, {**addresses, **strides, **pack, "kc": kc})
+        assert np.array_equal(bits(ours), bits(native))
