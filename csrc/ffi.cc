@@ -40,8 +40,12 @@ std::string DTypeName(ffi::DataType dtype) {
       return "uint8";
     case ffi::DataType::S16:
       return "int16";
+    case ffi::DataType::U16:
+      return "uint16";
     case ffi::DataType::S32:
       return "int32";
+    case ffi::DataType::U32:
+      return "uint32";
     default:
       return "dtype#" + std::to_string(static_cast<int>(dtype));
   }

@@ -21,8 +21,8 @@ constexpr KernelInfo kKernels[] = {
 };
 
 constexpr std::pair<std::string_view, int64_t> kElementBytes[] = {
-    {"float32", 4}, {"float64", 8}, {"bfloat16", 2}, {"float16", 2},
-    {"int8", 1},    {"uint8", 1},   {"int16", 2},    {"int32", 4},
+    {"float32", 4}, {"float64", 8}, {"bfloat16", 2}, {"float16", 2}, {"int8", 1},
+    {"uint8", 1},   {"int16", 2},   {"uint16", 2},   {"int32", 4},   {"uint32", 4},
 };
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <optional>
 #include <stdexcept>
+#include <utility>
 
 #include "registry.h"
 
@@ -43,6 +44,19 @@ std::string WhyUnsupported(const Features& cpu, const Target& target) {
   }
   if (missing.Has(F::kAmxPermission)) return "the operating system does not permit AMX";
   return "this CPU lacks " + Join(names);
+}
+
+// Integers wrap around, so a result has the same bits whichever of the two its dtype is.
+constexpr std::pair<std::string_view, std::string_view> kSameBits[] = {
+    {"int8", "uint8"}, {"int16", "uint16"}, {"int32", "uint32"}};
+
+// The integer dtype of the same size and the other sign; "" for any other dtype.
+std::string_view OtherSign(std::string_view dtype) {
+  for (const auto& [with_sign, without] : kSameBits) {
+    if (dtype == with_sign) return without;
+    if (dtype == without) return with_sign;
+  }
+  return "";
 }
 
 bool Compiled(const Target& target) {
@@ -101,6 +115,7 @@ const KernelInfo* SelectKernel(std::span<const Target* const> targets, std::stri
                                std::string_view out, std::string_view algorithm) {
   for (const Target* t : targets) {
     if (const KernelInfo* k = FindKernel(t->name, lhs, rhs, out, algorithm)) return k;
+    if (const KernelInfo* k = FindKernel(t->name, lhs, rhs, OtherSign(out), algorithm)) return k;
   }
   return nullptr;
 }

@@ -37,7 +37,8 @@ std::vector<const Target*> SelectTargets(const Features& cpu, std::string_view f
 // The same for this machine and environment; evaluated at the first call, errors thrown at every call.
 const std::vector<const Target*>& SelectedTargets();
 
-// The first of `targets` with a kernel for this signature; null if none has one.
+// The first of `targets` with a kernel for this signature, or for an integer result of the other sign, which
+// has the same bits; null if none has one.
 const KernelInfo* SelectKernel(std::span<const Target* const> targets, std::string_view lhs, std::string_view rhs,
                                std::string_view out, std::string_view algorithm);
 
