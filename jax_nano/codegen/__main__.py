@@ -9,29 +9,36 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import checks, emulate, manifest, report
+from .cache import Cache
 from .catalog import Kernel, find, kernels
 from .target import TARGETS
 from .toolchain import STAGES, Toolchain, ToolchainError
 
 
-def build(out: Path, jobs: int) -> None:
+def build(out: Path, jobs: int, cached: Path | None = None) -> None:
     """Generates every kernel's object file into ``out``, checks its machine code and writes the manifest."""
     tools = Toolchain.find()
     out.mkdir(parents=True, exist_ok=True)
+    cache = Cache(cached, tools)
     chosen = list(kernels())
 
     def make(kernel: Kernel, mlir: str) -> Path:
         path = out / f"{kernel.symbol}.o"
+        name = cache.name(kernel, mlir)
+        if cache.fetch(name, path):
+            return path
         scratch = path.with_suffix(".part.o")
         tools.object_file(tools.optimized(tools.llvm_ir(mlir), kernel.target), kernel.target, scratch)
         checks.k_loops(kernel, tools.disassemble(scratch))
         scratch.replace(path)
+        cache.keep(name, path)
         return path
 
     with ThreadPoolExecutor(jobs) as pool:
         # The bindings' contexts stay in this thread; the tools run side by side.
         work = [pool.submit(make, kernel, kernel.mlir()) for kernel in chosen]
         objects = [w.result() for w in work]
+    cache.drop_the_unused()
     manifest.write(chosen, objects, out)
     print(f"{len(objects)} kernels in {out}")
 
@@ -63,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("list", help="targets, signatures and kernels")
     b = commands.add_parser("build", help="generate all object files and the manifest")
     b.add_argument("--out", type=Path, required=True)
+    b.add_argument("--cache", type=Path, help="a folder that keeps objects from one build to the next")
     b.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     b.add_argument("--emulate", action="store_true", help="all kernels as one library for any x86-64-v3 CPU, for tests")
     d = commands.add_parser("dump", help="one kernel at one stage of the pipeline")
@@ -81,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.emulate:
                 emulate.build(kernels(), args.out / "emulated.so", args.jobs)
             else:
-                build(args.out, args.jobs)
+                build(args.out, args.jobs, args.cache)
         elif args.command == "dump":
             print(show(args.kernel, args.stage, args.function))
         elif args.command == "report":

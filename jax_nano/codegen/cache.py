@@ -1,0 +1,69 @@
+"""Object files of earlier builds, by what they were made from: kernels that did not change are not compiled again.
+
+The package is built once for each Python, from the same kernels; this makes the second build a matter of seconds.
+An object's name is a hash of its MLIR, its kernel's facts, the tools' versions and the sources that call the tools and
+check the outcome, so it is either right or not found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+import subprocess
+from pathlib import Path
+
+from .catalog import Kernel
+from .toolchain import Toolchain
+
+
+class Cache:
+    """A folder of objects. What a build did not use is dropped at its end, so the folder holds one build's worth."""
+
+    def __init__(self, folder: Path | None, tools: Toolchain):
+        self._folder = folder
+        self._used: set[str] = set()
+        self._tools = b""
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._tools = _fingerprint(tools)
+
+    def name(self, kernel: Kernel, mlir: str) -> str:
+        """The object's file name."""
+        parts = (self._tools, repr(kernel).encode(), mlir.encode())
+        return hashlib.sha256(b"\0".join(hashlib.sha256(p).digest() for p in parts)).hexdigest() + ".o"
+
+    def fetch(self, name: str, path: Path) -> bool:
+        """Copies an object to ``path``, if it is there."""
+        if self._folder is None:
+            return False
+        self._used.add(name)
+        try:
+            shutil.copyfile(self._folder / name, path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def keep(self, name: str, path: Path) -> None:
+        """Adds a finished and checked object."""
+        if self._folder is not None:
+            part = self._folder / f"{name}.part"
+            shutil.copyfile(path, part)
+            part.replace(self._folder / name)
+
+    def drop_the_unused(self) -> None:
+        """To be called when a whole build is done."""
+        for path in self._folder.iterdir() if self._folder is not None else ():
+            if path.name not in self._used:
+                with contextlib.suppress(FileNotFoundError):
+                    path.unlink()
+
+
+def _fingerprint(tools: Toolchain) -> bytes:
+    """Whatever decides what an object looks like, apart from its MLIR and target."""
+    digest = hashlib.sha256()
+    for path in tools.paths.values():
+        digest.update(subprocess.run([path, "--version"], capture_output=True, check=True).stdout)
+    for module in ("toolchain", "checks", "inspect_asm"):
+        digest.update(Path(__file__).with_name(f"{module}.py").read_bytes())
+    return digest.digest()
