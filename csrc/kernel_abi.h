@@ -32,6 +32,7 @@ struct GemmArgs {
   int64_t more;           // 1: the sum over k is not finished by this call: a narrow kernel leaves it in `partial`
   int64_t pack_a;         // 1: copy blocks of A into the workspace (required unless direct_a)
   int64_t pack_b;         // 1: copy blocks of B into the workspace (required unless direct_b and csb == 1)
+  int64_t inner;          // 1: the inner-product path (KernelInfo::inner; csa == rsb == 1, k whole, nothing packed)
   int64_t mc, kc, nc;     // cache blocking; mc multiple of mr, nc multiple of nr, kc multiple of kr
 };
 
@@ -55,6 +56,7 @@ struct KernelInfo {
   int32_t b_header_bytes;  // bytes in front of each packed column of B
   bool direct_a;           // whether A can be read where it lies
   bool direct_b;           // whether B can, if its columns are 1 apart
+  bool inner;              // whether it has an inner-product path
   bool narrow;             // whether C cannot hold unfinished sums: these live in GemmArgs::partial
   GemmFn fn;
 };

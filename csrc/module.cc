@@ -113,6 +113,7 @@ nb::dict KernelDict(const KernelInfo& k) {
   d["algorithm"] = k.algorithm;
   d["direct_a"] = k.direct_a;
   d["direct_b"] = k.direct_b;
+  d["inner"] = k.inner;
   d["narrow"] = k.narrow;
   return d;
 }
@@ -172,6 +173,7 @@ nb::dict PlanDict(const Plan& plan) {
   d["bsa"] = x.bsa;
   d["bsb"] = x.bsb;
   d["bsc"] = x.bsc;
+  d["inner"] = x.inner != 0;
   d["pack_a"] = x.pack_a != 0;
   d["pack_b"] = x.pack_b != 0;
   d["mc"] = x.mc;
@@ -252,10 +254,19 @@ const KernelInfo& KernelNamed(std::string_view name) {
 void RunOne(const KernelInfo& kernel, GemmArgs x) {
   if (x.mc == 0 || x.kc == 0 || x.nc == 0) {
     GemmArgs planned = x;
-    ChooseBlocking(kernel, HostCaches(), x.m, x.n, planned);
+    KernelInfo blocked = kernel;
+    blocked.inner = false;
+    ChooseBlocking(blocked, HostCaches(), 1, x.m, x.n, planned);
     if (x.mc == 0) x.mc = planned.mc;
     if (x.kc == 0) x.kc = planned.kc;
     if (x.nc == 0) x.nc = planned.nc;
+  }
+  if (x.inner) {
+    if (!kernel.inner) throw std::invalid_argument("this kernel has no inner-product path");
+    if (x.csa != 1 || x.rsb != 1) throw std::invalid_argument("csa and rsb must be 1 for the inner-product path");
+    if (x.accumulate || x.more) throw std::invalid_argument("the inner-product path takes the whole of k");
+    kernel.fn(&x);
+    return;
   }
   if (x.rs_partial == 0) x.rs_partial = RoundUp(x.n, kernel.nr);
   if (!x.pack_a && !kernel.direct_a) throw std::invalid_argument("this kernel needs pack_a");
@@ -310,6 +321,7 @@ void CallKernel(std::string_view kernel_name, const nb::dict& fields) {
   x.more = get("more", 0);
   x.pack_a = get("pack_a", !kernel.direct_a);
   x.pack_b = get("pack_b", !kernel.direct_b);
+  x.inner = get("inner", 0);
   x.mc = get("mc", 0);
   x.kc = get("kc", 0);
   x.nc = get("nc", 0);

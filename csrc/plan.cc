@@ -11,21 +11,29 @@ namespace jax_nano {
 namespace {
 
 // Cache blocking. The macrokernel's loops are
-//     for ic by mc, for pc by kc, [pack A], for jc by nc, [pack B], for ir by mr, for jr by nr
-// so a micro-panel of A (mr x kc) stays in L1 while the block of B (kc x nc) streams past it from L2, and
-// the block of A (mc x kc) comes from L3 once per block of B.
-constexpr int64_t kKcBytes = 1536;     // of one column of a B panel: 384 f32, 768 bf16
-constexpr double kBlockBOfL2 = 0.625;  // the rest of L2 is for A, C and what passes through
+//     for ic by mc, for pc by kc, for jc by nc, [pack B], for ir by mr, [pack A], for jr by nr
+// so a panel of A (mr x kc) stays in L1 while the block of B (kc x nc) streams past it from L2, and the next panel
+// of A comes from L3 meanwhile, prefetched a row for each tile: nc wants at least mr tiles.
+constexpr int64_t kKcBytes = 2048;     // of one column of a panel of B: 512 f32, 1024 bf16
+constexpr double kBlockBOfL2 = 0.875;  // the rest of L2 is for A, C and what passes through
 constexpr int64_t kMaxBlockABytes = 4 << 20;
 constexpr int64_t kMaxBlockBBytes = 2 << 20;
 constexpr int64_t kMaxPartialBytes = 3 << 19;  // 1.5 MiB; with the blocks above it stays below kMaxWorkspaceBytes
 
-// Packing pays once the packed block is read often enough.
-constexpr int64_t kPackBMinTiles = 4;         // B block read by this many register tiles of rows
+// B where it lies is as fast as packed while its rows are near each other or few rows of A read it.
+constexpr int64_t kPackBMinTiles = 8;         // register tiles of rows that pay for packing
 constexpr int64_t kTlbReachBytes = 64 << 12;  // L1 data TLB: rows of B further apart than this in sum
-constexpr int64_t kPackAMinTiles = 16;        // A block read by this many register tiles of columns
-constexpr int64_t kPackAMinTilesStrided = 4;  // the same when A's rows or columns are awkward to read
-constexpr int64_t kAliasBytes = 1024;         // row strides that are multiples of this share L1 sets
+constexpr int64_t kDirectMaxKc = 1024;
+constexpr int64_t kAliasBytes = 4096;  // rows this far apart share their sets in L1
+// A few rows of A against a large B: memory is the bottleneck, and B is best read as so many rows side by side, each
+// from end to end (Zen 4, 1x4096x1024: 26 GFLOP/s by 8 rows, 14 by all; 8x4096x1024: 67 by 16 rows, 44 by all).
+constexpr int64_t kVectorKc = 8;   // one row of A
+constexpr int64_t kSkinnyKc = 16;  // up to kSkinnyRows rows, where B's rows alias, or up to kThinRows
+constexpr int64_t kSkinnyRows = 8;
+constexpr int64_t kThinRows = 3;
+// Both operands contiguous along K: packing B would transpose it, which few rows or columns do not pay for.
+constexpr int64_t kInnerMaxRows = 16;
+constexpr int64_t kPackAMinTiles = 4;  // an A that is awkward to read, read by this many tiles of columns
 
 // Splitting over threads.
 constexpr int64_t kMinItemMacs = 128 << 10;  // about 2 us at peak: less is not worth waking a thread
@@ -77,24 +85,41 @@ int64_t PartialBytes(const KernelInfo& kernel, int64_t m, int64_t rs_partial) {
   return RoundUp(m * rs_partial * ElementBytes(kernel.acc), 64);
 }
 
-void ChooseBlocking(const KernelInfo& kernel, const Caches& caches, int64_t item_m, int64_t item_n, GemmArgs& args) {
+void ChooseBlocking(const KernelInfo& kernel, const Caches& caches, int64_t passes, int64_t item_m, int64_t item_n,
+                    GemmArgs& args) {
   const int64_t a_bytes = ElementBytes(kernel.lhs), b_bytes = ElementBytes(kernel.rhs);
 
-  // By the size of k alone: results must not depend on the split or on the machine's caches.
-  args.kc = BalancedBlock(args.k, kKcBytes / kernel.b_panel_bytes, kernel.kr);
+  // kc and what depends on it come from the whole product, never from the item or the machine's caches: the results
+  // must not depend on the split.
+  const bool rows_far_apart = args.k * args.rsb * b_bytes > kTlbReachBytes;
+  const bool b_aliases = args.rsb * b_bytes % kAliasBytes == 0;
+  args.pack_b = !kernel.direct_b || args.csb != 1 || (args.m >= kPackBMinTiles * kernel.mr && rows_far_apart);
+  if (args.pack_b) {
+    args.kc = BalancedBlock(args.k, kKcBytes / kernel.b_panel_bytes, kernel.kr);
+  } else if (rows_far_apart && args.m == 1) {
+    args.kc = kVectorKc;
+  } else if (rows_far_apart && args.m <= (b_aliases ? kSkinnyRows : kThinRows)) {
+    args.kc = kSkinnyKc;
+  } else {
+    args.kc = BalancedBlock(args.k, kDirectMaxKc, kernel.kr);
+  }
 
-  // B unpacked is read in rows of nr elements, kc of them for each register tile.
-  const bool b_beyond_tlb = std::min(args.k, args.kc) * args.rsb * b_bytes > kTlbReachBytes;
-  args.pack_b = !kernel.direct_b || args.csb != 1 || (item_m >= kPackBMinTiles * kernel.mr && b_beyond_tlb);
+  const bool along_k = kernel.inner && args.csa == 1 && args.rsb == 1 && (args.csb != 1 || args.n == 1);
+  args.inner = along_k && passes == 1 && std::min(args.m, args.n) <= kInnerMaxRows;
+  if (args.inner) {
+    args.pack_a = args.pack_b = 0;
+    args.mc = args.kc = args.nc = 0;
+    return;
+  }
 
-  // A unpacked is read one element of each of mr rows at a time.
-  const bool a_strided = args.csa != 1 || args.rsa * a_bytes % kAliasBytes == 0;
-  const int64_t tiles = a_strided ? kPackAMinTilesStrided : kPackAMinTiles;
-  args.pack_a = !kernel.direct_a || (item_n >= tiles * kernel.nr && item_m > 1);
+  // A unpacked is read one element of each of mr rows at a time: bad if these lie in the same sets of L1.
+  const bool a_awkward = args.csa != 1 || args.rsa * a_bytes % kAliasBytes == 0;
+  args.pack_a = !kernel.direct_a || (a_awkward && item_m > 1 && item_n >= kPackAMinTiles * kernel.nr);
 
   const int64_t b_column = args.kc * kernel.b_panel_bytes, a_row = args.kc * kernel.a_panel_bytes;
   const int64_t b_block = std::min(kMaxBlockBBytes, static_cast<int64_t>(kBlockBOfL2 * Real(caches.l2)));
-  args.nc = BalancedBlock(item_n, b_block / b_column, kernel.nr);
+  // Unpacked columns are not cut: there is no block to keep.
+  args.nc = BalancedBlock(item_n, args.pack_b ? b_block / b_column : item_n + kernel.nr, kernel.nr);
   // Each block of rows packs all of B again, so unpacked rows are not cut at all.
   const int64_t mc_most = args.pack_a ? kMaxBlockABytes / a_row : RoundUp(item_m, kernel.mr);
   args.mc = BalancedBlock(item_m, mc_most, kernel.mr);
@@ -192,12 +217,12 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
   const int64_t all_k = args.k * passes;
   plan.divisible = WorthSplitting(plan.products, args.m, args.n, all_k);
   plan.split = ChooseSplit(kernel, plan.products, args.m, args.n, all_k, threads);
-  ChooseBlocking(kernel, caches, args.m, args.n, args);  // kc does not depend on the split
-  const bool partial = kernel.narrow && (args.k > args.kc || passes > 1);
+  ChooseBlocking(kernel, caches, passes, args.m, args.n, args);  // kc does not depend on the split
+  const bool partial = kernel.narrow && (passes > 1 || (!args.inner && args.k > args.kc));
   if (partial) plan.split = SplitForPartialSums(kernel, args.m, args.n, plan.split);
   const int64_t item_m = CeilDiv(CeilDiv(args.m, kernel.mr), plan.split.m) * kernel.mr;
   const int64_t item_n = CeilDiv(CeilDiv(args.n, kernel.nr), plan.split.n) * kernel.nr;
-  ChooseBlocking(kernel, caches, std::min(item_m, args.m), std::min(item_n, args.n), args);
+  ChooseBlocking(kernel, caches, passes, std::min(item_m, args.m), std::min(item_n, args.n), args);
   plan.a_pack_bytes = PackedABytes(kernel, args);
   plan.b_pack_bytes = PackedBBytes(kernel, args);
   args.rs_partial = partial ? item_n : 0;

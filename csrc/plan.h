@@ -57,8 +57,10 @@ Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::s
 
 // The parts of MakePlan, for tests and tuning.
 
-// Fills pack_a, pack_b, mc, kc, nc of `args` for an item of item_m x item_n.
-void ChooseBlocking(const KernelInfo& kernel, const Caches& caches, int64_t item_m, int64_t item_n, GemmArgs& args);
+// Fills inner, pack_a, pack_b, mc, kc, nc of `args` (whose other fields describe the whole product) for items of
+// item_m x item_n, where `passes` kernel calls add up to one sum over k.
+void ChooseBlocking(const KernelInfo& kernel, const Caches& caches, int64_t passes, int64_t item_m, int64_t item_n,
+                    GemmArgs& args);
 
 // Whether the work fills two items.
 bool WorthSplitting(int64_t products, int64_t m, int64_t n, int64_t k);

@@ -38,6 +38,7 @@ __all__ = [
     "lane_mask",
     "loop",
     "minimum",
+    "multiply_add",
     "negate",
     "new_module",
     "select",
@@ -46,6 +47,7 @@ __all__ = [
     "splat",
     "subtract",
     "switch",
+    "tree_sum",
     "type_of",
     "vec",
     "xor_constant",
@@ -343,6 +345,21 @@ def fma(a: Value, b: Value, c: Value) -> Value:
     return llvm.FMAOp(a, b, c).results[0]
 
 
+def multiply_add(a: Value, b: Value, c: Value) -> Value:
+    """a * b + c; floats are rounded once, integers wrap."""
+    elem = a.type.element_type if isinstance(a.type, ir.VectorType) else a.type
+    return arith.addi(arith.muli(a, b), c) if isinstance(elem, ir.IntegerType) else fma(a, b, c)
+
+
+def tree_sum(v: Value) -> Value:
+    """The sum of a vector's lanes as a scalar: halves are added until one lane is left."""
+    n = lanes_of(v)
+    while n > 1:
+        n //= 2
+        v = add_vectors(shuffle(v, v, range(n)), shuffle(v, v, range(n, 2 * n)))
+    return extract(v, 0)
+
+
 def add_vectors(a: Value, b: Value) -> Value:
     elem = ir.VectorType(a.type).element_type if isinstance(a.type, ir.VectorType) else a.type
     return arith.addi(a, b) if isinstance(elem, ir.IntegerType) else arith.addf(a, b)
@@ -453,14 +470,28 @@ def alloca(count: int, elem: str) -> Ptr:
 
 def call_intrinsic(name: str, result: ir.Type, args: Sequence[Value]) -> Value:
     """Calls the LLVM intrinsic of this full name."""
+    return _intrinsic(name, [result], args).result
+
+
+def run_intrinsic(name: str, args: Sequence[Value]) -> None:
+    """The same for an intrinsic that gives nothing back."""
+    _intrinsic(name, [], args)
+
+
+def as_value(x: Size) -> Value:
+    """A size as the SSA value that an intrinsic takes."""
+    return _i64(x)
+
+
+def _intrinsic(name: str, results: Sequence[ir.Type], args: Sequence[Value]) -> ir.Operation:
     return _op(
         "llvm.call_intrinsic",
-        [result],
+        results,
         args,
         intrin=ir.StringAttr.get(name),
         op_bundle_sizes=ir.DenseI32ArrayAttr.get([]),
         operandSegmentSizes=ir.DenseI32ArrayAttr.get([len(args), 0]),
-    ).result
+    )
 
 
 # --- control flow ---------------------------------------------------------------------------------------------

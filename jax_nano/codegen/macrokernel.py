@@ -18,11 +18,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from . import ir
+from .amx_microkernel import AmxMicrokernel, AmxTileRow
+from .inner import InnerPath
 from .ir import I64, Ptr, Size
-from .microkernel import ADD, MORE, Microkernel
+from .microkernel import ADD, MORE, ROW_PARAMS, Microkernel
 from .nanokernel import Family
+from .nanokernel.amx import ROWS, AmxDot
 from .packing import Packing
 from .target import Target
 from .tile import Tile, stream_tile
@@ -32,7 +36,7 @@ GEMM_ARGS = (
     *("m", "n", "k"),
     *("rsa", "csa", "rsb", "csb", "rsc", "rs_partial"),
     *("batch", "bsa", "bsb", "bsc"),
-    *("accumulate", "more", "pack_a", "pack_b"),
+    *("accumulate", "more", "pack_a", "pack_b", "inner"),
     *("mc", "kc", "nc"),
 )
 """The fields of GemmArgs in the order of csrc/kernel_abi.h; each has 8 bytes."""
@@ -67,13 +71,22 @@ class Gemm:
         return self.family.kr == 1 and not self._splits
 
     @property
+    def inner(self) -> InnerPath | None:
+        """The inner-product path, where the nanokernel can take both operands as they lie along K."""
+        family = self.family
+        rounds = any(ir.elem_bytes(x) > ir.elem_bytes(y) for x, y in ((self.a, family.a_elem), (self.b, family.b_elem)))
+        if self._splits or family.column_sums or rounds or family.steps_at_once > 1:
+            return None
+        return InnerPath(self.tile.lanes, self.target.vector_registers, family, self.a, self.b, self.out)
+
+    @property
     def _splits(self) -> bool:
         return getattr(self.family, "splits", False)
 
-    def microkernels(self) -> Iterator[Microkernel]:
+    def microkernels(self) -> Iterator[Microkernel | AmxMicrokernel]:
         """Every microkernel of this product."""
         for rows in self._tile_rows():
-            yield from (*rows.whole, rows.masked)
+            yield from rows.microkernels()
 
     def emit(self, module: ir.Module, symbol: str) -> None:
         """Adds ``void symbol(const GemmArgs*)`` and everything behind it to the module."""
@@ -82,12 +95,17 @@ class Gemm:
         pack_a, pack_b = packing.emit(module, symbol)
         names: dict[bool, list[str]] = {stream: [] for stream in (False, True)}
         for rows in self._tile_rows():
-            names[rows.full.stream].append(rows.emit(module, symbol))
-        nest = _LoopNest(self, module, packing, pack_a, pack_b, names[False], names[True])
+            names[rows.stream].append(rows.emit(module, symbol))
+        inner = self.inner.emit(module, symbol) if self.inner else None
+        nest = _LoopNest(self, module, packing, pack_a, pack_b, names[False], names[True], inner)
         module.function(symbol, ["int64"], nest.emit, internal=False)
 
-    def _tile_rows(self) -> Iterator[_TileRow]:
-        """For each number of rows 1..mr, against packed panels of B and against B where it lies."""
+    def _tile_rows(self) -> Iterator[_TileRow | AmxTileRow]:
+        """For each number of rows 1..mr, or of rows of tiles, against packed panels of B and B where it lies."""
+        if isinstance(self.family, AmxDot):
+            for tiles in range(1, self.tile.mr // ROWS + 1):
+                yield AmxTileRow(tiles, self.family, self.out)
+            return
         for stream in (False, True) if self.direct_b else (False,):
             for m in range(1, self.tile.mr + 1):
                 tile = Tile(m, self.tile.nv, self.tile.lanes)
@@ -138,10 +156,12 @@ class _TileRow:
     def full(self) -> Microkernel:
         return self.whole[-1]
 
-    PARAMS = (
-        *("a", "b", "ahead", "rsa", "csa", "rsb", "rs_ahead", "ahead_step", "k"),
-        *("c", "rsc", "cols", "b_step", "mode", "partial", "rs_partial"),
-    )
+    @property
+    def stream(self) -> bool:
+        return self.full.stream
+
+    def microkernels(self) -> Sequence[Microkernel]:
+        return [*self.whole, self.masked]
 
     def emit(self, module: ir.Module, prefix: str) -> str:
         kernels = [k.emit(module, prefix) for k in self.whole]
@@ -151,7 +171,7 @@ class _TileRow:
         name = f"{prefix}_row{self.full.tile.mr}{'_stream' if self.full.stream else ''}"
 
         def body(*args: Ptr | I64) -> None:
-            x = _Given.of(self.PARAMS, args)
+            x = _Given.of(ROW_PARAMS, args)
             nr, lanes = self.full.tile.nr, self.full.tile.lanes
             cols = x.size["cols"]
 
@@ -181,7 +201,7 @@ class _TileRow:
                 ir.switch((vectors - tiles) // lanes, rests)
             ir.if_(ir.less(vectors, cols), lambda: tile_at(vectors, masked, cols - vectors, tiles))
 
-        module.function(name, [pointers.get(p, "i64") for p in self.PARAMS], body, internal=True)
+        module.function(name, [pointers.get(p, "i64") for p in ROW_PARAMS], body, internal=True)
         return name
 
 
@@ -196,6 +216,7 @@ class _LoopNest:
     pack_b: str
     panel_rows: list[str]
     stream_rows: list[str]
+    inner: Callable[[dict[str, Any]], None] | None
 
     def emit(self, args: Ptr) -> None:
         gemm, family = self.gemm, self.gemm.family
@@ -217,7 +238,15 @@ class _LoopNest:
         def product(index: Size) -> None:
             moved = {p: x.ptr[p].at(index * x.size[s]) for p, s in (("a", "bsa"), ("b", "bsb"), ("c", "bsc"))}
             here = _Given({**x.ptr, **moved}, x.size)
-            ir.loop(0, x.size["m"], x.size["mc"], [], lambda ic: self._block_m(here, ic))
+
+            def blocked() -> None:
+                ir.loop(0, x.size["m"], x.size["mc"], [], lambda ic: self._block_m(here, ic))
+
+            inner = self.inner
+            if inner is None:
+                blocked()
+            else:
+                ir.if_(ir.equal(x.size["inner"], 0), blocked, lambda: inner({**here.ptr, **here.size}))
 
         ir.loop(0, x.size["batch"], 1, [], product)
 
@@ -321,14 +350,16 @@ class _LoopNest:
                 "k": panel_depth,
                 "c": x.ptr["c"].at(c_row * x.size["rsc"] + jc),
                 "rsc": x.size["rsc"],
+                "rows": here,
                 "cols": cols,
                 "b_step": b_step,
                 "mode": block.mode,
                 "partial": x.ptr["partial"].at(c_row * x.size["rs_partial"] + jc),
                 "rs_partial": x.size["rs_partial"],
             }
-            calls = [partial(self.module.call, name, [given[p] for p in _TileRow.PARAMS]) for name in tile_rows]
-            ir.switch(here, calls, first=1)
+            calls = [partial(self.module.call, name, [given[p] for p in ROW_PARAMS]) for name in tile_rows]
+            each = mr // len(tile_rows)  # rows that one of them stands for: 1, or those of a tile
+            ir.switch((here + (each - 1)) // each, calls, first=1)
 
         ir.loop(0, block.rows, mr, [], panel)
 

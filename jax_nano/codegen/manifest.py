@@ -25,12 +25,13 @@ def entry(kernel: Kernel) -> dict[str, Any]:
         "algorithm": kernel.algorithm,
         "mr": kernel.tile.mr,
         "nr": kernel.tile.nr,
-        "kr": family.kr,
+        "kr": family.kr * family.steps_at_once,
         "a_panel_bytes": ir.elem_bytes(family.a_elem) * len(family.parts),
         "b_panel_bytes": ir.elem_bytes(family.b_elem) * len(family.parts),
         "b_header_bytes": ir.elem_bytes(family.unit) * family.column_sums,
         "direct_a": kernel.gemm.direct_a,
         "direct_b": kernel.gemm.direct_b,
+        "inner": kernel.gemm.inner is not None,
         "narrow": ir.elem_bytes(kernel.out) < ir.elem_bytes(family.acc),
     }
 

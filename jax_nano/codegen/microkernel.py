@@ -29,6 +29,12 @@ from .tile import Tile
 
 ADD, MORE = 1, 2  # bits of ``mode``
 
+ROW_PARAMS = (
+    *("a", "b", "ahead", "rsa", "csa", "rsb", "rs_ahead", "ahead_step", "k"),
+    *("c", "rsc", "rows", "cols", "b_step", "mode", "partial", "rs_partial"),
+)
+"""What a row of tiles from left to right against one panel of A is called with (``macrokernel``)."""
+
 MAIN_UNROLL = 4  # K steps between two prefetches of the next panel, whose lines hold 16 f32 values of K
 A_ROWS_PER_POINTER = 7  # x86 reaches p + i * s for i = 0..6 from one pointer and the registers s, 3s and 5s
 STREAM_TILES_AHEAD = 2  # tiles of an unpacked B to fetch ahead, along its rows

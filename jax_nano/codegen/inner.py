@@ -1,0 +1,150 @@
+"""The inner-product path: both operands contiguous along K, and few rows or columns.
+
+There a microkernel holds ``rows x cols`` accumulators that are vectors along K, reads every operand once where it
+lies, and sums each accumulator's lanes at the end. Nothing is packed: a matrix-vector product with a row-major matrix
+or the scores of one query against a cache of keys run at the speed of memory.
+
+    for each product of the batch
+      for j in n by cols                  the longer side outside: its rows are read once
+        for i in m by rows                (or the other way round)
+          microkernel: all of k
+
+Sums are taken lane by lane, then over the lanes as a tree, whatever the split over m and n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from . import ir
+from .ir import I64, Ptr, Size, Value
+from .nanokernel import Family
+from .packing import void
+
+ROWS, COLS = 4, 4  # 16 accumulators hide the latency of two pipes; with operands 24 of 32 registers
+NARROW_ROWS, NARROW_COLS = 3, 3  # for 16 registers
+
+
+@dataclass(frozen=True)
+class InnerMicrokernel:
+    """``rows`` rows of A against ``cols`` columns of B, over all of K.
+
+    Attributes:
+      rows, cols: the tile.
+      lanes: units in a vector.
+      family: the nanokernel's instructions.
+      a, b, out: dtype names in the caller's buffers.
+    """
+
+    rows: int
+    cols: int
+    lanes: int
+    family: Family
+    a: str
+    b: str
+    out: str
+
+    PARAMS = ("a", "b", "rsa", "csb", "k", "c", "rsc")
+
+    def name(self, prefix: str) -> str:
+        return f"{prefix}_inner_{self.rows}x{self.cols}"
+
+    def emit(self, module: ir.Module, prefix: str) -> str:
+        """Adds the microkernel to the module (once) and returns its name."""
+        pointers = {"a": self.a, "b": self.b, "c": self.out}
+        name = self.name(prefix)
+        module.function(name, [pointers.get(p, "i64") for p in self.PARAMS], self._body, internal=True)
+        return name
+
+    def _body(self, *args: Any) -> None:
+        a, b, rsa, csb, k, c, rsc = args
+        family, chunk = self.family, self.lanes * self.family.kr
+        a_rows = [a.at(i * rsa) for i in range(self.rows)]
+        b_cols = [b.at(j * csb) for j in range(self.cols)]
+
+        def units(p: Ptr, prepare: Callable[[Value, str, int], Value], source: str) -> Value:
+            return ir.bitcast(prepare(p.load(chunk), source, 0), self.lanes, family.unit)
+
+        def step(_: I64, *carried: Any) -> list[Any]:
+            """One vector of K of every row and column; the pointers move, so that no index needs a register."""
+            pointers = carried[: self.rows + self.cols]
+            acc = list(carried[self.rows + self.cols :])
+            held = [units(p, family.prepare_b, self.b) for p in pointers[self.rows :]]
+            for i, p in enumerate(pointers[: self.rows]):
+                streamed = units(p, family.prepare_a, self.a)
+                for j in range(self.cols):
+                    acc[i * self.cols + j] = family.product(streamed, held[j], acc[i * self.cols + j])
+            return [*(p.at(chunk) for p in pointers), *acc]
+
+        zero = ir.zeros(self.lanes, family.acc)
+        state = [*a_rows, *b_cols, *[zero] * (self.rows * self.cols)]
+        out = ir.loop(0 - k // chunk, 0, 1, state, step)
+        whole = k // chunk * chunk
+        sums = [ir.tree_sum(v) for v in out[self.rows + self.cols :]]
+
+        def element(kk: I64, *sums: Value) -> list[Value]:
+            """What K leaves beyond whole vectors, one by one."""
+            xs = [ir.convert(p.at(kk).load(), self.a, family.acc) for p in a_rows]
+            ys = [ir.convert(p.at(kk).load(), self.b, family.acc) for p in b_cols]
+            return [ir.multiply_add(xs[n // self.cols], ys[n % self.cols], s) for n, s in enumerate(sums)]
+
+        sums = ir.loop(whole, k, 1, sums, element)
+        for n, s in enumerate(sums):
+            i, j = divmod(n, self.cols)
+            c.at(i * rsc + j).store(ir.convert(s, family.acc, self.out))
+
+
+@dataclass(frozen=True)
+class InnerPath:
+    """All inner-product microkernels of a kernel, and the loops around them."""
+
+    lanes: int
+    registers: int
+    family: Family
+    a: str
+    b: str
+    out: str
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        return (ROWS, COLS) if self.registers >= 32 else (NARROW_ROWS, NARROW_COLS)
+
+    def microkernels(self) -> list[InnerMicrokernel]:
+        rows, cols = self.tile
+        return [
+            InnerMicrokernel(r, c, self.lanes, self.family, self.a, self.b, self.out)
+            for r in range(1, rows + 1)
+            for c in range(1, cols + 1)
+        ]
+
+    def emit(self, module: ir.Module, prefix: str) -> Callable[[dict[str, Any]], None]:
+        """Adds the microkernels and returns what emits the loops for one product, given the fields of GemmArgs."""
+        kernels = [k.emit(module, prefix) for k in self.microkernels()]
+        rows, cols = self.tile
+
+        def nest(x: dict[str, Any]) -> None:
+            def tile(i: Size, j: Size) -> None:
+                here_m, here_n = ir.minimum(x["m"] - i, rows), ir.minimum(x["n"] - j, cols)
+                given = {
+                    **x,
+                    "a": x["a"].at(i * x["rsa"]),
+                    "b": x["b"].at(j * x["csb"]),
+                    "c": x["c"].at(i * x["rsc"] + j),
+                }
+                calls = [partial(module.call, name, [given[p] for p in InnerMicrokernel.PARAMS]) for name in kernels]
+                which = (here_m - 1) * cols + (here_n - 1)
+                assert isinstance(which, I64)
+                ir.switch(which, calls)
+
+            def columns_outside() -> None:
+                ir.loop(0, x["n"], cols, [], lambda j: void(ir.loop(0, x["m"], rows, [], lambda i: tile(i, j))))
+
+            def rows_outside() -> None:
+                ir.loop(0, x["m"], rows, [], lambda i: void(ir.loop(0, x["n"], cols, [], lambda j: tile(i, j))))
+
+            ir.if_(ir.less(x["m"], x["n"]), columns_outside, rows_outside)
+
+        return nest
