@@ -173,14 +173,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def print_kernels() -> None:
-    """Which of the compiled kernels this machine runs."""
-    target = _runtime.selected_target()
+    """Which of the compiled kernels computes the products here."""
+    plan = None
+    if _runtime.selected_target():
+        matrices = (64, 64), (64, 64), (0, 1), (1, 2), (0, 2)  # shapes and labels: A[0, 1] B[1, 2] = C[0, 2]
+        plan = _runtime.plan(*matrices, "float32", "float32", "float32", 1)
     for entry in _runtime.targets():
-        note = "runs here" if entry["name"] == target else entry["why"] or "usable, not the best"
+        chosen = plan is not None and entry["name"] == plan["target"]
+        note = "runs here" if chosen else entry["why"] or "usable, not the best for float32"
         print(f"  target   {entry['name']:<14} {note}")
-    for kernel in _runtime.kernels():
-        if kernel["target"] == target:
-            print(f"  kernel   {kernel['name']}  (register tile {kernel['mr']}x{kernel['nr']})")
+    if plan is not None:
+        print(f"  kernel   {plan['kernel']}")
 
 
 class Checks:
