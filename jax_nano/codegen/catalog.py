@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import ir
+from .amx_microkernel import TILE_REGISTERS, AmxMicrokernel, block_tile
+from .inner import InnerMicrokernel
 from .macrokernel import Gemm
 from .microkernel import Microkernel
 from .nanokernel import Family
+from .nanokernel.amx import AmxDot
 from .nanokernel.bf16_dot import Bf16Dot
 from .nanokernel.bf16_parts import ALGORITHMS
 from .nanokernel.fma import Fma
@@ -79,7 +82,7 @@ class Kernel:
             self.gemm.emit(module, self.symbol)
             return module.text()
 
-    def microkernels(self) -> dict[str, Microkernel]:
+    def microkernels(self) -> dict[str, Microkernel | AmxMicrokernel | InnerMicrokernel]:
         """Its microkernels by the names of their generated functions."""
         return {m.name(self.symbol): m for m in self.gemm.microkernels()}
 
@@ -118,6 +121,7 @@ def kernels() -> Iterator[Kernel]:
     for name in ("avx_vnni", "avx512_vnni"):
         yield from _vnni_kernels(TARGETS[name])
     yield from _bf16_kernels(TARGETS["avx512_bf16"])
+    yield from _amx_kernels(TARGETS["amx"])
 
 
 def _vector_kernels(target: Target) -> Iterator[Kernel]:
@@ -154,6 +158,21 @@ def _bf16_kernels(target: Target) -> Iterator[Kernel]:
     for algorithm, parts in ALGORITHMS.items():
         why = f"{len(parts)} vdpbf16ps on bf16 parts of f32"
         yield _kernel(target, "float32", "float32", "float32", Bf16Dot(bits, parts), why, algorithm)
+
+
+def _amx_kernels(target: Target) -> Iterator[Kernel]:
+    def kernel(a: str, b: str, out: str, family: AmxDot, why: str, algorithm: str = "default") -> Kernel:
+        why = f"{why}; 2 x 2 tiles: 4 loads for 4 products, 7 of {TILE_REGISTERS} tile registers"
+        return Kernel(target, a, b, out, family, block_tile(), algorithm, why)
+
+    for out in ("float32", "bfloat16"):
+        yield kernel("bfloat16", "bfloat16", out, AmxDot.of_bf16(), "tdpbf16ps: 16 times the products of vfmadd231")
+    for algorithm, parts in ALGORITHMS.items():
+        why = f"{len(parts)} tdpbf16ps on bf16 parts of f32"
+        yield kernel("float32", "float32", "float32", AmxDot.of_bf16(parts), why, algorithm)
+    for a, b, out in INTEGER_SIGNATURES:
+        family = AmxDot.of_bytes(a, b)
+        yield kernel(a, b, out, family, f"{family.instruction}: takes these signs as they are")
 
 
 def _kernel(target: Target, a: str, b: str, out: str, family: Family, why: str, algorithm: str = "default") -> Kernel:

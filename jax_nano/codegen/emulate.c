@@ -64,3 +64,68 @@ EXPORT void jax_nano_vpdpbusd(uint32_t* r, const uint32_t* acc, const uint8_t* a
     for (int64_t j = 4 * i; j < 4 * i + 4; ++j) r[i] += (uint32_t)(a[j] * b[j]);
   }
 }
+
+// --- tiles: 16 rows of 64 bytes, of which `rows` and `bytes` are used; the rest is zero ---
+
+enum { kRows = 16, kRowBytes = 64, kUnits = kRowBytes / 4 };
+
+// TILEZERO
+EXPORT void jax_nano_tilezero(char* r, int16_t rows, int16_t bytes) { memset(r, 0, kRows * kRowBytes); }
+
+// TILELOADD
+EXPORT void jax_nano_tileloadd(char* r, int16_t rows, int16_t bytes, const char* base, int64_t stride) {
+  memset(r, 0, kRows * kRowBytes);
+  for (int64_t i = 0; i < rows; ++i) memcpy(r + i * kRowBytes, base + i * stride, bytes);
+}
+
+// TILESTORED
+EXPORT void jax_nano_tilestored(int16_t rows, int16_t bytes, char* base, int64_t stride, const char* tile) {
+  for (int64_t i = 0; i < rows; ++i) memcpy(base + i * stride, tile + i * kRowBytes, bytes);
+}
+
+// TDPBF16PS: the sums over even and over odd elements apart, then both together, then added to the accumulator.
+APART static void Bf16Tiles(float* r, int64_t rows, int64_t columns, int64_t steps, const float* acc, const uint16_t* a,
+                            const uint16_t* b) {
+  for (int64_t i = 0; i < rows; ++i) {
+    float even[kUnits] = {0}, odd[kUnits] = {0};
+    for (int64_t s = 0; s < steps; ++s) {
+      const float a_even = FromBf16(a[2 * (i * kUnits + s)]), a_odd = FromBf16(a[2 * (i * kUnits + s) + 1]);
+      for (int64_t j = 0; j < columns; ++j) {
+        even[j] = fmaf(a_even, FromBf16(b[2 * (s * kUnits + j)]), even[j]);
+        odd[j] = fmaf(a_odd, FromBf16(b[2 * (s * kUnits + j) + 1]), odd[j]);
+      }
+    }
+    for (int64_t j = 0; j < columns; ++j) r[i * kUnits + j] = acc[i * kUnits + j] + (even[j] + odd[j]);
+  }
+}
+
+EXPORT void jax_nano_tdpbf16ps(float* r, int16_t rows, int16_t bytes, int16_t depth, const float* acc,
+                               const uint16_t* a, const uint16_t* b) {
+  jax_nano_tilezero((char*)r, rows, bytes);
+  const unsigned before = EnterBf16();
+  Bf16Tiles(r, rows, bytes / 4, depth / 4, acc, a, b);
+  _mm_setcsr(before);
+}
+
+// TDPBSSD, TDPBSUD, TDPBUSD, TDPBUUD: quads of bytes, each operand signed or not.
+#define JAX_NANO_TDPB(signs, A, B)                                                                                  \
+  EXPORT void jax_nano_tdpb##signs##d(uint32_t* r, int16_t rows, int16_t bytes, int16_t depth, const uint32_t* acc, \
+                                      const A* a, const B* b) {                                                     \
+    jax_nano_tilezero((char*)r, rows, bytes);                                                                       \
+    for (int64_t i = 0; i < rows; ++i) {                                                                            \
+      for (int64_t j = 0; j < bytes / 4; ++j) {                                                                     \
+        uint32_t sum = acc[i * kUnits + j];                                                                         \
+        for (int64_t s = 0; s < depth / 4; ++s) {                                                                   \
+          for (int64_t q = 0; q < 4; ++q) {                                                                         \
+            sum += (uint32_t)(a[4 * (i * kUnits + s) + q] * b[4 * (s * kUnits + j) + q]);                           \
+          }                                                                                                         \
+        }                                                                                                           \
+        r[i * kUnits + j] = sum;                                                                                    \
+      }                                                                                                             \
+    }                                                                                                               \
+  }
+
+JAX_NANO_TDPB(ss, int8_t, int8_t)
+JAX_NANO_TDPB(su, int8_t, uint8_t)
+JAX_NANO_TDPB(us, uint8_t, int8_t)
+JAX_NANO_TDPB(uu, uint8_t, uint8_t)

@@ -26,12 +26,21 @@ REFERENCES = {
     "llvm.x86.avx512.pmaddw.d": "jax_nano_vpmaddwd",
     "llvm.x86.avx512.vpdpwssd": "jax_nano_vpdpwssd",
     "llvm.x86.avx512.vpdpbusd": "jax_nano_vpdpbusd",
+    "llvm.x86.tilezero": "jax_nano_tilezero",
+    "llvm.x86.tileloadd64": "jax_nano_tileloadd",
+    "llvm.x86.tilestored64": "jax_nano_tilestored",
+    "llvm.x86.tdpbf16ps": "jax_nano_tdpbf16ps",
+    "llvm.x86.tdpbssd": "jax_nano_tdpbssd",
+    "llvm.x86.tdpbsud": "jax_nano_tdpbsud",
+    "llvm.x86.tdpbusd": "jax_nano_tdpbusd",
+    "llvm.x86.tdpbuud": "jax_nano_tdpbuud",
 }
-"""Reference function for each intrinsic, the width at the end of its name left out."""
+"""Reference function for each intrinsic, the end of its name left out: a width, or ``internal``."""
 
 NATIVE = frozenset({"llvm.x86.avx2.pmadd.wd"})
 """Target intrinsics that the baseline has."""
 
+_TILE = "<256 x i32>"  # in the place of LLVM's x86_amx
 _SOURCE = Path(__file__).with_suffix(".c")
 _DECLARATION = re.compile(r"^declare (?P<result>.+?) @(?P<name>llvm\.x86\.[\w.]+)\((?P<params>.*?)\).*$", re.MULTILINE)
 
@@ -48,14 +57,14 @@ def rewrite(llvm_ir: str) -> str:
         name = declared["name"]
         if name in NATIVE:
             return declared[0]
-        reference = REFERENCES.get(re.sub(r"\.\d+$", "", name))
+        reference = REFERENCES.get(name.rpartition(".")[0])
         if reference is None:
             raise KeyError(f"{name}: no reference function in emulate.py stands for this intrinsic")
         text, declaration = _wrapper(f"emulated.{name}", declared["result"], declared["params"], reference)
         references[reference] = declaration
         return text
 
-    text = _DECLARATION.sub(wrap, llvm_ir)
+    text = _DECLARATION.sub(wrap, re.sub(r"\bx86_amx\b", _TILE, llvm_ir))
     text = re.sub(r"@(llvm\.x86\.[\w.]+)\(", lambda m: m[0] if m[1] in NATIVE else f"@emulated.{m[1]}(", text)
     return "\n".join([text, *references.values()]) + "\n"
 
@@ -63,19 +72,21 @@ def rewrite(llvm_ir: str) -> str:
 def _wrapper(name: str, result: str, params: str, reference: str) -> tuple[str, str]:
     """A function in the place of an intrinsic, and the declaration of the reference that it calls."""
     types = re.findall(r"<[^>]*>|[^,\s]+", params)
-    passed = ["ptr %r"]
-    lines = [f"  %r = alloca {result}"]
+    lines, passed = [], []
+    if result != "void":
+        lines.append(f"  %r = alloca {result}")
+        passed.append("ptr %r")
     for i, t in enumerate(types):
-        lines += [f"  %p{i} = alloca {t}", f"  store {t} %{i}, ptr %p{i}"]
-        passed.append(f"ptr %p{i}")
-    lanes = re.match(r"<(\d+) x", result)
-    if lanes is None:
-        raise ValueError(f"{name} does not give a vector but {result}")
-    passed.append(f"i64 {lanes[1]}")
-    lines += [f"  call void @{reference}({', '.join(passed)})", f"  %value = load {result}, ptr %r"]
+        if t.startswith("<"):
+            lines += [f"  %p{i} = alloca {t}", f"  store {t} %{i}, ptr %p{i}"]
+        passed.append(f"ptr %p{i}" if t.startswith("<") else f"{t} %{i}")
+    if result != _TILE and (lanes := re.match(r"<(\d+) x", result)):
+        passed.append(f"i64 {lanes[1]}")
+    lines.append(f"  call void @{reference}({', '.join(passed)})")
+    lines += ["  ret void"] if result == "void" else [f"  %value = load {result}, ptr %r", f"  ret {result} %value"]
     head = f"define internal {result} @{name}({', '.join(types)}) alwaysinline {{"
     declaration = f"declare void @{reference}({', '.join(p.split()[0] for p in passed)})"
-    return "\n".join([head, *lines, f"  ret {result} %value", "}"]), declaration
+    return "\n".join([head, *lines, "}"]), declaration
 
 
 def build(kernels: Iterable[Kernel], library: Path, jobs: int) -> None:

@@ -52,8 +52,9 @@ class Packing:
 
     def steps(self, k: Size) -> Size:
         """K steps for ``k`` values of one part."""
-        kr = self.family.kr
-        return (k + (kr - 1)) // kr
+        at_once = self.family.steps_at_once
+        values = self.family.kr * at_once
+        return (k + (values - 1)) // values * at_once
 
     def depth(self, k: Size) -> Size:
         """K steps of a whole panel: of all parts."""
@@ -65,6 +66,8 @@ class Packing:
 
     def a_strides(self, rsa: Size, csa: Size, k: Size) -> tuple[Size, Size]:
         """(row, step) strides inside a packed panel of A, from the strides of its source."""
+        if self.family.steps_at_once > 1:
+            return self.depth(k), 1
         k_major = self._is_k_major(rsa, csa)
         return ir.select_size(k_major, 1, self.depth(k)), ir.select_size(k_major, self.tile.mr, 1)
 
@@ -94,6 +97,10 @@ class Packing:
 
         def panel_of_columns(p: Size) -> None:
             for skipped, value in parts:
+                if self.family.steps_at_once > 1:
+                    first = panels.at(p * depth + skipped)
+                    self._transpose_a(a.at(p), first, ir.minimum(rows - p, mr), k, csa, value)
+                    continue
                 self._columns_of_a(
                     a.at(p), panels.at(p * depth + skipped * mr), ir.minimum(rows - p, mr), k, csa, value
                 )
@@ -136,6 +143,27 @@ class Packing:
             self._whole_and_last_step(k, step)
         else:
             self._elements((here, lambda i: a.at(i)), (k, csa), lambda i, s: target.at(s * mr + i), value)
+
+    def _transpose_a(
+        self, a: Ptr, target: Ptr, here: Size, k: Size, csa: Size, value: Callable[[Value], Value]
+    ) -> None:
+        """The same into rows, up to the last step that is filled up with zeros."""
+        lanes, kr, depth = self.tile.lanes, self.family.kr, self.depth(k)
+
+        def block(s: Size) -> None:
+            for o in range(0, self.tile.mr, lanes):
+
+                def units(step: Size, o: int = o) -> Value:
+                    first = step * kr
+                    present = [ir.select_size(ir.less(first + r, k), here - o, 0) for r in range(kr)]
+                    masks = [ir.lane_mask(p, lanes) for p in present]
+                    rows = [a.at(o + (first + r) * csa).load(lanes, mask) for r, mask in enumerate(masks)]
+                    return self._units(rows, value)
+
+                for i, row in enumerate(transpose([units(s + t) for t in range(lanes)], self.family.unit)):
+                    target.at((o + i) * depth + s).store(row)
+
+        ir.loop(0, self.steps(k), lanes, [], block)
 
     # --- B ----------------------------------------------------------------------------------------------------
 
@@ -192,7 +220,13 @@ class Packing:
                 edge = [ir.lane_mask(cols - whole - o, lanes) for o in range(0, nr, lanes)]
                 ir.if_(ir.negate(ir.equal(whole, cols)), lambda: to_panel(whole, edge))
 
+        def blank(s: Size) -> None:
+            zero = ir.zeros(lanes, self.family.unit)
+            ir.loop(0, self._round_up(cols), lanes, [], lambda j: at(j, s).store(zero))
+
         self._whole_and_last_step(k, step)
+        if self.family.steps_at_once > 1:
+            ir.loop((k + (kr - 1)) // kr, self.steps(k), 1, [], blank)
         if not self.masks:
             self._scattered_b(b, at, whole, k, cols, (rsb, 1), value)
 
@@ -338,7 +372,7 @@ class Packing:
                 unit = unit_at(i, s).as_type(elem)
                 for r in range(kr):
                     here = s * kr + r
-                    if r == 0:
+                    if r == 0 and self.family.steps_at_once == 1:
                         unit.store(value(source.at(here * stride).load()))
                         continue
                     (x,) = ir.if_(
@@ -349,7 +383,7 @@ class Packing:
                     )
                     unit.at(r).store(x)
 
-            ir.loop(0, (k + (kr - 1)) // kr, 1, [], step)
+            ir.loop(0, self.steps(k), 1, [], step)
 
         ir.loop(0, count, 1, [], one_line)
 

@@ -102,5 +102,16 @@ TARGETS: dict[str, Target] = {
             masked_bytes=1,
             mca_cpus=("znver4",),
         ),
+        Target(
+            name="amx",
+            mcpu="x86-64-v4",
+            features=("+amx-tile", "+amx-bf16", "+amx-int8", "-prefer-256-bit"),
+            vector_bits=512,
+            vector_registers=32,
+            fma_per_cycle=2,
+            loads_per_cycle=2,
+            masked_bytes=1,
+            mca_cpus=("sapphirerapids",),
+        ),
     )
 }

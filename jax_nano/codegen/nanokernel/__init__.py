@@ -23,6 +23,7 @@ class Family(Protocol):
       acc: dtype name of the accumulator.
       kr: K values that one step consumes.
       a_elem, b_elem: dtype names of the elements in packed panels.
+      steps_at_once: K steps that the instructions consume at once, 1 but for tiles; panels are filled up to a multiple.
       unit: dtype name of kr packed elements taken together; accumulators have as many lanes as a vector of units.
       parts: the terms that stand for one product: pairs (part of A, part of B), summed in this order. An operand
         that is taken whole has the one part 0.
@@ -42,6 +43,8 @@ class Family(Protocol):
     def b_elem(self) -> str: ...
     @property
     def unit(self) -> str: ...
+    @property
+    def steps_at_once(self) -> int: ...
     @property
     def parts(self) -> tuple[tuple[int, int], ...]: ...
     @property

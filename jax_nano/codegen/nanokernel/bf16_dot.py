@@ -22,6 +22,7 @@ class Bf16Dot:
     parts: tuple[tuple[int, int], ...] = ((0, 0),)
     acc: str = "float32"
     kr: int = 2
+    steps_at_once: int = 1
     a_elem: str = "bfloat16"
     b_elem: str = "bfloat16"
     unit: str = "int32"

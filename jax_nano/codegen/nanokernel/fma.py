@@ -26,6 +26,7 @@ class Fma:
     parts: tuple[tuple[int, int], ...] = ((0, 0),)
     splits: bool = False
     kr: int = 1
+    steps_at_once: int = 1
     column_sums: bool = False
     temporaries: int = 0
 

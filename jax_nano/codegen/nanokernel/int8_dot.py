@@ -23,6 +23,7 @@ class Int8Widened:
     parts: tuple[tuple[int, int], ...] = ((0, 0),)
     acc: str = "int32"
     kr: int = 2
+    steps_at_once: int = 1
     a_elem: str = "int16"
     b_elem: str = "int16"
     unit: str = "int32"
@@ -64,6 +65,7 @@ class Int8Vnni:
     parts: tuple[tuple[int, int], ...] = ((0, 0),)
     acc: str = "int32"
     kr: int = 4
+    steps_at_once: int = 1
     a_elem: str = "uint8"
     b_elem: str = "int8"
     unit: str = "int32"
