@@ -107,7 +107,11 @@ _PARTS = {
 def algorithm_operands(
     algorithm: str, a: NDArray[np.generic], b: NDArray[np.generic]
 ) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
-    """Operands (..., m, k) and (..., k, n) whose plain product is what a DotAlgorithm computes of these f32 ones."""
+    """Operands (..., m, k) and (..., k, n) whose plain product is what a DotAlgorithm computes of these f32 ones.
+
+    Inf and NaN take part in the product of the largest parts alone, so that Inf * 1.0 is Inf: 1.0 has no rest, and
+    Inf * 0 would add a NaN. (XLA has another way to the same end, and replaces what is NaN before that product.)
+    """
     pairs = _PARTS[algorithm]
     if not pairs:
         return a, b
@@ -116,12 +120,18 @@ def algorithm_operands(
         found = []
         for _ in range(3):
             found.append(x.astype(ml_dtypes.bfloat16).astype(np.float32))
-            x = np.where(np.isfinite(found[-1]), x - found[-1], 0).astype(np.float32)  # Inf and NaN count once
+            x = np.where(np.isfinite(found[-1]), x - found[-1], 0).astype(np.float32)
         return found
+
+    def finite(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.where(np.isfinite(x), x, 0).astype(np.float32)
 
     with np.errstate(invalid="ignore", over="ignore"):
         of_a, of_b = parts(a), parts(b)
-    return np.concatenate([of_a[i] for i, _ in pairs], -1), np.concatenate([of_b[j] for _, j in pairs], -2)
+    first, *others = pairs
+    assert first == (0, 0)
+    terms = [(of_a[0], of_b[0]), *((finite(of_a[i]), finite(of_b[j])) for i, j in others)]
+    return np.concatenate([x for x, _ in terms], -1), np.concatenate([x for _, x in terms], -2)
 
 
 def _exact(

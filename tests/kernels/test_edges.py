@@ -256,6 +256,7 @@ def test_every_size_in_two_calls(kernel, memory, k, at):
     do not touch C before the end.
     """
     cut = max(kernel.kr, k // 2 // kernel.kr * kernel.kr)
+    k = max(k, cut + 1)
     sizes = Sizes.small(kernel)
     a, b, want = largest(kernel, sizes, k, kc=cut)
     fields = operand_fields(memory, sizes, a, b, "C", "C", at, each=False)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from .. import ir
 
+FINITE = 3
+"""The number of part 0 without Inf and NaN, which are zero: Inf times the rest of 1.0, zero, must add no NaN."""
+
 ALGORITHMS: dict[str, tuple[tuple[int, int], ...]] = {
     "BF16_BF16_F32": ((0, 0),),
-    "BF16_BF16_F32_X3": ((1, 0), (0, 1), (0, 0)),
-    "BF16_BF16_F32_X6": ((1, 1), (2, 0), (0, 2), (1, 0), (0, 1), (0, 0)),
+    "BF16_BF16_F32_X3": ((1, FINITE), (FINITE, 1), (0, 0)),
+    "BF16_BF16_F32_X6": ((1, 1), (2, FINITE), (FINITE, 2), (1, FINITE), (FINITE, 1), (0, 0)),
 }
-"""Products of parts for each algorithm, small ones first."""
+"""Products of parts for each algorithm, small ones first. Only the last one sees Inf and NaN."""
 
 
 def part_of(v: ir.Value, part: int) -> ir.Value:
@@ -21,8 +24,16 @@ def part_of(v: ir.Value, part: int) -> ir.Value:
 
     An Inf or NaN has no rest: its further parts are zero, so that the value counts once.
     """
+    if part == FINITE:
+        rounded = _rounded(v)
+        return ir.convert(ir.zero_unless_finite(rounded, rounded), "float32", "bfloat16")
     rest = v
     for _ in range(part):
-        rounded = ir.convert(ir.convert(rest, "float32", "bfloat16"), "bfloat16", "float32")
+        rounded = _rounded(rest)
         rest = ir.zero_unless_finite(ir.subtract(rest, rounded), rounded)
     return ir.convert(rest, "float32", "bfloat16")
+
+
+def _rounded(v: ir.Value) -> ir.Value:
+    """The f32 values nearest to ``v`` that are bf16's."""
+    return ir.convert(ir.convert(v, "float32", "bfloat16"), "bfloat16", "float32")
