@@ -40,9 +40,11 @@ def _read_switch(value: str) -> bool:
 enabled: bool = _read_switch(os.environ.get("JAX_NANO_GATE") or "on")
 
 
-def declines(labels: Labels, lhs_shape: Sequence[int], rhs_shape: Sequence[int]) -> str | None:
-    """Why a product stays with XLA, or None."""
-    if not enabled:
+def declines(
+    labels: Labels, lhs_shape: Sequence[int], rhs_shape: Sequence[int], *, any_size: bool = False
+) -> str | None:
+    """Why a product stays with XLA, or None. any_size: XLA would compute something else."""
+    if not enabled or any_size:
         return None
     sizes = labels.sizes(lhs_shape, rhs_shape)
     m, n, k, batch = (

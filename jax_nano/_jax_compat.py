@@ -13,17 +13,19 @@ import jax
 from jax import Array
 from jax._src import core, dispatch
 from jax._src.dtypes import check_and_canonicalize_user_dtype
-from jax._src.interpreters import batching, mlir
-from jax._src.lax.lax import _convert_element_type, canonicalize_precision
+from jax._src.interpreters import ad, batching, mlir
+from jax._src.lax.lax import _convert_element_type, canonicalize_precision, get_algorithm_compute_types
 from jax._src.numpy.util import ensure_arraylike, ensure_arraylike_tuple
 from jax._src.sharding_impls import canonicalize_sharding as _canonicalize_sharding
 from jax._src.util import canonicalize_axis
 from jax.extend.core import Primitive
+from jax.extend.core.primitives import transpose_p
 from jax.sharding import NamedSharding, PartitionSpec
 
 __all__ = [
     "INLINE",
     "OutSharding",
+    "attributes_of",
     "batch_sharding",
     "canonicalize_axes",
     "canonicalize_precision",
@@ -31,14 +33,18 @@ __all__ = [
     "check_and_canonicalize_user_dtype",
     "convert_element_type",
     "cotangent_sharding",
+    "define_bilinear",
     "ensure_arraylike",
     "ensure_arraylike_tuple",
+    "get_algorithm_compute_types",
     "lower_with_types",
     "lowering_platforms",
     "match_varying_axes",
+    "module_cache",
     "permute_sharding",
     "require_devices",
     "sharding_for_vmap",
+    "untransposed",
 ]
 
 OutSharding: TypeAlias = NamedSharding | PartitionSpec | None
@@ -52,6 +58,9 @@ INLINE: Any = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
 match_varying_axes: Callable[..., Any] = (
     core.auto_insert_reshard if hasattr(core, "auto_insert_reshard") else getattr(core, "standard_insert_pvary")  # noqa: B009
 )
+
+# A rule of linearization returns one thing more from some release on.
+_STRUCTURED_RESIDUALS = "structured_residuals" in ad.LinearizeTrace.process_primitive.__code__.co_names
 
 # 0.11 added layouts to the types that a lowered result must be annotated with.
 lower_with_types: Callable[..., Any] = (
@@ -103,6 +112,41 @@ def sharding_for_vmap(axis_data: Any, sharding: NamedSharding, dim: int) -> Name
     return batching.get_sharding_for_vmap(axis_data, padded, dim)
 
 
+def untransposed(x: Any) -> tuple[Array, tuple[int, ...]] | None:
+    """The array that `x` is a transpose of and the permutation, if `x` was traced as one."""
+    equation = getattr(x, "parent", None) if isinstance(x, core.Tracer) else None
+    if getattr(equation, "primitive", None) is not transpose_p:
+        return None
+    (source,) = equation.in_tracers
+    return source, equation.params["permutation"]
+
+
+def define_bilinear(primitive: Primitive, product: Callable[..., Array], *transposes: Callable[..., Array]) -> None:
+    """ad.defbilinear, with tangents that are computed by `product`, which sees how its operands were made.
+
+    JAX's own rule for linearization would trace the product of a tangent out of sight of the rest.
+    """
+    ad.defbilinear(primitive, *transposes)
+    ad.defjvp(
+        primitive,
+        lambda g, x, y, **params: product(g, y, **params),
+        lambda g, x, y, **params: product(x, g, **params),
+    )
+
+    def linearize(_is_vjp: bool, nonzero: Sequence[bool], x: Array, y: Array, **params: Any) -> tuple[Any, ...]:
+        def tangent(residuals: tuple[Any, Any], *args: Any) -> Array:
+            # 0.12 passes structured residuals before the tangents.
+            x, y = residuals
+            dx, dy = args[-2:]
+            parts = [product(*pair, **params) for pair, here in (((dx, y), nonzero[0]), ((x, dy), nonzero[1])) if here]
+            return parts[0] if len(parts) == 1 else ad.add_tangents(*parts)
+
+        residuals = (x if nonzero[1] else None, y if nonzero[0] else None)
+        return primitive.bind(x, y, **params), True, residuals, *(None,) * _STRUCTURED_RESIDUALS, tangent
+
+    ad.primitive_linearizations[primitive] = linearize
+
+
 def require_devices(primitive: Primitive) -> None:
     """Let the lowering rule see the device assignment, which custom_partitioning needs.
 
@@ -110,6 +154,17 @@ def require_devices(primitive: Primitive) -> None:
     for an AbstractMesh alone, without devices, is refused by JAX with a ValueError that says so.
     """
     dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def module_cache(ctx: mlir.LoweringRuleContext) -> dict[Any, Any]:
+    """Where to keep what belongs to the module that is being lowered, by keys that are ours."""
+    return ctx.module_context.cached_primitive_lowerings
+
+
+def attributes_of(operation: Any) -> dict[str, Any]:
+    """The attributes of an IR operation; jaxlib's mapping of them iterates over names, or over pairs."""
+    names = (getattr(item, "name", item) for item in operation.attributes)
+    return {name: operation.attributes[name] for name in names}
 
 
 def lowering_platforms(ctx: mlir.LoweringRuleContext) -> tuple[str, ...]:

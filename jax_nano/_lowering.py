@@ -8,23 +8,26 @@ a tuple to a list), so several platforms are handled by a second primitive, `cal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir, xla
 
-from jax_nano import _gate, _native, _shapes, _sharding
+from jax_nano import _gate, _native, _shapes, _sharding, _signatures
 from jax_nano import _jax_compat as compat
-from jax_nano._primitive import Precision, lax_dot_general
 from jax_nano._primitive import dot_general_p as dot_general_p
+from jax_nano._primitive import lax_dot_general
 from jax_nano._shapes import DimensionNumbers, Dims, Labels
+from jax_nano._signatures import Precision, Signature
 
 # JAX types avals as AbstractValue where these rules see only ShapedArray, and IR values by their kind.
 Context: TypeAlias = Any
@@ -38,8 +41,8 @@ class Choice(NamedTuple):
     """What becomes of a product on a CPU."""
 
     labels: Labels
-    declined: str | None  # why it takes lax's own lowering, in words
-    bare: bool  # a kernel does it as it is: nothing to convert before, nothing to transpose after
+    signature: Signature | None  # None if it takes lax's own lowering
+    declined: str | None  # why it does, in words
 
 
 @lru_cache(maxsize=4096)
@@ -53,70 +56,132 @@ def choose(
 ) -> Choice:
     """The choice for a product: a function of its parameters, its static shapes and dtypes, and the target."""
     labels = _shapes.labels_of(dimension_numbers, out_perm, len(lhs_shape), len(rhs_shape))
-    converted = operand_dtypes(*dtypes)
-    if isinstance(precision, (lax.DotAlgorithm, lax.DotAlgorithmPreset)):
-        declined: str | None = f"precision {precision} asks for an algorithm"
-    elif converted is None:
-        declined = "no kernel for {} x {} -> {} on this CPU".format(*dtypes)
-    else:
-        declined = _gate.declines(labels, lhs_shape, rhs_shape)
-    in_place = _shapes.runnable_out(labels, lhs_shape, rhs_shape) == labels.out
-    return Choice(labels, declined, bare=in_place and converted == dtypes[:2])
+    signature = _signature(labels, precision, lhs_shape, rhs_shape, dtypes)
+    if signature is None:
+        return Choice(labels, None, "no kernel for {} x {} -> {} at precision {}".format(*dtypes, precision))
+    # XLA computes the algorithms that round operands in plain float32: they go to a kernel at any size.
+    rounds = signature.algorithm != _signatures.DEFAULT
+    declined = _gate.declines(labels, lhs_shape, rhs_shape, any_size=rounds)
+    return Choice(labels, None if declined else signature, declined)
 
 
-def operand_dtypes(lhs: np.dtype, rhs: np.dtype, out: np.dtype) -> tuple[np.dtype, np.dtype] | None:
-    """What to convert the operands to before the call, None if there is no kernel.
+def _signature(
+    labels: Labels,
+    precision: Precision,
+    lhs_shape: Sequence[int],
+    rhs_shape: Sequence[int],
+    dtypes: tuple[np.dtype, np.dtype, np.dtype],
+) -> Signature | None:
+    sizes = labels.sizes(lhs_shape, rhs_shape)
+    terms = math.prod(sizes[x] for x in labels.contracting)
+    return _signatures.find(*dtypes, precision, terms, _native.supports)
 
-    lax converts operands of different dtypes to that of the result. A kernel that reads them as they are
-    is better; one for the converted operands means the same.
-    """
-    if _native.supports(lhs.name, rhs.name, out.name):
-        return lhs, rhs
-    if lhs != rhs and _native.supports(out.name, out.name, out.name):
-        return out, out
-    return None
+
+class Stored(NamedTuple):
+    """How a call stores its result."""
+
+    labels: Labels
+    shape: tuple[int, ...]
+    perm: Dims | None  # the transpose that makes it the result that was asked for
+
+
+@lru_cache(maxsize=4096)
+def stored(labels: Labels, lhs_shape: tuple[int, ...], rhs_shape: tuple[int, ...]) -> Stored:
+    """The closest to `labels` that kernels can store."""
+    out = _shapes.runnable_out(labels, lhs_shape, rhs_shape)
+    shape = labels._replace(out=out).out_shape(lhs_shape, rhs_shape)
+    return Stored(labels._replace(out=out), shape, None if out == labels.out else _shapes.positions(out, labels.out))
 
 
 _ffi_rule: Callable[..., Any] = jax.ffi.ffi_lowering(_native.TARGET_NAME)
 
 
-def _custom_call(ctx: Context, lhs: Value, rhs: Value, labels: Labels) -> Sequence[Value]:
-    return _ffi_rule(
-        ctx,
-        lhs,
-        rhs,
+def _custom_call(
+    ctx: Context, lhs: Operand, rhs: Operand, labels: Labels, shape: tuple[int, ...], signature: Signature
+) -> Value:
+    # To build the attributes is most of what it takes to lower a product: once for a module, in whose IR they are.
+    cache, key = compat.module_cache(ctx), ("jax_nano attributes", labels, signature.algorithm)
+    static = all(isinstance(size, int) for size in (*lhs.shape, *rhs.shape))
+    if static and (attributes := cache.get(key)) is not None:
+        types = [ir.RankedTensorType.get(shape, mlir.dtype_to_ir_type(signature.out))]
+        operands = [lhs.value, rhs.value]
+        operation = ir.Operation.create("stablehlo.custom_call", types, operands, attributes=attributes)
+        return operation.results[0]
+    (out,) = _ffi_rule(
+        ctx.replace(
+            avals_in=[ShapedArray(lhs.shape, lhs.dtype), ShapedArray(rhs.shape, rhs.dtype)],
+            avals_out=[ShapedArray(shape, signature.out)],
+        ),
+        lhs.value,
+        rhs.value,
         abi=np.int64(_native.ABI),
         lhs_labels=np.asarray(labels.lhs, np.int64),
         rhs_labels=np.asarray(labels.rhs, np.int64),
         out_labels=np.asarray(labels.out, np.int64),
-        algorithm="default",
+        algorithm=signature.algorithm,
     )
+    if static:
+        cache[key] = compat.attributes_of(out.owner)
+    return out
 
 
-# The custom call as a primitive of its own: for programs that contain it as a part, and never seen by a
+class Operand(NamedTuple):
+    """An array in a program that is being lowered."""
+
+    value: Value
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def converted(self, dtype: np.dtype) -> Operand:
+        """With another dtype."""
+        if self.dtype == dtype:
+            return self
+        shape = ir.RankedTensorType(self.value.type).shape
+        to = ir.RankedTensorType.get(shape, mlir.dtype_to_ir_type(dtype))
+        return Operand(stablehlo.convert(to, self.value), self.shape, dtype)
+
+
+def _call(ctx: Context, lhs: Operand, rhs: Operand, labels: Labels, signature: Signature, out_dtype: np.dtype) -> Value:
+    """The product of two arrays on one device, with what a kernel cannot do done around the call."""
+    call_labels, shape, perm = stored(labels, lhs.shape, rhs.shape)
+    lhs, rhs = lhs.converted(signature.lhs), rhs.converted(signature.rhs)
+    out = _custom_call(ctx, lhs, rhs, call_labels, shape, signature)
+    out = Operand(out, shape, signature.out).converted(out_dtype).value
+    return out if perm is None else stablehlo.transpose(out, mlir.dense_int_array(perm))
+
+
+# The call as a primitive of its own: for programs that contain it as a part, and never seen by a
 # transformation. It knows neither shardings nor varying axes.
 call_p = Primitive("jax_nano_call")
 call_p.def_impl(partial(xla.apply_primitive, call_p))
 
 
 @call_p.def_abstract_eval
-def _call_abstract_eval(lhs: ShapedArray, rhs: ShapedArray, *, labels: Labels, out_dtype: np.dtype) -> ShapedArray:
+def _call_abstract_eval(
+    lhs: ShapedArray, rhs: ShapedArray, *, labels: Labels, out_dtype: np.dtype, **_: Any
+) -> ShapedArray:
     return ShapedArray(labels.out_shape(lhs.shape, rhs.shape), out_dtype)
 
 
-def _call_lower_cpu(ctx: Context, lhs: Value, rhs: Value, *, labels: Labels, out_dtype: np.dtype) -> Sequence[Value]:
-    del out_dtype
-    return _custom_call(ctx, lhs, rhs, labels)
+def _call_lower_cpu(
+    ctx: Context, lhs: Value, rhs: Value, *, labels: Labels, out_dtype: np.dtype, precision: Precision
+) -> Sequence[Value]:
+    lhs_aval, rhs_aval = ctx.avals_in
+    dtypes = (lhs_aval.dtype, rhs_aval.dtype, out_dtype)
+    signature = _signature(labels, precision, lhs_aval.shape, rhs_aval.shape, dtypes)
+    assert signature is not None  # as for the whole product, of which this may be a shard
+    operands = (Operand(x, aval.shape, aval.dtype) for x, aval in ((lhs, lhs_aval), (rhs, rhs_aval)))
+    return [_call(ctx, *operands, labels, signature, out_dtype)]
 
 
-def _call_in_lax(lhs: Array, rhs: Array, *, labels: Labels, out_dtype: np.dtype) -> Array:
+def _call_in_lax(lhs: Array, rhs: Array, *, labels: Labels, out_dtype: np.dtype, precision: Precision) -> Array:
     dimension_numbers, out_perm = _shapes.dimension_numbers_of(labels)
     return lax_dot_general(
         lhs,
         rhs,
         dimension_numbers=dimension_numbers,
         out_perm=out_perm,
-        precision=None,
+        precision=precision,
         preferred_element_type=out_dtype,
         out_sharding=None,
     )
@@ -126,25 +191,14 @@ mlir.register_lowering(call_p, _call_lower_cpu, platform="cpu")
 mlir.register_lowering(call_p, mlir.lower_fun(_call_in_lax, multiple_results=False))
 
 
-def local_product(lhs: Array, rhs: Array, *, labels: Labels, out_dtype: np.dtype) -> Array:
-    """The product of two arrays on one device, with what a kernel cannot do done around the call."""
-    dtypes = operand_dtypes(lhs.dtype, rhs.dtype, out_dtype)
-    assert dtypes is not None
-    lhs, rhs = (
-        x if x.dtype == dtype else lax.convert_element_type(x, dtype)
-        for x, dtype in zip((lhs, rhs), dtypes, strict=True)
-    )
-    stored = _shapes.runnable_out(labels, lhs.shape, rhs.shape)
-    out = call_p.bind(lhs, rhs, labels=labels._replace(out=stored), out_dtype=out_dtype)
-    return out if stored == labels.out else lax.transpose(out, _shapes.positions(stored, labels.out))
-
-
-def _fold_transposes(value: Value, dims: Dims) -> tuple[Value, Dims]:
+def _fold_transposes(operand: Operand, dims: Dims) -> tuple[Operand, Dims]:
     """The array behind the transposes that made an operand, and its labels."""
-    while not isinstance(value.owner, ir.Block) and value.owner.name == "stablehlo.transpose":
-        dims = _shapes.before_transpose(dims, list(value.owner.attributes["permutation"]))
-        value = value.owner.operands[0]
-    return value, dims
+    value, shape = operand.value, operand.shape
+    while not isinstance(operation := value.owner, ir.Block) and operation.name == "stablehlo.transpose":
+        perm = list(operation.attributes["permutation"])
+        dims, shape = (_shapes.before_transpose(x, perm) for x in (dims, shape))
+        value = operation.operands[0]
+    return Operand(value, shape, operand.dtype), dims
 
 
 def _lower(ctx: Context, lhs: Value, rhs: Value, **params: Any) -> Sequence[Value]:
@@ -152,7 +206,7 @@ def _lower(ctx: Context, lhs: Value, rhs: Value, **params: Any) -> Sequence[Valu
     (out_aval,) = ctx.avals_out
     platforms = compat.lowering_platforms(ctx)
     placement = _sharding.placement(ctx, out_aval)
-    labels, declined, bare = choose(
+    labels, signature, _ = choose(
         params["dimension_numbers"],
         params["out_perm"],
         params["precision"],
@@ -160,28 +214,24 @@ def _lower(ctx: Context, lhs: Value, rhs: Value, **params: Any) -> Sequence[Valu
         rhs_aval.shape,
         (lhs_aval.dtype, rhs_aval.dtype, out_aval.dtype),
     )
-    if declined or placement is _sharding.Placement.XLA or "cpu" not in platforms:
+    if signature is None or placement is _sharding.Placement.XLA or "cpu" not in platforms:
         return mlir.lower_fun(partial(lax_dot_general, **params), multiple_results=False)(ctx, lhs, rhs)
 
-    sizes = labels.sizes(lhs_aval.shape, rhs_aval.shape)
-    lhs, lhs_dims = _fold_transposes(lhs, labels.lhs)
-    rhs, rhs_dims = _fold_transposes(rhs, labels.rhs)
+    left, lhs_dims = _fold_transposes(Operand(lhs, lhs_aval.shape, lhs_aval.dtype), labels.lhs)
+    right, rhs_dims = _fold_transposes(Operand(rhs, rhs_aval.shape, rhs_aval.dtype), labels.rhs)
     labels = Labels(lhs_dims, rhs_dims, labels.out)
-    inner = ctx.replace(
-        avals_in=[
-            ShapedArray(tuple(sizes[x] for x in dims), aval.dtype)
-            for dims, aval in ((lhs_dims, lhs_aval), (rhs_dims, rhs_aval))
-        ],
-        avals_out=[ShapedArray(out_aval.shape, out_aval.dtype)],
-    )
-    if bare and placement is _sharding.Placement.LOCAL and platforms == ("cpu",):
-        (out,) = _custom_call(inner, lhs, rhs, labels)
+    if placement is _sharding.Placement.LOCAL and platforms == ("cpu",):
+        out = _call(ctx, left, right, labels, signature, out_aval.dtype)
     else:
         product: Callable[[Array, Array], Array]
-        product = partial(local_product, labels=labels, out_dtype=out_aval.dtype)
+        product = partial(call_p.bind, labels=labels, out_dtype=out_aval.dtype, precision=params["precision"])
         if placement is _sharding.Placement.PARTITIONED:
             product = _sharding.partitioned(product, labels)
-        (out,) = mlir.lower_fun(product, multiple_results=False)(inner, lhs, rhs)
+        inner = ctx.replace(
+            avals_in=[ShapedArray(x.shape, x.dtype) for x in (left, right)],
+            avals_out=[ShapedArray(out_aval.shape, out_aval.dtype)],
+        )
+        (out,) = mlir.lower_fun(product, multiple_results=False)(inner, left.value, right.value)
     return [compat.lower_with_types(ctx, out, out_aval)]
 
 

@@ -60,7 +60,7 @@ def register() -> None:
     runtime()
 
 
-def supports(lhs_dtype: str, rhs_dtype: str, out_dtype: str) -> bool:
+def supports(lhs_dtype: str, rhs_dtype: str, out_dtype: str, algorithm: str = "default") -> bool:
     """Whether a kernel for these dtypes runs on this CPU, on the target that was selected."""
     native = runtime()
-    return native is not None and bool(native.supports(lhs_dtype, rhs_dtype, out_dtype))
+    return native is not None and bool(native.supports(lhs_dtype, rhs_dtype, out_dtype, algorithm))

@@ -8,7 +8,7 @@ Shape, dtype, weak type, sharding and varying axes come from lax's own rules, as
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 from jax import Array
@@ -16,16 +16,14 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.extend.core.primitives import dot_general_p as lax_dot_general_p
 from jax.extend.core.primitives import transpose_p as lax_transpose_p
-from jax.interpreters import ad, batching, xla
+from jax.interpreters import batching, xla
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from jax_nano import _jax_compat as compat
 from jax_nano import _shapes
 from jax_nano._shapes import DimensionNumbers, Dims, Labels
-
-Precision: TypeAlias = Any
-"""What canonicalize_precision returns: None, a pair of lax.Precision, or a DotAlgorithm(Preset)."""
+from jax_nano._signatures import Precision
 
 dot_general_p = Primitive("jax_nano_dot_general")
 dot_general_p.def_impl(partial(xla.apply_primitive, dot_general_p))
@@ -43,18 +41,28 @@ def bind(
 ) -> Array:
     """transpose(dot_general(lhs, rhs), out_perm), as one equation. All arguments are canonical.
 
-    out_sharding is that of the transposed result.
+    out_sharding is that of the transposed result. Where an operand is known to be a transpose, the equation is
+    of what was transposed, and so its gradients are in that layout too.
     """
     lhs, rhs = compat.match_varying_axes(lhs, rhs)
+    params = {"precision": precision, "preferred_element_type": preferred_element_type}
+    if compat.untransposed(lhs) or compat.untransposed(rhs):
+        check = {"dimension_numbers": dimension_numbers, "out_sharding": None, **params}
+        lax_dot_general_p.abstract_eval(jax.typeof(lhs), jax.typeof(rhs), **check)
+        labels = _shapes.labels_of(dimension_numbers, out_perm, lhs.ndim, rhs.ndim)
+        lhs, lhs_dims = _before_transposes(lhs, labels.lhs)
+        rhs, rhs_dims = _before_transposes(rhs, labels.rhs)
+        dimension_numbers, out_perm = _shapes.dimension_numbers_of(Labels(lhs_dims, rhs_dims, labels.out))
     return dot_general_p.bind(
-        lhs,
-        rhs,
-        dimension_numbers=dimension_numbers,
-        out_perm=out_perm,
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-        out_sharding=out_sharding,
+        lhs, rhs, dimension_numbers=dimension_numbers, out_perm=out_perm, out_sharding=out_sharding, **params
     )
+
+
+def _before_transposes(x: Array, dims: Dims) -> tuple[Array, Dims]:
+    while (found := compat.untransposed(x)) is not None:
+        x, perm = found
+        dims = _shapes.before_transpose(dims, perm)
+    return x, dims
 
 
 def bind_labels(lhs: Array, rhs: Array, labels: Labels, **params: Any) -> Array:
@@ -181,5 +189,5 @@ def _batch(
     return out, 0
 
 
-ad.defbilinear(dot_general_p, _transpose_lhs, _transpose_rhs)
+compat.define_bilinear(dot_general_p, bind, _transpose_lhs, _transpose_rhs)
 batching.fancy_primitive_batchers[dot_general_p] = _batch

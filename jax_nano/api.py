@@ -8,14 +8,15 @@ on this CPU run on them; all others, other platforms, and products that are too 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_nano import _einsum, _native, _shapes
@@ -41,12 +42,31 @@ __all__ = [
     "vecmat",
 ]
 
-# inline: a call under an outer jit leaves its equations there, where remat policies and the folding of
-# transposes see them.
-_jit = partial(jax.jit, static_argnames=("precision", "preferred_element_type"), inline=compat.INLINE)
-_jit_sharded = partial(
-    jax.jit, static_argnames=("precision", "preferred_element_type", "out_sharding"), inline=compat.INLINE
-)
+_P = ParamSpec("_P")
+
+
+def _jit(*static: str) -> Callable[[Callable[_P, Array]], Callable[_P, Array]]:
+    """jax.jit, for arrays; tracers go straight to the function.
+
+    There, a function that is only traced sees how its operands were made, and costs less. Its equations are in
+    the caller's program either way (`inline`), where remat policies see them.
+    """
+
+    def decorate(function: Callable[_P, Array]) -> Callable[_P, Array]:
+        compiled = jax.jit(function, static_argnames=static, inline=compat.INLINE)
+
+        @wraps(function)
+        def call(*args: _P.args, **options: _P.kwargs) -> Array:
+            for x in args:
+                if isinstance(x, Tracer):
+                    if all(isinstance(y, Array) for y in args):
+                        return function(*args, **options)
+                    break
+            return compiled(*args, **options)
+
+        return call
+
+    return decorate
 
 
 def _result_type(name: str, preferred: DTypeLike | None, *arrays: Array) -> tuple[np.dtype, bool]:
@@ -104,7 +124,7 @@ def dot_general(
     )
 
 
-@_jit_sharded
+@_jit("precision", "preferred_element_type", "out_sharding")
 def matmul(
     a: ArrayLike,
     b: ArrayLike,
@@ -155,7 +175,7 @@ def matmul(
     return compat.convert_element_type(out, dtype, weak_type)
 
 
-@_jit_sharded
+@_jit("precision", "preferred_element_type", "out_sharding")
 def dot(
     a: ArrayLike,
     b: ArrayLike,
@@ -186,7 +206,7 @@ def dot(
     return compat.convert_element_type(out, dtype, weak_type)
 
 
-@_jit
+@_jit("precision", "preferred_element_type")
 def vdot(
     a: ArrayLike,
     b: ArrayLike,
@@ -208,7 +228,7 @@ def vdot(
     return dot(a.ravel(), b.ravel(), precision=precision, preferred_element_type=preferred_element_type)
 
 
-@_jit
+@_jit("precision", "preferred_element_type")
 def inner(
     a: ArrayLike,
     b: ArrayLike,
@@ -357,17 +377,12 @@ def einsum(
     steps = None if out is not None else _einsum.steps(subscripts, operands, optimize, out_sharding)
     if steps is None:
         return jnp.einsum(subscripts, *operands, out=out, optimize=optimize, _dot_general=dot_general, **options)
-    return _run_einsum(compat.ensure_arraylike_tuple("einsum", operands), steps=steps, **options)
+    return _run_einsum(*compat.ensure_arraylike_tuple("einsum", operands), steps=steps, **options)
 
 
-@partial(
-    jax.jit,
-    static_argnames=("steps", "precision", "preferred_element_type", "out_sharding"),
-    inline=compat.INLINE,
-)
+@_jit("steps", "precision", "preferred_element_type", "out_sharding")
 def _run_einsum(
-    operands: Sequence[Array],
-    *,
+    *operands: Array,
     steps: tuple[_einsum.Step, ...],
     precision: Any,
     preferred_element_type: DTypeLike | None,
