@@ -22,10 +22,10 @@ SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format wheel bench bench-quick clean distclean
+.PHONY: help demo test lint format wheel bench bench-quick info kernel-table clean distclean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMPS)/examples  ## set up and run examples/digits.py
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -44,6 +44,12 @@ bench: $(STAMPS)/bench  ## measure jax_nano and every peer (long)
 
 bench-quick: $(STAMPS)/bench  ## the same, a few shapes in under three minutes
 	$(BIN)/python -m benchmarks run --quick $(ARGS)
+
+info: $(STAMPS)/install  ## what runs on this machine, and why
+	$(BIN)/python -P -m jax_nano info
+
+kernel-table: $(STAMPS)/install  ## write the table of docs/kernels.md again, from the machine code
+	scripts/kernel-table $(BIN)
 
 wheel: $(STAMPS)/wheel  ## build the wheel
 	@ls -sh $(DIST)/*.whl

@@ -67,8 +67,8 @@ def _products_alone(kernel: Kernel, found: checks.Checked) -> str:
     """The products of one K step and nothing else, as assembly: all operands are in registers, none waits."""
     pattern, _ = kernel.family.instructions
     product = next(i.mnemonic for i in found.loop.instructions if re.match(pattern, i.mnemonic))
-    letter = {256: "y", 512: "z"}[kernel.target.vector_bits]
-    *sums, a, b, temporary = (f"%{letter}mm{i}" for i in range(kernel.tile.accumulators + 3))
+    letter = "t" if product.startswith("tdp") else {256: "y", 512: "z"}[kernel.target.vector_bits]
+    *sums, a, b, temporary = (f"%{letter}mm{i}" for i in range(found.expected_products + 3))
     if kernel.family.temporaries:  # the product lands in a temporary, and is then added
         lines = [f"{product} {a}, {b}, {temporary}\nvpaddd {temporary}, {c}, {c}" for c in sums]
     else:
