@@ -31,6 +31,7 @@ constexpr int64_t kVectorKc = 8;   // one row of A
 constexpr int64_t kSkinnyKc = 16;  // up to kSkinnyRows rows, where B's rows alias, or up to kThinRows
 constexpr int64_t kSkinnyRows = 8;
 constexpr int64_t kThinRows = 3;
+constexpr int64_t kStreamMaxRows = 16;  // up to which a kernel without packing beats one with better instructions
 // Both operands contiguous along K: packing B would transpose it, which few rows or columns do not pay for.
 constexpr int64_t kInnerMaxRows = 16;
 constexpr int64_t kPackAMinTiles = 4;  // an A that is awkward to read, read by this many tiles of columns
@@ -234,12 +235,21 @@ Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::s
               std::span<const Target* const> targets, int64_t threads, const Caches& caches) {
   const Contraction contraction = Analyze(lhs, rhs, out);
   const Operand &a = contraction.swapped ? rhs : lhs, &b = contraction.swapped ? lhs : rhs;
-  const KernelInfo* kernel = SelectKernel(targets, a.dtype, b.dtype, out.dtype, algorithm);
+  const auto select = [&](bool direct_b) {
+    return SelectKernel(targets, a.dtype, b.dtype, out.dtype, algorithm, direct_b);
+  };
+  const KernelInfo* kernel = select(false);
   if (kernel == nullptr) {
     throw std::invalid_argument("jax_nano has no kernel on this machine for " + Describe(lhs) + ", " + Describe(rhs) +
                                 " -> " + Describe(out) + ", algorithm " + std::string(algorithm));
   }
-  return MakePlan(contraction, *kernel, threads, caches);
+  Plan plan = MakePlan(contraction, *kernel, threads, caches);
+  // A few rows of A do not pay for packing B: a kernel that multiplies more slowly, but reads B where it lies, wins.
+  if (plan.args.pack_b && plan.args.csb == 1 && plan.args.m <= kStreamMaxRows) {
+    const KernelInfo* direct = select(true);
+    if (direct != nullptr && direct != kernel) return MakePlan(contraction, *direct, threads, caches);
+  }
+  return plan;
 }
 
 }  // namespace jax_nano

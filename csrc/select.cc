@@ -112,10 +112,12 @@ const std::vector<const Target*>& SelectedTargets() {
 }
 
 const KernelInfo* SelectKernel(std::span<const Target* const> targets, std::string_view lhs, std::string_view rhs,
-                               std::string_view out, std::string_view algorithm) {
+                               std::string_view out, std::string_view algorithm, bool direct_b) {
   for (const Target* t : targets) {
-    if (const KernelInfo* k = FindKernel(t->name, lhs, rhs, out, algorithm)) return k;
-    if (const KernelInfo* k = FindKernel(t->name, lhs, rhs, OtherSign(out), algorithm)) return k;
+    for (const std::string_view dtype : {out, OtherSign(out)}) {
+      const KernelInfo* k = FindKernel(t->name, lhs, rhs, dtype, algorithm);
+      if (k != nullptr && (k->direct_b || !direct_b)) return k;
+    }
   }
   return nullptr;
 }

@@ -40,7 +40,7 @@ const std::vector<const Target*>& SelectedTargets();
 // The first of `targets` with a kernel for this signature, or for an integer result of the other sign, which
 // has the same bits; null if none has one.
 const KernelInfo* SelectKernel(std::span<const Target* const> targets, std::string_view lhs, std::string_view rhs,
-                               std::string_view out, std::string_view algorithm);
+                               std::string_view out, std::string_view algorithm, bool direct_b = false);
 
 }  // namespace jax_nano
 

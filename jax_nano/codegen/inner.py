@@ -23,6 +23,7 @@ from . import ir
 from .ir import I64, Ptr, Size, Value
 from .nanokernel import Family
 from .packing import void
+from .tile import Tile
 
 ROWS, COLS = 4, 4  # 16 accumulators hide the latency of two pipes; with operands 24 of 32 registers
 NARROW_ROWS, NARROW_COLS = 3, 3  # for 16 registers
@@ -48,6 +49,11 @@ class InnerMicrokernel:
     out: str
 
     PARAMS = ("a", "b", "rsa", "csb", "k", "c", "rsc")
+
+    @property
+    def tile(self) -> Tile:
+        """Its accumulators as a register tile: a vector along K for each row and column."""
+        return Tile(self.rows, self.cols, self.lanes)
 
     def name(self, prefix: str) -> str:
         return f"{prefix}_inner_{self.rows}x{self.cols}"

@@ -22,7 +22,7 @@ from typing import Any
 
 from . import ir
 from .amx_microkernel import AmxMicrokernel, AmxTileRow
-from .inner import InnerPath
+from .inner import InnerMicrokernel, InnerPath
 from .ir import I64, Ptr, Size
 from .microkernel import ADD, MORE, ROW_PARAMS, Microkernel
 from .nanokernel import Family
@@ -83,10 +83,12 @@ class Gemm:
     def _splits(self) -> bool:
         return getattr(self.family, "splits", False)
 
-    def microkernels(self) -> Iterator[Microkernel | AmxMicrokernel]:
+    def microkernels(self) -> Iterator[Microkernel | AmxMicrokernel | InnerMicrokernel]:
         """Every microkernel of this product."""
         for rows in self._tile_rows():
             yield from rows.microkernels()
+        if self.inner is not None:
+            yield from self.inner.microkernels()
 
     def emit(self, module: ir.Module, symbol: str) -> None:
         """Adds ``void symbol(const GemmArgs*)`` and everything behind it to the module."""

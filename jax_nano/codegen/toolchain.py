@@ -73,15 +73,16 @@ class Toolchain:
 
     def optimized(self, llvm_ir: str, target: Target) -> str:
         # K loops carry as many independent sums as the tile holds already; unrolled by LLVM they run no faster and
-        # the smaller ones reload strides from the stack.
-        flags = ["-S", "-O3", "-disable-loop-unrolling", "-mtriple=x86_64-unknown-linux-gnu"]
+        # the smaller ones reload strides from the stack. What is to be a vector is one already.
+        keep = ["-disable-loop-unrolling", "-vectorize-loops=false", "-vectorize-slp=false"]
+        flags = ["-S", "-O3", *keep, "-mtriple=x86_64-unknown-linux-gnu"]
         return self._run("opt", [*flags, *self._machine(target)], llvm_ir)
 
     def asm(self, optimized: str, target: Target) -> str:
         return self._run("llc", [*LLC_FLAGS, *self._machine(target)], optimized)
 
-    def object_file(self, optimized: str, target: Target, path: Path) -> None:
-        self._run("llc", [*LLC_FLAGS, *self._machine(target), "-filetype=obj", "-o", str(path)], optimized)
+    def object_file(self, optimized: str, target: Target, path: Path, flags: Sequence[str] = LLC_FLAGS) -> None:
+        self._run("llc", [*flags, *self._machine(target), "-filetype=obj", "-o", str(path)], optimized)
 
     def disassemble(self, path: Path) -> str:
         return self._run("llvm-objdump", ["-d", "--no-show-raw-insn", str(path)], "")
