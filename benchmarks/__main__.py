@@ -58,6 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     gate.set_defaults(command=_gate)
     gate.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
 
+    footprint = commands.add_parser("footprint", help="memory beyond the operands, first calls, size on disk")
+    footprint.set_defaults(command=_footprint)
+    footprint.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
+
     shapes = commands.add_parser("list", help="list the products of a suite")
     shapes.set_defaults(command=_list)
     shapes.add_argument("--suite", choices=SUITES, default="full")
@@ -147,6 +151,13 @@ def _gate(args: argparse.Namespace) -> int:
     from benchmarks import gate
 
     print(gate.report(quick=args.quick))
+    return 0
+
+
+def _footprint(args: argparse.Namespace) -> int:
+    from benchmarks import footprint
+
+    print(footprint.report(quick=args.quick))
     return 0
 
 

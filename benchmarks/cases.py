@@ -232,6 +232,10 @@ def _squares() -> list[Case]:
     return [matmul(n, n, n, group="square") for n in (256, 384, 512, 768, 1024, 1536, 2048)]
 
 
+def _dtypes() -> list[Case]:
+    return [matmul(1024, 1024, 1024, dtype, group="square") for dtype in DTYPES]
+
+
 def _quick() -> list[Case]:
     attention = next(s for s in _listed()["shapes"] if s.get("einsum") == "bqhd,bkhd->bhqk")
     return [
@@ -268,6 +272,7 @@ def _tiny() -> list[Case]:
 SUITES = {
     "full": ("every shape of shapes.json in every dtype", _full),
     "squares": ("f32 squares from 256 to 2048", _squares),
+    "dtypes": ("1024x1024x1024 in every dtype, and each beside our own f32", _dtypes),
     "quick": ("a few shapes of each kind", _quick),
     "tiny": ("milliseconds: proves that the benchmark works, measures nothing", _tiny),
 }

@@ -143,6 +143,7 @@ def markdown(results: Results) -> str:
         parts.append(f"## {cores} {plural}, caches {cache}\n")
         parts.append(_table(results, groups))
         parts.append(_summary(groups))
+        parts.append(_dtypes(groups))
     parts.append(_scaling(results))
     parts.append(_skipped(results))
     return "\n".join(part for part in parts if part)
@@ -208,6 +209,26 @@ def _summary(groups: Sequence[Group]) -> str:
     if to_jnp:
         text += f" Geometric mean {statistics.geometric_mean(to_jnp):.2f} of jnp, lowest {min(to_jnp):.2f}."
     return text + "\n"
+
+
+def _dtypes(groups: Sequence[Group]) -> str:
+    """Each dtype's rate over our own f32 rate for the same product, where both were measured."""
+    f32 = {_product(group): group.ours for group in groups if group.any.dtype == "f32" and group.ours}
+    body = [
+        (group.any.case, f"{group.ours.gflops / single.gflops:.2f}", _ratio(group.ratio_to("jnp")))
+        for group in groups
+        if group.ours and group.any.dtype != "f32" and (single := f32.get(_product(group)))
+    ]
+    if not body:
+        return ""
+    return "Rates beside jax_nano's own f32, and times faster than jnp in the same dtype:\n\n" + table(
+        ("product", "of our f32", "of jnp"), body
+    )
+
+
+def _product(group: Group) -> str:
+    """A case's name without its dtype."""
+    return group.any.case.removesuffix(group.any.dtype)
 
 
 def _scaling(results: Results) -> str:

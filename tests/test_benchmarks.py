@@ -15,10 +15,11 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks takes it off again, so that jax_nano is the installed one
 
-from benchmarks.cases import matmul, select  # noqa: E402
+from benchmarks.cases import DTYPES, matmul, select  # noqa: E402
 from benchmarks.measure import as_integers  # noqa: E402
+from benchmarks.native import why_not  # noqa: E402
 from benchmarks.peers.in_jax import loop_of, product  # noqa: E402
-from benchmarks.report import Row  # noqa: E402
+from benchmarks.report import Results, Row, markdown  # noqa: E402
 from benchmarks.worker import Failed, check  # noqa: E402
 
 
@@ -73,7 +74,7 @@ def test_compare_finds_what_became_slower(results, tmp_path):
     assert "8x8x8 f32" in found.stdout
 
 
-@pytest.mark.parametrize("command", ["overheads", "callers", "gate"])
+@pytest.mark.parametrize("command", ["overheads", "callers", "gate", "footprint"])
 def test_the_other_measurements_run(command):
     done = run(command, "--quick")
     assert done.returncode == 0, done.stderr
@@ -148,6 +149,29 @@ def test_each_product_in_the_timed_loop_waits_for_the_one_before():
         assert len(bodies) == 1
         assert bodies[0].count("custom_call_target") == pairs
         assert " copy(f32[24,24]" not in hlo
+
+
+def test_each_dtype_is_set_beside_our_own_f32():
+    cases = select("dtypes")
+    assert {case.dtype for case in cases} == set(DTYPES)
+    results = Results.begin({"cpu": "", "cpus": 1, "caches": {}, "system": "", "python": "", "load": 0})
+    for case in cases[:2]:
+        seconds = 2e-3 if case.dtype == "f32" else 4e-3
+        results.rows += [Row.of(case, "jax_nano", 1, "warm", [seconds]), Row.of(case, "jnp", 1, "warm", [seconds * 3])]
+    line = next(
+        line for line in markdown(results).splitlines() if line.startswith("| 1024x1024x1024 f64") and "3.00" in line
+    )
+    assert "0.50" in markdown(results).partition("of our f32")[2], line
+
+
+def test_a_peer_that_cannot_be_built_says_why():
+    assert why_not("onednn", "onednn.c:3:10: fatal error: dnnl.h: No such file or directory").startswith(
+        "not installed"
+    )
+    assert why_not("xsmm", "ld: cannot find -lxsmm: No such file or directory").startswith("not installed")
+    other_version = 'onednn.c:9:2: error: #error "written for the C interface of oneDNN 2, as in Debian 12"'
+    assert "written for the C interface of oneDNN 2, as in Debian 12" in why_not("onednn", other_version)
+    assert "does not compile" in why_not("onednn", "onednn.c:30: error: expected ';'")
 
 
 def test_select_filters_by_name_group_and_dtype():

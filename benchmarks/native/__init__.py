@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import pathlib
+import re
 import shutil
 import subprocess
 
@@ -38,9 +39,16 @@ def build(name: str) -> str:
     if result.returncode == 0:
         unfinished.replace(library)
         return ""
-    if name in _PACKAGE:
+    return why_not(name, result.stderr)
+
+
+def why_not(name: str, stderr: str) -> str:
+    """One line from what the compiler said about native/NAME.c."""
+    if demand := re.search(r"#error \"?([^\"\n]+)", stderr):
+        return f"the installed version does not fit: {demand[1]}"
+    if name in _PACKAGE and re.search(r"No such file or directory|cannot find -l", stderr):
         return f"not installed: apt-get install {_PACKAGE[name]}"
-    return f"native/{name}.c does not compile: {result.stderr.strip()}"
+    return f"native/{name}.c does not compile: {stderr.strip()}"
 
 
 @functools.cache

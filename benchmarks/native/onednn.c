@@ -6,7 +6,7 @@
 #include "job.h"
 
 #if DNNL_VERSION_MAJOR != 2
-#error "written for oneDNN 2"
+#error "written for the C interface of oneDNN 2, as in Debian 12"
 #endif
 
 typedef struct {
