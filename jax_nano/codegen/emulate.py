@@ -40,6 +40,8 @@ REFERENCES = {
 NATIVE = frozenset({"llvm.x86.avx2.pmadd.wd"})
 """Target intrinsics that the baseline has."""
 
+# Spilled 512-bit vectors around every call keep llc's optimizers busy: they would take twice as long as all the rest.
+_LLC_FLAGS = ("-O0", "-relocation-model=pic")
 _TILE = "<256 x i32>"  # in the place of LLVM's x86_amx
 _SOURCE = Path(__file__).with_suffix(".c")
 _DECLARATION = re.compile(r"^declare (?P<result>.+?) @(?P<name>llvm\.x86\.[\w.]+)\((?P<params>.*?)\).*$", re.MULTILINE)
@@ -64,7 +66,9 @@ def rewrite(llvm_ir: str) -> str:
         references[reference] = declaration
         return text
 
-    text = _DECLARATION.sub(wrap, re.sub(r"\bx86_amx\b", _TILE, llvm_ir))
+    # Types that the baseline lacks too; bf16 numbers are bits to all but the intrinsics that take them.
+    text = re.sub(r"\bx86_amx\b", _TILE, re.sub(r"\bbfloat\b", "i16", llvm_ir))
+    text = _DECLARATION.sub(wrap, text)
     text = re.sub(r"@(llvm\.x86\.[\w.]+)\(", lambda m: m[0] if m[1] in NATIVE else f"@emulated.{m[1]}(", text)
     return "\n".join([text, *references.values()]) + "\n"
 
@@ -84,7 +88,7 @@ def _wrapper(name: str, result: str, params: str, reference: str) -> tuple[str, 
         passed.append(f"i64 {lanes[1]}")
     lines.append(f"  call void @{reference}({', '.join(passed)})")
     lines += ["  ret void"] if result == "void" else [f"  %value = load {result}, ptr %r", f"  ret {result} %value"]
-    head = f"define internal {result} @{name}({', '.join(types)}) alwaysinline {{"
+    head = f"define internal {result} @{name}({', '.join(types)}) noinline {{"
     declaration = f"declare void @{reference}({', '.join(p.split()[0] for p in passed)})"
     return "\n".join([head, *lines, "}"]), declaration
 
@@ -100,7 +104,7 @@ def build(kernels: Iterable[Kernel], library: Path, jobs: int) -> None:
 
     def make(kernel: Kernel, mlir: str) -> Path:
         path = folder / f"{kernel.symbol}.o"
-        tools.object_file(tools.optimized(rewrite(tools.llvm_ir(mlir)), BASELINE), BASELINE, path)
+        tools.object_file(tools.optimized(rewrite(tools.llvm_ir(mlir)), BASELINE), BASELINE, path, _LLC_FLAGS)
         return path
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -108,7 +112,7 @@ def build(kernels: Iterable[Kernel], library: Path, jobs: int) -> None:
         work = [pool.submit(make, kernel, kernel.mlir()) for kernel in kernels]
         objects = [w.result() for w in work]
     scratch = library.with_suffix(".part")
-    flags = ["-shared", "-fPIC", "-O2", f"-march={BASELINE.mcpu}"]
+    flags = ["-shared", "-fPIC", "-Wl,--no-undefined", "-O2", f"-march={BASELINE.mcpu}"]
     command = [compiler, *flags, "-o", str(scratch), str(_SOURCE), *map(str, objects), "-lm"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
