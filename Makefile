@@ -1,7 +1,7 @@
 # Everything a person types lives here; how a machine is prepared lives in scripts/setup.
 #
 #   make demo         set up, then train a classifier with every product computed by jax_nano
-#   make test         set up, then run the tests          (make test ARGS="-k matmul -x")
+#   make test         set up, then run the tests          (make test ARGS="-k matmul -x", JOBS=0 for one process)
 #   make help         the other targets
 #
 # Everything made lands in $(VENV), with a stamp for each step, so a second run does only what changed.
@@ -10,6 +10,8 @@
 PYTHON ?= $(shell scripts/setup find-python)
 VENV   ?= .venv
 ARGS   ?=
+# Processes that share the tests. Each holds a JAX, so no more than a few.
+JOBS   ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 
 STAMPS := $(VENV)/.stamps
 DIST   := $(VENV)/wheel
@@ -31,7 +33,7 @@ demo: $(STAMPS)/examples  ## set up and run examples/digits.py
 	$(BIN)/python examples/digits.py $(ARGS)
 
 test: $(STAMPS)/test  ## set up and run the tests
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses $(JOBS) $(ARGS)
 
 lint: $(STAMPS)/test  ## check style, formatting and types
 	scripts/lint $(BIN)

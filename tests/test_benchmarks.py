@@ -12,6 +12,9 @@ import jax
 import numpy as np
 import pytest
 
+# They share a run of the benchmark.
+pytestmark = pytest.mark.xdist_group("benchmarks")
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks takes it off again, so that jax_nano is the installed one
 
