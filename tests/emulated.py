@@ -44,7 +44,7 @@ class Kernel:
         x |= {"m": m, "n": n, "k": k, "batch": 1, "rs_partial": _round_up(n, self.nr), **blocks, **_strides(a, b, c)}
         x |= {"pack_a": int(not self.direct_a), "pack_b": int(not self.direct_b), **fields}
         assert len(x) == len(FIELDS), "unknown field among the arguments"
-        assert x["csb"] == 1 or x["pack_b"]
+        assert x["csb"] == 1 or x["pack_b"] or x["inner"]
         sizes = {
             "a_pack": x["pack_a"] and x["mc"] * x["kc"] * self.a_panel_bytes,
             "b_pack": x["pack_b"] and x["nc"] * (x["kc"] * self.b_panel_bytes + self.b_header_bytes),

@@ -47,6 +47,11 @@ class AmxMicrokernel:
         """Whether C cannot hold unfinished sums."""
         return ir.elem_bytes(self.out) < ir.elem_bytes(self.family.acc)
 
+    @property
+    def loads(self) -> int:
+        """Tiles that a step loads."""
+        return self.tile.mr + self.tile.nv
+
     PARAMS = (
         *("a", "b", "rsa", "b_step", "k"),
         *("c", "rsc", "rows", "cols", "mode", "partial", "rs_partial"),

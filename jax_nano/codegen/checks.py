@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from . import inspect_asm
+from .amx_microkernel import AmxMicrokernel
 from .catalog import Kernel
 
 
@@ -46,6 +47,8 @@ def k_loops(kernel: Kernel, disassembly: str) -> list[Checked]:
                 )
             if products % want:
                 raise SpillError(f"{name}: the K loop has {products} products, its tile {want}")
+            if isinstance(micro, AmxMicrokernel) and loop.count("tileload") != micro.loads:
+                raise SpillError(f"{name}: the K loop loads {loop.count('tileload')} tiles, its block {micro.loads}")
         # LLVM may unroll the loop and leave a remainder loop behind it: the busy one counts.
         loop = max(loops, key=lambda x: len(x.instructions))
         found.append(Checked(name, loop.count(pattern), want, loop))

@@ -126,6 +126,21 @@ def test_edges_beside_guard_pages(subject, memory, rng, at, orders):
                     want[:m, :n].check(c, (m, n, k))
 
 
+@pytest.mark.parametrize("at", ["end", "begin"])
+def test_inner_products_beside_guard_pages(subject, memory, rng, at):
+    if not subject.inner:
+        pytest.skip("no inner-product path")
+    for k in KS[1:]:
+        a_all, b_all = operands(subject, rng, 9, 10, k)
+        want = expected(subject, a_all, b_all)
+        for m, n in [(1, 1), (1, 10), (9, 1), (3, 5), (9, 10)]:
+            a, b = place(memory[0], a_all[:m], "C", at), place(memory[1], b_all[:, :n], "F", at)
+            c = memory[2].array((m, n), subject.out, at=at)
+            c.fill(reference.poison(subject.out))
+            subject.call(a, b, c, inner=1, pack_a=0, pack_b=0, rsa=k, csa=1, rsb=1, csb=k)
+            want[:m, :n].check(c, (m, n, k))
+
+
 @pytest.mark.parametrize("orders", ["CC", "CF", "FC", "FF"])
 def test_exact_on_integers_in_blocks(subject, rng, orders):
     """Small blocks of every loop; sums that go on from C or `partial`, rounded or wrapped once, at the end."""

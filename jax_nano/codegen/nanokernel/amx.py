@@ -25,6 +25,8 @@ from .bf16_parts import part_of
 
 ROWS = 16  # of a tile
 UNITS = 16  # in a row of a tile
+PRODUCT_CYCLES = 16  # one for each row: 512 multiply-adds of bf16 a cycle, 1024 of bytes (Sapphire Rapids)
+LOAD_CYCLES = 8  # 16 rows of 64 bytes, two a cycle
 _UNIT_BYTES = 4
 
 
