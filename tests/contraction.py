@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import reference
 
 from jax_nano import _runtime
 
@@ -40,13 +41,15 @@ class Contraction:
         """What the runtime would do; ``where``: target and caches."""
         return dict(_runtime.plan(*self.shapes[:2], *self.labels, *dtypes, threads, **where))
 
-    def dot(self, lhs: np.ndarray, rhs: np.ndarray, *, threads: int = 1) -> np.ndarray:
-        """The runtime's result, in memory full of NaN beforehand."""
-        out = np.full(self.shapes[2], np.nan, lhs.dtype)
-        addresses = (lhs.ctypes.data, rhs.ctypes.data, out.ctypes.data)
-        dtypes = (x.dtype.name for x in (lhs, rhs, out))
-        _runtime.dot(*addresses, *self.shapes[:2], *self.labels, *dtypes, threads)
-        return out
+    def dot(
+        self, lhs: np.ndarray, rhs: np.ndarray, *, out: str | None = None, threads: int = 1, algorithm: str = "default"
+    ) -> np.ndarray:
+        """The runtime's result, of lhs's dtype unless told, in memory full of poison beforehand."""
+        result = reference.poisoned(self.shapes[2], out or lhs.dtype)
+        addresses = (lhs.ctypes.data, rhs.ctypes.data, result.ctypes.data)
+        dtypes = (x.dtype.name for x in (lhs, rhs, result))
+        _runtime.dot(*addresses, *self.shapes[:2], *self.labels, *dtypes, threads, algorithm)
+        return result
 
 
 def random_contraction(rng: np.random.Generator) -> Contraction:

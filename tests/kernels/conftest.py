@@ -45,6 +45,16 @@ class Kernel:
             if (a or self.direct_a) and (b or (self.direct_b and not transposed_b))
         ]
 
+    def ways(self, *, order_a: str = "C", order_b: str = "C", n: int = 2) -> list[dict[str, int]]:
+        """Fields for every way to the whole product of operands stored by rows (C) or columns (F)."""
+        ways = [{"pack_a": a, "pack_b": b} for a, b in self.packs(transposed_b=order_b == "F" and n > 1)]
+        return [*ways, {"inner": 1}] if self.has_inner and order_a == "C" and order_b == "F" else ways
+
+    @property
+    def has_inner(self) -> bool:
+        """Whether there is a path of its own for operands that are contiguous along K."""
+        return bool(self.info["inner"])
+
     def call(self, a: np.ndarray, b: np.ndarray, c: np.ndarray, **fields: int) -> None:
         """C (+)= A @ B by this kernel, with the strides that the arrays have; further fields of GemmArgs as named.
 
@@ -66,6 +76,8 @@ class Kernel:
             "pack_a": int(fields.pop("pack_a", 0) or not self.direct_a),
             "pack_b": int(fields.pop("pack_b", 0) or not self.direct_b),
         }
+        if fields.get("inner"):
+            packs = {"csa": 1, "rsb": 1}  # also where NumPy's strides mean nothing
         _runtime.call(self.name, {**addresses, "m": m, "n": n, "k": k, **strides, **packs, **fields})
 
     def call_many(self, **fields: int | NDArray[np.int64]) -> None:

@@ -50,6 +50,49 @@ def test_these_shapes_are_really_split():
         assert np.prod(c.plan(threads=4)["split"]) > 1, c
 
 
+DTYPES = [
+    ("bfloat16", "bfloat16", "bfloat16"),
+    ("bfloat16", "float32", "float32"),
+    ("float16", "float16", "float32"),
+    ("float64", "float64", "float64"),
+    ("int8", "int8", "int8"),
+    ("uint8", "int8", "int32"),
+]
+LONG_SUMS = [
+    Contraction("mk,kn->mn", m=130, n=200, k=3000),
+    Contraction("mk,kn->nm", m=2050, n=7, k=1000),
+    Contraction("bmk,bkn->bmn", b=5, m=33, n=35, k=2000),
+    Contraction("bmij,bjin->bmn", b=5, m=20, n=35, i=7, j=20),
+    Contraction("bmijl,lbjin->bmn", b=3, m=20, n=35, i=3, j=5, l=7),
+    Contraction("mk,nk->mn", m=3, n=200, k=3001),
+]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
+@pytest.mark.parametrize("c", LONG_SUMS, ids=str)
+def test_other_dtypes(c, dtypes, rng):
+    """Sums longer than a block of K, in passes, of several products: rounded once, the same for any threads."""
+    if not _runtime.supports(*dtypes):
+        pytest.skip("no kernel")
+    lhs, rhs = (reference.random(rng, shape, dtype) for shape, dtype in zip(c.shapes, dtypes[:2], strict=False))
+    acc = {"f": np.float64 if dtypes[2] == "float64" else np.float32, "i": np.int32, "u": np.int32, "b": np.float32}
+    alone = c.dot(lhs, rhs, out=dtypes[2])
+    reference.expected(c.subscripts, lhs, rhs, out=dtypes[2], acc=acc[dtypes[2][0]]).check(alone)
+    for threads in (2, 7):
+        assert c.dot(lhs, rhs, out=dtypes[2], threads=threads).tobytes() == alone.tobytes(), threads
+
+
+@pytest.mark.parametrize("algorithm", ["BF16_BF16_F32", "BF16_BF16_F32_X3", "BF16_BF16_F32_X6"])
+def test_algorithms(algorithm, rng):
+    if not _runtime.supports(*["float32"] * 3, algorithm):
+        pytest.skip("no kernel")
+    for m, n, k in [(1, 1, 1), (130, 70, 300), (3, 50, 1001)]:
+        c = Contraction("mk,kn->mn", m=m, n=n, k=k)
+        lhs, rhs = operands(c, rng)
+        want = reference.expected("mk,kn->mn", *reference.algorithm_operands(algorithm, lhs, rhs))
+        want.check(c.dot(lhs, rhs, algorithm=algorithm, threads=2))
+
+
 @pytest.mark.parametrize("block", range(10))
 def test_random_contractions(block):
     for seed in range(100 * block, 100 * (block + 1)):

@@ -14,7 +14,8 @@ and ``k`` which packing code runs):
 * operands and C that end at a forbidden page, and that begin at one;
 * rows with gaps, and dense ones (where a single row or column makes two orders look alike);
 * wide C against unpacked B, up to two of the widest tiles (eight vectors);
-* sums that two calls finish, through C or, in narrow kernels, through ``partial``.
+* sums that two calls finish, through C or, in narrow kernels, through ``partial``;
+* the inner-product path, where there is one, over all of the first four.
 """
 
 from __future__ import annotations
@@ -103,13 +104,18 @@ def with_poison(product: NDArray[np.generic]) -> NDArray[np.unsignedinteger]:
     return bits(np.append(product.ravel(), reference.poisoned((1,), product.dtype)))
 
 
+def whole_k(kernel, k: int) -> int:
+    """The smallest kc that does not cut k."""
+    return max(-(-k // kernel.kr), 1) * kernel.kr
+
+
 @lru_cache(maxsize=32)
-def largest(kernel, sizes: Sizes, k: int, kc: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def largest(kernel, sizes: Sizes, k: int, kc: int = 0, inner: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Random operands of the largest size and their product, which the oracle has seen."""
     rng = np.random.default_rng([k, *kernel.name.encode()])
     m, n = sizes.shape
     a, b = reference.random(rng, (m, k), kernel.lhs), reference.random(rng, (k, n), kernel.rhs)
-    c = kernel.product(a, b, kc=kc)
+    c = kernel.product(a, np.asfortranarray(b) if inner else b, kc=kc or whole_k(kernel, k), inner=inner)
     kernel.check(a, b, c, (m, n, k))
     return a, b, c
 
@@ -190,16 +196,15 @@ def judge(sizes: Sizes, source: NDArray[np.int32], got: NDArray[np.generic], wan
 
 def sweep(kernel, memory, sizes: Sizes, k: int, *, order_a="C", order_b="C", at="end", each=False) -> None:
     """All pairs for one K and storage, packed in every way that the kernel permits."""
-    a, b, want = largest(kernel, sizes, k)
+    a, b, _ = largest(kernel, sizes, k)
     fields = operand_fields(memory, sizes, a, b, order_a, order_b, at, each=each)
     source = corners(sizes, at)
-    for pack_a, pack_b in kernel.packs(transposed_b=order_b == "F"):
-        if order_b == "F" and not pack_b:
-            continue
+    for way in kernel.ways(order_a=order_a, order_b=order_b):
+        _, _, want = largest(kernel, sizes, k, inner=way.get("inner", 0))
         c = reference.poisoned(source.shape, kernel.out)
         addresses = c.ctypes.data + corner_offsets(sizes) * c.itemsize
-        kernel.call_many(**fields, k=k, c=addresses, rsc=sizes.n + GAP, pack_a=pack_a, pack_b=pack_b)
-        judge(sizes, source, c, want, {"k": k, "pack_a": pack_a, "pack_b": pack_b})
+        kernel.call_many(**fields, k=k, c=addresses, rsc=sizes.n + GAP, kc=whole_k(kernel, k), **way)
+        judge(sizes, source, c, want, {"k": k, **way})
 
 
 @ENDS
@@ -243,8 +248,15 @@ def test_every_c_beside_guard_pages(kernel, memory, at):
         for accumulate in (0,) if kernel.narrow else (0, 1):
             c[place] = np.zeros(1, kernel.out) if accumulate else reference.poisoned((1,), kernel.out)
             packs = {"pack_a": pack_a, "pack_b": pack_b}
-            kernel.call_many(**fields, k=k, c=first + slots.base, rsc=sizes.n, accumulate=accumulate, **packs)
+            call = {**fields, **packs, "k": k, "kc": whole_k(kernel, k), "accumulate": accumulate}
+            kernel.call_many(**call, c=first + slots.base, rsc=sizes.n)
             assert np.array_equal(c[place], want.ravel()[source]), packs
+    if kernel.has_inner:
+        _, _, want = largest(kernel, sizes, k, inner=1)
+        fields = operand_fields(memory, sizes, a, b, "C", "F", at, each=False)
+        c[place] = reference.poisoned((1,), kernel.out)
+        kernel.call_many(**fields, k=k, inner=1, c=first + slots.base, rsc=sizes.n)
+        assert np.array_equal(c[place], want.ravel()[source]), "inner"
 
 
 @ENDS
@@ -295,7 +307,7 @@ def test_every_size_adds_to_c(kernel, memory, rng, k):
     a, b, _ = largest(kernel, sizes, k)
     before = reference.random(rng, sizes.shape, kernel.out)
     want = before.copy()
-    kernel.call(a, b, want, accumulate=1)
+    kernel.call(a, b, want, accumulate=1, kc=whole_k(kernel, k))
     kernel.check(a, b, want, initial=before)
     assert k or np.array_equal(want, before)
     fields = operand_fields(memory, sizes, a, b, "C", "C", "end", each=False)
@@ -304,7 +316,8 @@ def test_every_size_adds_to_c(kernel, memory, rng, k):
         c = with_poison(before)[source].view(kernel.out)
         addresses = c.ctypes.data + corner_offsets(sizes) * c.itemsize
         packs = {"pack_a": pack_a, "pack_b": pack_b}
-        kernel.call_many(**fields, k=k, c=addresses, rsc=sizes.n + GAP, accumulate=1, **packs)
+        call = {**fields, **packs, "k": k, "kc": whole_k(kernel, k), "accumulate": 1}
+        kernel.call_many(**call, c=addresses, rsc=sizes.n + GAP)
         judge(sizes, source, c, want, {"k": k, **packs})
 
 
@@ -316,6 +329,6 @@ def test_small_integers_are_exact(kernel, memory, rng, k):
     want = (a.astype(np.int64) @ b.astype(np.int64)).astype(kernel.out)
     for order_a in "CF":
         for order_b in "CF":
-            for pack_a, pack_b in kernel.packs(transposed_b=order_b == "F"):
+            for way in kernel.ways(order_a=order_a, order_b=order_b):
                 stored_a, stored_b = np.array(a, order=order_a), np.array(b, order=order_b)
-                assert np.array_equal(kernel.product(stored_a, stored_b, pack_a=pack_a, pack_b=pack_b), want)
+                assert np.array_equal(kernel.product(stored_a, stored_b, **way), want), way
