@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from contraction import Contraction, random_contraction
 
+from jax_nano import _runtime
+
 ZEN4 = (32 << 10, 1 << 20, 32 << 20)
 SMALL = (32 << 10, 256 << 10, 8 << 20)
 HUGE = (48 << 10, 16 << 20, 1 << 30)
@@ -33,7 +35,7 @@ class TestLoops:
     def test_transposes_are_strides(self, subscripts, rsa, csa, rsb, csb):
         p = plan(subscripts, m=3, n=5, k=7)
         assert (p["rsa"], p["csa"], p["rsb"], p["csb"]) == (rsa, csa, rsb, csb)
-        assert p["pack_b"] or csb == 1
+        assert p["pack_b"] or p["inner"] or csb == 1
 
     def test_transposed_result_swaps_roles(self):
         p = plan("mk,kn->nm", m=3, n=5, k=7)
@@ -171,11 +173,9 @@ class TestErrors:
         ],
     )
     def test_arrays_that_do_not_fit(self, lhs, rhs, labels, message):
-        from jax_nano import _runtime
-
         labels = [[int(x) for x in term] for term in labels.split(",")]
         with pytest.raises(ValueError, match=message):
-            _runtime.plan(lhs, rhs, *labels, *["float32"] * 3, 1, "x86-64-v3")
+            _runtime.plan(lhs, rhs, *labels, *["float32"] * 3, 1, target="x86-64-v3")
 
     @pytest.mark.parametrize("dtype", ["float128", "object", "int32"])
     def test_dtypes_without_kernel(self, dtype):
@@ -209,13 +209,19 @@ class TestBlocking:
         for m, n, k in shapes():
             p = plan(subscripts, m=m, n=n, k=k, target=target, caches=caches, threads=3)
             assert p["workspace_bytes"] <= 8 << 20
+            if p["inner"]:
+                assert p["workspace_bytes"] == 0
+                continue
             assert p["mc"] % mr == 0
             assert p["nc"] % nr == 0
             assert p["mc"] < p["m"] + mr
             assert p["nc"] < p["n"] + nr
-            assert 1 <= p["kc"] <= 512
+            assert 1 <= p["kc"] <= (512 if p["pack_b"] else 1024)
             assert p["pack_b"] or p["csb"] == 1
-            assert p["nc"] * p["kc"] * 4 <= max(0.75 * caches[1], nr * p["kc"] * 4)
+            if p["pack_b"]:
+                assert p["nc"] * p["kc"] * 4 <= max(min(caches[1], 2 << 20), nr * p["kc"] * 4)
+            if p["pack_a"]:
+                assert p["mc"] * p["kc"] * 4 <= 4 << 20
 
     def test_no_tiny_last_block(self, target):
         for k in range(1, 3000, 7):
@@ -223,16 +229,17 @@ class TestBlocking:
             last = k % p["kc"] or p["kc"]
             assert last > 0.9 * p["kc"] or k < p["kc"]
 
-    def test_kc_depends_on_k_alone(self, target):
+    @pytest.mark.parametrize("subscripts", ["mk,kn->mn", "mk,nk->mn"])
+    def test_the_order_of_a_sum_depends_on_the_call_alone(self, target, subscripts):
         """Or else results would depend on the number of threads, or on the machine's caches."""
         for k in (1, 100, 385, 5000):
-            kcs = {
-                plan("mk,kn->mn", m=m, n=n, k=k, target=target, caches=caches, threads=threads)["kc"]
-                for m, n in ((1, 1), (100, 3000), (3000, 100))
-                for caches in (ZEN4, SMALL, HUGE)
-                for threads in (1, 2, 7)
-            }
-            assert len(kcs) == 1
+            for m, n in ((1, 1), (1, 4096), (5, 3000), (100, 3000), (3000, 100), (700, 700)):
+                plans = [
+                    plan(subscripts, m=m, n=n, k=k, target=target, caches=caches, threads=threads)
+                    for caches in (ZEN4, SMALL, HUGE)
+                    for threads in (1, 2, 7, 64)
+                ]
+                assert len({(p["kernel"], p["kc"], p["inner"]) for p in plans}) == 1
 
     def test_small_products_pack_nothing(self, target):
         for size in (1, 8, 16, 32):
@@ -282,3 +289,92 @@ class TestSplit:
     def test_thin_products_are_split_along_their_length(self, target):
         assert plan("mk,kn->mn", m=4, n=8192, k=4096, threads=2, target=target)["split"][1] == 1
         assert plan("mk,kn->mn", m=8192, n=4, k=4096, threads=2, target=target)["split"][2] == 1
+
+
+KERNELS = {k["name"]: k for k in _runtime.kernels()}
+every_kernel = pytest.mark.parametrize("info", KERNELS.values(), ids=list(KERNELS))
+
+
+def plan_of(info, subscripts, **where):
+    """A plan for the kernel's signature and target; it may name another kernel that does better."""
+    sizes = {x: where.pop(x) for x in list(where) if len(x) == 1}
+    dtypes = (info["lhs"], info["rhs"], info["out"])
+    where = {"target": info["target"], "algorithm": info["algorithm"], "caches": ZEN4, **where}
+    return Contraction(subscripts, **sizes).plan(dtypes=dtypes, **where)
+
+
+class TestEveryKernel:
+    @every_kernel
+    def test_packs_what_it_cannot_read_where_it_lies(self, info):
+        for sizes in [(1, 1, 1), (3, 5, 7), (1, 512, 512), (64, 64, 64), (700, 800, 900)]:
+            for subscripts in ("mk,kn->mn", "km,nk->mn", "mk,nk->mn"):
+                p = plan_of(info, subscripts, **dict(zip("mnk", sizes, strict=True)))
+                chosen = KERNELS[p["kernel"]]
+                if p["inner"]:
+                    assert chosen["inner"]
+                    assert (p["csa"], p["rsb"], p["pack_a"], p["pack_b"]) == (1, 1, False, False)
+                    continue
+                assert p["pack_a"] or chosen["direct_a"]
+                assert p["pack_b"] or (chosen["direct_b"] and p["csb"] == 1)
+
+    @every_kernel
+    def test_blocks_are_whole_tiles_within_the_workspace(self, info):
+        for m, n, k in [*shapes()[:12], (10**6, 10**6, 10**6), (10**6, 3, 10**6), (3, 10**6, 10**5)]:
+            for caches, threads in ((ZEN4, 1), (SMALL, 2), (HUGE, 64)):
+                for subscripts in ("mk,kn->mn", "mk,nk->mn"):
+                    p = plan_of(info, subscripts, m=m, n=n, k=k, caches=caches, threads=threads)
+                    assert 0 <= p["workspace_bytes"] <= 8 << 20
+                    if not p["inner"]:
+                        chosen = KERNELS[p["kernel"]]
+                        assert p["mc"] % chosen["mr"] == p["nc"] % chosen["nr"] == p["kc"] % chosen["kr"] == 0
+                        assert min(p["mc"], p["nc"], p["kc"]) > 0
+
+
+def ceil_div(x, y):
+    return -(-x // y)
+
+
+NARROW = [k for k in KERNELS.values() if k["narrow"]]
+
+
+@pytest.mark.parametrize("info", NARROW, ids=[k["name"] for k in NARROW])
+class TestPartialSums:
+    """Sums that C cannot hold while they are unfinished."""
+
+    BIG = ((4096, 4096, 10**4), (10**6, 100, 10**4), (40, 10**6, 10**4), (10**6, 10**6, 10**5))
+
+    def test_short_sums_need_no_room(self, info):
+        p = plan_of(info, "mk,kn->mn", m=4096, n=10**6, k=64)
+        assert p["kc"] >= 64
+        assert p["rs_partial"] == 0
+        assert p["split"] == (1, 1, 1)
+
+    @pytest.mark.parametrize("threads", [1, 2, 64])
+    def test_items_fit_into_the_workspace(self, info, threads):
+        for m, n, k in self.BIG:
+            p = plan_of(info, "mk,kn->mn", m=m, n=n, k=k, threads=threads)
+            chosen = KERNELS[p["kernel"]]
+            _, pieces_m, pieces_n = p["split"]
+            item_m = ceil_div(ceil_div(p["m"], chosen["mr"]), pieces_m) * chosen["mr"]
+            item_n = ceil_div(ceil_div(p["n"], chosen["nr"]), pieces_n) * chosen["nr"]
+            assert p["rs_partial"] == item_n
+            room = item_m * item_n * 4
+            assert room <= 3 << 19
+            assert room <= p["workspace_bytes"] <= 8 << 20
+            assert room >= 3 << 16  # cut no further than needed
+
+    def test_the_cut_does_not_change_the_bits(self, info):
+        for m, n, k in self.BIG:
+            plans = [plan_of(info, "mk,kn->mn", m=m, n=n, k=k, threads=t) for t in (1, 3, 64)]
+            assert len({(p["kernel"], p["kc"]) for p in plans}) == 1
+
+    def test_passes_need_room_however_short(self, info):
+        p = plan_of(info, "mij,jin->mn", m=30, n=50, i=4, j=6)
+        assert p["k_outer"]
+        assert p["rs_partial"] >= 50
+
+    def test_products_in_passes_go_one_by_one(self, info):
+        """Else the second product's first pass would overwrite what the first one's left."""
+        p = plan_of(info, "bmij,bjin->bmn", b=10, m=30, n=50, i=4, j=6)
+        assert (p["batch"], p["products"]) == (1, 10)
+        assert plan_of(info, "bmk,bkn->bmn", b=10, m=30, n=50, k=10**4)["batch"] == 10
