@@ -183,6 +183,8 @@ def _operand_text(operand: str, plan: Mapping[str, Any], kernel: Mapping[str, An
     shape = f"{plan[rows]} x {plan[columns]}, strides {row_stride} and {column_stride}"
     readers = _cost.tiles(plan["n"], kernel["nr"]) if a else _cost.tiles(plan["m"], kernel["mr"])
     read = f"{readers} register {'tile' if readers == 1 else 'tiles'} of {'columns' if a else 'rows'}"
+    if plan["inner"]:
+        return f"{shape}; read where it lies, along K"
     if not plan["pack_a" if a else "pack_b"]:
         return f"{shape}; read where it lies, by {read}"
     if not kernel["direct_a" if a else "direct_b"]:
@@ -203,13 +205,15 @@ def _why_never_direct(kernel: Mapping[str, Any]) -> str:
 
 
 def _blocking_lines(plan: Mapping[str, Any]) -> list[str]:
-    names = {"m": "M", "n": "N", "k": "K"}
-    parts = []
-    for dimension, name in names.items():
-        block = plan[dimension + "c"]
-        count = _cost.tiles(plan[dimension], block)
-        parts.append(f"{name} by {block} ({count} {'block' if count == 1 else 'blocks'})")
-    lines = [", ".join(parts)]
+    if plan["inner"]:
+        lines = ["none: inner products, as both operands are contiguous along K and few rows meet many columns"]
+    else:
+        parts = []
+        for dimension, name in {"m": "M", "n": "N", "k": "K"}.items():
+            block = plan[dimension + "c"]
+            count = _cost.tiles(plan[dimension], block)
+            parts.append(f"{name} by {block} ({count} {'block' if count == 1 else 'blocks'})")
+        lines = [", ".join(parts)]
     products = [f"{loop[0]}" for loop in plan["outer"]] + ([str(plan["batch"])] if plan["batch"] > 1 else [])
     if products:
         inner = "; the last inside the kernel" if plan["batch"] > 1 else ""
