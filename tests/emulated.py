@@ -36,7 +36,7 @@ class Kernel:
     def call(self, a: np.ndarray, b: np.ndarray, c: np.ndarray, **fields: int) -> None:
         """C (+)= A @ B, as tests/kernels' native Kernel.call; blocks are as large as the product unless given.
 
-        The workspace is exactly as large as kernel_abi.h says, between pages that may not be touched.
+        The workspace is exactly as large as kernel_abi.h says, between pages that may not be touched, and full of NaN.
         """
         (m, k), n = a.shape[-2:], b.shape[-1]
         blocks = {"mc": _round_up(m, self.mr), "nc": _round_up(n, self.nr), "kc": _round_up(k, self.kr)}
@@ -56,6 +56,7 @@ class Kernel:
             for name, size in sizes.items():
                 if not x[name]:
                     x[name] = regions.enter_context(Region(size)).end - size
+                    ctypes.memset(x[name], 0xFF, size)  # NaN, so that nothing may count on zeros
             self.function((ctypes.c_int64 * len(FIELDS))(*(x[name] for name in FIELDS)))
 
 

@@ -57,7 +57,11 @@ def memory() -> Iterator[list[Region]]:
 
 
 def place(region: Region, like: np.ndarray, order: str, at: str) -> np.ndarray:
-    """A copy of ``like`` in guarded memory, stored by rows (C) or by columns (F)."""
+    """A copy of ``like`` in guarded memory, stored by rows (C), by columns (F), or as every other element (S)."""
+    if order == "S":
+        view = region.array([max(2 * size - 1, 0) for size in like.shape], like.dtype, at=at)[::2, ::2]
+        view[...] = like
+        return view
     stored = region.array(like.shape if order == "C" else like.shape[::-1], like.dtype, at=at)
     view = stored if order == "C" else stored.T
     view[...] = like
@@ -104,12 +108,14 @@ def operands(kernel: emulated.Kernel, rng: np.random.Generator, m: int, n: int, 
 
 def packs(kernel: emulated.Kernel, order_b: str) -> list[dict[str, int]]:
     """What may be packed: everything, and as little as possible."""
-    least = {"pack_a": int(not kernel.direct_a), "pack_b": int(not kernel.direct_b or order_b == "F")}
+    least = {"pack_a": int(not kernel.direct_a), "pack_b": int(not kernel.direct_b or order_b != "C")}
     most = {"pack_a": 1, "pack_b": 1}
     return [most] if least == most else [most, least]
 
 
-@pytest.mark.parametrize(("at", "orders"), [("end", "CC"), ("begin", "CF"), ("end", "FC"), ("begin", "FF")])
+@pytest.mark.parametrize(
+    ("at", "orders"), [("end", "CC"), ("begin", "CF"), ("end", "FC"), ("begin", "FF"), ("end", "SS")]
+)
 def test_edges_beside_guard_pages(subject, memory, rng, at, orders):
     ms, ns = sizes(subject.mr), sizes(subject.nr)
     for k in KS:
