@@ -36,6 +36,7 @@ class _Kernel(TypedDict):
     algorithm: str
     direct_a: bool
     direct_b: bool
+    inner: bool
     narrow: bool
 
 class _Caches(TypedDict):
@@ -64,6 +65,7 @@ class _Plan(TypedDict):
     bsc: int
     pack_a: bool
     pack_b: bool
+    inner: bool
     mc: int
     kc: int
     nc: int
