@@ -6,12 +6,14 @@ to the last error message, or reaches a hook that JAX keeps to itself.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
 from jax import Array
-from jax._src import core, dispatch
+from jax._src import core, dispatch, source_info_util
 from jax._src.dtypes import check_and_canonicalize_user_dtype
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.lax.lax import _convert_element_type, canonicalize_precision, get_algorithm_compute_types
@@ -46,6 +48,9 @@ __all__ = [
     "sharding_for_vmap",
     "untransposed",
 ]
+
+# An equation's source is the line that called us, as it is for JAX's own functions.
+source_info_util.register_exclusion(str(Path(__file__).parent) + os.sep)
 
 OutSharding: TypeAlias = NamedSharding | PartitionSpec | None
 
@@ -114,8 +119,8 @@ def sharding_for_vmap(axis_data: Any, sharding: NamedSharding, dim: int) -> Name
 
 def untransposed(x: Any) -> tuple[Array, tuple[int, ...]] | None:
     """The array that `x` is a transpose of and the permutation, if `x` was traced as one."""
-    equation = getattr(x, "parent", None) if isinstance(x, core.Tracer) else None
-    if getattr(equation, "primitive", None) is not transpose_p:
+    equation: Any = getattr(x, "parent", None) if isinstance(x, core.Tracer) else None
+    if equation is None or equation.primitive is not transpose_p:
         return None
     (source,) = equation.in_tracers
     return source, equation.params["permutation"]

@@ -19,7 +19,7 @@ from jax import Array
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import stablehlo
+from jax.extend.mlir.dialects import stablehlo as _stablehlo
 from jax.interpreters import mlir, xla
 
 from jax_nano import _gate, _native, _shapes, _sharding, _signatures
@@ -32,6 +32,7 @@ from jax_nano._signatures import Precision, Signature
 # JAX types avals as AbstractValue where these rules see only ShapedArray, and IR values by their kind.
 Context: TypeAlias = Any
 Value: TypeAlias = Any
+stablehlo: Any = _stablehlo  # has no annotations
 
 # Loading the extension here, not at the first product, reports a missing build at import.
 _native.runtime()
@@ -138,7 +139,7 @@ class Operand(NamedTuple):
             return self
         shape = ir.RankedTensorType(self.value.type).shape
         to = ir.RankedTensorType.get(shape, mlir.dtype_to_ir_type(dtype))
-        return Operand(stablehlo.convert(to, self.value), self.shape, dtype)
+        return Operand(stablehlo.ConvertOp(to, self.value).result, self.shape, dtype)
 
 
 def _call(ctx: Context, lhs: Operand, rhs: Operand, labels: Labels, signature: Signature, out_dtype: np.dtype) -> Value:
@@ -147,7 +148,7 @@ def _call(ctx: Context, lhs: Operand, rhs: Operand, labels: Labels, signature: S
     lhs, rhs = lhs.converted(signature.lhs), rhs.converted(signature.rhs)
     out = _custom_call(ctx, lhs, rhs, call_labels, shape, signature)
     out = Operand(out, shape, signature.out).converted(out_dtype).value
-    return out if perm is None else stablehlo.transpose(out, mlir.dense_int_array(perm))
+    return out if perm is None else stablehlo.TransposeOp(out, mlir.dense_int_array(perm)).result
 
 
 # The call as a primitive of its own: for programs that contain it as a part, and never seen by a
@@ -170,8 +171,8 @@ def _call_lower_cpu(
     dtypes = (lhs_aval.dtype, rhs_aval.dtype, out_dtype)
     signature = _signature(labels, precision, lhs_aval.shape, rhs_aval.shape, dtypes)
     assert signature is not None  # as for the whole product, of which this may be a shard
-    operands = (Operand(x, aval.shape, aval.dtype) for x, aval in ((lhs, lhs_aval), (rhs, rhs_aval)))
-    return [_call(ctx, *operands, labels, signature, out_dtype)]
+    left, right = (Operand(x, aval.shape, aval.dtype) for x, aval in ((lhs, lhs_aval), (rhs, rhs_aval)))
+    return [_call(ctx, left, right, labels, signature, out_dtype)]
 
 
 def _call_in_lax(lhs: Array, rhs: Array, *, labels: Labels, out_dtype: np.dtype, precision: Precision) -> Array:

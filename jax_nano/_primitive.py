@@ -45,11 +45,11 @@ def bind(
     of what was transposed, and so its gradients are in that layout too.
     """
     lhs, rhs = compat.match_varying_axes(lhs, rhs)
-    params = {"precision": precision, "preferred_element_type": preferred_element_type}
+    params: dict[str, Any] = {"precision": precision, "preferred_element_type": preferred_element_type}
     if compat.untransposed(lhs) or compat.untransposed(rhs):
-        check = {"dimension_numbers": dimension_numbers, "out_sharding": None, **params}
-        lax_dot_general_p.abstract_eval(jax.typeof(lhs), jax.typeof(rhs), **check)
-        labels = _shapes.labels_of(dimension_numbers, out_perm, lhs.ndim, rhs.ndim)
+        avals = jax.typeof(lhs), jax.typeof(rhs)
+        lax_dot_general_p.abstract_eval(*avals, dimension_numbers=dimension_numbers, out_sharding=None, **params)
+        labels = _shapes.labels_of(dimension_numbers, out_perm, *(x.ndim for x in avals))
         lhs, lhs_dims = _before_transposes(lhs, labels.lhs)
         rhs, rhs_dims = _before_transposes(rhs, labels.rhs)
         dimension_numbers, out_perm = _shapes.dimension_numbers_of(Labels(lhs_dims, rhs_dims, labels.out))
@@ -58,7 +58,7 @@ def bind(
     )
 
 
-def _before_transposes(x: Array, dims: Dims) -> tuple[Array, Dims]:
+def _before_transposes(x: Any, dims: Dims) -> tuple[Any, Dims]:
     while (found := compat.untransposed(x)) is not None:
         x, perm = found
         dims = _shapes.before_transpose(dims, perm)

@@ -92,8 +92,9 @@ def _meaning(lhs: np.dtype, rhs: np.dtype, out: np.dtype, precision: Precision) 
         return _Meaning(lhs, rhs, out, DEFAULT) if lhs == rhs or (_fits(lhs, out) and _fits(rhs, out)) else None
     if precision not in _ALGORITHMS:
         return None
-    dtypes = compat.get_algorithm_compute_types(precision, lhs, rhs, out)
-    return _Meaning(*map(np.dtype, dtypes), _ALGORITHMS[precision])
+    types = compat.get_algorithm_compute_types(precision, lhs, rhs, out)
+    a, b, c = (np.dtype(x) for x in types)
+    return _Meaning(a, b, c, _ALGORITHMS[precision])
 
 
 def _operand(dtype: np.dtype, meant: np.dtype, meaning: _Meaning) -> Iterator[np.dtype]:

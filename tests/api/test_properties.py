@@ -93,7 +93,7 @@ def same(got: Any, want: Any, k: int, dtype: Any = jnp.float32) -> None:
 
 
 @given(products())
-@settings(EXAMPLES, max_examples=150)
+@settings(EXAMPLES, max_examples=100)
 def test_any_product_of_any_layout(product: Product) -> None:
     lhs, rhs = product.arrays()
     got = jax_nano.einsum(product.subscripts, lhs, rhs)
@@ -148,7 +148,7 @@ TRANSFORMATIONS: dict[str, Callable[[Callable, jax.Array, jax.Array], Any]] = {
 
 
 @given(products(natural=True, most=1, sizes=SMALL), st.sampled_from(sorted(TRANSFORMATIONS)))
-@settings(EXAMPLES, max_examples=120)
+@settings(EXAMPLES, max_examples=60)
 def test_transformations(product: Product, name: str) -> None:
     args = product.arrays()
     program = TRANSFORMATIONS[name]
@@ -182,7 +182,7 @@ WRONG = st.lists(st.integers(-1, 3), max_size=2).map(tuple)
 
 
 @given(products(natural=True, most=1, sizes=SMALL), WRONG, WRONG, WRONG, WRONG)
-@settings(EXAMPLES, max_examples=150)
+@settings(EXAMPLES, max_examples=100)
 def test_wrong_dimension_numbers(product: Product, lc: tuple, rc: tuple, lb: tuple, rb: tuple) -> None:
     """Mostly errors: type and message are lax's. At times a product after all."""
     args = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in product.arrays()]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import string
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.lax import DotAlgorithmPreset
 
-from jax_nano import _einsum, _gate, _shapes, _sharding
+from jax_nano import _einsum, _gate, _shapes, _sharding, _signatures
 from jax_nano._shapes import Labels
 
 MATMUL = (((1,), (0,)), ((), ()))
@@ -193,6 +196,56 @@ def test_gate(subscripts: str, lhs: tuple, rhs: tuple, why: str | None, monkeypa
     assert (reason is None) if why is None else (why in reason)
     monkeypatch.setattr(_gate, "enabled", False)
     assert _gate.declines(labels, lhs, rhs) is None
+
+
+def test_the_gate_is_for_what_xla_computes_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gate, "enabled", True)
+    labels = _shapes.labels_of(MATMUL, None, 2, 2)
+    assert _gate.declines(labels, (2, 2), (2, 2)) is not None
+    assert _gate.declines(labels, (2, 2), (2, 2), any_size=True) is None
+
+
+def signature(lhs: str, rhs: str, out: str, precision: Any = None, terms: Any = 8, kernels: str = "") -> str | None:
+    """The call for a product where there are these kernels, as text."""
+    every = kernels or (
+        "float32,float32,float32,default bfloat16,bfloat16,float32,default bfloat16,bfloat16,bfloat16,default "
+        "float32,bfloat16,float32,default float64,float64,float64,default float32,float32,float32,BF16_BF16_F32 "
+        "int8,int8,int32,default int8,uint8,int32,default int8,int8,int8,default"
+    )
+    found = _signatures.find(
+        *map(jnp.dtype, (lhs, rhs, out)), precision, terms, lambda *names: ",".join(names) in every.split()
+    )
+    return found and " ".join([found.lhs.name, found.rhs.name, found.out.name, found.algorithm])
+
+
+def test_signatures() -> None:
+    bf16, f32 = DotAlgorithmPreset.BF16_BF16_F32, DotAlgorithmPreset.F32_F32_F32
+    assert signature("float32", "bfloat16", "float32") == "float32 bfloat16 float32 default"
+    # lax rounds the wider operand to the dtype of the result first.
+    assert signature("float32", "bfloat16", "bfloat16") == "bfloat16 bfloat16 bfloat16 default"
+    assert signature("float16", "bfloat16", "float32") == "float32 bfloat16 float32 default"
+    assert signature("float32", "float32", "bfloat16") is None
+    assert signature("float32", "float64", "float64") == "float64 float64 float64 default"
+    assert signature("int8", "int8", "int16") == "int8 int8 int32 default"
+    assert signature("int8", "uint8", "int8") == "int8 uint8 int32 default"
+    assert signature("int8", "float32", "float32") == "float32 float32 float32 default"
+    # Sums of bytes in int32 are those of float32 only as long as they do not wrap around.
+    assert signature("int8", "int8", "float32") == "int8 int8 int32 default"
+    for unknown in (2**15 + 1, "k"):
+        assert signature("int8", "int8", "float32", terms=unknown) is None
+    assert signature("int8", "int8", "int32", terms="k") == "int8 int8 int32 default"
+    assert signature("float32", "float32", "float32", bf16) == "float32 float32 float32 BF16_BF16_F32"
+    assert signature("float32", "bfloat16", "float32", bf16) == "float32 float32 float32 BF16_BF16_F32"
+    assert signature("bfloat16", "bfloat16", "bfloat16", bf16) == "bfloat16 bfloat16 bfloat16 default"
+    assert signature("bfloat16", "bfloat16", "float32", f32) == "bfloat16 bfloat16 float32 default"
+    assert signature("float32", "float32", "bfloat16", f32) == "float32 float32 float32 default"
+    # A sum in float64, as named, even of operands that a float32 kernel takes.
+    f64 = DotAlgorithmPreset.F64_F64_F64
+    assert signature("float32", "float32", "float32", f64) == "float64 float64 float64 default"
+    assert signature("float32", "float32", "float32", DotAlgorithmPreset.F16_F16_F16) is None
+    assert signature("float32", "bfloat16", "bfloat16", DotAlgorithmPreset.DEFAULT) is None
+    assert signature("complex64", "complex64", "complex64") is None
+    assert signature("bool", "bool", "bool", f32) is None
 
 
 def test_symbolic_sizes_pass_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,6 +149,14 @@ def test_one_equation(rng: np.random.Generator) -> None:
         assert eqn.params["dimension_numbers"] == (((1,), (0,)), ((), ()))
 
 
+def test_programs_name_their_callers_lines(rng: np.random.Generator) -> None:
+    """Not ours: profiles and errors show where the product was written."""
+    lowered = jax.jit(lambda a, b: jax_nano.matmul(a, b)).lower(*arrays(rng, (9, 17), (17, 25)))
+    text = lowered.as_text(debug_info=True)
+    assert "test_transforms.py" in text
+    assert "jax_nano/api.py" not in text
+
+
 def count_products(name: str, matmul: Callable[..., Any], policy: Any, *args: jax.Array) -> int:
     """Products in the program that JAX makes of a checkpointed layer and its gradients."""
     fun = jax.checkpoint(lambda a, b: jnp.sin(matmul(a, b)), policy=policy)
