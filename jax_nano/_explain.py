@@ -40,6 +40,11 @@ class Request:
     dtypes: tuple[str, str, str]
 
     @property
+    def element_bytes(self) -> int:
+        """Of the wider operand's elements."""
+        return max(_cost.ELEMENT_BYTES[d] for d in self.dtypes[:2])
+
+    @property
     def labels(self) -> Labels:
         batch = tuple(range(len(self.batch)))
         m, n, k = (len(batch) + i for i in range(3))
