@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from . import inspect_asm
 from .amx_microkernel import AmxMicrokernel
 from .catalog import Kernel
+from .microkernel import Microkernel
 
 
 class SpillError(RuntimeError):
@@ -51,5 +52,10 @@ def k_loops(kernel: Kernel, disassembly: str) -> list[Checked]:
                 raise SpillError(f"{name}: the K loop loads {loop.count('tileload')} tiles, its block {micro.loads}")
         # LLVM may unroll the loop and leave a remainder loop behind it: the busy one counts.
         loop = max(loops, key=lambda x: len(x.instructions))
+        if isinstance(micro, Microkernel) and micro.main and loop.count(pattern) != want * micro.unroll:
+            raise SpillError(
+                f"{name}: the main loop has {loop.count(pattern)} products, {micro.unroll} steps of its tile have "
+                f"{want * micro.unroll}: LLVM has taken some apart"
+            )
         found.append(Checked(name, loop.count(pattern), want, loop))
     return found

@@ -87,10 +87,8 @@ class Microkernel:
 
     @property
     def unroll(self) -> int:
-        """K steps per iteration of the main loop. Products that go through temporaries are not unrolled: LLVM's
-        scheduler would start products of the next step early and spill.
-        """
-        return 1 if self.family.temporaries else MAIN_UNROLL
+        """K steps per iteration of the main loop."""
+        return MAIN_UNROLL if self.family.unrolls else 1
 
     @property
     def params(self) -> tuple[str, ...]:

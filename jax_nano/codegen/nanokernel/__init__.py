@@ -30,6 +30,7 @@ class Family(Protocol):
       column_sums: whether each panel of B begins with a row of corrections, summed over the panel by
         ``correction``, from which accumulators start instead of zero.
       temporaries: registers the instructions need beyond accumulators, held and streamed operand.
+      unrolls: whether the main loop may hold several K steps.
       instructions: a regular expression for the mnemonics that multiply, and how many of them one product takes.
     """
 
@@ -51,6 +52,8 @@ class Family(Protocol):
     def column_sums(self) -> bool: ...
     @property
     def temporaries(self) -> int: ...
+    @property
+    def unrolls(self) -> bool: ...
     @property
     def instructions(self) -> tuple[str, int]: ...
 

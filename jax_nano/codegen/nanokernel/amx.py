@@ -48,6 +48,7 @@ class AmxDot:
     steps_at_once: int = UNITS
     column_sums: bool = False
     temporaries: int = 0
+    unrolls: bool = True
 
     @classmethod
     def of_bf16(cls, parts: tuple[tuple[int, int], ...] = ((0, 0),)) -> AmxDot:

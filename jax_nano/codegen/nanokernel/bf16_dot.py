@@ -28,6 +28,7 @@ class Bf16Dot:
     unit: str = "int32"
     column_sums: bool = False
     temporaries: int = 0
+    unrolls: bool = True
     instructions: tuple[str, int] = (r"vdpbf16ps$", 1)
 
     def prepare_a(self, v: ir.Value, source: str, part: int) -> ir.Value:

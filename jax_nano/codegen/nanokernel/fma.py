@@ -29,6 +29,7 @@ class Fma:
     steps_at_once: int = 1
     column_sums: bool = False
     temporaries: int = 0
+    unrolls: bool = True
 
     @property
     def a_elem(self) -> str:

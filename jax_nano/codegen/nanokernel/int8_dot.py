@@ -28,6 +28,9 @@ class Int8Widened:
     b_elem: str = "int16"
     unit: str = "int32"
     column_sums: bool = False
+    # In several steps LLVM starts products early and spills them, or takes vpdpwssd apart again into a product and an
+    # addition, for a latency that the tile hides anyway.
+    unrolls: bool = False
 
     @property
     def temporaries(self) -> int:
@@ -70,6 +73,7 @@ class Int8Vnni:
     b_elem: str = "int8"
     unit: str = "int32"
     temporaries: int = 0
+    unrolls: bool = True
     instructions: tuple[str, int] = ("vpdpbusd$", 1)
 
     @property
