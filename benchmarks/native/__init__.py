@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import os
 import pathlib
 import re
 import shutil
@@ -33,7 +34,8 @@ def build(name: str) -> str:
     if library.exists():
         return ""
     library.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = library.with_suffix(".tmp")
+    # Several runs may compile it at once, each to a file of its own; the last to finish wins.
+    unfinished = library.with_suffix(f".{os.getpid()}.tmp")
     command = [compiler, "-O3", "-shared", "-fPIC", "-o", str(unfinished), str(_HERE / f"{name}.c")]
     result = subprocess.run([*command, *_LINK[name]], capture_output=True, text=True, check=False)
     if result.returncode == 0:
