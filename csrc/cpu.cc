@@ -8,9 +8,28 @@ namespace jax_nano {
 namespace {
 
 constexpr std::array<std::string_view, static_cast<size_t>(Feature::kCount)> kFeatureNames = {
-    "avx",         "avx2",        "bmi1",     "bmi2",     "f16c",     "fma",      "lzcnt",
-    "movbe",       "avx512f",     "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16",
-    "avx512_vnni", "avx512_fp16", "avx_vnni", "amx_tile", "amx_bf16", "amx_int8", "amx_permission",
+    "avx",
+    "avx2",
+    "bmi1",
+    "bmi2",
+    "f16c",
+    "fma",
+    "lzcnt",
+    "movbe",
+    "avx512f",
+    "avx512bw",
+    "avx512cd",
+    "avx512dq",
+    "avx512vl",
+    "avx512_bf16",
+    "avx512_vnni",
+    "avx512_fp16",
+    "avx_vnni",
+    "amx_tile",
+    "amx_bf16",
+    "amx_int8",
+    "amx_permission",
+    "microcoded_vdpbf16ps",
 };
 
 // State components that the operating system saves (XCR0): without them an instruction set that CPUID
@@ -90,6 +109,8 @@ Features DetectFeatures(const CpuQueries& cpu) {
              {3, 23, F::kAvx512Fp16}},
             out);
     AddFrom(seven_one, {{0, 5, F::kAvx512Bf16}}, out);
+    constexpr uint32_t kGenu = 0x756e6547;  // "GenuineIntel" begins so
+    if (out.Has(F::kAvx512Bf16) && cpu.cpuid(0, 0)[1] == kGenu) out.Add(F::kMicrocodedBf16Dot);
   }
 
   // CPUID and XCR0 may offer tiles that have no palette (seen under a hypervisor: oneDNN issue 5801),

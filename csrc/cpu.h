@@ -31,7 +31,8 @@ enum class Feature : uint8_t {
   kAmxTile,
   kAmxBf16,
   kAmxInt8,
-  kAmxPermission,  // the operating system lets this process use the tile registers
+  kAmxPermission,      // the operating system lets this process use the tile registers
+  kMicrocodedBf16Dot,  // vdpbf16ps is there, but slower than widening to f32 (Xeons)
   kCount
 };
 

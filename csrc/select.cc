@@ -19,7 +19,7 @@ constexpr Features kV4 = kV3 | Features{F::kAvx512f, F::kAvx512bw, F::kAvx512cd,
 
 constexpr Target kTargets[] = {
     {"amx", kV4 | Features{F::kAmxTile, F::kAmxBf16, F::kAmxInt8, F::kAmxPermission}},
-    {"avx512_bf16", kV4 | Features{F::kAvx512Bf16}},
+    {"avx512_bf16", kV4 | Features{F::kAvx512Bf16}, {F::kMicrocodedBf16Dot}},
     {"avx512_vnni", kV4 | Features{F::kAvx512Vnni}},
     {"x86-64-v4", kV4},
     {"avx_vnni", kV3 | Features{F::kAvxVnni}},
@@ -35,15 +35,19 @@ std::string Join(const std::vector<std::string_view>& words) {
   return out;
 }
 
+std::vector<std::string_view> NamesOf(const Features& features) {
+  std::vector<std::string_view> names;
+  for (unsigned i = 0; i < static_cast<unsigned>(F::kCount); ++i) {
+    if (features.Has(static_cast<F>(i))) names.push_back(FeatureName(static_cast<F>(i)));
+  }
+  return names;
+}
+
 std::string WhyUnsupported(const Features& cpu, const Target& target) {
   Features missing = target.required - cpu;
   if (missing.Has(F::kAmxTile)) missing = missing - Features{F::kAmxPermission};  // follows from it
-  std::vector<std::string_view> names;
-  for (unsigned i = 0; i < static_cast<unsigned>(F::kCount); ++i) {
-    if (missing.Has(static_cast<F>(i))) names.push_back(FeatureName(static_cast<F>(i)));
-  }
   if (missing.Has(F::kAmxPermission)) return "the operating system does not permit AMX";
-  return "this CPU lacks " + Join(names);
+  return "this CPU lacks " + Join(NamesOf(missing));
 }
 
 // Integers wrap around, so a result has the same bits whichever of the two its dtype is.
@@ -76,6 +80,8 @@ std::vector<TargetStatus> DescribeTargets(const Features& cpu) {
       s.why = WhyUnsupported(cpu, t);
     } else if (!s.compiled) {
       s.why = "this build has no kernels for it";
+    } else if (!(cpu - t.shunned).HasAll(cpu)) {
+      s.why = "slower than a lower target on this CPU: " + Join(NamesOf(cpu - (cpu - t.shunned)));
     }
     out.push_back(std::move(s));
   }

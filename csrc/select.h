@@ -16,6 +16,7 @@ namespace jax_nano {
 struct Target {
   const char* name;
   Features required;
+  Features shunned = {};  // with one of these the CPU runs the target, but lower ones are faster
 };
 
 // Best first. A target that has no kernel for a signature leaves it to the next one below.

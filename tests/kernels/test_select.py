@@ -49,6 +49,16 @@ class TestDetection:
         found = _runtime.decode_features(ZEN4, XCR0_AVX512, False)
         assert found == [*V4, "avx512_bf16", "avx512_vnni"]
 
+    def test_xeons_have_a_slow_bf16_dot(self):
+        eax, _, ecx, edx = ZEN4[0x0, 0]
+        intel = {**ZEN4, (0x0, 0): (eax, 0x756E6547, ecx, edx)}
+        found = _runtime.decode_features(intel, XCR0_AVX512, False)
+        assert found == [*V4, "avx512_bf16", "avx512_vnni", "microcoded_vdpbf16ps"]
+        assert _runtime.select_target(found) == "avx512_vnni"
+        status = {t["name"]: t for t in _runtime.targets(found)}["avx512_bf16"]
+        assert status["supported"]
+        assert status["why"] == "slower than a lower target on this CPU: microcoded_vdpbf16ps"
+
     def test_operating_system_without_avx512(self):
         assert _runtime.decode_features(ZEN4, XCR0_AVX, False) == V3
 
