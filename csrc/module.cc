@@ -256,7 +256,8 @@ void RunOne(const KernelInfo& kernel, GemmArgs x) {
     GemmArgs planned = x;
     KernelInfo blocked = kernel;
     blocked.inner = false;
-    ChooseBlocking(blocked, HostCaches(), 1, x.m, x.n, planned);
+    ChooseSums(blocked, 1, planned);
+    ChooseBlocks(blocked, HostCaches(), x.m, x.n, planned);
     if (x.mc == 0) x.mc = planned.mc;
     if (x.kc == 0) x.kc = planned.kc;
     if (x.nc == 0) x.nc = planned.nc;

@@ -86,12 +86,8 @@ int64_t PartialBytes(const KernelInfo& kernel, int64_t m, int64_t rs_partial) {
   return RoundUp(m * rs_partial * ElementBytes(kernel.acc), 64);
 }
 
-void ChooseBlocking(const KernelInfo& kernel, const Caches& caches, int64_t passes, int64_t item_m, int64_t item_n,
-                    GemmArgs& args) {
-  const int64_t a_bytes = ElementBytes(kernel.lhs), b_bytes = ElementBytes(kernel.rhs);
-
-  // kc and what depends on it come from the whole product, never from the item or the machine's caches: the results
-  // must not depend on the split.
+void ChooseSums(const KernelInfo& kernel, int64_t passes, GemmArgs& args) {
+  const int64_t b_bytes = ElementBytes(kernel.rhs);
   const bool rows_far_apart = args.k * args.rsb * b_bytes > kTlbReachBytes;
   const bool b_aliases = args.rsb * b_bytes % kAliasBytes == 0;
   args.pack_b = !kernel.direct_b || args.csb != 1 || (args.m >= kPackBMinTiles * kernel.mr && rows_far_apart);
@@ -107,11 +103,15 @@ void ChooseBlocking(const KernelInfo& kernel, const Caches& caches, int64_t pass
 
   const bool along_k = kernel.inner && args.csa == 1 && args.rsb == 1 && (args.csb != 1 || args.n == 1);
   args.inner = along_k && passes == 1 && std::min(args.m, args.n) <= kInnerMaxRows;
+  if (args.inner) args.pack_b = args.kc = 0;
+}
+
+void ChooseBlocks(const KernelInfo& kernel, const Caches& caches, int64_t item_m, int64_t item_n, GemmArgs& args) {
   if (args.inner) {
-    args.pack_a = args.pack_b = 0;
-    args.mc = args.kc = args.nc = 0;
+    args.pack_a = args.mc = args.nc = 0;
     return;
   }
+  const int64_t a_bytes = ElementBytes(kernel.lhs);
 
   // A unpacked is read one element of each of mr rows at a time: bad if these lie in the same sets of L1.
   const bool a_awkward = args.csa != 1 || args.rsa * a_bytes % kAliasBytes == 0;
@@ -218,12 +218,12 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
   const int64_t all_k = args.k * passes;
   plan.divisible = WorthSplitting(plan.products, args.m, args.n, all_k);
   plan.split = ChooseSplit(kernel, plan.products, args.m, args.n, all_k, threads);
-  ChooseBlocking(kernel, caches, passes, args.m, args.n, args);  // kc does not depend on the split
+  ChooseSums(kernel, passes, args);
   const bool partial = kernel.narrow && (passes > 1 || (!args.inner && args.k > args.kc));
   if (partial) plan.split = SplitForPartialSums(kernel, args.m, args.n, plan.split);
   const int64_t item_m = CeilDiv(CeilDiv(args.m, kernel.mr), plan.split.m) * kernel.mr;
   const int64_t item_n = CeilDiv(CeilDiv(args.n, kernel.nr), plan.split.n) * kernel.nr;
-  ChooseBlocking(kernel, caches, passes, std::min(item_m, args.m), std::min(item_n, args.n), args);
+  ChooseBlocks(kernel, caches, std::min(item_m, args.m), std::min(item_n, args.n), args);
   plan.a_pack_bytes = PackedABytes(kernel, args);
   plan.b_pack_bytes = PackedBBytes(kernel, args);
   args.rs_partial = partial ? item_n : 0;

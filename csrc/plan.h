@@ -57,10 +57,13 @@ Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::s
 
 // The parts of MakePlan, for tests and tuning.
 
-// Fills inner, pack_a, pack_b, mc, kc, nc of `args` (whose other fields describe the whole product) for items of
-// item_m x item_n, where `passes` kernel calls add up to one sum over k.
-void ChooseBlocking(const KernelInfo& kernel, const Caches& caches, int64_t passes, int64_t item_m, int64_t item_n,
-                    GemmArgs& args);
+// What decides the order in which sums are taken, so follows from the product alone, never from the split or the
+// machine: fills inner, pack_b and kc of `args`, whose sizes and strides describe the whole product, where `passes`
+// kernel calls add up to one sum over k.
+void ChooseSums(const KernelInfo& kernel, int64_t passes, GemmArgs& args);
+
+// What only moves data: fills pack_a, mc and nc of `args`, after ChooseSums, for items of item_m x item_n.
+void ChooseBlocks(const KernelInfo& kernel, const Caches& caches, int64_t item_m, int64_t item_n, GemmArgs& args);
 
 // Whether the work fills two items.
 bool WorthSplitting(int64_t products, int64_t m, int64_t n, int64_t k);
