@@ -17,7 +17,7 @@ from jax._src import core, dispatch, source_info_util
 from jax._src.dtypes import check_and_canonicalize_user_dtype
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.lax.lax import _convert_element_type, canonicalize_precision, get_algorithm_compute_types
-from jax._src.numpy.util import ensure_arraylike, ensure_arraylike_tuple
+from jax._src.numpy.util import ensure_arraylike_tuple
 from jax._src.sharding_impls import canonicalize_sharding as _canonicalize_sharding
 from jax._src.util import canonicalize_axis
 from jax.extend.core import Primitive
@@ -37,7 +37,6 @@ __all__ = [
     "cotangent_sharding",
     "define_bilinear",
     "ensure_arraylike",
-    "ensure_arraylike_tuple",
     "get_algorithm_compute_types",
     "lower_with_types",
     "lowering_platforms",
@@ -75,13 +74,20 @@ lower_with_types: Callable[..., Any] = (
 
 def canonicalize_sharding(sharding: OutSharding, name: str) -> NamedSharding | None:
     """An out_sharding with its mesh; None if it says nothing. TypeError or ValueError if it is not one."""
+    if sharding is None:
+        return None
     canonical: NamedSharding | None = _canonicalize_sharding(sharding, name)
     return canonical
 
 
+def ensure_arraylike(name: str, *args: Any) -> tuple[Array, ...]:
+    """Arguments as arrays; TypeError if one cannot be."""
+    return args if all(isinstance(x, Array) for x in args) else ensure_arraylike_tuple(name, args)
+
+
 def convert_element_type(x: Array, dtype: Any, weak_type: bool) -> Array:
     """lax.convert_element_type that also sets the weak type, as the ends of jnp's functions do."""
-    return _convert_element_type(x, dtype, weak_type)
+    return x if x.dtype == dtype and x.weak_type == weak_type else _convert_element_type(x, dtype, weak_type)
 
 
 def canonicalize_axes(axes: Sequence[int], ndim: int) -> tuple[int, ...]:

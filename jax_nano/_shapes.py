@@ -131,11 +131,12 @@ class MatmulLayout(NamedTuple):
     expand: Dims
 
 
+@lru_cache(maxsize=4096)
 def matmul_layout(
-    lhs_shape: Shape,
-    rhs_shape: Shape,
-    lhs_spec: Sequence[Hashable] | None = None,
-    rhs_spec: Sequence[Hashable] | None = None,
+    lhs_shape: tuple[int, ...],
+    rhs_shape: tuple[int, ...],
+    lhs_spec: tuple[Hashable, ...] | None = None,
+    rhs_spec: tuple[Hashable, ...] | None = None,
 ) -> MatmulLayout | None:
     """The product behind `matmul` of operands of at least one dimension; None if they do not broadcast.
 

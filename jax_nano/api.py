@@ -69,10 +69,25 @@ def _jit(*static: str) -> Callable[[Callable[_P, Array]], Callable[_P, Array]]:
     return decorate
 
 
+# Whatever jax.config says, two arrays of one of these have a product of the same. JAX's answer takes longer than
+# all else that it takes to trace a matmul.
+_SELF_PROMOTING = frozenset(
+    np.dtype(x)
+    for kinds in (
+        (np.bool_, np.int8, np.int16, np.int32, np.uint8, np.uint16, np.uint32),
+        (np.float16, jnp.bfloat16, np.float32, np.complex64),
+    )
+    for x in kinds
+)
+
+
 def _result_type(name: str, preferred: DTypeLike | None, *arrays: Array) -> tuple[np.dtype, bool]:
     """dtype and weak type of a result, as jnp decides them."""
     if preferred is not None:
         return compat.check_and_canonicalize_user_dtype(preferred, name), False
+    dtype = arrays[0].dtype
+    if dtype in _SELF_PROMOTING and all(x.dtype == dtype and not x.weak_type for x in arrays):
+        return dtype, False
     return jax.dtypes.result_type(*arrays, return_weak_type_flag=True)
 
 
@@ -162,8 +177,8 @@ def matmul(
         # jnp takes it to be the sharding before the transpose that this product does not need.
         out_sharding = compat.permute_sharding(out_sharding, out_perm)
     out = bind(
-        lax.squeeze(a, layout.lhs_squeeze),
-        lax.squeeze(b, layout.rhs_squeeze),
+        lax.squeeze(a, layout.lhs_squeeze) if layout.lhs_squeeze else a,
+        lax.squeeze(b, layout.rhs_squeeze) if layout.rhs_squeeze else b,
         dimension_numbers,
         out_perm=out_perm,
         precision=compat.canonicalize_precision(precision),
@@ -377,7 +392,7 @@ def einsum(
     steps = None if out is not None else _einsum.steps(subscripts, operands, optimize, out_sharding)
     if steps is None:
         return jnp.einsum(subscripts, *operands, out=out, optimize=optimize, _dot_general=dot_general, **options)
-    return _run_einsum(*compat.ensure_arraylike_tuple("einsum", operands), steps=steps, **options)
+    return _run_einsum(*compat.ensure_arraylike("einsum", *operands), steps=steps, **options)
 
 
 @_jit("steps", "precision", "preferred_element_type", "out_sharding")

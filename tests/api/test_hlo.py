@@ -14,6 +14,7 @@ import reference
 from programs import copies, ops
 
 import jax_nano
+from jax_nano import _jax_compat
 
 SCORES, VALUES = "bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd"
 
@@ -134,6 +135,17 @@ def test_a_batch_dimension_last_costs_one_transpose(rng: np.random.Generator) ->
     assert found["fusion"] <= 1
     want = reference.expected("bij,bjk->ikb", np.asarray(a), np.asarray(b))
     want.check(jax_nano.einsum("bij,bjk->ikb", a, b))
+
+
+@pytest.mark.parametrize("around", [lambda f: f, jax.checkpoint])
+def test_transposes_meet_an_equation_that_was_traced_before(
+    around: Callable[..., Any], rng: np.random.Generator
+) -> None:
+    inner = jax.jit(jax_nano.matmul, inline=_jax_compat.INLINE)
+    found = ops(lambda a, b: around(inner)(a.T, b.T), *arrays(rng, (17, 9), (25, 17)))
+    assert found["product"] == 1
+    assert not copies(found), found
+    assert not found["dot"]
 
 
 def test_folding_stops_at_a_jit(rng: np.random.Generator) -> None:
