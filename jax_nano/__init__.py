@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jax_nano import checkpoint_policies as checkpoint_policies
+    from jax_nano._accelerate import accelerate as accelerate
     from jax_nano._native import register as register
     from jax_nano._primitive import dot_general_p as dot_general_p
     from jax_nano.api import dot as dot
@@ -43,11 +44,13 @@ _HOMES = {
         ),
         "jax_nano.api",
     ),
+    "accelerate": "jax_nano._accelerate",
     "register": "jax_nano._native",
 }
 _MODULES = ("checkpoint_policies",)
 
 __all__ = [
+    "accelerate",
     "checkpoint_policies",
     "dot",
     "dot_general",

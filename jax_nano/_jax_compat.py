@@ -6,8 +6,10 @@ to the last error message, or reaches a hook that JAX keeps to itself.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,11 +24,13 @@ from jax._src.sharding_impls import canonicalize_sharding as _canonicalize_shard
 from jax._src.util import canonicalize_axis
 from jax.extend.core import Primitive
 from jax.extend.core.primitives import transpose_p
+from jax.extend.mlir import ir
 from jax.sharding import NamedSharding, PartitionSpec
 
 __all__ = [
     "INLINE",
     "OutSharding",
+    "TooOld",
     "attributes_of",
     "batch_sharding",
     "canonicalize_axes",
@@ -38,11 +42,14 @@ __all__ = [
     "define_bilinear",
     "ensure_arraylike",
     "get_algorithm_compute_types",
+    "in_jit",
     "lower_with_types",
     "lowering_platforms",
+    "mark_lowered_modules",
     "match_varying_axes",
     "module_cache",
     "permute_sharding",
+    "register_hlo_transformation",
     "require_devices",
     "sharding_for_vmap",
     "untransposed",
@@ -185,3 +192,50 @@ def lowering_platforms(ctx: mlir.LoweringRuleContext) -> tuple[str, ...]:
     accelerator's, so that it takes lax's own lowering.
     """
     return tuple(ctx.platforms or ctx.module_context.platforms)
+
+
+class TooOld(Exception):
+    """This JAX has no hook that is asked for."""
+
+
+def in_jit() -> bool:
+    """Whether a function is being traced that will be compiled as part of a program."""
+    return core.unsafe_am_i_under_a_jit()
+
+
+def register_hlo_transformation(name: str, transform: Callable[[bytes], bytes | None]) -> None:
+    """Let `transform` change the modules that XLA compiles for CPUs, after its own passes; TooOld before 0.10.2."""
+    try:
+        from jax.extend import xla
+
+        # The order of thunks is settled afterwards.
+        stage = xla.PipelineStage.PRE_SCHEDULER
+        xla.register_hlo_module_transformation(transform, name=name, stage=stage, platforms="cpu")
+    except ImportError:
+        raise TooOld(f"this is JAX {jax.__version__}") from None
+    except NotImplementedError:
+        raise TooOld(f"this is jaxlib {metadata.version('jaxlib')}") from None
+
+
+def mark_lowered_modules(attributes: Callable[[], Mapping[str, str]]) -> None:
+    """From now on, give each module that JAX lowers for CPUs what `attributes` returns then, as frontend attributes.
+
+    XLA passes such attributes on, and they are part of the key of the persistent compilation cache. JAX has no public
+    way to set them on a module. `attributes` is called in the thread and the context in which the program is lowered.
+    """
+    lower = mlir.lower_jaxpr_to_module
+
+    @functools.wraps(lower)
+    def lower_and_mark(*args: Any, **kwargs: Any) -> Any:
+        result = lower(*args, **kwargs)
+        if "cpu" in kwargs["platforms"] and (marks := attributes()):
+            operation = result.module.operation
+            with operation.context:
+                name = "mhlo.frontend_attributes"
+                known = attributes_of(operation).get(name)
+                merged = {} if known is None else {x.name: x.attr for x in known}
+                merged.update({key: ir.StringAttr.get(value) for key, value in marks.items()})
+                operation.attributes[name] = ir.DictAttr.get(merged)
+        return result
+
+    mlir.lower_jaxpr_to_module = lower_and_mark

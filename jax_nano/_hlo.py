@@ -1,0 +1,294 @@
+"""The serialized HLO module that XLA hands to a transformation, as messages that can be read and changed.
+
+The parser is protobuf's own, so a module survives the way through it: fields that are not declared here, of which
+HLO has many and every release adds some, are kept byte for byte. Declared are only the fields that a rewriter reads or
+writes, by the numbers of openxla/xla's hlo.proto and xla_data.proto, which never change: old modules must stay
+readable. The declarations live in a descriptor pool of their own, made at run time: generated code would be tied to
+one release of protobuf, and would clash with the same messages in TensorFlow. Enumerations are declared as int32 and
+messages that are only passed on as bytes, which is the same on the wire.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+Instruction: TypeAlias = Any
+"""An HloInstructionProto."""
+Computation: TypeAlias = Any
+"""An HloComputationProto."""
+
+_PACKAGE: Final = "jax_nano.hlo"
+
+# Fields by message: name -> (number, type). A * stands for `repeated`; a capital begins the name of a message.
+_MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
+    "Module": {
+        "name": (1, "string"),
+        "computations": (3, "*Computation"),
+        "entry_computation_id": (6, "int64"),
+        "frontend_attributes": (19, "FrontendAttributes"),
+    },
+    "Computation": {
+        "name": (1, "string"),
+        "instructions": (2, "*Instruction"),
+        "id": (5, "int64"),
+        "root_id": (6, "int64"),
+    },
+    "Instruction": {
+        "name": (1, "string"),
+        "opcode": (2, "string"),
+        "shape": (3, "Shape"),
+        "metadata": (7, "Metadata"),
+        "literal": (8, "bytes"),  # parsed by itself where it is small: weights may be megabytes
+        "parameter_number": (9, "int64"),
+        "fusion_kind": (11, "string"),
+        "dimensions": (14, "*int64"),
+        "custom_call_target": (28, "string"),
+        "dot_dimension_numbers": (30, "DotDimensionNumbers"),
+        "id": (35, "int64"),
+        "operand_ids": (36, "*int64"),
+        "control_predecessor_ids": (37, "*int64"),
+        "called_computation_ids": (38, "*int64"),
+        "backend_config": (43, "bytes"),
+        "precision_config": (51, "PrecisionConfig"),
+        "constrain_layout": (56, "bool"),
+        "operand_shapes_with_layout": (57, "*Shape"),
+        "output_operand_aliasing": (74, "*bytes"),
+        "custom_call_api_version": (77, "int32"),
+        "dot_sparsity": (86, "*bytes"),
+    },
+    "Shape": {
+        "element_type": (2, "int32"),
+        "dimensions": (3, "*int64"),
+        "layout": (5, "Layout"),
+        "is_dynamic_dimension": (6, "*bool"),
+    },
+    "Layout": {
+        "minor_to_major": (1, "*int64"),
+        "tiles": (6, "*bytes"),
+        "element_size_in_bits": (7, "int64"),
+        "memory_space": (8, "int64"),
+    },
+    "DotDimensionNumbers": {
+        "lhs_contracting_dimensions": (1, "*int64"),
+        "rhs_contracting_dimensions": (2, "*int64"),
+        "lhs_batch_dimensions": (3, "*int64"),
+        "rhs_batch_dimensions": (4, "*int64"),
+    },
+    "PrecisionConfig": {"operand_precision": (1, "*int32"), "algorithm": (2, "int32")},
+    "Metadata": {"op_name": (2, "string")},
+    "Literal": {"f64s": (9, "*double"), "f32s": (8, "*float")},
+    "FrontendAttributes": {"map": (1, "*Entry")},
+    "Entry": {"key": (1, "string"), "value": (2, "string")},
+}
+
+# PrimitiveType, as far as kernels or numbers around them need it.
+DTYPES: Final = {
+    2: np.dtype(np.int8),
+    3: np.dtype(np.int16),
+    4: np.dtype(np.int32),
+    6: np.dtype(np.uint8),
+    7: np.dtype(np.uint16),
+    8: np.dtype(np.uint32),
+    10: np.dtype(np.float16),
+    11: np.dtype(np.float32),
+    12: np.dtype(np.float64),
+    16: np.dtype(jnp.bfloat16),
+}
+ELEMENT_TYPES: Final = {dtype: number for number, dtype in DTYPES.items()}
+
+# Instructions that only bring elements into another order, shape or dtype. A fusion is looked into first.
+PURE: Final = frozenset(("bitcast", "convert", "copy", "fusion", "transpose"))
+
+TYPED_FFI: Final = 4
+"""CustomCallApiVersion's API_VERSION_TYPED_FFI."""
+
+
+def _declare() -> type[Any]:
+    field = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="jax_nano/hlo.proto", package=_PACKAGE, syntax="proto3")
+    for message, fields in _MESSAGES.items():
+        declared = file.message_type.add(name=message)
+        for name, (number, kind) in fields.items():
+            label = field.LABEL_REPEATED if kind.startswith("*") else field.LABEL_OPTIONAL
+            kind = kind.removeprefix("*")
+            if kind in _MESSAGES:
+                declared.field.add(
+                    name=name, number=number, label=label, type=field.TYPE_MESSAGE, type_name=f".{_PACKAGE}.{kind}"
+                )
+            else:
+                declared.field.add(name=name, number=number, label=label, type=getattr(field, f"TYPE_{kind.upper()}"))
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.Module"))
+
+
+_Module: Final = _declare()
+
+
+class Array(NamedTuple):
+    """What a Shape says of a dense array of static size."""
+
+    dtype: np.dtype
+    dims: tuple[int, ...]
+    major_to_minor: tuple[int, ...]
+
+    @property
+    def physical(self) -> tuple[int, ...]:
+        """Sizes in the order of memory."""
+        return tuple(self.dims[i] for i in self.major_to_minor)
+
+
+def dtype_name(shape: Any) -> str:
+    """A shape's dtype, in words for people."""
+    dtype = DTYPES.get(shape.element_type)
+    return f"XLA type {shape.element_type}" if dtype is None else dtype.name
+
+
+def array_of(shape: Any) -> Array | None:
+    """The array that a Shape describes; None for tuples, other dtypes, dynamic sizes and layouts with tiles."""
+    dtype = DTYPES.get(shape.element_type)
+    layout = shape.layout
+    if dtype is None or any(shape.is_dynamic_dimension) or layout.tiles or layout.memory_space:
+        return None
+    if layout.element_size_in_bits not in (0, 8 * dtype.itemsize):
+        return None
+    dims, minor_to_major = tuple(shape.dimensions), tuple(layout.minor_to_major)
+    return Array(dtype, dims, minor_to_major[::-1]) if len(dims) == len(minor_to_major) else None
+
+
+def set_array(shape: Any, dtype: np.dtype, dims: Sequence[int]) -> None:
+    """Makes a Shape that of an array in row-major order."""
+    shape.Clear()
+    shape.element_type = ELEMENT_TYPES[dtype]
+    shape.dimensions.extend(dims)
+    shape.is_dynamic_dimension.extend([False] * len(dims))
+    shape.layout.minor_to_major.extend(range(len(dims) - 1, -1, -1))
+
+
+class Module:
+    """An HLO module that is being rewritten."""
+
+    def __init__(self, serialized: bytes) -> None:
+        self._proto = _Module.FromString(serialized)
+        self._by_id = {computation.id: computation for computation in self._proto.computations}
+
+    @property
+    def name(self) -> str:
+        return self._proto.name
+
+    @property
+    def computations(self) -> Sequence[Computation]:
+        return self._proto.computations
+
+    def computation(self, number: int) -> Computation:
+        """The computation with this id."""
+        return self._by_id[number]
+
+    def attribute(self, key: str) -> str | None:
+        """A frontend attribute of the module."""
+        return next((entry.value for entry in self._proto.frontend_attributes.map if entry.key == key), None)
+
+    def serialized(self) -> bytes:
+        """The module, without the computations that nothing calls any more."""
+        called = {self._proto.entry_computation_id}
+        for computation in self._proto.computations:
+            for instruction in computation.instructions:
+                called.update(instruction.called_computation_ids)
+        # A fusion calls no fusion, and a call that was rewritten was the only one of its computation: one pass.
+        for i in reversed(range(len(self._proto.computations))):
+            if self._proto.computations[i].id not in called:
+                del self._proto.computations[i]
+        return self._proto.SerializeToString()
+
+
+class Body:
+    """The instructions of one computation by id, in an order in which operands come before their users."""
+
+    def __init__(self, computation: Computation) -> None:
+        self.root_id: int = computation.root_id
+        self.by_id: dict[int, Instruction] = {x.id: x for x in computation.instructions}
+        self._instructions = computation.instructions
+        self._users = Counter(number for x in self._instructions for number in x.operand_ids)
+        self._users.update(number for x in self._instructions for number in x.control_predecessor_ids)
+        self._users[self.root_id] += 1
+        self._next = 1 + max(self.by_id)  # an id holds that of the computation in its upper half
+        # Sorted by these, the instructions are in order again: new ones stand just before or after an old one.
+        self._place: dict[int, tuple[int, int]] = {x.id: (i, 0) for i, x in enumerate(self._instructions)}
+        self._removed: set[int] = set()
+
+    def of(self, opcode: str) -> list[Instruction]:
+        """The instructions with this opcode."""
+        return [x for x in self._instructions if x.opcode == opcode]
+
+    def operands(self, instruction: Instruction) -> list[Instruction]:
+        return [self.by_id[x] for x in instruction.operand_ids]
+
+    def bitcast(self, operand: Instruction, dtype: np.dtype, dims: Sequence[int], before: Instruction) -> Instruction:
+        """A new instruction: the same memory as `operand`, seen as a row-major array."""
+        new = self._add(operand, (self._place[before.id][0], -1))
+        new.operand_ids.append(operand.id)
+        self._users[operand.id] += 1
+        set_array(new.shape, dtype, dims)
+        return new
+
+    def bitcast_result(self, instruction: Instruction, dtype: np.dtype, dims: Sequence[int]) -> Instruction:
+        """Makes `instruction`, in row-major order with these sizes, what all its users see as they saw it before.
+
+        The bitcast between takes over name and id, so that users, and the root, need not change. Returned is the
+        instruction, which is a new message.
+        """
+        new = self._add(instruction, (self._place[instruction.id][0], -1))
+        number, name = new.id, new.name
+        new.CopyFrom(instruction)
+        new.id, new.name = number, name
+        set_array(new.shape, dtype, dims)
+        shape = type(instruction.shape)()
+        shape.CopyFrom(instruction.shape)
+        number, name, metadata = instruction.id, instruction.name, new.metadata
+        instruction.Clear()
+        instruction.id, instruction.name, instruction.opcode = number, name, "bitcast"
+        instruction.shape.CopyFrom(shape)
+        instruction.metadata.CopyFrom(metadata)
+        instruction.operand_ids.append(new.id)
+        self._users[new.id] += 1
+        return new
+
+    def _add(self, like: Instruction, place: tuple[int, int]) -> Instruction:
+        number = self._next
+        self._next += 1
+        new = self._instructions.add(id=number, name=f"{like.name}.jax_nano.{number & 0xFFFFFFFF}", opcode="bitcast")
+        self.by_id[number] = new
+        self._place[number] = place
+        return new
+
+    def set_operands(self, instruction: Instruction, operands: Sequence[Instruction]) -> None:
+        """Gives an instruction other operands; what is left without a user will be removed, and what made it."""
+        old = list(instruction.operand_ids)
+        del instruction.operand_ids[:]
+        instruction.operand_ids.extend(x.id for x in operands)
+        self._users.update(instruction.operand_ids)
+        for number in old:
+            self._release(number)
+
+    def _release(self, number: int) -> None:
+        self._users[number] -= 1
+        instruction = self.by_id[number]
+        # Parameters stay, as they are the computation's interface, and so does what may have an effect.
+        if self._users[number] == 0 and instruction.opcode in PURE:
+            self._removed.add(number)
+            for operand in instruction.operand_ids:
+                self._release(operand)
+
+    def commit(self) -> None:
+        """Brings the instructions in order, and removes those without a user."""
+        instructions = self._instructions
+        instructions.sort(key=lambda x: self._place[x.id])
+        for i in reversed(range(len(instructions))):
+            if instructions[i].id in self._removed:
+                del instructions[i]
