@@ -110,10 +110,7 @@ def _rewrite(body: Body, instruction: Instruction, found: Dot, program: str) -> 
     lhs, rhs, out = (View.of(*pair) for pair in zip(arrays, labels, strict=True))
     source = instruction.metadata.op_name or instruction.name
     if lhs is None or rhs is None or out is None:
-        lhs_array, rhs_array, out_array = (
-            _report.Array(_hlo.dtype_name(x.shape), tuple(x.shape.dimensions)) for x in arrays
-        )
-        described = lhs_array, rhs_array, out_array
+        a, b, c = (_report.Array(_hlo.dtype_name(x.shape), tuple(x.shape.dimensions)) for x in arrays)
         return _report.Product(program, source, (a, b, c), labels, "default", "no kernel reads this dtype or layout")
     choice = _choose(dot, lhs, rhs, out)
     described = lhs.described(), rhs.described(), out.described()
