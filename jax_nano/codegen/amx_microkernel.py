@@ -181,7 +181,7 @@ class AmxTileRow:
 
 def _types(params: Sequence[str], family: AmxDot, out: str) -> list[str]:
     """Parameter types of a generated function by the parameters' names."""
-    pointers = {"a": family.unit, "ahead": family.unit, "b": family.unit, "c": out, "partial": family.acc}
+    pointers = {"a": family.unit, "walks": "int64", "b": family.unit, "c": out, "partial": family.acc}
     return [pointers.get(p, "i64") for p in params]
 
 

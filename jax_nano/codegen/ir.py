@@ -94,6 +94,9 @@ class I64:
         """Division of non-negative numbers, rounded down."""
         return self if _is(other, 1) else _binary(arith.divui, self, other)
 
+    def __rfloordiv__(self, other: Size) -> Size:
+        return _binary(arith.divui, other, self)
+
     def __mod__(self, other: Size) -> Size:
         """Remainder of non-negative numbers."""
         return 0 if _is(other, 1) else _binary(arith.remui, self, other)

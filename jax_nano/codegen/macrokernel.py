@@ -6,8 +6,9 @@
           for jc in n by nc
             [pack B(kc x nc)]             stays in L2 while A's panels pass
             for ir in mc by mr            one panel of A stays in L1
-              [pack A(mr x kc)]           the first time; the next panel is prefetched meanwhile
-              for jr in nc by nr          microkernel
+              [pack A(mr x kc)]           the first time
+              for jr in nc by nr          microkernel, which fetches what comes next: its tile of C, A's next panel,
+                                          and for each panel of A a share of B's next block
 
 Sizes, strides, blocking and whether an operand is packed are fields of ``GemmArgs`` (``csrc/kernel_abi.h``).
 An element of C depends on K and kc alone, so any split of m and n over threads gives the same bits.
@@ -24,12 +25,13 @@ from . import ir
 from .amx_microkernel import AmxMicrokernel, AmxTileRow
 from .inner import InnerMicrokernel, InnerPath
 from .ir import I64, Ptr, Size
-from .microkernel import ADD, MORE, ROW_PARAMS, Microkernel
+from .microkernel import ADD, MORE, ROW_PARAMS, Microkernel, lines_of_a_row, walks_min_steps, walks_of
 from .nanokernel import Family
 from .nanokernel.amx import ROWS, AmxDot
 from .packing import Packing
 from .target import Target
 from .tile import Tile, stream_tile
+from .walks import A_WALKS, LINE, Walk, Walks
 
 GEMM_ARGS = (
     *("a", "b", "c", "a_pack", "b_pack", "partial"),
@@ -169,7 +171,7 @@ class _TileRow:
         kernels = [k.emit(module, prefix) for k in self.whole]
         masked = self.masked.emit(module, prefix)
         unit = self.full.family.unit
-        pointers = {"a": unit, "ahead": unit, "b": self.full.b, "c": self.full.out, "partial": self.full.family.acc}
+        pointers = {"a": unit, "walks": "int64", "b": self.full.b, "c": self.full.out, "partial": self.full.family.acc}
         name = f"{prefix}_row{self.full.tile.mr}{'_stream' if self.full.stream else ''}"
 
         def body(*args: Ptr | I64) -> None:
@@ -184,8 +186,6 @@ class _TileRow:
                     **x.ptr,
                     **x.size,
                     "b": x.ptr["b"].at(panel * x.size["b_step"] + (j - panel)),
-                    # The tile in column t of this row fetches row t of A's next panel.
-                    "ahead": x.ptr["ahead"].at(j // nr * x.size["rs_ahead"]),
                     "c": x.ptr["c"].at(j),
                     "cols": active,
                     "partial": x.ptr["partial"].at(j),
@@ -235,7 +235,9 @@ class _LoopNest:
             at = args.at(GEMM_ARGS.index(name))
             return Ptr(at.as_type("ptr").load(), pointers[name]) if name in pointers else I64(at.load())
 
-        x = _Given.of(GEMM_ARGS, [field(name) for name in GEMM_ARGS])
+        table = Walks.room(walks_of(gemm.tile, gemm.out, args).size)
+        walks_of(gemm.tile, gemm.out, table).begin(args)
+        x = _Given.of((*GEMM_ARGS, "walks"), [*(field(name) for name in GEMM_ARGS), table])
 
         def product(index: Size) -> None:
             moved = {p: x.ptr[p].at(index * x.size[s]) for p, s in (("a", "bsa"), ("b", "bsb"), ("c", "bsc"))}
@@ -282,15 +284,25 @@ class _LoopNest:
         def packed() -> None:
             self.module.call(self.pack_b, [b, x.ptr["b_pack"], block.depth, cols, x.size["rsb"], x.size["csb"]])
             height = self.packing.b_panel_rows(block.depth)
-            self._panels_of_a(x, block, jc, cols, self.panel_rows, x.ptr["b_pack"], gemm.tile.nr, height)
+            following = self._following(x, block, jc)
+            self._panels_of_a(x, block, jc, cols, self.panel_rows, x.ptr["b_pack"], gemm.tile.nr, height, following)
 
         def where_it_lies() -> None:
-            self._panels_of_a(x, block, jc, cols, self.stream_rows, b, x.size["rsb"], 1)
+            self._panels_of_a(x, block, jc, cols, self.stream_rows, b, x.size["rsb"], 1, None)
 
         if gemm.direct_b:
             ir.if_(ir.equal(x.size["pack_b"], 0), where_it_lies, packed)
         else:
             packed()
+
+    def _following(self, x: _Given, block: _Block, jc: Size) -> _BlockOfB:
+        """The block of B that is packed after the one at jc: the one beside it, or the first of the next kc rows."""
+        k, kc = x.size["k"], x.size["kc"]
+        beside = ir.less(jc + x.size["nc"], x.size["n"])
+        pc = block.pc + ir.select_size(beside, 0, kc)
+        depth = ir.select_size(ir.less(pc, k), ir.minimum(k - pc, kc), 0)
+        column = ir.select_size(beside, jc + x.size["nc"], 0)
+        return _BlockOfB(x.ptr["b"].at(pc * x.size["rsb"] + column * x.size["csb"]), depth)
 
     def _panels_of_a(
         self,
@@ -302,53 +314,53 @@ class _LoopNest:
         b: Ptr,
         rsb: Size,
         b_step: Size,
+        following: _BlockOfB | None,
     ) -> None:
         """All panels of A against one block of B."""
-        gemm, mr = self.gemm, self.gemm.tile.mr
+        gemm, mr, nr = self.gemm, self.gemm.tile.mr, self.gemm.tile.nr
         panel_depth = self.packing.depth(block.depth)
         unit = gemm.family.unit
+        walking = ir.both(
+            ir.negate(ir.less(panel_depth, walks_min_steps(gemm.tile, gemm.out))), ir.negate(ir.less(cols, nr))
+        )
 
         def panel(ir_: Size) -> None:
             here = ir.minimum(block.rows - ir_, mr)
             source = block.a.at(ir_ * x.size["rsa"])
-            next_source: list[Ptr | Size] = [
-                Ptr(source.at(mr * x.size["rsa"]).value, unit),
-                x.size["rsa"],
-                x.size["csa"],
-            ]
             room = x.ptr["a_pack"].at(ir_ * panel_depth)
-            like = [room, x.size["rsa"], x.size["csa"], room, x.size["rsa"], x.size["csa"]]
+            where_it_lies = [Ptr(source.value, unit), x.size["rsa"], x.size["csa"]]
 
             def packed() -> list[Ptr | Size]:
-                """This panel, and what the next one will be read from: its source if it is yet to be packed."""
-                first = ir.equal(jc, 0)
-
-                def pack() -> list[Ptr | Size]:
+                def pack() -> None:
                     self.module.call(self.pack_a, [source, room, here, block.depth, x.size["rsa"], x.size["csa"]])
-                    return next_source
 
-                ahead = ir.if_(first, pack, lambda: [room.at(mr * panel_depth), *block.a_strides], like=like[3:])
-                return [room, *block.a_strides, *ahead]
-
-            def where_it_lies() -> list[Ptr | Size]:
-                return [source, x.size["rsa"], x.size["csa"], *next_source]
+                ir.if_(ir.equal(jc, 0), pack)
+                return [room, *block.a_strides]
 
             if gemm.direct_a:
-                a, rsa, csa, ahead, rs_ahead, ahead_step = ir.if_(
-                    ir.equal(x.size["pack_a"], 0), where_it_lies, packed, like=like
-                )
+                a, rsa, csa = ir.if_(ir.equal(x.size["pack_a"], 0), lambda: where_it_lies, packed, like=where_it_lies)
             else:
-                a, rsa, csa, ahead, rs_ahead, ahead_step = packed()
+                a, rsa, csa = packed()
+
+            def plan_walks() -> None:
+                next_ = ir.select_size(ir.less(ir_ + mr, block.rows), ir_ + mr, 0)
+                walks = [
+                    *self._walks_along_c(x, block.ic + ir_, jc),
+                    *self._walks_along_a(x, block, next_, jc, cols // nr, panel_depth),
+                    *(self._walks_along_b(x, following, ir_, ir_ + here, block.rows) if following else ()),
+                ]
+                walks_of(gemm.tile, gemm.out, x.ptr["walks"]).put(walks)
+
+            if not isinstance(gemm.family, AmxDot):
+                ir.if_(ir.both(walking, ir.equal(here, mr)), plan_walks)
             c_row = block.ic + ir_
             given: dict[str, Ptr | Size] = {
                 "a": a,
                 "b": b,
-                "ahead": ahead,
+                "walks": x.ptr["walks"],
                 "rsa": rsa,
                 "csa": csa,
                 "rsb": rsb,
-                "rs_ahead": rs_ahead,
-                "ahead_step": ahead_step,
                 "k": panel_depth,
                 "c": x.ptr["c"].at(c_row * x.size["rsc"] + jc),
                 "rsc": x.size["rsc"],
@@ -364,6 +376,65 @@ class _LoopNest:
             ir.switch((here + (each - 1)) // each, calls, first=1)
 
         ir.loop(0, block.rows, mr, [], panel)
+
+    def _walks_along_c(self, x: _Given, row: Size, jc: Size) -> list[Walk]:
+        """Down the lines of each tile itself."""
+        tile, out = self.gemm.tile, self.gemm.out
+        c = x.ptr["c"].at(row * x.size["rsc"] + jc).as_type("int8")
+        size = ir.elem_bytes(out)
+        lines = range(lines_of_a_row(tile, out))
+        return [Walk(c.at(i * LINE), x.size["rsc"] * size, tile.mr, tile.nr * size) for i in lines]
+
+    def _walks_along_a(
+        self, x: _Given, block: _Block, row: Size, jc: Size, tiles: Size, panel_depth: Size
+    ) -> list[Walk]:
+        """Along the panel that begins at ``row`` of the block, a share in each of ``tiles`` tiles: down its rows, or
+        along its steps where these lie one behind the other, and through its room in the packed block.
+        """
+        mr, rsa, csa = self.gemm.tile.mr, x.size["rsa"], x.size["csa"]
+        size = ir.elem_bytes(self.gemm.a)
+        source = block.a.at(row * rsa).as_type("int8")
+        by_steps = ir.equal(rsa, 1)
+        lies_packed = ir.both(ir.negate(ir.equal(x.size["pack_a"], 0)), ir.negate(ir.equal(jc, 0)))
+        steps = (block.depth + (tiles - 1)) // tiles
+        lines = (block.depth * size + (LINE - 1)) // LINE
+        lines = (lines + (tiles - 1)) // tiles
+        walks = []
+        for i in range(A_WALKS):
+            # Steps may begin and end in two lines.
+            count = ir.select_size(by_steps, steps if i < 2 else 0, ir.select_size(ir.less(i, lines), mr, 0))
+            offset = ir.select_size(by_steps, (mr - 1) * size, LINE) if i == 1 else i * LINE
+            step = ir.select_size(by_steps, csa, rsa) * size
+            per_tile = ir.select_size(by_steps, steps * csa * size, lines * LINE)
+            walks.append(Walk(source.at(offset), step, ir.select_size(lies_packed, 0, count), per_tile))
+        panel_bytes = mr * panel_depth * ir.elem_bytes(self.gemm.family.unit)
+        panel_lines = (panel_bytes + (tiles * LINE - 1)) // (tiles * LINE)
+        room = x.ptr["a_pack"].at(row * panel_depth).as_type("int8")
+        packs = ir.select_size(ir.equal(x.size["pack_a"], 0), 0, panel_lines)
+        return [*walks, Walk(room, LINE, packs, panel_lines * LINE)]
+
+    def _walks_along_b(self, x: _Given, block: _BlockOfB, begin: Size, end: Size, rows: Size) -> list[Walk]:
+        """Along B's next block: each panel of A brings its share of the K rows, each tile the columns beneath it."""
+        nr, rsb, csb = self.gemm.tile.nr, x.size["rsb"], x.size["csb"]
+        size = ir.elem_bytes(self.gemm.b)
+        first, last = (i * block.depth // rows for i in (begin, end))
+        start = block.start.at(first * rsb).as_type("int8")
+        contiguous = ir.equal(csb, 1)
+        transposed = ir.select_size(ir.both(ir.equal(rsb, 1), ir.less(first, last)), nr, 0)
+        step = ir.select_size(contiguous, rsb, csb) * size
+        per_tile = nr * csb * size
+        walks = [Walk(start, step, ir.select_size(contiguous, last - first, transposed), per_tile)]
+        if nr * size > LINE:
+            walks.append(Walk(start.at(LINE), step, ir.select_size(contiguous, last - first, 0), per_tile))
+        return walks
+
+
+@dataclass(frozen=True)
+class _BlockOfB:
+    """A block of B where it lies; none if it has no depth."""
+
+    start: Ptr
+    depth: Size
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 A microkernel reads ``mr`` rows of A and ``nr`` columns of B wherever they are (packed or in the caller's buffers:
 only strides differ) and writes one tile of C. Its generated signature is
 
-    void name(a, b, ahead, rsa, csa, rsb, ahead_step, k, c, rsc, cols, mode, partial, rs_partial)
+    void name(a, b, walks, rsa, csa, rsb, k, c, rsc, cols, mode, partial, rs_partial)
 
 with strides in elements of what the pointers point to, ``k`` in K steps, and ``cols`` the columns of C that exist
 (only masked microkernels look at it: they neither read B nor touch C beyond it). Accumulators start from zero (or
 from the corrections in front of a panel of B), and what C held is added at the end, so that no K loop waits for C; it
-is prefetched at the start instead. The main microkernel also walks ``ahead`` by ``ahead_step`` elements a K step and
-prefetches what it points to: A's next panel.
+is prefetched instead: by the main microkernel along the first of its ``walks``, if its K loop is long enough for
+these, else at the start.
 
 ``mode`` is a sum of ADD (the tile continues an earlier sum over K) and MORE (the sum over K goes on after this
 call). Where C is narrower than the accumulators, unfinished sums live in ``partial`` and C is written once, rounded
@@ -26,18 +26,34 @@ from . import ir
 from .ir import I64, Ptr, Size, Value
 from .nanokernel import Family, step
 from .tile import Tile
+from .walks import LINE, OTHER_WALKS, Walks
 
 ADD, MORE = 1, 2  # bits of ``mode``
 
 ROW_PARAMS = (
-    *("a", "b", "ahead", "rsa", "csa", "rsb", "rs_ahead", "ahead_step", "k"),
+    *("a", "b", "walks", "rsa", "csa", "rsb", "k"),
     *("c", "rsc", "rows", "cols", "b_step", "mode", "partial", "rs_partial"),
 )
 """What a row of tiles from left to right against one panel of A is called with (``macrokernel``)."""
 
-MAIN_UNROLL = 4  # K steps between two prefetches of the next panel, whose lines hold 16 f32 values of K
+MAIN_UNROLL = 4  # K steps between two prefetches
 A_ROWS_PER_POINTER = 7  # x86 reaches p + i * s for i = 0..6 from one pointer and the registers s, 3s and 5s
 STREAM_TILES_AHEAD = 2  # tiles of an unpacked B to fetch ahead, along its rows
+
+
+def lines_of_a_row(tile: Tile, out: str) -> int:
+    """Cache lines that a row of a tile of C takes, if it begins with one."""
+    return -(-tile.nr * ir.elem_bytes(out) // LINE)
+
+
+def walks_of(tile: Tile, out: str, table: Ptr) -> Walks:
+    """What a main microkernel finds in its table: the lines of its own tile of C, and what the macrokernel adds."""
+    return Walks(lines_of_a_row(tile, out) + OTHER_WALKS, table)
+
+
+def walks_min_steps(tile: Tile, out: str) -> int:
+    """K steps in which the main microkernel gets through the walks along C."""
+    return tile.mr * lines_of_a_row(tile, out) * MAIN_UNROLL
 
 
 class RowOffsets:
@@ -93,7 +109,7 @@ class Microkernel:
     @property
     def params(self) -> tuple[str, ...]:
         # What the K loop does not need comes last: it arrives on the stack and leaves the registers to the loop.
-        loop = ("a", "b", "ahead", "rsa", "csa", "rsb", "ahead_step", "k")
+        loop = ("a", "b", "walks", "rsa", "csa", "rsb", "k")
         tile = ("c", "rsc", "cols", "mode")
         return (*loop, *tile, "partial", "rs_partial") if self.narrow else (*loop, *tile)
 
@@ -104,7 +120,7 @@ class Microkernel:
     def emit(self, module: ir.Module, prefix: str) -> str:
         """Adds the microkernel to the module (once) and returns its name."""
         unit = self.family.unit
-        pointers = {"a": unit, "ahead": unit, "b": self.b, "c": self.out, "partial": self.family.acc}
+        pointers = {"a": unit, "walks": "int64", "b": self.b, "c": self.out, "partial": self.family.acc}
         name = self.name(prefix)
         module.function(name, [pointers.get(p, "i64") for p in self.params], self._body, internal=True)
         return name
@@ -112,7 +128,9 @@ class Microkernel:
     def _body(self, *args: Ptr | I64) -> None:
         given: dict[str, Any] = dict(zip(self.params, args, strict=True))
         tile = self.tile
-        a, b, ahead, rsa, csa, rsb = (given[x] for x in ("a", "b", "ahead", "rsa", "csa", "rsb"))
+        a, b, rsa, csa, rsb, k = (given[x] for x in ("a", "b", "rsa", "csa", "rsb", "k"))
+        short = ir.less(k, walks_min_steps(tile, self.out)) if self.main else True
+        ir.if_(short, lambda: self._prefetch_c(given))
         load_b = self._b_loader(given["cols"])
         store = self._destination(given)
 
@@ -140,20 +158,16 @@ class Microkernel:
             )
             return [*(p.at(csa) for p in pointers), b_row.at(rsb), *new]
 
-        def k_steps(_index: I64, ahead: Ptr, *carried: Any) -> list[Any]:
-            """Several steps, and one prefetch of what comes next."""
-            ahead.prefetch()
-            now = list(carried)
+        def k_steps(*carried: Any) -> list[Any]:
             for _ in range(self.unroll):
-                now = k_step(*now)
-            return [ahead.at(given["ahead_step"] * self.unroll), *now]
+                carried = tuple(k_step(*carried))
+            return list(carried)
 
         state: list[Value | Ptr] = [*bases, b, *(row * tile.mr)]
-        k = rest = given["k"]
-        # Both counters run up to zero, which needs no register for a limit.
+        rest = k
         if self.main:
             rest = k % self.unroll
-            _, *state = ir.loop(0 - k // self.unroll, 0, 1, [ahead, *state], k_steps)
+            state = walks_of(tile, self.out, given["walks"]).go(k // self.unroll, short, state, k_steps)
         out = ir.loop(0 - rest, 0, 1, state, lambda _, *carried: k_step(*carried))
         store(out[len(bases) + 1 :])
 
@@ -183,13 +197,16 @@ class Microkernel:
 
     # --- the tile of C ----------------------------------------------------------------------------------------
 
+    def _prefetch_c(self, given: dict[str, Any]) -> None:
+        for i in range(self.tile.mr):
+            row = given["c"].at(i * given["rsc"]).as_type("int8")
+            for line in range(lines_of_a_row(self.tile, self.out)):
+                row.at(line * LINE).prefetch(write=True)
+
     def _destination(self, given: dict[str, Any]) -> Callable[[Sequence[Value]], None]:
-        """Prefetches C and returns what stores the accumulators there."""
+        """What stores the accumulators."""
         tile, acc = self.tile, self.family.acc
         rows = [given["c"].at(i * given["rsc"]) for i in range(tile.mr)]
-        for row in rows:
-            for line in range(0, tile.nr * ir.elem_bytes(self.out), 64):
-                row.at(line // ir.elem_bytes(self.out)).prefetch(write=True)
         mask = ir.lane_mask(given["cols"], tile.lanes) if self.masked and self.masks_c else None
         scratch = ir.alloca(tile.lanes, self.out) if self.masked and not self.masks_c else None
         partial = [given["partial"].at(i * given["rs_partial"]) for i in range(tile.mr)] if self.narrow else rows
