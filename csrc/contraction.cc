@@ -138,7 +138,7 @@ std::string Describe(const Operand& operand) {
   return Describe(operand.dtype, operand.shape) + "{" + List(operand.labels) + "}";
 }
 
-Contraction Analyze(const Operand& lhs, const Operand& rhs, const Operand& out) {
+Contraction Analyze(const Operand& lhs, const Operand& rhs, const Operand& out, bool last_is_n) {
   std::vector<Strided> arrays;
   for (const Operand* x : {&lhs, &rhs, &out}) {
     if (const std::string what = CheckOperand(*x); !what.empty()) Fail(lhs, rhs, out, what);
@@ -149,12 +149,17 @@ Contraction Analyze(const Operand& lhs, const Operand& rhs, const Operand& out) 
   const Strided &l = arrays[0], &r = arrays[1], &o = arrays[2];
   if (const std::string what = CheckLabels(l, r, o); !what.empty()) Fail(lhs, rhs, out, what);
 
+  const int64_t last = out.labels.empty() ? 0 : out.labels.back();
+  if (last_is_n && (out.labels.empty() || (l.Has(last) && r.Has(last)))) {
+    Fail(lhs, rhs, out, "a bias needs a last dimension of the result that is not a batch dimension");
+  }
+
   Contraction result;
   if (std::find(out.shape.begin(), out.shape.end(), 0) != out.shape.end()) {
     result.empty = true;
     return result;
   }
-  const std::optional<bool> swapped = ChooseRoles(l, r, o);
+  const std::optional<bool> swapped = last_is_n ? std::optional(l.Has(last)) : ChooseRoles(l, r, o);
   if (!swapped) Fail(lhs, rhs, out, "the result's last dimension is a batch dimension");
   result.swapped = *swapped;
   const Strided &a = *swapped ? r : l, &b = *swapped ? l : r;
@@ -164,7 +169,7 @@ Contraction Analyze(const Operand& lhs, const Operand& rhs, const Operand& out) 
   };
   bool zero_k = false;
   for (int64_t label : out.labels) {
-    if (o.Size(label) == 1) continue;
+    if (o.Size(label) == 1 || (last_is_n && label == last)) continue;
     const bool in_a = a.Has(label), in_b = b.Has(label);
     (in_a && in_b ? result.batch : in_a ? result.m : result.n).push_back(loop(o, label));
   }
@@ -179,6 +184,7 @@ Contraction Analyze(const Operand& lhs, const Operand& rhs, const Operand& out) 
   result.batch = Collapse(std::move(result.batch), &Loop::c);
   result.m = Collapse(std::move(result.m), &Loop::c);
   result.n = Collapse(std::move(result.n), &Loop::c);
+  if (last_is_n) result.n.push_back(loop(o, last));
   result.k = Collapse(std::move(result.k), &Loop::a);
   return result;
 }

@@ -35,7 +35,10 @@ struct Contraction {
 };
 
 // Throws std::invalid_argument, naming shapes and dtypes, if the arrays do not fit together.
-Contraction Analyze(const Operand& lhs, const Operand& rhs, const Operand& out);
+//
+// last_is_n: out's last dimension is to be the last loop of `n`, alone and whatever its size, so that something that
+// runs along it (a bias) runs along B's columns. An error if it is a batch dimension or there is none.
+Contraction Analyze(const Operand& lhs, const Operand& rhs, const Operand& out, bool last_is_n = false);
 
 // "float32[3,4]", with labels "float32[3,4]{0,1}".
 std::string Describe(std::string_view dtype, std::span<const int64_t> shape);

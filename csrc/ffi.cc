@@ -1,15 +1,32 @@
-// The XLA FFI handler "jax_nano_dot_general". Attributes are parsed once, when an executable is loaded; shapes
-// are only known when it runs (symbolic export), so the plan is made at the first call and kept.
+// The XLA FFI handlers. Attributes are parsed once, when an executable is loaded; shapes are only known when it runs
+// (symbolic export), so the plan is made at the first call and kept.
+//
+// "jax_nano_dot_general" (lhs, rhs) -> out: a product of two dense row-major arrays.
+//
+//   abi         int64     kFfiAbi
+//   lhs_labels, rhs_labels, out_labels   int64[]   one label for each dimension (contraction.h)
+//   algorithm   string    a DotAlgorithm preset, or "default"
+//
+// "jax_nano_linear" (lhs, rhs[, bias][, residual]) -> out: activation(scale * product + bias) + residual, computed in
+// float32 and rounded to out's dtype once. out's dtype is float32, bfloat16 or float16. The same attributes, and
+//
+//   activation  string    "none", "relu", "gelu_tanh", "gelu_erf", "silu", "tanh" or "sigmoid"
+//   scale       float32
+//   bias        int64     1: the third operand is the bias, of out's dtype and one dimension, out's last one, which
+//                         must not be a batch dimension
+//   residual    int64     1: the last operand is the residual, of out's dtype and shape
 #include "ffi.h"
 
 #include <algorithm>
 #include <atomic>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "contraction.h"
@@ -82,6 +99,12 @@ struct DotState {
 
   std::vector<int64_t> labels[3];  // lhs, rhs, out
   std::string algorithm;           // a DotAlgorithm preset, or "default"
+  Epilogue epilogue = {Activation::kNone, 1, nullptr, 0, 0};
+  bool bias = false;
+
+  bool HasEpilogue() const {
+    return bias || epilogue.has_residual || epilogue.activation != Activation::kNone || epilogue.scale != 1;
+  }
 
   // Nearly always the only plan, as shapes are fixed when a program is compiled: found without a lock.
   std::atomic<const CachedPlan*> last = nullptr;
@@ -108,6 +131,29 @@ ffi::ErrorOr<std::unique_ptr<DotState>> Instantiate(int64_t abi, Int64s lhs_labe
   return state;
 }
 
+constexpr std::pair<std::string_view, Activation> kActivations[] = {
+    {"none", Activation::kNone},        {"relu", Activation::kRelu}, {"gelu_tanh", Activation::kGeluTanh},
+    {"gelu_erf", Activation::kGeluErf}, {"silu", Activation::kSilu}, {"tanh", Activation::kTanh},
+    {"sigmoid", Activation::kSigmoid},
+};
+
+ffi::ErrorOr<std::unique_ptr<DotState>> InstantiateLinear(int64_t abi, Int64s lhs_labels, Int64s rhs_labels,
+                                                          Int64s out_labels, std::string_view algorithm,
+                                                          std::string_view activation, float scale, int64_t bias,
+                                                          int64_t residual) {
+  const auto known = std::find_if(std::begin(kActivations), std::end(kActivations),
+                                  [&](const auto& entry) { return entry.first == activation; });
+  if (known == std::end(kActivations)) {
+    return ffi::Unexpected(
+        ffi::Error::InvalidArgument("jax_nano linear: unknown activation " + std::string(activation)));
+  }
+  auto state = Instantiate(abi, lhs_labels, rhs_labels, out_labels, algorithm);
+  if (!state.has_value()) return state;
+  (*state)->bias = bias != 0;
+  (*state)->epilogue = {known->second, scale, nullptr, residual != 0, 0};
+  return state;
+}
+
 std::unique_ptr<const CachedPlan> NewPlan(const DotState& state, const ffi::AnyBuffer* const (&buffers)[3],
                                           const ffi::ThreadPool& pool) {
   auto entry = std::make_unique<CachedPlan>();
@@ -122,7 +168,10 @@ std::unique_ptr<const CachedPlan> NewPlan(const DotState& state, const ffi::AnyB
   }
   entry->shape.threads = pool.num_threads();
   entry->plan = MakePlan(operands[0], operands[1], operands[2], state.algorithm, SelectedTargets(),
-                         entry->shape.threads, HostCaches());
+                         entry->shape.threads, HostCaches(), state.bias);
+  if (state.HasEpilogue() && !entry->plan.kernel->epilogue) {
+    throw std::invalid_argument("jax_nano linear: " + names[2] + " results have no epilogue");
+  }
   return entry;
 }
 
@@ -143,17 +192,60 @@ const CachedPlan& FindPlan(DotState& state, const ffi::AnyBuffer& lhs, const ffi
   return *state.plans.back();
 }
 
-ffi::Error Execute(DotState* state, ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer rhs,
-                   ffi::Result<ffi::AnyBuffer> out) {
+ffi::Error Run(DotState& state, const Epilogue* epilogue, ffi::ThreadPool& pool, const ffi::AnyBuffer& lhs,
+               const ffi::AnyBuffer& rhs, const ffi::AnyBuffer& out) {
   try {
-    const CachedPlan& entry = FindPlan(*state, lhs, rhs, *out, pool);
-    RunPlan(entry.plan, {lhs.untyped_data(), rhs.untyped_data(), out->untyped_data()}, pool);
+    const CachedPlan& entry = FindPlan(state, lhs, rhs, out, pool);
+    RunPlan(entry.plan, {lhs.untyped_data(), rhs.untyped_data(), out.untyped_data(), epilogue}, pool);
     return ffi::Error::Success();
   } catch (const std::invalid_argument& e) {
     return ffi::Error::InvalidArgument(e.what());
   } catch (const std::bad_alloc&) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jax_nano: out of memory");
   }
+}
+
+ffi::Error Execute(DotState* state, ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer rhs,
+                   ffi::Result<ffi::AnyBuffer> out) {
+  return Run(*state, nullptr, pool, lhs, rhs, *out);
+}
+
+std::string Describe(const ffi::AnyBuffer& buffer) {
+  const auto dims = buffer.dimensions();
+  return jax_nano::Describe(DTypeName(buffer.element_type()), {dims.begin(), dims.size()});
+}
+
+ffi::Error ExecuteLinear(DotState* state, ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer rhs,
+                         ffi::RemainingArgs more, ffi::Result<ffi::AnyBuffer> out) {
+  const bool has_residual = state->epilogue.has_residual != 0;
+  const size_t expected = size_t{state->bias} + size_t{has_residual};
+  if (more.size() != expected) {
+    return ffi::Error::InvalidArgument("jax_nano linear: " + std::to_string(2 + more.size()) + " operands instead of " +
+                                       std::to_string(2 + expected));
+  }
+  const auto dims = out->dimensions();
+  Epilogue epilogue = state->epilogue;
+  if (state->bias) {
+    const auto bias = *more.get<ffi::AnyBuffer>(0);
+    const auto have = bias.dimensions();
+    if (bias.element_type() != out->element_type() || have.size() != 1 || dims.size() == 0 ||
+        have.front() != dims.back()) {
+      return ffi::Error::InvalidArgument("jax_nano linear: bias " + Describe(bias) + " for a result " + Describe(*out));
+    }
+    epilogue.bias = bias.untyped_data();
+  }
+  if (has_residual) {
+    const auto residual = *more.get<ffi::AnyBuffer>(expected - 1);
+    const auto have = residual.dimensions();
+    if (residual.element_type() != out->element_type() || have.size() != dims.size() ||
+        !std::equal(have.begin(), have.end(), dims.begin())) {
+      return ffi::Error::InvalidArgument("jax_nano linear: residual " + Describe(residual) + " for a result " +
+                                         Describe(*out));
+    }
+    epilogue.residual_offset =
+        static_cast<const char*>(residual.untyped_data()) - static_cast<const char*>(out->untyped_data());
+  }
+  return Run(*state, state->HasEpilogue() ? &epilogue : nullptr, pool, lhs, rhs, *out);
 }
 
 XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
@@ -172,18 +264,51 @@ XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
                            .Arg<ffi::AnyBuffer>()    // rhs
                            .Ret<ffi::AnyBuffer>());  // out
 
-}  // namespace
+XLA_FFI_DEFINE_HANDLER(kInstantiateLinear, InstantiateLinear,
+                       ffi::Ffi::BindInstantiate()
+                           .Attr<int64_t>("abi")
+                           .Attr<Int64s>("lhs_labels")
+                           .Attr<Int64s>("rhs_labels")
+                           .Attr<Int64s>("out_labels")
+                           .Attr<std::string_view>("algorithm")
+                           .Attr<std::string_view>("activation")
+                           .Attr<float>("scale")
+                           .Attr<int64_t>("bias")
+                           .Attr<int64_t>("residual"));
 
-// The state type must be registered before the handler is, and there is no public way to do so from Python
+XLA_FFI_DEFINE_HANDLER(kExecuteLinear, ExecuteLinear,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::State<DotState>>()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::AnyBuffer>()    // lhs
+                           .Arg<ffi::AnyBuffer>()    // rhs
+                           .RemainingArgs()          // bias, residual
+                           .Ret<ffi::AnyBuffer>());  // out
+
+// The state type must be registered before the handlers are, and there is no public way to do so from Python
 // that works before the CPU client exists: queued types are flushed after queued handlers, and the CPU
 // backend dies (jaxlib 0.9 to 0.12). But XLA's first call into a handler is a query for its metadata, and
 // that carries the API table.
-XLA_FFI_Error* DotInstantiate(XLA_FFI_CallFrame* frame) {
+XLA_FFI_Error* RegisterState(const XLA_FFI_CallFrame* frame) {
   static XLA_FFI_Error* const error =
       ffi::Ffi::RegisterTypeId(frame->api, "jax_nano.dot_general", &DotState::id, &kDotStateInfo);
+  return error;
+}
+
+}  // namespace
+
+XLA_FFI_Error* DotInstantiate(XLA_FFI_CallFrame* frame) {
+  XLA_FFI_Error* const error = RegisterState(frame);
   return error != nullptr ? error : (*kInstantiate)(frame);
 }
 
 XLA_FFI_Error* DotExecute(XLA_FFI_CallFrame* frame) { return (*kExecute)(frame); }
+
+XLA_FFI_Error* LinearInstantiate(XLA_FFI_CallFrame* frame) {
+  XLA_FFI_Error* const error = RegisterState(frame);
+  return error != nullptr ? error : (*kInstantiateLinear)(frame);
+}
+
+XLA_FFI_Error* LinearExecute(XLA_FFI_CallFrame* frame) { return (*kExecuteLinear)(frame); }
 
 }  // namespace jax_nano

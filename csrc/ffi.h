@@ -14,6 +14,8 @@ inline constexpr int64_t kFfiAbi = 1;
 
 XLA_FFI_Error* DotInstantiate(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* DotExecute(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* LinearInstantiate(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* LinearExecute(XLA_FFI_CallFrame* frame);
 
 }  // namespace jax_nano
 

@@ -72,6 +72,12 @@ void RunItem(const Plan& plan, const Buffers& buffers, int64_t item) {
   args.partial = static_cast<char*>(args.b_pack) + plan.b_pack_bytes;
   args.m = m.size();
   args.n = n.size();
+  Epilogue epilogue;
+  if (buffers.epilogue != nullptr) {
+    epilogue = *buffers.epilogue;
+    if (epilogue.bias != nullptr) epilogue.bias = Advance(epilogue.bias, n.begin, plan.c_bytes);
+    args.epilogue = &epilogue;
+  }
   const void* a = plan.swapped ? buffers.rhs : buffers.lhs;
   const void* b = plan.swapped ? buffers.lhs : buffers.rhs;
   // Products are numbered with the kernel's own batch loop innermost; a range may begin and end inside it.

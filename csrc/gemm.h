@@ -14,6 +14,7 @@ struct Buffers {
   const void* lhs;
   const void* rhs;
   void* out;
+  const Epilogue* epilogue = nullptr;  // of the whole result; with a bias, the plan is one whose last_is_n
 };
 
 // One work item, on this thread. Throws std::bad_alloc if there is no memory for the workspace.

@@ -14,6 +14,19 @@
 
 namespace jax_nano {
 
+// What is applied to a finished sum before it becomes an element of C, 0 of GemmArgs::epilogue: nothing.
+enum class Activation : int64_t { kNone = 1, kRelu, kGeluTanh, kGeluErf, kSilu, kTanh, kSigmoid };
+
+// C[m, n] = activation(scale * sum + bias[n]) + residual[m, n], in the accumulator's type, rounded to C's once.
+// bias and residual have C's type. `jax_nano/codegen/epilogue.py` reads the fields by position.
+struct Epilogue {
+  Activation activation;
+  double scale;             // rounded to the accumulator's type
+  const void* bias;         // n elements; null: none
+  int64_t has_residual;     // 1: there is a residual
+  int64_t residual_offset;  // bytes from an element of C to its element of the residual, which has C's strides
+};
+
 struct GemmArgs {
   const void* a;
   const void* b;
@@ -34,6 +47,7 @@ struct GemmArgs {
   int64_t pack_b;         // 1: copy blocks of B into the workspace (required unless direct_b and csb == 1)
   int64_t inner;          // 1: the inner-product path (KernelInfo::inner; csa == rsb == 1, k whole, nothing packed)
   int64_t mc, kc, nc;     // cache blocking; mc multiple of mr, nc multiple of nr, kc multiple of kr
+  const Epilogue* epilogue;  // applied when the sum over k is finished; null: C is the sum
 };
 
 // Packing stores whole vectors, so a packed block may be overrun by less than this.
@@ -58,6 +72,7 @@ struct KernelInfo {
   bool direct_b;           // whether B can, if its columns are 1 apart
   bool inner;              // whether it has an inner-product path
   bool narrow;             // whether C cannot hold unfinished sums: these live in GemmArgs::partial
+  bool epilogue;           // whether it takes GemmArgs::epilogue
   GemmFn fn;
 };
 

@@ -32,11 +32,15 @@ using Names = std::vector<std::string>;
 int64_t RoundUp(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 nb::dict Registrations() {
-  nb::dict stages;
-  stages["instantiate"] = nb::capsule(reinterpret_cast<void*>(&DotInstantiate));
-  stages["execute"] = nb::capsule(reinterpret_cast<void*>(&DotExecute));
+  const auto stages = [](auto* instantiate, auto* execute) {
+    nb::dict d;
+    d["instantiate"] = nb::capsule(reinterpret_cast<void*>(instantiate));
+    d["execute"] = nb::capsule(reinterpret_cast<void*>(execute));
+    return d;
+  };
   nb::dict out;
-  out["jax_nano_dot_general"] = stages;
+  out["jax_nano_dot_general"] = stages(&DotInstantiate, &DotExecute);
+  out["jax_nano_linear"] = stages(&LinearInstantiate, &LinearExecute);
   return out;
 }
 
@@ -115,6 +119,7 @@ nb::dict KernelDict(const KernelInfo& k) {
   d["direct_b"] = k.direct_b;
   d["inner"] = k.inner;
   d["narrow"] = k.narrow;
+  d["epilogue"] = k.epilogue;
   return d;
 }
 
@@ -252,6 +257,7 @@ const KernelInfo& KernelNamed(std::string_view name) {
 // Fills in what the caller left open, which is 0: cache blocking, and workspace, for which there is memory
 // until this call returns.
 void RunOne(const KernelInfo& kernel, GemmArgs x) {
+  if (x.epilogue != nullptr && !kernel.epilogue) throw std::invalid_argument("this kernel has no epilogue");
   if (x.mc == 0 || x.kc == 0 || x.nc == 0) {
     GemmArgs planned = x;
     KernelInfo blocked = kernel;
@@ -326,6 +332,7 @@ void CallKernel(std::string_view kernel_name, const nb::dict& fields) {
   x.mc = get("mc", 0);
   x.kc = get("kc", 0);
   x.nc = get("nc", 0);
+  x.epilogue = static_cast<const Epilogue*>(pointer("epilogue"));
   if (used != fields.size()) throw std::invalid_argument("unknown field among the arguments");
   const nb::gil_scoped_release release;
   RunOne(kernel, x);

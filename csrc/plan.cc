@@ -232,8 +232,8 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
 }
 
 Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::string_view algorithm,
-              std::span<const Target* const> targets, int64_t threads, const Caches& caches) {
-  const Contraction contraction = Analyze(lhs, rhs, out);
+              std::span<const Target* const> targets, int64_t threads, const Caches& caches, bool last_is_n) {
+  const Contraction contraction = Analyze(lhs, rhs, out, last_is_n);
   const Operand &a = contraction.swapped ? rhs : lhs, &b = contraction.swapped ? lhs : rhs;
   const auto select = [&](bool direct_b) {
     return SelectKernel(targets, a.dtype, b.dtype, out.dtype, algorithm, direct_b);

@@ -51,9 +51,9 @@ struct Plan {
 Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t threads, const Caches& caches);
 
 // The whole way from labelled arrays: analysis, the best of `targets` that has a kernel, plan. Throws
-// std::invalid_argument if the arrays do not fit together or no kernel takes their dtypes.
+// std::invalid_argument if the arrays do not fit together or no kernel takes their dtypes. last_is_n: as in Analyze.
 Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::string_view algorithm,
-              std::span<const Target* const> targets, int64_t threads, const Caches& caches);
+              std::span<const Target* const> targets, int64_t threads, const Caches& caches, bool last_is_n = false);
 
 // The parts of MakePlan, for tests and tuning.
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from jax_nano.api import einsum as einsum
     from jax_nano.api import export_checks as export_checks
     from jax_nano.api import inner as inner
+    from jax_nano.api import linear as linear
+    from jax_nano.api import linear_p as linear_p
     from jax_nano.api import matmul as matmul
     from jax_nano.api import matvec as matvec
     from jax_nano.api import tensordot as tensordot
@@ -36,6 +38,8 @@ _HOMES = {
             "einsum",
             "export_checks",
             "inner",
+            "linear",
+            "linear_p",
             "matmul",
             "matvec",
             "tensordot",
@@ -58,6 +62,8 @@ __all__ = [
     "einsum",
     "export_checks",
     "inner",
+    "linear",
+    "linear_p",
     "matmul",
     "matvec",
     "register",

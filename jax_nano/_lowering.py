@@ -57,7 +57,7 @@ def choose(
 ) -> Choice:
     """The choice for a product: a function of its parameters, its static shapes and dtypes, and the target."""
     labels = _shapes.labels_of(dimension_numbers, out_perm, len(lhs_shape), len(rhs_shape))
-    signature = _signature(labels, precision, lhs_shape, rhs_shape, dtypes)
+    signature = signature_of(labels, precision, lhs_shape, rhs_shape, dtypes)
     if signature is None:
         return Choice(labels, None, "no kernel for {} x {} -> {} at precision {}".format(*dtypes, precision))
     # XLA computes the algorithms that round operands in plain float32: they go to a kernel at any size.
@@ -67,13 +67,14 @@ def choose(
     return Choice(labels, None if declined else signature, declined)
 
 
-def _signature(
+def signature_of(
     labels: Labels,
     precision: Precision,
     lhs_shape: Sequence[int],
     rhs_shape: Sequence[int],
     dtypes: tuple[np.dtype, np.dtype, np.dtype],
 ) -> Signature | None:
+    """The kernel's dtypes for a product of these, None if there is none."""
     sizes = labels.sizes(lhs_shape, rhs_shape)
     terms = math.prod(sizes[x] for x in labels.contracting)
     return _signatures.find(*dtypes, precision, terms, _native.supports)
@@ -170,13 +171,16 @@ def _call_lower_cpu(
 ) -> Sequence[Value]:
     lhs_aval, rhs_aval = ctx.avals_in
     dtypes = (lhs_aval.dtype, rhs_aval.dtype, out_dtype)
-    signature = _signature(labels, precision, lhs_aval.shape, rhs_aval.shape, dtypes)
+    signature = signature_of(labels, precision, lhs_aval.shape, rhs_aval.shape, dtypes)
     assert signature is not None  # as for the whole product, of which this may be a shard
     left, right = (Operand(x, aval.shape, aval.dtype) for x, aval in ((lhs, lhs_aval), (rhs, rhs_aval)))
     return [_call(ctx, left, right, labels, signature, out_dtype)]
 
 
-def _call_in_lax(lhs: Array, rhs: Array, *, labels: Labels, out_dtype: np.dtype, precision: Precision) -> Array:
+def lax_product(
+    lhs: Array, rhs: Array, labels: Labels, *, precision: Precision, preferred_element_type: np.dtype
+) -> Array:
+    """A product given by labels, in lax's own primitives."""
     dimension_numbers, out_perm = _shapes.dimension_numbers_of(labels)
     return lax_dot_general(
         lhs,
@@ -184,16 +188,20 @@ def _call_in_lax(lhs: Array, rhs: Array, *, labels: Labels, out_dtype: np.dtype,
         dimension_numbers=dimension_numbers,
         out_perm=out_perm,
         precision=precision,
-        preferred_element_type=out_dtype,
+        preferred_element_type=preferred_element_type,
         out_sharding=None,
     )
+
+
+def _call_in_lax(lhs: Array, rhs: Array, *, labels: Labels, out_dtype: np.dtype, precision: Precision) -> Array:
+    return lax_product(lhs, rhs, labels, precision=precision, preferred_element_type=out_dtype)
 
 
 mlir.register_lowering(call_p, _call_lower_cpu, platform="cpu")
 mlir.register_lowering(call_p, mlir.lower_fun(_call_in_lax, multiple_results=False))
 
 
-def _fold_transposes(operand: Operand, dims: Dims) -> tuple[Operand, Dims]:
+def fold_transposes(operand: Operand, dims: Dims) -> tuple[Operand, Dims]:
     """The array behind the transposes that made an operand, and its labels."""
     value, shape = operand.value, operand.shape
     while not isinstance(operation := value.owner, ir.Block) and operation.name == "stablehlo.transpose":
@@ -219,8 +227,8 @@ def _lower(ctx: Context, lhs: Value, rhs: Value, **params: Any) -> Sequence[Valu
     if signature is None or placement is _sharding.Placement.XLA or "cpu" not in platforms:
         return mlir.lower_fun(partial(lax_dot_general, **params), multiple_results=False)(ctx, lhs, rhs)
 
-    left, lhs_dims = _fold_transposes(Operand(lhs, lhs_aval.shape, lhs_aval.dtype), labels.lhs)
-    right, rhs_dims = _fold_transposes(Operand(rhs, rhs_aval.shape, rhs_aval.dtype), labels.rhs)
+    left, lhs_dims = fold_transposes(Operand(lhs, lhs_aval.shape, lhs_aval.dtype), labels.lhs)
+    right, rhs_dims = fold_transposes(Operand(rhs, rhs_aval.shape, rhs_aval.dtype), labels.rhs)
     labels = Labels(lhs_dims, rhs_dims, labels.out)
     if placement is _sharding.Placement.LOCAL and platforms == ("cpu",):
         out = _call(ctx, left, right, labels, signature, out_aval.dtype)

@@ -1,4 +1,4 @@
-"""Finds the compiled extension and tells XLA about its FFI target.
+"""Finds the compiled extension and tells XLA about its FFI targets.
 
 On x86-64 Linux a missing extension is an error with a remedy, never a silent fallback. On any other
 platform there is none to find, and every product takes lax's own lowering.
@@ -16,6 +16,7 @@ from typing import Final
 import jax
 
 TARGET_NAME: Final = "jax_nano_dot_general"
+LINEAR_TARGET_NAME: Final = "jax_nano_linear"
 
 # Version of the attributes of the FFI call. It is part of the key of the persistent compilation cache.
 ABI: Final = 1
@@ -49,7 +50,7 @@ def runtime() -> ModuleType | None:
 
 
 def register() -> None:
-    """Register jax_nano's FFI target with XLA.
+    """Register jax_nano's FFI targets with XLA.
 
     Using any function of jax_nano does this by itself. Call it in a process that only runs programs made
     elsewhere: ones that `jax.export` deserialized, or compiled ones that were pickled.

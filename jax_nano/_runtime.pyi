@@ -38,6 +38,7 @@ class _Kernel(TypedDict):
     direct_b: bool
     inner: bool
     narrow: bool
+    epilogue: bool  # whether it can finish its sums with scale, bias, activation and residual
 
 class _Caches(TypedDict):
     l1d: int

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_nano._shapes import Dims, Labels
 
-Product: TypeAlias = Callable[[Array, Array], Array]
+Product: TypeAlias = Callable[..., Array]
 Axes: TypeAlias = tuple[str, ...]
 """Mesh axes, major first, that shard one dimension."""
 
@@ -55,39 +55,63 @@ def placement(ctx: mlir.LoweringRuleContext, out: Any) -> Placement:
     return Placement.LOCAL
 
 
-def partitioned(product: Product, labels: Labels) -> Product:
-    """`product` as one operation that XLA partitions along any of its labels."""
+def partitioned(
+    product: Product,
+    labels: Labels,
+    *,
+    extras: Sequence[Dims] = (),
+    sums: Product | None = None,
+    finish: Product = lambda sums: sums,
+) -> Product:
+    """`product` as one operation that XLA partitions along any of its labels.
 
-    def whole(lhs: Array, rhs: Array) -> Array:
+    Args:
+      product: of lhs, rhs and further operands.
+      labels: of lhs, rhs and the result.
+      extras: those of the further operands, each along dimensions of the result.
+      sums, finish: the product in two steps, for shards of a contracting dimension: `finish(sums(lhs, rhs), *others)`
+        is what has to be done where the sums of all shards are needed first.
+    """
+    sums = sums or product
+
+    # custom_partitioning binds arguments to the names of parameters: one for each operand.
+    def whole2(lhs: Array, rhs: Array) -> Array:
         return product(lhs, rhs)
+
+    def whole3(lhs: Array, rhs: Array, other: Array) -> Array:
+        return product(lhs, rhs, other)
+
+    def whole4(lhs: Array, rhs: Array, other: Array, last: Array) -> Array:
+        return product(lhs, rhs, other, last)
 
     def partition(
         mesh: Mesh, operands: Sequence[Any], result: Any
-    ) -> tuple[Mesh, Product, NamedSharding, tuple[NamedSharding, NamedSharding]]:
-        lhs_axes, rhs_axes, out_axes = (spec_axes(x.sharding, x.ndim) for x in (*operands, result))
+    ) -> tuple[Mesh, Product, NamedSharding, tuple[NamedSharding, ...]]:
+        lhs_axes, rhs_axes, *_, out_axes = (spec_axes(x.sharding, x.ndim) for x in (*operands, result))
         axes = settle(labels, lhs_axes, rhs_axes, out_axes)
         reduced = tuple(axis for label in labels.contracting for axis in axes[label])
 
-        def shard(lhs: Array, rhs: Array) -> Array:
+        def shard(lhs: Array, rhs: Array, *others: Array) -> Array:
             # Not in the caller's mesh: if that has explicit axes, JAX 0.12 annotates the adder of the psum
             # with shardings, and XLA then fails to recognise the addition.
             with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-                out = product(lhs, rhs)
-                return jax.lax.psum(out, reduced) if reduced else out
+                if not reduced:
+                    return product(lhs, rhs, *others)
+                return finish(jax.lax.psum(sums(lhs, rhs), reduced), *others)
 
-        lhs, rhs, out = (NamedSharding(mesh, _spec(dims, axes)) for dims in labels)
-        return mesh, shard, out, (lhs, rhs)
+        lhs, rhs, out, *others = (NamedSharding(mesh, _spec(dims, axes)) for dims in (*labels, *extras))
+        return mesh, shard, out, (lhs, rhs, *others)
 
     def infer(mesh: Mesh, operands: Sequence[Any], result: Any) -> NamedSharding:
-        lhs_axes, rhs_axes = (spec_axes(x.sharding, x.ndim) for x in operands)
+        lhs_axes, rhs_axes, *_ = (spec_axes(x.sharding, x.ndim) for x in operands)
         axes = settle(labels, lhs_axes, rhs_axes, ((),) * len(result.shape))
         return NamedSharding(mesh, _spec(labels.out, axes))
 
-    wrapped = custom_partitioning(whole)
+    wrapped = custom_partitioning((whole2, whole3, whole4)[len(extras)])
     wrapped.def_partition(
         partition,
         infer_sharding_from_operands=infer,
-        sharding_rule=sharding_rule(labels),
+        sharding_rule=sharding_rule(labels, extras),
         reduction_factors=tuple(factor(label) for label in labels.contracting),
     )
     return wrapped
@@ -121,10 +145,10 @@ def _spec(dims: Dims, axes: dict[int, Axes]) -> PartitionSpec:
     return PartitionSpec(*(axes[label] or None for label in dims))
 
 
-def sharding_rule(labels: Labels) -> str:
+def sharding_rule(labels: Labels, extras: Sequence[Dims] = ()) -> str:
     """The product as Shardy writes it, such as "a b, b c -> a c"."""
-    lhs, rhs, out = (" ".join(factor(label) for label in dims) for dims in labels)
-    return f"{lhs}, {rhs} -> {out}"
+    lhs, rhs, out, *others = (" ".join(factor(label) for label in dims) for dims in (*labels, *extras))
+    return f"{', '.join([lhs, rhs, *others])} -> {out}"
 
 
 def factor(label: int) -> str:

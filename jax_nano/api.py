@@ -19,10 +19,11 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_nano import _einsum, _native, _shapes
+from jax_nano import _activations, _einsum, _linear, _native, _shapes
 from jax_nano import _jax_compat as compat
 from jax_nano._jax_compat import OutSharding
-from jax_nano._lowering import dot_general_p as dot_general_p  # importing it from here registers its lowering
+from jax_nano._linear_lowering import linear_p as linear_p  # importing primitives from here registers their lowerings
+from jax_nano._lowering import dot_general_p as dot_general_p
 from jax_nano._primitive import bind, bind_labels
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ __all__ = [
     "einsum",
     "export_checks",
     "inner",
+    "linear",
     "matmul",
     "matvec",
     "tensordot",
@@ -187,6 +189,77 @@ def matmul(
     )
     if layout.expand:
         out = lax.expand_dims(out, layout.expand)
+    return compat.convert_element_type(out, dtype, weak_type)
+
+
+def linear(
+    x: ArrayLike,
+    w: ArrayLike,
+    b: ArrayLike | None = None,
+    *,
+    activation: str | Callable[[Array], Array] | None = None,
+    residual: ArrayLike | None = None,
+    scale: float = 1.0,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+) -> Array:
+    """`activation(scale * (x @ w) + b) + residual`, one call on CPUs: C is finished before it leaves the core.
+
+    The sum and all that follows are computed in float32 where the result is narrower, and rounded to it once. Of
+    other dtypes than float32, bfloat16 and float16, and wherever a product is XLA's, it is the composition that is
+    computed.
+
+    Args:
+      x: shape (..., K).
+      w: shape (K, N).
+      b: shape (N,), or None.
+      activation: "relu", "gelu_tanh" (or "gelu"), "gelu_erf", "silu", "tanh", "sigmoid", None, or the function of
+        jax.nn that is meant.
+      residual: shape (..., N), or None.
+      scale: a number, part of the program.
+      precision: as in `dot_general`.
+      preferred_element_type: dtype of the result; by default that of all operands promoted.
+
+    Returns:
+      Shape (..., N).
+
+    Raises:
+      TypeError: an operand is not an array or has the wrong shape, or an activation or scale meets integers.
+      ValueError: the activation is not known; x has no dimensions or w not two.
+    """
+    epilogue = _linear.Epilogue(_activations.name_of(activation), float(scale), b is not None, residual is not None)
+    extras = [v for v in (b, residual) if v is not None]
+    options = {"precision": precision, "preferred_element_type": preferred_element_type}
+    return _run_linear(*compat.ensure_arraylike_tuple("linear", (x, w, *extras)), epilogue=epilogue, **options)
+
+
+@_jit("epilogue", "precision", "preferred_element_type")
+def _run_linear(
+    *operands: Array, epilogue: _linear.Epilogue, precision: Any, preferred_element_type: DTypeLike | None
+) -> Array:
+    dtype, weak_type = _result_type("linear", preferred_element_type, *operands)
+    x, w, *extras = operands
+    if x.ndim == 0 or w.ndim != 2:
+        raise ValueError(
+            f"linear requires x of at least one dimension and w of two, got shapes {x.shape} and {w.shape}"
+        )
+    if not jnp.issubdtype(dtype, np.floating) and (epilogue.scale != 1 or epilogue.activation not in ("none", "relu")):
+        raise TypeError(f"linear with an activation or a scale requires a floating-point result, got {dtype}")
+    bias, residual = epilogue.split(extras)
+    out_shape = (*x.shape[:-1], w.shape[1])
+    for name, have, want in (("b", bias, out_shape[-1:]), ("residual", residual, out_shape)):
+        if have is not None and have.shape != want:
+            raise TypeError(f"linear requires {name} of shape {want}, got {have.shape}")
+    rows = tuple(range(x.ndim - 1))
+    out = _linear.bind(
+        x,
+        w,
+        *(v.astype(dtype) for v in extras),
+        labels=_shapes.Labels((*rows, x.ndim - 1), (x.ndim - 1, x.ndim), (*rows, x.ndim)),
+        epilogue=epilogue,
+        precision=compat.canonicalize_precision(precision),
+        dtype=dtype,
+    )
     return compat.convert_element_type(out, dtype, weak_type)
 
 
@@ -429,4 +502,5 @@ def export_checks() -> list[DisabledSafetyCheck]:
     """
     from jax.export import DisabledSafetyCheck
 
-    return [DisabledSafetyCheck.custom_call(_native.TARGET_NAME)]
+    names = (_native.TARGET_NAME, _native.LINEAR_TARGET_NAME)
+    return [DisabledSafetyCheck.custom_call(name) for name in names]

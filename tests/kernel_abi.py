@@ -22,6 +22,8 @@ def _fields(struct: str) -> tuple[tuple[str, str], ...]:
 
 
 GEMM_ARGS = _fields("GemmArgs")
+EPILOGUE = _fields("Epilogue")
+ACTIVATIONS = tuple(re.search(r"enum class Activation .*?{ kNone = 1, (.*?) }", _HEADER)[1].split(", "))
 KERNEL_INFO = _fields("KernelInfo")
 FIELDS = tuple(name for _, name in GEMM_ARGS)
 PACK_SLACK_BYTES = int(re.search(r"kPackSlackBytes = (\d+);", _HEADER)[1])

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import ir
+from .epilogue import Landing
 from .ir import I64, Ptr, Size
 from .microkernel import MORE, ROW_PARAMS
 from .nanokernel import amx, step
@@ -149,12 +150,17 @@ class AmxTileRow:
     out: str
     stream: bool = False
 
+    @property
+    def narrow(self) -> bool:
+        """Whether C cannot hold unfinished sums."""
+        return self.microkernels()[0].narrow
+
     def microkernels(self) -> Sequence[AmxMicrokernel]:
         """The wide and the narrow one."""
         tiles = [Tile(self.rows, nv, amx.UNITS) for nv in (2, 1)]
         return [AmxMicrokernel(t, 2 * amx.UNITS, self.family, self.out) for t in tiles]
 
-    def emit(self, module: ir.Module, prefix: str) -> str:
+    def emit(self, module: ir.Module, prefix: str, epilogue: str | None) -> str:
         wide, narrow = (m.emit(module, prefix) for m in self.microkernels())
         name = f"{prefix}_row{self.rows * amx.ROWS}"
 
@@ -162,11 +168,18 @@ class AmxTileRow:
             x: dict[str, Any] = dict(zip(ROW_PARAMS, args, strict=True))
             cols, nr = x["cols"], 2 * amx.UNITS
             one = amx.UNITS
+            landing = Landing(module, epilogue, self.narrow, (self.rows * amx.ROWS, nr), x)
+            # What finishes a block is a call, which takes the tiles' configuration away: block after block then.
+            at_once = cols if epilogue is None else ir.select_size(ir.equal(x["epilogue"], 0), cols, nr)
 
-            def blocks(j: Size, end: Size, kernel: str) -> None:
-                there = {"b": x["b"].at(j * x["b_step"]), "c": x["c"].at(j), "partial": x["partial"].at(j)}
-                here = {**x, **there, "cols": end - j}
-                module.call(kernel, [here[p] for p in AmxMicrokernel.PARAMS])
+            def blocks(first: Size, end: Size, kernel: str) -> None:
+                def some(j: Size) -> None:
+                    here_cols = ir.minimum(end - j, at_once)
+                    here = {**x, "b": x["b"].at(j * x["b_step"]), "cols": here_cols, **landing.at(j)}
+                    module.call(kernel, [here[p] for p in AmxMicrokernel.PARAMS])
+                    landing.finish(j, x["rows"], here_cols)
+
+                ir.loop(first, end, at_once, [], some)
 
             # The last block needs one tile's width only if no more than that is left.
             tiles = (cols + (one - 1)) // one

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 from . import ir
+from .epilogue import Epilogue
 from .ir import I64, Ptr, Size, Value
 from .nanokernel import Family
 from .packing import void
@@ -48,7 +49,15 @@ class InnerMicrokernel:
     b: str
     out: str
 
-    PARAMS = ("a", "b", "rsa", "csb", "k", "c", "rsc")
+    @property
+    def narrow(self) -> bool:
+        """Whether C cannot hold sums as they are."""
+        return ir.elem_bytes(self.out) < ir.elem_bytes(self.family.acc)
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """``sums``: where to leave them as they are, instead of rounding them to C."""
+        return ("a", "b", "rsa", "csb", "k", "c", "rsc", *(("sums",) if self.narrow else ()))
 
     @property
     def tile(self) -> Tile:
@@ -62,11 +71,12 @@ class InnerMicrokernel:
         """Adds the microkernel to the module (once) and returns its name."""
         pointers = {"a": self.a, "b": self.b, "c": self.out}
         name = self.name(prefix)
-        module.function(name, [pointers.get(p, "i64") for p in self.PARAMS], self._body, internal=True)
+        module.function(name, [pointers.get(p, "i64") for p in self.params], self._body, internal=True)
         return name
 
     def _body(self, *args: Any) -> None:
-        a, b, rsa, csb, k, c, rsc = args
+        given: dict[str, Any] = dict(zip(self.params, args, strict=True))
+        a, b, rsa, csb, k, c, rsc = (given[x] for x in ("a", "b", "rsa", "csb", "k", "c", "rsc"))
         family, chunk = self.family, self.lanes * self.family.kr
         a_rows = [a.at(i * rsa) for i in range(self.rows)]
         b_cols = [b.at(j * csb) for j in range(self.cols)]
@@ -98,9 +108,17 @@ class InnerMicrokernel:
             return [ir.multiply_add(xs[n // self.cols], ys[n % self.cols], s) for n, s in enumerate(sums)]
 
         sums = ir.loop(whole, k, 1, sums, element)
-        for n, s in enumerate(sums):
-            i, j = divmod(n, self.cols)
-            c.at(i * rsc + j).store(ir.convert(s, family.acc, self.out))
+
+        def store(to: Ptr, stride: Size) -> None:
+            for n, s in enumerate(sums):
+                i, j = divmod(n, self.cols)
+                to.at(i * stride + j).store(ir.convert(s, family.acc, to.elem))
+
+        if self.narrow:
+            whole_sums = Ptr.of_address(given["sums"], family.acc)
+            ir.if_(ir.equal(given["sums"], 0), lambda: store(c, rsc), lambda: store(whole_sums, self.lanes))
+        else:
+            store(c, rsc)
 
 
 @dataclass(frozen=True)
@@ -126,24 +144,68 @@ class InnerPath:
             for c in range(1, cols + 1)
         ]
 
-    def emit(self, module: ir.Module, prefix: str) -> Callable[[dict[str, Any]], None]:
-        """Adds the microkernels and returns what emits the loops for one product, given the fields of GemmArgs."""
+    @property
+    def narrow(self) -> bool:
+        """Whether C cannot hold sums as they are."""
+        return self.microkernels()[0].narrow
+
+    def room(self) -> Ptr:
+        """Room for a tile of sums, in rows of whole vectors. Only at the top of a function."""
+        return ir.alloca(self.tile[0] * self.lanes, self.family.acc)
+
+    def emit(self, module: ir.Module, prefix: str, epilogue: str | None) -> Callable[[dict[str, Any]], None]:
+        """Adds the microkernels and returns what emits the loops for one product.
+
+        That wants the fields of GemmArgs, and room for a tile of sums as ``sums``.
+        """
         kernels = [k.emit(module, prefix) for k in self.microkernels()]
         rows, cols = self.tile
+        params = self.microkernels()[0].params
 
         def nest(x: dict[str, Any]) -> None:
+            finishes = ir.negate(ir.equal(x["epilogue"], 0)) if epilogue else False
+            like: list[Any] = [x["c"], 0, 0]
+
             def tile(i: Size, j: Size) -> None:
                 here_m, here_n = ir.minimum(x["m"] - i, rows), ir.minimum(x["n"] - j, cols)
+                c, on_stack = x["c"].at(i * x["rsc"] + j), x["sums"]
+
+                def in_c() -> list[Any]:
+                    return [c, x["rsc"], 0]
+
+                def for_epilogue() -> list[Any]:
+                    if self.narrow:
+                        return [c, x["rsc"], on_stack.address]
+                    return [on_stack, self.lanes, 0]
+
+                to, stride, sums = ir.if_(finishes, for_epilogue, in_c, like=like)
                 given = {
                     **x,
                     "a": x["a"].at(i * x["rsa"]),
                     "b": x["b"].at(j * x["csb"]),
-                    "c": x["c"].at(i * x["rsc"] + j),
+                    "c": to,
+                    "rsc": stride,
+                    "sums": sums,
                 }
-                calls = [partial(module.call, name, [given[p] for p in InnerMicrokernel.PARAMS]) for name in kernels]
+                calls = [partial(module.call, name, [given[p] for p in params]) for name in kernels]
                 which = (here_m - 1) * cols + (here_n - 1)
                 assert isinstance(which, I64)
                 ir.switch(which, calls)
+                if epilogue:
+                    arguments = {
+                        "sums": on_stack,
+                        "ld": self.lanes,
+                        "rows": here_m,
+                        "cols": here_n,
+                        "c": c,
+                        "rsc": x["rsc"],
+                        "old": on_stack,
+                        "rs_old": 0,
+                        "mode": 0,
+                        "column": j,
+                        "epilogue": x["epilogue"],
+                    }
+                    ir.if_(finishes, partial(module.call, epilogue, [arguments[p] for p in Epilogue.PARAMS]))
 
             def columns_outside() -> None:
                 ir.loop(0, x["n"], cols, [], lambda j: void(ir.loop(0, x["m"], rows, [], lambda i: tile(i, j))))

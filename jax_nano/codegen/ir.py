@@ -9,6 +9,7 @@ are in elements. Nothing here knows what a matrix product is.
 from __future__ import annotations
 
 import contextlib
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -262,6 +263,16 @@ class Ptr:
         """The address ``index * scale`` BYTES further (scale 1, 2, 4 or 8): one x86 address ``p + index * scale``."""
         return Ptr(Ptr(self.value, {1: "int8", 2: "int16", 4: "int32", 8: "int64"}[scale]).at(index).value, self.elem)
 
+    @staticmethod
+    def of_address(address: I64, elem: str) -> Ptr:
+        """What an integer points to."""
+        return Ptr(_op("llvm.inttoptr", [type_of("ptr")], [address.value]).result, elem)
+
+    @property
+    def address(self) -> I64:
+        """The address as an integer."""
+        return I64(_op("llvm.ptrtoint", [type_of("i64")], [self.value]).result)
+
     def as_type(self, elem: str) -> Ptr:
         return Ptr(self.value, elem)
 
@@ -289,6 +300,13 @@ class Ptr:
 
 
 _DYNAMIC = -(2**31)  # MLIR's mark for "this index is an operand"
+
+
+def select_ptr(condition: Value | bool, a: Ptr, b: Ptr) -> Ptr:
+    """One of two addresses of elements of the same type."""
+    if isinstance(condition, bool):
+        return a if condition else b
+    return Ptr(arith.select(condition, a.value, b.value), a.elem)
 
 
 # --- vectors --------------------------------------------------------------------------------------------------
@@ -447,6 +465,68 @@ def select(mask: Value, a: Value, b: Value) -> Value:
     return arith.select(mask, a, b)
 
 
+def compare(a: Value, sign: str, b: Value) -> Value:
+    """Floats compared element by element, by "<", "<=" or ">"; false where one is NaN."""
+    predicates = {"<": arith.CmpFPredicate.OLT, "<=": arith.CmpFPredicate.OLE, ">": arith.CmpFPredicate.OGT}
+    return arith.cmpf(predicates[sign], a, b)
+
+
+def like(v: Value, x: float | int) -> Value:
+    """The constant x as a value of v's type."""
+    return _constant_like(x, v)
+
+
+def multiply(a: Value, b: Value) -> Value:
+    """Floats a * b, rounded by itself: no sum is fused to it."""
+    return arith.mulf(a, b)
+
+
+def divide(a: Value, b: Value) -> Value:
+    """Floats a / b."""
+    return arith.divf(a, b)
+
+
+def minus(v: Value) -> Value:
+    """Floats -v."""
+    return arith.negf(v)
+
+
+def absolute(v: Value) -> Value:
+    """float32 |v|."""
+    bits = bits_as(v, "int32")
+    return bits_as(arith.andi(bits, _constant_like(0x7FFFFFFF, bits)), "float32")
+
+
+def with_sign_of(v: Value, x: Value) -> Value:
+    """float32 v >= 0 with the sign of x."""
+    bits = bits_as(x, "int32")
+    sign = arith.andi(bits, _constant_like(-(2**31), bits))
+    return bits_as(arith.ori(bits_as(v, "int32"), sign), "float32")
+
+
+def halves_of_power_of_two(shifted: Value, origin: float) -> tuple[Value, Value]:
+    """Two float32 factors of 2**n, where ``shifted - origin`` = n is an integer of -254..254, by exponent fields.
+
+    A factor whose field would be below that of 2**-126 is zero.
+    """
+    bits = bits_as(shifted, "int32")
+    start = struct.unpack("<i", struct.pack("<f", origin))[0]
+    n = arith.subi(bits, _constant_like(start, bits))
+    half = arith.shrsi(n, _constant_like(1, n))
+
+    def power(n: Value) -> Value:
+        biased = arith.addi(n, _constant_like(127, n))
+        return bits_as(arith.shli(biased, _constant_like(23, n)), "float32")
+
+    return power(half), power(arith.subi(n, half))
+
+
+def rounded_to_float32(x: float) -> float:
+    """The float32 number nearest to x."""
+    (y,) = struct.unpack("<f", struct.pack("<f", x))
+    return float(y)
+
+
 def lane_mask(active: Size, lanes: int, elem: str = "int32") -> Value:
     """A mask whose first ``active`` lanes are set; ``active`` may be anything, also negative or beyond ``lanes``.
 
@@ -540,15 +620,18 @@ def if_(
     return [_rewrap(x, v) for x, v in zip(like, op.results, strict=True)]
 
 
-def switch(value: Size, cases: Sequence[Callable[[], None]], first: int = 0) -> None:
-    """Runs ``cases[value - first]``; a value outside the cases runs the last one."""
+def switch(
+    value: Size, cases: Sequence[Callable[[], Sequence[Any] | None]], first: int = 0, like: Sequence[Any] = ()
+) -> list[Any]:
+    """Runs ``cases[value - first]``; a value outside the cases runs the last one. Results as in ``if_``."""
     index = arith.index_cast(ir.IndexType.get(), _i64(value))
     labels = [first + i for i in range(len(cases) - 1)]
-    op = _op("scf.index_switch", [], [index], regions=len(cases), cases=ir.DenseI64ArrayAttr.get(labels))
+    types = [_unwrap(x).type for x in like]
+    op = _op("scf.index_switch", types, [index], regions=len(cases), cases=ir.DenseI64ArrayAttr.get(labels))
     for region, case in zip(op.regions, [cases[-1], *cases[:-1]], strict=True):
         with ir.InsertionPoint(region.blocks.append()):
-            case()
-            scf.yield_([])
+            scf.yield_([_unwrap(x) for x in (case() or [])])
+    return [_rewrap(x, v) for x, v in zip(like, op.results, strict=True)]
 
 
 # --- functions and modules ------------------------------------------------------------------------------------

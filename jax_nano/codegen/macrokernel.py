@@ -23,6 +23,7 @@ from typing import Any
 
 from . import ir
 from .amx_microkernel import AmxMicrokernel, AmxTileRow
+from .epilogue import Epilogue, Landing
 from .inner import InnerMicrokernel, InnerPath
 from .ir import I64, Ptr, Size
 from .microkernel import ADD, MORE, ROW_PARAMS, Microkernel, lines_of_a_row, walks_min_steps, walks_of
@@ -40,6 +41,7 @@ GEMM_ARGS = (
     *("batch", "bsa", "bsb", "bsc"),
     *("accumulate", "more", "pack_a", "pack_b", "inner"),
     *("mc", "kc", "nc"),
+    "epilogue",
 )
 """The fields of GemmArgs in the order of csrc/kernel_abi.h; each has 8 bytes."""
 
@@ -82,6 +84,12 @@ class Gemm:
         return InnerPath(self.tile.lanes, self.target.vector_registers, family, self.a, self.b, self.out)
 
     @property
+    def epilogue(self) -> Epilogue | None:
+        """What it can do to finished sums."""
+        masks = self.target.masks(1)
+        return Epilogue(self.out, self.family.acc, self.tile.lanes, masks) if self.family.acc == "float32" else None
+
+    @property
     def _splits(self) -> bool:
         return getattr(self.family, "splits", False)
 
@@ -97,10 +105,11 @@ class Gemm:
         masks = all(self.target.masks(ir.elem_bytes(x)) for x in (self.a, self.b))
         packing = Packing(self.tile, self.family, self.a, self.b, masks)
         pack_a, pack_b = packing.emit(module, symbol)
+        epilogue = self.epilogue.emit(module, symbol) if self.epilogue else None
         names: dict[bool, list[str]] = {stream: [] for stream in (False, True)}
         for rows in self._tile_rows():
-            names[rows.stream].append(rows.emit(module, symbol))
-        inner = self.inner.emit(module, symbol) if self.inner else None
+            names[rows.stream].append(rows.emit(module, symbol, epilogue))
+        inner = self.inner.emit(module, symbol, epilogue) if self.inner else None
         nest = _LoopNest(self, module, packing, pack_a, pack_b, names[False], names[True], inner)
         module.function(symbol, ["int64"], nest.emit, internal=False)
 
@@ -167,7 +176,7 @@ class _TileRow:
     def microkernels(self) -> Sequence[Microkernel]:
         return [*self.whole, self.masked]
 
-    def emit(self, module: ir.Module, prefix: str) -> str:
+    def emit(self, module: ir.Module, prefix: str, epilogue: str | None) -> str:
         kernels = [k.emit(module, prefix) for k in self.whole]
         masked = self.masked.emit(module, prefix)
         unit = self.full.family.unit
@@ -178,6 +187,7 @@ class _TileRow:
             x = _Given.of(ROW_PARAMS, args)
             nr, lanes = self.full.tile.nr, self.full.tile.lanes
             cols = x.size["cols"]
+            landing = Landing(module, epilogue, self.full.narrow, (self.full.tile.mr, nr), {**x.ptr, **x.size})
 
             def tile_at(j: Size, kernel: str, active: Size, panel: Size | None = None) -> None:
                 """The tile at column j, in the panel of B that begins at column ``panel`` if not at j itself."""
@@ -186,11 +196,11 @@ class _TileRow:
                     **x.ptr,
                     **x.size,
                     "b": x.ptr["b"].at(panel * x.size["b_step"] + (j - panel)),
-                    "c": x.ptr["c"].at(j),
                     "cols": active,
-                    "partial": x.ptr["partial"].at(j),
+                    **landing.at(j),
                 }
                 module.call(kernel, [here[p] for p in self.full.params])
+                landing.finish(j, self.full.tile.mr, active)
 
             tiles = cols // nr * nr
             vectors = cols // lanes * lanes
@@ -238,6 +248,7 @@ class _LoopNest:
         table = Walks.room(walks_of(gemm.tile, gemm.out, args).size)
         walks_of(gemm.tile, gemm.out, table).begin(args)
         x = _Given.of((*GEMM_ARGS, "walks"), [*(field(name) for name in GEMM_ARGS), table])
+        sums = gemm.inner.room() if gemm.inner is not None else None
 
         def product(index: Size) -> None:
             moved = {p: x.ptr[p].at(index * x.size[s]) for p, s in (("a", "bsa"), ("b", "bsb"), ("c", "bsc"))}
@@ -250,7 +261,7 @@ class _LoopNest:
             if inner is None:
                 blocked()
             else:
-                ir.if_(ir.equal(x.size["inner"], 0), blocked, lambda: inner({**here.ptr, **here.size}))
+                ir.if_(ir.equal(x.size["inner"], 0), blocked, lambda: inner({**here.ptr, **here.size, "sums": sums}))
 
         ir.loop(0, x.size["batch"], 1, [], product)
 
@@ -271,6 +282,7 @@ class _LoopNest:
             pc=pc,
             depth=depth,
             mode=adds + goes_on,
+            epilogue=ir.select_size(ir.equal(goes_on, 0), x.size["epilogue"], 0),
             a=x.ptr["a"].at(ic * x.size["rsa"] + pc * x.size["csa"]),
             a_strides=self.packing.a_strides(x.size["rsa"], x.size["csa"], depth),
         )
@@ -370,6 +382,8 @@ class _LoopNest:
                 "mode": block.mode,
                 "partial": x.ptr["partial"].at(c_row * x.size["rs_partial"] + jc),
                 "rs_partial": x.size["rs_partial"],
+                "column": jc,
+                "epilogue": block.epilogue,
             }
             calls = [partial(self.module.call, name, [given[p] for p in ROW_PARAMS]) for name in tile_rows]
             each = mr // len(tile_rows)  # rows that one of them stands for: 1, or those of a tile
@@ -446,5 +460,6 @@ class _Block:
     pc: Size
     depth: Size
     mode: Size
+    epilogue: Size  # the address of one if the sums are finished here, else 0
     a: Ptr
     a_strides: tuple[Size, Size]  # inside a packed panel

@@ -33,6 +33,7 @@ def entry(kernel: Kernel) -> dict[str, Any]:
         "direct_b": kernel.gemm.direct_b,
         "inner": kernel.gemm.inner is not None,
         "narrow": ir.elem_bytes(kernel.out) < ir.elem_bytes(family.acc),
+        "epilogue": kernel.gemm.epilogue is not None,
     }
 
 

@@ -33,6 +33,7 @@ ADD, MORE = 1, 2  # bits of ``mode``
 ROW_PARAMS = (
     *("a", "b", "walks", "rsa", "csa", "rsb", "k"),
     *("c", "rsc", "rows", "cols", "b_step", "mode", "partial", "rs_partial"),
+    *("column", "epilogue"),
 )
 """What a row of tiles from left to right against one panel of A is called with (``macrokernel``)."""
 

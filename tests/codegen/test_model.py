@@ -65,7 +65,7 @@ class TestContract:
 
     def test_every_argument_has_eight_bytes(self):
         """The generated code and call_many read GemmArgs as a row of 64-bit words."""
-        assert {kind for kind, _ in kernel_abi.GEMM_ARGS} == {"const void*", "void*", "int64_t"}
+        assert {kind for kind, _ in kernel_abi.GEMM_ARGS} == {"const void*", "void*", "int64_t", "const Epilogue*"}
 
     @every_kernel
     def test_manifest_entries_are_the_headers(self, kernel):
