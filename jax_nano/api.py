@@ -230,7 +230,7 @@ def linear(
     epilogue = _linear.Epilogue(_activations.name_of(activation), float(scale), b is not None, residual is not None)
     extras = [v for v in (b, residual) if v is not None]
     options = {"precision": precision, "preferred_element_type": preferred_element_type}
-    return _run_linear(*compat.ensure_arraylike_tuple("linear", (x, w, *extras)), epilogue=epilogue, **options)
+    return _run_linear(*compat.ensure_arraylike("linear", x, w, *extras), epilogue=epilogue, **options)
 
 
 @_jit("epilogue", "precision", "preferred_element_type")
