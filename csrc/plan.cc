@@ -52,6 +52,9 @@ int64_t BalancedBlock(int64_t total, int64_t most, int64_t unit) {
   return RoundUp(CeilDiv(total, CeilDiv(total, most)), unit);
 }
 
+// Bytes of a row of packed A: an odd number of cache lines, as the kernels lay them out.
+int64_t PackedARow(const KernelInfo& kernel, int64_t kc) { return (CeilDiv(kc * kernel.a_panel_bytes, 64) | 1) * 64; }
+
 double Real(int64_t x) { return static_cast<double>(x); }
 
 // How many items of the smallest worthwhile size the work would fill; a double, as it may be huge.
@@ -74,7 +77,7 @@ Loop TakeLargest(std::vector<Loop>& loops) {
 }  // namespace
 
 int64_t PackedABytes(const KernelInfo& kernel, const GemmArgs& args) {
-  return args.pack_a ? RoundUp(args.mc * args.kc * kernel.a_panel_bytes, 64) + kPackSlackBytes : 0;
+  return args.pack_a ? args.mc * PackedARow(kernel, args.kc) + kPackSlackBytes : 0;
 }
 
 int64_t PackedBBytes(const KernelInfo& kernel, const GemmArgs& args) {
@@ -117,7 +120,7 @@ void ChooseBlocks(const KernelInfo& kernel, const Caches& caches, int64_t item_m
   const bool a_awkward = args.csa != 1 || args.rsa * a_bytes % kAliasBytes == 0;
   args.pack_a = !kernel.direct_a || (a_awkward && item_m > 1 && item_n >= kPackAMinTiles * kernel.nr);
 
-  const int64_t b_column = args.kc * kernel.b_panel_bytes, a_row = args.kc * kernel.a_panel_bytes;
+  const int64_t b_column = args.kc * kernel.b_panel_bytes, a_row = PackedARow(kernel, args.kc);
   const int64_t b_block = std::min(kMaxBlockBBytes, static_cast<int64_t>(kBlockBOfL2 * Real(caches.l2)));
   // Unpacked columns are not cut: there is no block to keep.
   args.nc = BalancedBlock(item_n, args.pack_b ? b_block / b_column : item_n + kernel.nr, kernel.nr);

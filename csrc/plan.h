@@ -73,7 +73,8 @@ Split ChooseSplit(const KernelInfo& kernel, int64_t products, int64_t m, int64_t
 // Cuts m and n further until the unfinished sums of an item of a narrow kernel fit into the workspace.
 Split SplitForPartialSums(const KernelInfo& kernel, int64_t m, int64_t n, Split split);
 
-// What the kernel may write at GemmArgs::a_pack, b_pack and partial: multiples of 64, 0 for what is not used.
+// What the kernel may write at GemmArgs::a_pack, b_pack and partial: multiples of 64, 0 for what is not used. Rows of
+// packed A take an odd number of cache lines each.
 int64_t PackedABytes(const KernelInfo& kernel, const GemmArgs& args);
 int64_t PackedBBytes(const KernelInfo& kernel, const GemmArgs& args);
 int64_t PartialBytes(const KernelInfo& kernel, int64_t m, int64_t rs_partial);

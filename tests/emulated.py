@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from guarded import Region
-from kernel_abi import FIELDS, PACK_SLACK_BYTES
+from kernel_abi import FIELDS, PACK_SLACK_BYTES, packed_a_row
 
 import jax_nano.codegen
 from jax_nano.codegen import emulate, manifest
@@ -46,7 +46,7 @@ class Kernel:
         assert len(x) == len(FIELDS), "unknown field among the arguments"
         assert x["csb"] == 1 or x["pack_b"] or x["inner"]
         sizes = {
-            "a_pack": x["pack_a"] and x["mc"] * x["kc"] * self.a_panel_bytes,
+            "a_pack": x["pack_a"] and x["mc"] * packed_a_row(x["kc"] * self.a_panel_bytes),
             "b_pack": x["pack_b"] and x["nc"] * (x["kc"] * self.b_panel_bytes + self.b_header_bytes),
         }
         sizes = {name: _round_up(size, 64) + PACK_SLACK_BYTES for name, size in sizes.items() if size}

@@ -27,3 +27,8 @@ ACTIVATIONS = tuple(re.search(r"enum class Activation .*?{ kNone = 1, (.*?) }", 
 KERNEL_INFO = _fields("KernelInfo")
 FIELDS = tuple(name for _, name in GEMM_ARGS)
 PACK_SLACK_BYTES = int(re.search(r"kPackSlackBytes = (\d+);", _HEADER)[1])
+
+
+def packed_a_row(nbytes: int) -> int:
+    """Workspace that a row of packed A takes: an odd number of cache lines."""
+    return (-(-nbytes // 64) | 1) * 64

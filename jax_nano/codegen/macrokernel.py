@@ -330,7 +330,7 @@ class _LoopNest:
     ) -> None:
         """All panels of A against one block of B."""
         gemm, mr, nr = self.gemm, self.gemm.tile.mr, self.gemm.tile.nr
-        panel_depth = self.packing.depth(block.depth)
+        panel_depth, a_row = self.packing.depth(block.depth), self.packing.a_row(block.depth)
         unit = gemm.family.unit
         walking = ir.both(
             ir.negate(ir.less(panel_depth, walks_min_steps(gemm.tile, gemm.out))), ir.negate(ir.less(cols, nr))
@@ -339,7 +339,7 @@ class _LoopNest:
         def panel(ir_: Size) -> None:
             here = ir.minimum(block.rows - ir_, mr)
             source = block.a.at(ir_ * x.size["rsa"])
-            room = x.ptr["a_pack"].at(ir_ * panel_depth)
+            room = x.ptr["a_pack"].at(ir_ * a_row)
             where_it_lies = [Ptr(source.value, unit), x.size["rsa"], x.size["csa"]]
 
             def packed() -> list[Ptr | Size]:
@@ -358,7 +358,7 @@ class _LoopNest:
                 next_ = ir.select_size(ir.less(ir_ + mr, block.rows), ir_ + mr, 0)
                 walks = [
                     *self._walks_along_c(x, block.ic + ir_, jc),
-                    *self._walks_along_a(x, block, next_, jc, cols // nr, panel_depth),
+                    *self._walks_along_a(x, block, next_, jc, cols // nr, a_row),
                     *(self._walks_along_b(x, following, ir_, ir_ + here, block.rows) if following else ()),
                 ]
                 walks_of(gemm.tile, gemm.out, x.ptr["walks"]).put(walks)
@@ -399,9 +399,7 @@ class _LoopNest:
         lines = range(lines_of_a_row(tile, out))
         return [Walk(c.at(i * LINE), x.size["rsc"] * size, tile.mr, tile.nr * size) for i in lines]
 
-    def _walks_along_a(
-        self, x: _Given, block: _Block, row: Size, jc: Size, tiles: Size, panel_depth: Size
-    ) -> list[Walk]:
+    def _walks_along_a(self, x: _Given, block: _Block, row: Size, jc: Size, tiles: Size, a_row: Size) -> list[Walk]:
         """Along the panel that begins at ``row`` of the block, a share in each of ``tiles`` tiles: down its rows, or
         along its steps where these lie one behind the other, and through its room in the packed block.
         """
@@ -421,9 +419,9 @@ class _LoopNest:
             step = ir.select_size(by_steps, csa, rsa) * size
             per_tile = ir.select_size(by_steps, steps * csa * size, lines * LINE)
             walks.append(Walk(source.at(offset), step, ir.select_size(lies_packed, 0, count), per_tile))
-        panel_bytes = mr * panel_depth * ir.elem_bytes(self.gemm.family.unit)
+        panel_bytes = mr * a_row * ir.elem_bytes(self.gemm.family.unit)
         panel_lines = (panel_bytes + (tiles * LINE - 1)) // (tiles * LINE)
-        room = x.ptr["a_pack"].at(row * panel_depth).as_type("int8")
+        room = x.ptr["a_pack"].at(row * a_row).as_type("int8")
         packs = ir.select_size(ir.equal(x.size["pack_a"], 0), 0, panel_lines)
         return [*walks, Walk(room, LINE, packs, panel_lines * LINE)]
 

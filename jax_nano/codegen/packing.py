@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 from . import ir
@@ -23,8 +24,9 @@ from .ir import Ptr, Size, Value
 from .nanokernel import Corrected, Family
 from .tile import Tile
 from .transpose import transpose
+from .walks import LINE
 
-PREFETCH_ROWS = 4  # rows of a strided operand to fetch ahead while it is packed
+PACKED_STEPS = 8  # steps of a panel of B that are copied, and fetched ahead, before those of the next panel
 
 Prepare = Callable[[Value, str, int], Value]
 _Part = tuple[Callable[[Size, Size], Ptr], Callable[[Value], Value]]
@@ -64,12 +66,17 @@ class Packing:
         """Rows of nr units that a panel of B takes: its steps, and the corrections in front of them."""
         return self.depth(k) + int(self.family.column_sums)
 
+    def a_row(self, k: Size) -> Size:
+        """Units that a row of a packed panel of A takes: an odd number of cache lines, so that no two share L1 sets."""
+        line = LINE // ir.elem_bytes(self.family.unit)
+        return ((self.depth(k) + (line - 1)) // line | 1) * line
+
     def a_strides(self, rsa: Size, csa: Size, k: Size) -> tuple[Size, Size]:
         """(row, step) strides inside a packed panel of A, from the strides of its source."""
         if self.family.steps_at_once > 1:
-            return self.depth(k), 1
+            return self.a_row(k), 1
         k_major = self._is_k_major(rsa, csa)
-        return ir.select_size(k_major, 1, self.depth(k)), ir.select_size(k_major, self.tile.mr, 1)
+        return ir.select_size(k_major, 1, self.a_row(k)), ir.select_size(k_major, self.tile.mr, 1)
 
     @staticmethod
     def _is_k_major(rsa: Size, csa: Size) -> Value | bool:
@@ -92,27 +99,27 @@ class Packing:
         """Packs ``rows`` rows, panel behind panel, row behind row, part behind part: the order in which they lie, so
         that what one overruns is written again by the next.
         """
-        steps, depth, mr = self.steps(k), self.depth(k), self.tile.mr
+        steps, pitch, mr = self.steps(k), self.a_row(k), self.tile.mr
         parts = [(steps * number, self._a_value(wanted)) for number, (wanted, _) in enumerate(self.family.parts)]
 
         def panel_of_columns(p: Size) -> None:
             for skipped, value in parts:
                 if self.family.steps_at_once > 1:
-                    first = panels.at(p * depth + skipped)
+                    first = panels.at(p * pitch + skipped)
                     self._transpose_a(a.at(p), first, ir.minimum(rows - p, mr), k, csa, value)
                     continue
                 self._columns_of_a(
-                    a.at(p), panels.at(p * depth + skipped * mr), ir.minimum(rows - p, mr), k, csa, value
+                    a.at(p), panels.at(p * pitch + skipped * mr), ir.minimum(rows - p, mr), k, csa, value
                 )
 
         def row(i: Size) -> None:
             for skipped, value in parts:
-                self._row(a.at(i * rsa), panels.at(i * depth + skipped), k, value, ahead=rsa)
+                self._row(a.at(i * rsa), panels.at(i * pitch + skipped), k, value, ahead=rsa)
 
         def scattered() -> None:
             for skipped, value in parts:
                 first = panels.at(skipped)
-                self._elements((rows, lambda i: a.at(i * rsa)), (k, csa), lambda i, s: first.at(i * depth + s), value)
+                self._elements((rows, lambda i: a.at(i * rsa)), (k, csa), lambda i, s: first.at(i * pitch + s), value)
 
         ir.if_(
             self._is_k_major(rsa, csa),
@@ -148,7 +155,7 @@ class Packing:
         self, a: Ptr, target: Ptr, here: Size, k: Size, csa: Size, value: Callable[[Value], Value]
     ) -> None:
         """The same into rows, up to the last step that is filled up with zeros."""
-        lanes, kr, depth = self.tile.lanes, self.family.kr, self.depth(k)
+        lanes, kr, pitch = self.tile.lanes, self.family.kr, self.a_row(k)
 
         def block(s: Size) -> None:
             for o in range(0, self.tile.mr, lanes):
@@ -161,7 +168,7 @@ class Packing:
                     return self._units(rows, value)
 
                 for i, row in enumerate(transpose([units(s + t) for t in range(lanes)], self.family.unit)):
-                    target.at((o + i) * depth + s).store(row)
+                    target.at((o + i) * pitch + s).store(row)
 
         ir.loop(0, self.steps(k), lanes, [], block)
 
@@ -203,28 +210,33 @@ class Packing:
         nr, lanes, kr = self.tile.nr, self.tile.lanes, self.family.kr
         whole = cols // nr * nr
 
-        def step(s: Size, present: int) -> None:
-            """A step's rows go to all panels at once, so that they are read from end to end."""
-            source = b.at(s * kr * rsb)
+        def to_panel(p: Size, s: Size, present: int, masks: Sequence[Value | None]) -> None:
+            source, target = b.at(s * kr * rsb), at(p, s)
+            for o, mask in zip(range(0, nr, lanes), masks, strict=True):
+                rows = [source.at(p + o + r * rsb) for r in range(present)]
+                for row in rows:
+                    row.at(PACKED_STEPS * kr * rsb).prefetch()
+                target.at(o).store(self._units([row.load(lanes, mask) for row in rows], value))
 
-            def to_panel(p: Size, masks: Sequence[Value | None]) -> None:
-                target = at(p, s)
-                for o, mask in zip(range(0, nr, lanes), masks, strict=True):
-                    rows = [source.at(p + o + r * rsb) for r in range(present)]
-                    for row in rows:
-                        row.at(PREFETCH_ROWS * rsb).prefetch()
-                    target.at(o).store(self._units([row.load(lanes, mask) for row in rows], value))
+        def steps(begin: Size, end: Size, present: int) -> None:
+            """Some steps of all panels."""
 
-            ir.loop(0, whole, nr, [], lambda p: to_panel(p, [None] * self.tile.nv))
+            def panel(p: Size, masks: Sequence[Value | None]) -> None:
+                ir.loop(begin, end, 1, [], lambda s: to_panel(p, s, present, masks))
+
+            ir.loop(0, whole, nr, [], lambda p: panel(p, [None] * self.tile.nv))
             if self.masks:
                 edge = [ir.lane_mask(cols - whole - o, lanes) for o in range(0, nr, lanes)]
-                ir.if_(ir.negate(ir.equal(whole, cols)), lambda: to_panel(whole, edge))
+                ir.if_(ir.negate(ir.equal(whole, cols)), lambda: panel(whole, edge))
 
         def blank(s: Size) -> None:
             zero = ir.zeros(lanes, self.family.unit)
             ir.loop(0, self._round_up(cols), lanes, [], lambda j: at(j, s).store(zero))
 
-        self._whole_and_last_step(k, step)
+        full = k // kr
+        ir.loop(0, full, PACKED_STEPS, [], lambda s: steps(s, ir.minimum(s + PACKED_STEPS, full), kr))
+        for present in range(1, kr):
+            ir.if_(ir.equal(k % kr, present), partial(steps, full, full + 1, present))
         if self.family.steps_at_once > 1:
             ir.loop((k + (kr - 1)) // kr, self.steps(k), 1, [], blank)
         if not self.masks:

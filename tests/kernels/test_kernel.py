@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference
 from guarded import Region
-from kernel_abi import FIELDS, PACK_SLACK_BYTES
+from kernel_abi import FIELDS, PACK_SLACK_BYTES, packed_a_row
 
 from jax_nano import _runtime
 
@@ -393,7 +393,10 @@ def test_packing_stays_in_the_workspace(kernel, rng, order):
         a, b = operands(kernel, rng, m, n, k)
         want = kernel.expected(a, b)
         a, b = (np.array(x, order=order) for x in (a, b))
-        of_a, of_b = mc * kc * kernel.a_panel_bytes, nc * (kc * kernel.b_panel_bytes + kernel.b_header_bytes)
+        of_a, of_b = (
+            mc * packed_a_row(kc * kernel.a_panel_bytes),
+            nc * (kc * kernel.b_panel_bytes + kernel.b_header_bytes),
+        )
         sizes = [-(-x // 64) * 64 + PACK_SLACK_BYTES for x in (of_a, of_b)]
         for pack_a, pack_b in kernel.packs(transposed_b=order == "F" and n > 1):
             with Region(sizes[0]) as a_region, Region(sizes[1]) as b_region:
