@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from jax_nano._accelerate import accelerate as accelerate
     from jax_nano._native import register as register
     from jax_nano._primitive import dot_general_p as dot_general_p
+    from jax_nano._report import clear_report as clear_report
+    from jax_nano._report import report as report
     from jax_nano.api import dot as dot
     from jax_nano.api import dot_general as dot_general
     from jax_nano.api import einsum as einsum
@@ -49,13 +51,16 @@ _HOMES = {
         "jax_nano.api",
     ),
     "accelerate": "jax_nano._accelerate",
+    "clear_report": "jax_nano._report",
     "register": "jax_nano._native",
+    "report": "jax_nano._report",
 }
 _MODULES = ("checkpoint_policies",)
 
 __all__ = [
     "accelerate",
     "checkpoint_policies",
+    "clear_report",
     "dot",
     "dot_general",
     "dot_general_p",
@@ -67,6 +72,7 @@ __all__ = [
     "matmul",
     "matvec",
     "register",
+    "report",
     "tensordot",
     "vdot",
     "vecmat",

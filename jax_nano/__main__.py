@@ -1,4 +1,4 @@
-"""``python -m jax_nano``: what runs on this machine, and how a product would be computed."""
+"""``python -m jax_nano``: what runs on this machine, how a product would be computed, and programs accelerated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Final
 
-from jax_nano import _explain, _machine
+from jax_nano import _explain, _machine, _run
 
 _ENVIRONMENT: Final = ("JAX_NANO_", "JAX_", "XLA_FLAGS", "NPROC", "PYTHONPATH")
 _PACKAGES: Final = ("jax_nano", "jax", "jaxlib")
@@ -18,10 +18,12 @@ _PACKAGES: Final = ("jax_nano", "jax", "jaxlib")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the process's exit status."""
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        runtime = _runtime()
-        return int(args.command(runtime, args))
+        if argv[:1] == ["run"] and argv[1:2] not in (["-h"], ["--help"]):  # the rest is the program's
+            return _run.run(argv[1:])
+        args = _parser().parse_args(argv)
+        return int(args.command(_runtime(), args))
     except (ImportError, ValueError) as error:
         print(f"python -m jax_nano: {error}", file=sys.stderr)
         return 1
@@ -45,6 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--algorithm", default="default", metavar="PRESET", help="a lax.DotAlgorithmPreset")
     explain.add_argument("--threads", type=int, default=_machine.cores(), help="(default: all, here %(default)s)")
     explain.add_argument("--target", help="as on a CPU that has this target")
+
+    run = commands.add_parser("run", help="a Python program with its products on kernels, and a report at its end")
+    run.add_argument("program", nargs=argparse.REMAINDER, metavar="SCRIPT | -m MODULE, ARGUMENTS", help="as for python")
     return parser
 
 

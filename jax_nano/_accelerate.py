@@ -92,7 +92,8 @@ def _rewritten(serialized: bytes) -> bytes | None:
     if module.attribute(MARK) is None:
         return None
     products = _rewrite.rewrite(module)
-    _report.add(products)
+    for product in products:
+        _report.add(product)
     return module.serialized() if any(x.declined is None for x in products) else None
 
 

@@ -141,6 +141,21 @@ def explain(
     return "\n".join(lines)
 
 
+def in_short(plan: Mapping[str, Any], threads: int) -> str:
+    """A plan in a line: target, kernel, blocking, threads."""
+    if plan["empty"]:
+        return "nothing to do"
+    if plan["inner"]:
+        blocking = "inner products"
+    else:
+        packed = [operand.upper() for operand in ("a", "b") if plan[f"pack_{operand}"]]
+        blocks = f"blocks {plan['mc']} x {plan['nc']} x {plan['kc']} of {plan['m']} x {plan['n']} x {plan['k']}"
+        blocking = f"{blocks}, {' and '.join(packed) or 'nothing'} packed"
+    used = min(math.prod(plan["split"]), threads)
+    products = f"{plan['products']} products, " if plan["products"] > 1 else ""
+    return f"{plan['target']}, {plan['kernel']}, {products}{blocking}, {used} thread{'s' if used > 1 else ''}"
+
+
 def _rows(title: str, lines: list[str]) -> list[str]:
     return [f"{title if i == 0 else '':11}{line}" for i, line in enumerate(lines)]
 

@@ -10,7 +10,6 @@ messages that are only passed on as bytes, which is the same on the wire.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -47,6 +46,7 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
         "literal": (8, "bytes"),  # parsed by itself where it is small: weights may be megabytes
         "parameter_number": (9, "int64"),
         "fusion_kind": (11, "string"),
+        "tuple_index": (13, "int64"),
         "dimensions": (14, "*int64"),
         "custom_call_target": (28, "string"),
         "dot_dimension_numbers": (30, "DotDimensionNumbers"),
@@ -100,10 +100,11 @@ DTYPES: Final = {
     12: np.dtype(np.float64),
     16: np.dtype(jnp.bfloat16),
 }
+BFLOAT16: Final = DTYPES[16]
 ELEMENT_TYPES: Final = {dtype: number for number, dtype in DTYPES.items()}
 
-# Instructions that only bring elements into another order, shape or dtype. A fusion is looked into first.
-PURE: Final = frozenset(("bitcast", "convert", "copy", "fusion", "transpose"))
+# What is removed when nothing needs its result any more.
+_PURE: Final = frozenset(("bitcast", "convert", "copy", "dot", "fusion", "transpose"))
 
 TYPED_FFI: Final = 4
 """CustomCallApiVersion's API_VERSION_TYPED_FFI."""
@@ -186,6 +187,10 @@ class Module:
     def computations(self) -> Sequence[Computation]:
         return self._proto.computations
 
+    @property
+    def entry_id(self) -> int:
+        return self._proto.entry_computation_id
+
     def computation(self, number: int) -> Computation:
         """The computation with this id."""
         return self._by_id[number]
@@ -210,30 +215,37 @@ class Module:
 class Body:
     """The instructions of one computation by id, in an order in which operands come before their users."""
 
-    def __init__(self, computation: Computation) -> None:
-        self.root_id: int = computation.root_id
-        self.by_id: dict[int, Instruction] = {x.id: x for x in computation.instructions}
+    def __init__(self, module: Module, computation: Computation) -> None:
+        self.is_entry = computation.id == module.entry_id
+        self._by_id: dict[int, Instruction] = {x.id: x for x in computation.instructions}
+        self.root: Instruction = self._by_id[computation.root_id]
         self._instructions = computation.instructions
-        self._users = Counter(number for x in self._instructions for number in x.operand_ids)
-        self._users.update(number for x in self._instructions for number in x.control_predecessor_ids)
-        self._users[self.root_id] += 1
-        self._next = 1 + max(self.by_id)  # an id holds that of the computation in its upper half
-        # Sorted by these, the instructions are in order again: new ones stand just before or after an old one.
+        self._users: dict[int, list[int]] = {number: [] for number in self._by_id}
+        for x in self._instructions:
+            for number in x.operand_ids:
+                self._users[number].append(x.id)
+        self._awaited = {number for x in self._instructions for number in x.control_predecessor_ids}
+        self._next = 1 + max(self._by_id)  # an id holds that of the computation in its upper half
+        # Sorted by these, the instructions are in order again: new ones stand just before an old one.
         self._place: dict[int, tuple[int, int]] = {x.id: (i, 0) for i, x in enumerate(self._instructions)}
         self._removed: set[int] = set()
 
-    def of(self, opcode: str) -> list[Instruction]:
-        """The instructions with this opcode."""
-        return [x for x in self._instructions if x.opcode == opcode]
-
     def operands(self, instruction: Instruction) -> list[Instruction]:
-        return [self.by_id[x] for x in instruction.operand_ids]
+        return [self._by_id[x] for x in instruction.operand_ids]
+
+    def users(self, instruction: Instruction) -> list[Instruction]:
+        """Those that have the instruction as an operand, once for each time."""
+        return [self._by_id[x] for x in self._users[instruction.id]]
+
+    def is_awaited(self, instruction: Instruction) -> bool:
+        """Whether something else than its users needs it: another instruction's control dependency, or the caller."""
+        return instruction.id in self._awaited or instruction.id == self.root.id
 
     def bitcast(self, operand: Instruction, dtype: np.dtype, dims: Sequence[int], before: Instruction) -> Instruction:
         """A new instruction: the same memory as `operand`, seen as a row-major array."""
         new = self._add(operand, (self._place[before.id][0], -1))
         new.operand_ids.append(operand.id)
-        self._users[operand.id] += 1
+        self._users[operand.id].append(new.id)
         set_array(new.shape, dtype, dims)
         return new
 
@@ -255,15 +267,18 @@ class Body:
         instruction.id, instruction.name, instruction.opcode = number, name, "bitcast"
         instruction.shape.CopyFrom(shape)
         instruction.metadata.CopyFrom(metadata)
+        for operand in new.operand_ids:
+            self._users[operand] = [new.id if x == number else x for x in self._users[operand]]
         instruction.operand_ids.append(new.id)
-        self._users[new.id] += 1
+        self._users[new.id].append(number)
         return new
 
     def _add(self, like: Instruction, place: tuple[int, int]) -> Instruction:
         number = self._next
         self._next += 1
         new = self._instructions.add(id=number, name=f"{like.name}.jax_nano.{number & 0xFFFFFFFF}", opcode="bitcast")
-        self.by_id[number] = new
+        self._by_id[number] = new
+        self._users[number] = []
         self._place[number] = place
         return new
 
@@ -271,19 +286,19 @@ class Body:
         """Gives an instruction other operands; what is left without a user will be removed, and what made it."""
         old = list(instruction.operand_ids)
         del instruction.operand_ids[:]
-        instruction.operand_ids.extend(x.id for x in operands)
-        self._users.update(instruction.operand_ids)
+        for x in operands:
+            instruction.operand_ids.append(x.id)
+            self._users[x.id].append(instruction.id)
         for number in old:
-            self._release(number)
+            self._release(number, instruction.id)
 
-    def _release(self, number: int) -> None:
-        self._users[number] -= 1
-        instruction = self.by_id[number]
-        # Parameters stay, as they are the computation's interface, and so does what may have an effect.
-        if self._users[number] == 0 and instruction.opcode in PURE:
+    def _release(self, number: int, user: int) -> None:
+        self._users[number].remove(user)
+        instruction = self._by_id[number]
+        if not self._users[number] and instruction.opcode in _PURE and not self.is_awaited(instruction):
             self._removed.add(number)
             for operand in instruction.operand_ids:
-                self._release(operand)
+                self._release(operand, number)
 
     def commit(self) -> None:
         """Brings the instructions in order, and removes those without a user."""

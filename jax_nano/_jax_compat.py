@@ -49,6 +49,7 @@ __all__ = [
     "match_varying_axes",
     "module_cache",
     "permute_sharding",
+    "program_name",
     "register_hlo_transformation",
     "require_devices",
     "sharding_for_vmap",
@@ -177,6 +178,11 @@ def require_devices(primitive: Primitive) -> None:
 def module_cache(ctx: mlir.LoweringRuleContext) -> dict[Any, Any]:
     """Where to keep what belongs to the module that is being lowered, by keys that are ours."""
     return ctx.module_context.cached_primitive_lowerings
+
+
+def program_name(ctx: mlir.LoweringRuleContext) -> str:
+    """The name of the module that is being lowered."""
+    return ir.StringAttr(ctx.module_context.module.operation.attributes["sym_name"]).value
 
 
 def attributes_of(operation: Any) -> dict[str, Any]:

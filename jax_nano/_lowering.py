@@ -22,7 +22,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo as _stablehlo
 from jax.interpreters import mlir, xla
 
-from jax_nano import _gate, _native, _shapes, _sharding, _signatures
+from jax_nano import _gate, _native, _report, _shapes, _sharding, _signatures
 from jax_nano import _jax_compat as compat
 from jax_nano._primitive import dot_general_p as dot_general_p
 from jax_nano._primitive import lax_dot_general
@@ -148,9 +148,24 @@ def _call(ctx: Context, lhs: Operand, rhs: Operand, labels: Labels, signature: S
     """The product of two arrays on one device, with what a kernel cannot do done around the call."""
     call_labels, shape, perm = stored(labels, lhs.shape, rhs.shape)
     lhs, rhs = lhs.converted(signature.lhs), rhs.converted(signature.rhs)
+    _tell(ctx, call_labels, (lhs.shape, rhs.shape, shape), signature[:3], signature.algorithm, None)
     out = _custom_call(ctx, lhs, rhs, call_labels, shape, signature)
     out = Operand(out, shape, signature.out).converted(out_dtype).value
     return out if perm is None else stablehlo.TransposeOp(out, mlir.dense_int_array(perm)).result
+
+
+def _tell(
+    ctx: Context,
+    labels: Labels,
+    shapes: Sequence[tuple[int, ...]],
+    dtypes: Sequence[np.dtype],
+    algorithm: str,
+    declined: str | None,
+) -> None:
+    """Puts a product in the report."""
+    lhs, rhs, out = (_report.Array(dtype.name, shape) for dtype, shape in zip(dtypes, shapes, strict=True))
+    source = f"{ctx.name_stack}/{ctx.primitive}"
+    _report.add(_report.Product(compat.program_name(ctx), source, (lhs, rhs, out), labels, algorithm, declined))
 
 
 # The call as a primitive of its own: for programs that contain it as a part, and never seen by a
@@ -216,15 +231,19 @@ def _lower(ctx: Context, lhs: Value, rhs: Value, **params: Any) -> Sequence[Valu
     (out_aval,) = ctx.avals_out
     platforms = compat.lowering_platforms(ctx)
     placement = _sharding.placement(ctx, out_aval)
-    labels, signature, _ = choose(
+    dtypes = (lhs_aval.dtype, rhs_aval.dtype, out_aval.dtype)
+    labels, signature, declined = choose(
         params["dimension_numbers"],
         params["out_perm"],
         params["precision"],
         lhs_aval.shape,
         rhs_aval.shape,
-        (lhs_aval.dtype, rhs_aval.dtype, out_aval.dtype),
+        dtypes,
     )
     if signature is None or placement is _sharding.Placement.XLA or "cpu" not in platforms:
+        if "cpu" in platforms:
+            shapes = (lhs_aval.shape, rhs_aval.shape, out_aval.shape)
+            _tell(ctx, labels, shapes, dtypes, "default", declined or placement.value)
         return mlir.lower_fun(partial(lax_dot_general, **params), multiple_results=False)(ctx, lhs, rhs)
 
     left, lhs_dims = fold_transposes(Operand(lhs, lhs_aval.shape, lhs_aval.dtype), labels.lhs)

@@ -1,12 +1,17 @@
-"""What became of each product that was compiled in this process: kept as it happens, told when it is asked for."""
+"""What became of each product that was compiled in this process: kept as it happens, told when it is asked for.
+
+`JAX_NANO_VERBOSE=1` in the environment (read at import) tells it as it happens too, on the standard error stream.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
+from jax_nano import _explain, _machine, _native
 from jax_nano._shapes import Labels
 
 
@@ -16,16 +21,13 @@ class Array(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
 
-    def __str__(self) -> str:
-        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
-
 
 class Product(NamedTuple):
     """A product of a program, and what became of it."""
 
     program: str
     source: str  # what JAX calls the operation, e.g. "jit(loss)/dot_general"
-    arrays: tuple[Array, Array, Array]  # lhs, rhs, out
+    arrays: tuple[Array, Array, Array]  # lhs, rhs, result
     labels: Labels  # of the arrays' dimensions
     algorithm: str
     declined: str | None  # why XLA computes it; None: a kernel does
@@ -33,12 +35,15 @@ class Product(NamedTuple):
 
 _lock = threading.Lock()
 _products: Counter[Product] = Counter()
+verbose: bool = os.environ.get("JAX_NANO_VERBOSE", "").strip().lower() not in ("", "0", "off")
 
 
-def add(products: Iterable[Product]) -> None:
-    """Remembers products of a program that is being compiled."""
+def add(product: Product) -> None:
+    """Remembers a product of a program that is being compiled."""
     with _lock:
-        _products.update(products)
+        _products[product] += 1
+    if verbose:
+        print(f"jax_nano: {_line(product)}", file=sys.stderr, flush=True)
 
 
 def products() -> list[tuple[Product, int]]:
@@ -47,7 +52,58 @@ def products() -> list[tuple[Product, int]]:
         return list(_products.items())
 
 
-def clear() -> None:
-    """Forgets every product."""
+def clear_report() -> None:
+    """Forget the products that were compiled so far."""
     with _lock:
         _products.clear()
+
+
+def report() -> str:
+    """What became of each product of the programs that were compiled in this process since its start.
+
+    A line for each product: how often it was compiled; its dimensions in einsum's letters as they lie in memory, so
+    that `ba,bc->ac` has its left operand stored transposed; dtypes and shapes; then target, kernel, blocking and
+    threads, or why it was left to XLA. `jax_nano.matmul` and its relatives are listed as they are compiled, other
+    products of JAX where `jax_nano.accelerate` had a look at them.
+    """
+    found = products()
+    if not found:
+        return "jax_nano: no product was compiled"
+    total = sum(count for _, count in found)
+    ours = sum(count for product, count in found if product.declined is None)
+    lines = [f"jax_nano: {total} products compiled, {ours} run on kernels, {total - ours} are left to XLA"]
+    programs = dict.fromkeys(product.program for product, _ in found)
+    for program in programs:
+        lines.append(program)
+        lines += [f"  {count:3}x {_line(product)}" for product, count in found if product.program == program]
+    return "\n".join(lines)
+
+
+def _line(product: Product) -> str:
+    lhs, rhs, out = (f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in product.arrays)
+    what = f"{_letters(product.labels)}  {lhs} x {rhs} -> {out}"
+    algorithm = "" if product.algorithm == "default" else f" ({product.algorithm})"
+    fate = _kernel(product) if product.declined is None else f"left to XLA: {product.declined}"
+    return f"{what}{algorithm}: {fate}  [{product.source}]"
+
+
+def _letters(labels: Labels) -> str:
+    names: Final = {label: _letter(i) for i, label in enumerate(dict.fromkeys(labels.lhs + labels.rhs))}
+    lhs, rhs, out = ("".join(names[x] for x in dims) for dims in labels)
+    return f"{lhs},{rhs}->{out}"
+
+
+def _letter(i: int) -> str:
+    return chr(ord("a") + i) if i < 26 else f"({i})"
+
+
+def _kernel(product: Product) -> str:
+    runtime = _native.runtime()
+    assert runtime is not None  # or it would have been declined
+    lhs, rhs, out = product.arrays
+    if not all(isinstance(size, int) for size in lhs.shape + rhs.shape):
+        return "a kernel, chosen when the sizes are known"
+    threads = _machine.cores()
+    dtypes = (lhs.dtype, rhs.dtype, out.dtype)
+    plan = runtime.plan(lhs.shape, rhs.shape, *product.labels, *dtypes, threads, algorithm=product.algorithm)
+    return _explain.in_short(plan, threads)

@@ -1,8 +1,8 @@
 """From dots in an HLO module to calls of our kernels.
 
 XLA hands over a module that it has simplified, partitioned and fused. A product is there a `dot`, or a fusion of
-nothing but a dot (a library's: YNNPACK, oneDNN). Each becomes one custom call, in place: its operands and its result
-stay where they were and in the layout they had, which the call's labels describe.
+nothing but a dot (a library's: YNNPACK, oneDNN). Each becomes one custom call. Its labels describe operands and result
+as they lie in memory: in whatever layout XLA chose, and before or after the copies that XLA made for its own kernels.
 
 Whatever is not understood stays as it was. What has no kernel stays too, and so does what the decline gate declines.
 """
@@ -15,11 +15,12 @@ from typing import Final, NamedTuple
 import numpy as np
 from jax.lax import DotAlgorithmPreset
 
-from jax_nano import _hlo, _lowering, _native, _report, _shapes
+from jax_nano import _hlo, _lowering, _native, _report, _shapes, _views
 from jax_nano._hlo import Body, Instruction, Module
 from jax_nano._lowering import Choice
-from jax_nano._shapes import Dims, Labels
+from jax_nano._shapes import Labels
 from jax_nano._signatures import Precision
+from jax_nano._views import View
 
 # PrecisionConfig.Algorithm by number; other algorithms are XLA's. The rest of that message, operand_precision, means
 # nothing on CPUs.
@@ -31,33 +32,6 @@ _ALGORITHMS: Final[dict[int, Precision]] = {
     11: DotAlgorithmPreset.F32_F32_F32,
     12: DotAlgorithmPreset.F64_F64_F64,
 }
-
-
-class View(NamedTuple):
-    """An instruction's array as it lies in memory: row-major, with a label for each dimension."""
-
-    instruction: Instruction
-    dtype: np.dtype
-    sizes: tuple[int, ...]
-    labels: Dims
-
-    @classmethod
-    def of(cls, instruction: Instruction, labels: Dims) -> View | None:
-        """A view, given labels of the dimensions as HLO counts them; None if it is not a plain array."""
-        array = _hlo.array_of(instruction.shape)
-        if array is None:
-            return None
-        return cls(instruction, array.dtype, array.physical, _shapes.permute(labels, array.major_to_minor))
-
-    @property
-    def is_its_shape(self) -> bool:
-        """Whether the instruction's own shape is row-major and has these sizes."""
-        array = _hlo.array_of(self.instruction.shape)
-        rank = len(self.sizes)
-        return array is not None and array.dims == self.sizes and array.major_to_minor == tuple(range(rank))
-
-    def described(self) -> _report.Array:
-        return _report.Array(self.dtype.name, self.sizes)
 
 
 class Dot(NamedTuple):
@@ -82,8 +56,8 @@ def rewrite(module: Module) -> list[_report.Product]:
             continue
         found = [(x, dot) for x in computation.instructions if (dot := _dot_of(module, x)) is not None]
         if found:
-            body = Body(computation)
-            products += [_rewrite(body, instruction, dot, module.name) for instruction, dot in found]
+            body = Body(module, computation)
+            products += [_rewrite(module, body, instruction, dot) for instruction, dot in found]
             body.commit()
     return products
 
@@ -102,7 +76,7 @@ def _dot_of(module: Module, instruction: Instruction) -> Dot | None:
     return Dot(others[0], (lhs, rhs))
 
 
-def _rewrite(body: Body, instruction: Instruction, found: Dot, program: str) -> _report.Product:
+def _rewrite(module: Module, body: Body, instruction: Instruction, found: Dot) -> _report.Product:
     dot, positions = found
     operands = body.operands(instruction)
     arrays = (*(operands[i] for i in positions), instruction)
@@ -111,13 +85,38 @@ def _rewrite(body: Body, instruction: Instruction, found: Dot, program: str) -> 
     source = instruction.metadata.op_name or instruction.name
     if lhs is None or rhs is None or out is None:
         a, b, c = (_report.Array(_hlo.dtype_name(x.shape), tuple(x.shape.dimensions)) for x in arrays)
-        return _report.Product(program, source, (a, b, c), labels, "default", "no kernel reads this dtype or layout")
-    choice = _choose(dot, lhs, rhs, out)
-    described = lhs.described(), rhs.described(), out.described()
+        why = "no kernel reads this dtype or layout"
+        return _report.Product(module.name, source, (a, b, c), labels, "default", why)
+    (lhs, rhs, out), choice = _best(module, body, dot, lhs, rhs, out)
     if choice.signature is not None and choice.declined is None:
         _call(body, lhs, rhs, out, choice.labels, choice.signature.algorithm)
     algorithm = "default" if choice.signature is None else choice.signature.algorithm
-    return _report.Product(program, source, described, choice.labels, algorithm, choice.declined)
+    described = [_report.Array(x.dtype.name, x.sizes) for x in (lhs, rhs, out)]
+    return _report.Product(
+        module.name, source, (described[0], described[1], described[2]), choice.labels, algorithm, choice.declined
+    )
+
+
+def _best(
+    module: Module, body: Body, dot: Instruction, lhs: View, rhs: View, out: View
+) -> tuple[tuple[View, View, View], Choice]:
+    """The views that a call should read and write, and the choice for them; or for the dot as it is, declined."""
+    results = [out] if (copy := _views.copy_of(module, body, out)) is None else [out, copy]
+    for views in _views.combinations(_views.sources(module, body, lhs), _views.sources(module, body, rhs), results):
+        a, b, c = (x.dtype for x in views)
+        # The dot converts to its own dtypes; a product of other ones must be the same before its result is rounded.
+        same = (a, b, c) == (lhs.dtype, rhs.dtype, out.dtype)
+        if not same and (dot.precision_config.algorithm or (a != b and c != lhs.dtype) or not _rounds(out, c)):
+            continue
+        choice = _choose(dot, *views)
+        if choice.declined is None:
+            return views, choice
+    return (lhs, rhs, out), _choose(dot, lhs, rhs, out)
+
+
+def _rounds(out: View, dtype: np.dtype) -> bool:
+    """Whether a kernel whose result has this dtype rounds once what the dot gives."""
+    return dtype == out.dtype or (out.dtype == np.float32 and dtype in (_hlo.BFLOAT16, np.float16))
 
 
 def _labels_of(dot: Instruction, lhs_ndim: int, rhs_ndim: int) -> Labels:

@@ -1,0 +1,15 @@
+"""What JAX calls when it starts its backends, in every process of an environment where jax_nano is installed.
+
+This is how `JAX_NANO_ACCELERATE=1` reaches programs that never import jax_nano.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+
+def initialize() -> None:
+    """Accelerates the process if the environment says so, and else does nothing."""
+    if os.environ.get("JAX_NANO_ACCELERATE"):
+        importlib.import_module("jax_nano._accelerate")  # which reads what the variable says

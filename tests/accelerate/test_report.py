@@ -1,0 +1,146 @@
+"""What the report, JAX_NANO_VERBOSE and `python -m jax_nano run` say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from programs import fresh_environment, run_python
+
+import jax_nano
+from jax_nano import _native
+
+
+@pytest.fixture(autouse=True)
+def _cleared() -> None:
+    jax_nano.clear_report()
+
+
+def test_nothing_compiled() -> None:
+    assert jax_nano.report() == "jax_nano: no product was compiled"
+
+
+def test_accelerated_and_own_products() -> None:
+    a, b = np.ones((40, 24), np.float32), np.ones((24, 56), np.float32)
+
+    def model(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.sin(a @ b) + jax_nano.matmul(jnp.cos(a), b)
+
+    with jax_nano.accelerate():
+        jax.jit(model).lower(a, b).compile()
+    text = jax_nano.report()
+    head, program, *lines = text.splitlines()
+    assert head == "jax_nano: 2 products compiled, 2 run on kernels, 0 are left to XLA"
+    assert program == "jit_model"
+    native = _native.runtime()
+    assert native is not None
+    plan = native.plan((40, 24), (24, 56), (0, 1), (1, 2), (0, 2), "float32", "float32", "float32", 1)
+    for line in lines:
+        assert "1x ab,bc->ac  float32[40,24] x float32[24,56] -> float32[40,56]: " in line
+        assert plan["kernel"] in line
+        assert f" {plan['target']}, " in line
+        assert f"blocks {plan['mc']} x {plan['nc']} x {plan['kc']} of 40 x 56 x 24" in line
+        assert "thread" in line
+    assert sum("jit(model)/dot_general" in line for line in lines) == 1
+    assert sum("jax_nano_dot_general]" in line for line in lines) == 1
+
+
+def test_what_is_declined_has_a_reason() -> None:
+    with jax_nano.accelerate():
+        for dtype in (np.int32, np.complex64):
+            jax.jit(lambda a: a @ a).lower(np.ones((16, 16), dtype)).compile()
+    text = jax_nano.report()
+    assert "2 products compiled, 0 run on kernels, 2 are left to XLA" in text
+    assert "left to XLA: no kernel for int32 x int32 -> int32" in text
+    assert "left to XLA: no kernel reads this dtype or layout" in text
+
+
+def test_layout_and_count() -> None:
+    a = np.ones((24, 40), np.float32)
+    with jax_nano.accelerate():
+        for _ in range(2):
+            jax.jit(lambda a: a.T @ a).lower(a).compile()
+    assert "2x ab,ac->bc" in jax_nano.report()
+
+
+def test_verbose() -> None:
+    code = "import numpy as np, jax_nano; jax_nano.matmul(np.ones((64, 32), np.float32), np.ones((32, 16), np.float32))"
+    for value, lines in (("1", 1), ("0", 0)):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=fresh_environment({"JAX_NANO_VERBOSE": value}),
+            cwd="/",
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found = [line for line in done.stderr.splitlines() if line.startswith("jax_nano: ab,bc->ac  float32[64,32]")]
+        assert len(found) == lines, done.stderr
+
+
+SCRIPT = """
+import os, sys
+os.environ["JAX_ENABLE_X64"] = "1"  # before JAX is imported, as programs do
+import jax, jax.numpy as jnp
+
+def main():
+    assert __name__ == "__main__" and sys.modules["__main__"].main is main
+    print(sys.argv[1:], sys.path[0], jax.config.jax_enable_x64)
+    a = jnp.ones((64, 64), jnp.float32)
+    print(float((a @ a).sum()))
+    how = sys.argv[-1]
+    if how == "raise":
+        raise ArithmeticError("on purpose")
+    if how.startswith("exit"):
+        sys.exit(int(how[4:]))
+
+main()
+"""
+
+
+def run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    (folder / "program.py").write_text(SCRIPT)
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "jax_nano", "run", *args],
+        env=fresh_environment(),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("named", [["program.py"], ["-m", "program"]], ids=["script", "module"])
+@pytest.mark.parametrize(("how", "status"), [("return", 0), ("raise", 1), ("exit3", 3), ("exit0", 0)])
+def test_run(named: list[str], how: str, status: int, tmp_path: Path) -> None:
+    done = run(tmp_path, *named, "-x", "--help", how)
+    assert done.returncode == status, done.stderr
+    assert done.stdout.splitlines() == [f"['-x', '--help', '{how}'] {tmp_path} True", "262144.0"]
+    assert "jax_nano: 1 products compiled, 1 run on kernels, 0 are left to XLA" in done.stderr
+    assert ("ArithmeticError: on purpose" in done.stderr) == (how == "raise")
+    if how == "raise":  # as from python itself
+        assert "_run.py" not in done.stderr
+        assert "runpy" not in done.stderr
+
+
+def test_run_without_a_program(tmp_path: Path) -> None:
+    done = run(tmp_path)
+    assert done.returncode == 1
+    assert "expected a script" in done.stderr
+
+
+def test_a_program_that_never_imports_the_package() -> None:
+    run_python(
+        """
+        import sys
+        import jax, numpy as np
+        a = np.ones((64, 64), np.float32)
+        assert "jax_nano_dot_general" in jax.jit(lambda a: a @ a).lower(a).compile().as_text()
+        """,
+        env={"JAX_NANO_ACCELERATE": "1"},
+    )
