@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from . import checks, emulate, manifest, report
@@ -21,26 +23,36 @@ def build(out: Path, jobs: int, cached: Path | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     cache = Cache(cached, tools)
     chosen = list(kernels())
-
-    def make(kernel: Kernel, mlir: str) -> Path:
-        path = out / f"{kernel.symbol}.o"
-        name = cache.name(kernel, mlir)
-        if cache.fetch(name, path):
-            return path
-        scratch = path.with_suffix(".part.o")
-        tools.object_file(tools.optimized(tools.llvm_ir(mlir), kernel.target), kernel.target, scratch)
-        checks.k_loops(kernel, tools.disassemble(scratch))
-        scratch.replace(path)
-        cache.keep(name, path)
-        return path
-
     with ThreadPoolExecutor(jobs) as pool:
         # The bindings' contexts stay in this thread; the tools run side by side.
-        work = [pool.submit(make, kernel, kernel.mlir()) for kernel in chosen]
+        work = [pool.submit(_object, tools, cache, out, kernel, kernel.mlir()) for kernel in chosen]
         objects = [w.result() for w in work]
     cache.drop_the_unused()
     manifest.write(chosen, objects, out)
     print(f"{len(objects)} kernels in {out}")
+
+
+def _object(tools: Toolchain, cache: Cache, out: Path, kernel: Kernel, mlir: str) -> Path:
+    """A kernel's checked object file in ``out``, compiled or from the cache."""
+    path = out / f"{kernel.symbol}.o"
+    name = cache.name(kernel, mlir)
+    if cache.fetch(name, path):
+        return path
+    scratch = path.with_suffix(".part.o")
+    tools.object_file(tools.optimized(tools.llvm_ir(mlir), kernel.target), kernel.target, scratch)
+    checks.k_loops(kernel, tools.disassemble(scratch))
+    scratch.replace(path)
+    cache.keep(name, path)
+    return path
+
+
+def _report(jobs: int, cached: Path | None, *, markdown: bool) -> str:
+    """The table of all kernels; with the build's cache nothing is compiled for it."""
+    tools = Toolchain.find()
+    cache = Cache(cached, tools)
+    with tempfile.TemporaryDirectory() as folder:
+        objects = partial(_object, tools, cache, Path(folder))
+        return report.table(tools, objects, jobs, markdown=markdown)
 
 
 def show(name: str, stage: str, function: str | None) -> str:
@@ -70,8 +82,6 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("list", help="targets, signatures and kernels")
     b = commands.add_parser("build", help="generate all object files and the manifest")
     b.add_argument("--out", type=Path, required=True)
-    b.add_argument("--cache", type=Path, help="a folder that keeps objects from one build to the next")
-    b.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     b.add_argument("--emulate", action="store_true", help="all kernels as one library for any x86-64-v3 CPU, for tests")
     d = commands.add_parser("dump", help="one kernel at one stage of the pipeline")
     d.add_argument("kernel", help="a name from `list`")
@@ -79,6 +89,9 @@ def main(argv: list[str] | None = None) -> int:
     d.add_argument("--function", help="for mca: a microkernel, e.g. 6x16 (default: the full register tile)")
     r = commands.add_parser("report", help="inner loops, spills and share of the peak, from the machine code")
     r.add_argument("--markdown", action="store_true", help="as a Markdown table")
+    for command in (b, r):
+        command.add_argument("--cache", type=Path, help="a folder that keeps objects from one build to the next")
+        command.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
     try:
         if args.command == "list":
@@ -93,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         elif args.command == "dump":
             print(show(args.kernel, args.stage, args.function))
         elif args.command == "report":
-            print(report.table(Toolchain.find(), markdown=args.markdown))
+            print(_report(args.jobs, args.cache, markdown=args.markdown))
     except (ToolchainError, checks.SpillError, KeyError) as error:
         print(error.args[0], file=sys.stderr)
         return 1

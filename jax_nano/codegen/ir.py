@@ -36,6 +36,7 @@ __all__ = [
     "extract",
     "fma",
     "if_",
+    "keep_order",
     "lane_mask",
     "loop",
     "minimum",
@@ -559,6 +560,12 @@ def call_intrinsic(name: str, result: ir.Type, args: Sequence[Value]) -> Value:
 def run_intrinsic(name: str, args: Sequence[Value]) -> None:
     """The same for an intrinsic that gives nothing back."""
     _intrinsic(name, [], args)
+
+
+def keep_order() -> None:
+    """No load or store moves past this point; no instruction is made of it."""
+    acquire_release = ir.IntegerAttr.get(type_of("int64"), 6)
+    _op("llvm.fence", [], [], ordering=acquire_release, syncscope=ir.StringAttr.get("singlethread"))
 
 
 def as_value(x: Size) -> Value:

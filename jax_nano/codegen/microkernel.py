@@ -162,6 +162,8 @@ class Microkernel:
         def k_steps(*carried: Any) -> list[Any]:
             for _ in range(self.unroll):
                 carried = tuple(k_step(*carried))
+                # Else LLVM starts products of the next step early and spills them, for a latency that the tile hides.
+                ir.keep_order()
             return list(carried)
 
         state: list[Value | Ptr] = [*bases, b, *(row * tile.mr)]

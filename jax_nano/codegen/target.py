@@ -9,6 +9,40 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Core:
+    """What its vendor publishes of a CPU core: Intel's Optimization Reference Manual, AMD's Optimization Guides.
+
+    Attributes:
+      name: LLVM's name for it.
+      slots: operations that enter the back end in a cycle.
+      products, additions, loads: vector operations a cycle, by vector bits: multiplications of any kind, 32-bit integer
+        additions (which share pipes with the products), and loads, broadcast ones too.
+    """
+
+    name: str
+    slots: int
+    products: dict[int, int]
+    additions: dict[int, int]
+    loads: dict[int, int]
+
+
+CORES: dict[str, Core] = {
+    c.name: c
+    for c in (
+        # Zen runs 512-bit operations in two halves.
+        Core("znver3", 6, {256: 2}, {256: 4}, {256: 2}),
+        Core("znver4", 6, {256: 2, 512: 1}, {256: 4, 512: 2}, {256: 2, 512: 1}),
+        Core("skylake", 4, {256: 2}, {256: 3}, {256: 2}),
+        # While 512-bit operations run, port 1 takes none of any width: ports 0 and 5 are left.
+        Core("skylake-avx512", 4, {512: 2}, {512: 2}, {512: 2}),
+        Core("icelake-server", 5, {512: 2}, {512: 2}, {512: 2}),
+        Core("sapphirerapids", 6, {512: 2}, {512: 2}, {512: 2}),
+        Core("alderlake", 6, {256: 2}, {256: 3}, {256: 3}),
+    )
+}
+
+
+@dataclass(frozen=True)
 class Target:
     """One instruction-set level that kernels are compiled for.
 
@@ -21,7 +55,7 @@ class Target:
       fma_per_cycle, loads_per_cycle: full-width issue rates that the tile model weighs against each other; the
         smallest among the CPUs that the target serves well.
       masked_bytes: the smallest element of which masked vectors can be loaded and stored.
-      mca_cpus: models that ``report`` feeds to llvm-mca.
+      cores: the CPU cores for which ``report`` judges its loops.
     """
 
     name: str
@@ -32,7 +66,7 @@ class Target:
     fma_per_cycle: int
     loads_per_cycle: int
     masked_bytes: int
-    mca_cpus: tuple[str, ...]
+    cores: tuple[str, ...]
 
     def lanes(self, elem_bytes: int) -> int:
         """Vector lanes of an element size in bytes."""
@@ -55,7 +89,7 @@ TARGETS: dict[str, Target] = {
             fma_per_cycle=2,
             loads_per_cycle=2,
             masked_bytes=4,
-            mca_cpus=("znver3", "skylake"),
+            cores=("znver3", "znver4", "skylake"),
         ),
         Target(
             name="x86-64-v4",
@@ -67,7 +101,7 @@ TARGETS: dict[str, Target] = {
             fma_per_cycle=2,
             loads_per_cycle=2,
             masked_bytes=1,
-            mca_cpus=("znver4", "skylake-avx512", "sapphirerapids"),
+            cores=("znver4", "skylake-avx512", "sapphirerapids"),
         ),
         Target(
             name="avx_vnni",
@@ -78,7 +112,7 @@ TARGETS: dict[str, Target] = {
             fma_per_cycle=2,
             loads_per_cycle=2,
             masked_bytes=4,
-            mca_cpus=("alderlake",),
+            cores=("alderlake",),
         ),
         Target(
             name="avx512_vnni",
@@ -89,7 +123,7 @@ TARGETS: dict[str, Target] = {
             fma_per_cycle=2,
             loads_per_cycle=2,
             masked_bytes=1,
-            mca_cpus=("znver4", "icelake-server", "sapphirerapids"),
+            cores=("znver4", "icelake-server", "sapphirerapids"),
         ),
         Target(
             name="avx512_bf16",
@@ -100,7 +134,7 @@ TARGETS: dict[str, Target] = {
             fma_per_cycle=2,
             loads_per_cycle=2,
             masked_bytes=1,
-            mca_cpus=("znver4",),
+            cores=("znver4",),
         ),
         Target(
             name="amx",
@@ -111,7 +145,7 @@ TARGETS: dict[str, Target] = {
             fma_per_cycle=2,
             loads_per_cycle=2,
             masked_bytes=1,
-            mca_cpus=("sapphirerapids",),
+            cores=("sapphirerapids",),
         ),
     )
 }

@@ -27,15 +27,16 @@ LOWERING = (
 
 
 # Loop strength reduction undoes the microkernel's addressing: it derives all row pointers from one in a chain of
-# additions, 61 instructions instead of 53 in the 14x32 loop, which a 4-wide core (Skylake-X) has no room for.
-LLC_FLAGS = ("-O3", "-disable-lsr", "-relocation-model=pic")
+# additions, 61 instructions instead of 53 in the 14x32 loop, which a 4-wide core (Skylake-X) has no room for. The
+# machine combiner takes vpdpwssd apart into a product and an addition, for a latency that the tile hides anyway.
+LLC_FLAGS = ("-O3", "-disable-lsr", "-x86-machine-combiner=false", "-relocation-model=pic")
 
 
 class ToolchainError(RuntimeError):
     """A tool is missing or failed; the message is for the person who builds."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Toolchain:
     """Paths of LLVM's tools by their plain names."""
 
@@ -86,6 +87,11 @@ class Toolchain:
 
     def disassemble(self, path: Path) -> str:
         return self._run("llvm-objdump", ["-d", "--no-show-raw-insn", str(path)], "")
+
+    def host_cpu(self) -> str:
+        """LLVM's name for this machine's CPU."""
+        found = re.search(r"Host CPU: (\S+)", self._run("llc", ["--version"], ""))
+        return found[1] if found else ""
 
     def mca(self, asm: str, cpu: str) -> str:
         """llvm-mca's report for a piece of straight-line assembly."""

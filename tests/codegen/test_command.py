@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import jax_nano
-from jax_nano.codegen import checks, report
+from jax_nano.codegen import checks, inspect_asm, measure, report
 from jax_nano.codegen.catalog import find, kernels
 from jax_nano.codegen.target import TARGETS
 from jax_nano.codegen.toolchain import STAGES, Toolchain, ToolchainError
@@ -135,22 +135,80 @@ def test_a_failing_tool_shows_what_it_said():
         TOOLS.llvm_ir("nonsense")
 
 
+def objects_in(folder):
+    """What gives `report` its objects: compiled into this folder."""
+
+    def make(kernel, mlir):
+        path = folder / f"{kernel.symbol}.o"
+        TOOLS.object_file(TOOLS.optimized(TOOLS.llvm_ir(mlir), kernel.target), kernel.target, path)
+        return path
+
+    return make
+
+
+REPORTED = (SMALLEST, "gemm_i8_i8_i32_i32_14x32_avx512_vnni", "gemm_bf16_bf16_f32_f32_32x32_amx")
+
+
 @needs_llvm
-@pytest.mark.parametrize("name", [SMALLEST, "gemm_i8_i8_i32_i32_14x32_avx512_vnni"])
-def test_report(monkeypatch, name):
-    """A row for each CPU model, of one kernel of either kind."""
+@pytest.mark.parametrize("name", REPORTED)
+def test_report(monkeypatch, tmp_path, name):
+    """A row for each core, of one kernel of each kind; what was measured stands in the row of this machine's core."""
+    measured = []
     monkeypatch.setattr(report, "kernels", lambda: [find(name)])
-    head, line, *rows = report.table(TOOLS, markdown=True).splitlines()
+    monkeypatch.setattr(report, "_measured_share", lambda *loop: measured.append(loop) or 0.875)
+    monkeypatch.setattr(report.measure, "can_run", lambda target: True)
+    monkeypatch.setattr(Toolchain, "host_cpu", lambda tools: "znver3")
+    cores = find(name).target.cores
+    head, line, *rows, blank, where = report.table(TOOLS, objects_in(tmp_path), 1, markdown=True).splitlines()
     assert set(line) <= set("| -")
     columns = [x.strip() for x in head.split("|")]
-    assert len(rows) == len(find(name).target.mca_cpus)
-    for row in rows:
+    assert len(rows) == len(cores)
+    for row, core in zip(rows, cores, strict=True):
         entry = dict(zip(columns, (x.strip() for x in row.split("|")), strict=True))
-        assert entry["kernel"] == name
+        assert (entry["kernel"], entry["core"]) == (name, core)
         assert int(entry["spills"]) == 0
-        assert 0.5 <= float(entry["share of peak"]) <= 1
-    plain = report.table(TOOLS).splitlines()
-    assert len(plain) == 1 + len(rows)
+        assert 0.93 <= float(entry["ports"]) <= 1
+        assert entry["llvm-mca"] == "" if name.endswith("amx") else 0.5 <= float(entry["llvm-mca"]) <= 1
+        assert entry["measured"] == ("0.875" if core == "znver3" else "")
+    assert len(measured) == cores.count("znver3")
+    assert (blank, where.startswith("measured on: ")) == ("", bool(measured))
+
+
+@needs_llvm
+def test_a_loop_is_measured_as_it_is(tmp_path):
+    """On this machine, a K loop of ours comes near its products alone, and one with twice the work does not."""
+    kernel = find(SMALLEST)
+    assert measure.can_run(kernel.target)  # the level that everything here asks for
+    row = report._judged(kernel, TOOLS, objects_in(tmp_path)(kernel, kernel.mlir()))[0]
+    products = row._products_alone()
+    share = measure.share_of_peak(row.found.loop, row.steps, products)
+    assert 0.6 <= share <= 1.15
+    *body, counted, jump = row.found.loop.instructions
+    double = inspect_asm.Loop("twice the products", (*body, *body, counted, jump))
+    assert measure.share_of_peak(double, row.steps, products) < 0.75 * share
+
+
+@needs_llvm
+def test_tiles_are_configured_and_given_back_once(tmp_path):
+    """In each function that multiplies tiles, outside of its loops; and in no other."""
+    kernel = find("gemm_bf16_bf16_f32_f32_32x32_amx")
+    code = dict(inspect_asm.functions(TOOLS.disassemble(objects_in(tmp_path)(kernel, kernel.mlir()))))
+    assert set(kernel.microkernels()) < set(code)
+    for name, body in code.items():
+        whole = inspect_asm.Loop(name, tuple(body))
+        uses = int(name in kernel.microkernels())
+        assert (whole.count("ldtilecfg"), whole.count("tilerelease")) == (uses, uses), name
+        for loop in inspect_asm.innermost_loops(name, body):
+            assert not loop.count("ldtilecfg|tilerelease|sttilecfg"), name
+
+
+def test_what_cannot_be_measured():
+    """A loop that does not count up to zero is refused: nothing would stop it."""
+    lines = [("vfmadd231ps", "%ymm1, %ymm2, %ymm3"), ("cmpq", "%rax, %rbx"), ("jne", "0x0")]
+    loop = inspect_asm.Loop("odd", tuple(inspect_asm.Instruction(4 * n, *line) for n, line in enumerate(lines)))
+    with pytest.raises(ToolchainError, match="odd: its K loop does not count"):
+        measure.share_of_peak(loop, 1, "")
+    assert not measure.can_run(TARGETS["amx"])
 
 
 @needs_llvm

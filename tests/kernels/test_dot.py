@@ -57,6 +57,9 @@ DTYPES = [
     ("float64", "float64", "float64"),
     ("int8", "int8", "int8"),
     ("uint8", "int8", "int32"),
+    ("uint8", "uint8", "uint32"),  # these three by the kernels of the other sign
+    ("int8", "uint8", "uint16"),
+    ("int8", "int8", "uint8"),
 ]
 LONG_SUMS = [
     Contraction("mk,kn->mn", m=130, n=200, k=3000),

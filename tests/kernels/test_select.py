@@ -140,13 +140,29 @@ class TestTargets:
 
 
 class TestSelection:
-    @pytest.mark.parametrize(("features", "target"), [([], ""), (V3, "x86-64-v3"), (V4, "x86-64-v4")])
+    @pytest.mark.parametrize(
+        ("features", "target"), [([], ""), (V3, "x86-64-v3"), (V4, "x86-64-v4"), ([*V4, *AMX], "x86-64-v4")]
+    )
     def test_the_best_is_chosen(self, features, target):
         assert _runtime.select_target(features) == target
 
     def test_a_lower_one_can_be_forced(self):
         assert _runtime.select_target(V4, "x86-64-v3") == "x86-64-v3"
         assert _runtime.select_target(V4, "x86-64-v4") == "x86-64-v4"
+
+    @pytest.mark.skipif(not usable(_runtime.features()), reason="no target runs here")
+    @pytest.mark.parametrize("lhs", ["int8", "uint8"])
+    def test_integers_of_the_other_sign_have_the_same_bits(self, lhs):
+        """So one kernel serves both; results that no kernel stores have none."""
+
+        def kernel(out):
+            return _runtime.plan([4, 5], [5, 6], [0, 1], [1, 2], [0, 2], lhs, "uint8", out, 1)["kernel"]
+
+        assert kernel("uint32") == kernel("int32")
+        narrow, other = ("uint8", "int8") if lhs == "uint8" else ("int16", "uint16")
+        assert kernel(narrow) == kernel(other)
+        with pytest.raises(ValueError, match="no kernel"):
+            kernel("float32")
 
     def test_unsupported(self):
         with pytest.raises(ValueError, match=r"^JAX_NANO_TARGET=x86-64-v4: this CPU lacks avx512f, "):

@@ -28,9 +28,12 @@ class Int8Widened:
     b_elem: str = "int16"
     unit: str = "int32"
     column_sums: bool = False
-    # In several steps LLVM starts products early and spills them, or takes vpdpwssd apart again into a product and an
-    # addition, for a latency that the tile hides anyway.
-    unrolls: bool = False
+
+    @property
+    def unrolls(self) -> bool:
+        # With 32 registers LLVM spills temporaries in spite of the barriers, and with two operations for each product
+        # two wide units have time for the loop instructions of every step.
+        return self.vnni or self.bits == 256
 
     @property
     def temporaries(self) -> int:
