@@ -70,6 +70,30 @@ class Family(Protocol):
         ...
 
 
+class VectorFamily:
+    """What families of vector instructions have in common, unless they say otherwise."""
+
+    @property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        return ((0, 0),)
+
+    @property
+    def steps_at_once(self) -> int:
+        return 1
+
+    @property
+    def column_sums(self) -> bool:
+        return False
+
+    @property
+    def temporaries(self) -> int:
+        return 0
+
+    @property
+    def unrolls(self) -> bool:
+        return True
+
+
 class Corrected(Family, Protocol):
     """A family with ``column_sums``."""
 

@@ -11,24 +11,21 @@ from dataclasses import dataclass
 from jaxlib.mlir import ir as mlir
 
 from .. import ir
+from . import VectorFamily
 from .bf16_parts import part_of
 
 
 @dataclass(frozen=True)
-class Bf16Dot:
+class Bf16Dot(VectorFamily):
     """``vdpbf16ps``: two K values a step."""
 
     bits: int
     parts: tuple[tuple[int, int], ...] = ((0, 0),)
     acc: str = "float32"
     kr: int = 2
-    steps_at_once: int = 1
     a_elem: str = "bfloat16"
     b_elem: str = "bfloat16"
     unit: str = "int32"
-    column_sums: bool = False
-    temporaries: int = 0
-    unrolls: bool = True
     instructions: tuple[str, int] = (r"vdpbf16ps$", 1)
 
     def prepare_a(self, v: ir.Value, source: str, part: int) -> ir.Value:

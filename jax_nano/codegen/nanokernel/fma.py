@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .. import ir
+from . import VectorFamily
 from .bf16_parts import part_of
 
 
 @dataclass(frozen=True)
-class Fma:
+class Fma(VectorFamily):
     """``vfmadd231ps/pd``.
 
     Attributes:
@@ -26,10 +27,6 @@ class Fma:
     parts: tuple[tuple[int, int], ...] = ((0, 0),)
     splits: bool = False
     kr: int = 1
-    steps_at_once: int = 1
-    column_sums: bool = False
-    temporaries: int = 0
-    unrolls: bool = True
 
     @property
     def a_elem(self) -> str:

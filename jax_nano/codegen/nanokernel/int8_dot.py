@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .. import ir
+from . import VectorFamily
 
 
 @dataclass(frozen=True)
-class Int8Widened:
+class Int8Widened(VectorFamily):
     """``vpmaddwd`` + ``vpaddd`` on pairs of int16, or VNNI's ``vpdpwssd``, which is both in one.
 
     Meaning, per lane:  ``acc += a[0] * b[0] + a[1] * b[1]`` modulo 2**32.
@@ -20,14 +21,11 @@ class Int8Widened:
 
     bits: int
     vnni: bool = False
-    parts: tuple[tuple[int, int], ...] = ((0, 0),)
     acc: str = "int32"
     kr: int = 2
-    steps_at_once: int = 1
     a_elem: str = "int16"
     b_elem: str = "int16"
     unit: str = "int32"
-    column_sums: bool = False
 
     @property
     def unrolls(self) -> bool:
@@ -57,7 +55,7 @@ class Int8Widened:
 
 
 @dataclass(frozen=True)
-class Int8Vnni:
+class Int8Vnni(VectorFamily):
     """``vpdpbusd``: A's bytes unsigned, B's signed.
 
     Meaning, per lane:  ``acc += sum(a[i] * b[i] for i in range(4))`` modulo 2**32, a unsigned, b signed.
@@ -68,15 +66,11 @@ class Int8Vnni:
 
     bits: int
     signed_a: bool
-    parts: tuple[tuple[int, int], ...] = ((0, 0),)
     acc: str = "int32"
     kr: int = 4
-    steps_at_once: int = 1
     a_elem: str = "uint8"
     b_elem: str = "int8"
     unit: str = "int32"
-    temporaries: int = 0
-    unrolls: bool = True
     instructions: tuple[str, int] = ("vpdpbusd$", 1)
 
     @property
