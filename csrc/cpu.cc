@@ -79,6 +79,14 @@ CpuQueries HostQueries() {
 
 std::string_view FeatureName(Feature feature) { return kFeatureNames[static_cast<size_t>(feature)]; }
 
+std::vector<std::string_view> NamesOf(const Features& features) {
+  std::vector<std::string_view> names;
+  for (size_t i = 0; i < kFeatureNames.size(); ++i) {
+    if (features.Has(static_cast<Feature>(i))) names.push_back(kFeatureNames[i]);
+  }
+  return names;
+}
+
 Features DetectFeatures(const CpuQueries& cpu) {
   using F = Feature;
   Features out;

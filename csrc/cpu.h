@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <string_view>
+#include <vector>
 
 namespace jax_nano {
 
@@ -56,6 +57,9 @@ class Features {
   constexpr explicit Features(uint64_t bits) : bits_(bits) {}
   uint64_t bits_ = 0;
 };
+
+// The names of the features in a set, in order.
+std::vector<std::string_view> NamesOf(const Features& features);
 
 // Data cache sizes of one core, in bytes. L3 is the whole of the shared cache.
 struct Caches {

@@ -311,4 +311,6 @@ XLA_FFI_Error* LinearInstantiate(XLA_FFI_CallFrame* frame) {
 
 XLA_FFI_Error* LinearExecute(XLA_FFI_CallFrame* frame) { return (*kExecuteLinear)(frame); }
 
+std::pair<int, int> FfiApiVersion() { return {XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR}; }
+
 }  // namespace jax_nano

@@ -3,6 +3,7 @@
 #define JAX_NANO_FFI_H_
 
 #include <cstdint>
+#include <utility>
 
 struct XLA_FFI_CallFrame;
 struct XLA_FFI_Error;
@@ -16,6 +17,9 @@ XLA_FFI_Error* DotInstantiate(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* DotExecute(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* LinearInstantiate(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* LinearExecute(XLA_FFI_CallFrame* frame);
+
+// Of the headers that this was compiled with: (major, minor). XLA refuses handlers newer than itself.
+std::pair<int, int> FfiApiVersion();
 
 }  // namespace jax_nano
 

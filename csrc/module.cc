@@ -59,16 +59,6 @@ Features ParseFeatures(const Names& names) {
   return out;
 }
 
-Names NamesOf(const Features& features) {
-  Names out;
-  for (unsigned i = 0; i < static_cast<unsigned>(Feature::kCount); ++i) {
-    if (features.Has(static_cast<Feature>(i))) {
-      out.emplace_back(FeatureName(static_cast<Feature>(i)));
-    }
-  }
-  return out;
-}
-
 Features HostOr(const std::optional<Names>& features) { return features ? ParseFeatures(*features) : HostFeatures(); }
 
 nb::list TargetList(const std::optional<Names>& features) {
@@ -129,7 +119,7 @@ nb::list KernelList() {
   return out;
 }
 
-Names HostFeatureNames() { return NamesOf(HostFeatures()); }
+std::vector<std::string_view> HostFeatureNames() { return NamesOf(HostFeatures()); }
 
 nb::dict CacheDict() {
   const Caches& c = HostCaches();
@@ -141,8 +131,8 @@ nb::dict CacheDict() {
 }
 
 // What detection would find on a machine that answers CPUID like this; unlisted leaves are zero.
-Names DecodeFeatures(const std::map<std::pair<uint32_t, uint32_t>, std::array<uint32_t, 4>>& cpuid, uint64_t xcr0,
-                     bool amx_permission) {
+std::vector<std::string_view> DecodeFeatures(
+    const std::map<std::pair<uint32_t, uint32_t>, std::array<uint32_t, 4>>& cpuid, uint64_t xcr0, bool amx_permission) {
   CpuQueries q;
   q.cpuid = [&](uint32_t leaf, uint32_t subleaf) {
     const auto it = cpuid.find({leaf, subleaf});
@@ -356,6 +346,7 @@ void CallKernelOften(std::string_view kernel_name, const GemmArgsRows& rows) {
 NB_MODULE(_runtime, m) {
   using namespace nb::literals;
   m.attr("ABI_VERSION") = kFfiAbi;
+  m.attr("FFI_API_VERSION") = FfiApiVersion();
   m.def("registrations", &Registrations);
   m.def("targets", &TargetList, "features"_a = nb::none());
   m.def("selected_target", &SelectedTarget);

@@ -35,14 +35,6 @@ std::string Join(const std::vector<std::string_view>& words) {
   return out;
 }
 
-std::vector<std::string_view> NamesOf(const Features& features) {
-  std::vector<std::string_view> names;
-  for (unsigned i = 0; i < static_cast<unsigned>(F::kCount); ++i) {
-    if (features.Has(static_cast<F>(i))) names.push_back(FeatureName(static_cast<F>(i)));
-  }
-  return names;
-}
-
 std::string WhyUnsupported(const Features& cpu, const Target& target) {
   Features missing = target.required - cpu;
   if (missing.Has(F::kAmxTile)) missing = missing - Features{F::kAmxPermission};  // follows from it

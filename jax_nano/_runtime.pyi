@@ -14,6 +14,9 @@ from typing_extensions import CapsuleType  # types.CapsuleType is new in Python 
 ABI_VERSION: int
 """Version of the custom call's attributes, part of every exported program."""
 
+FFI_API_VERSION: tuple[int, int]
+"""Of XLA's headers that this was compiled with. A jaxlib whose own is older refuses it, and its CPU backend with it."""
+
 class _Target(TypedDict):
     name: str
     compiled: bool  # this build has kernels for it

@@ -8,6 +8,7 @@ import pytest
 from programs import run_python
 
 import jax_nano
+from jax_nano import _runtime
 
 
 def test_public_names_resolve() -> None:
@@ -108,6 +109,11 @@ def test_bad_target_is_reported_when_tracing() -> None:
         """,
         env={"JAX_NANO_TARGET": "pentium"},
     )
+
+
+def test_the_oldest_supported_jaxlib_accepts_the_extension() -> None:
+    """It was compiled with headers no newer than those of jaxlib 0.10, whichever one runs it now."""
+    assert _runtime.FFI_API_VERSION <= (0, 3)
 
 
 def test_package_is_the_installed_one() -> None:
