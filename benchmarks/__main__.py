@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import pathlib
 import sys
+
+from tqdm import tqdm
 
 from benchmarks import ROOT, machine
 from benchmarks.cases import DTYPES, SUITES, select
 from benchmarks.peers import PEERS
+from benchmarks.report import Section
+
+# Measured beside the products, each by a module of its name with a function `report`.
+_BESIDE = {
+    "overheads": "calls, tracing, compilation and import, beside jnp's",
+    "callers": "two threads that multiply at once, beside one",
+    "footprint": "memory beyond the operands, first calls, size on disk",
+    "gate": "tiny products, ours beside XLA's: where the decline gate belongs",
+}
+_IN_A_RUN = ("overheads", "callers", "footprint")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,6 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--rounds", type=int, default=9, help="samples of each peer (default: 9)")
     run.add_argument("--sample-ms", type=float, default=40, help="length of a sample (default: 40)")
     run.add_argument("--case-seconds", type=float, default=60, help="fewer rounds past this (default: 60)")
+    run.add_argument(
+        "--also", nargs="*", choices=_IN_A_RUN, help="measured after the products (default: all in the suite full)"
+    )
     run.add_argument("--out", type=pathlib.Path, default=ROOT / "results", help="(default: results/)")
 
     compare = commands.add_parser("compare", help="what became slower between two runs; exit status 1 if any")
@@ -46,21 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
     report.add_argument("json", type=pathlib.Path)
 
-    overheads = commands.add_parser("overheads", help="calls, compilation and import, beside jnp's")
-    overheads.set_defaults(command=_overheads)
-    overheads.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
-
-    callers = commands.add_parser("callers", help="two threads that multiply at once, beside one")
-    callers.set_defaults(command=_callers)
-    callers.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
-
-    gate = commands.add_parser("gate", help="tiny products, ours beside XLA's: where the decline gate belongs")
-    gate.set_defaults(command=_gate)
-    gate.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
-
-    footprint = commands.add_parser("footprint", help="memory beyond the operands, first calls, size on disk")
-    footprint.set_defaults(command=_footprint)
-    footprint.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
+    for name, what in _BESIDE.items():
+        beside = commands.add_parser(name, help=what)
+        beside.set_defaults(command=_measure_beside, name=name)
+        beside.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
 
     shapes = commands.add_parser("list", help="list the products of a suite")
     shapes.set_defaults(command=_list)
@@ -92,7 +97,11 @@ def _run(args: argparse.Namespace) -> int:
     results = measure.run(plan)
     stamp = results.started.replace(":", "").partition("+")[0]
     path = args.out / f"{stamp}-{suite}.json"
-    results.save(path)
+    results.save(path)  # kept, whatever becomes of the rest
+    also = args.also if args.also is not None else _IN_A_RUN if suite == "full" else ()
+    for name in tqdm(also, disable=not also, unit="part"):
+        results.sections.append(_beside(name, quick=args.quick))
+        results.save(path)
     _write_report(path)
     for entry in results.wrong:
         print(f"{entry['peer']}: {entry['why']}", file=sys.stderr)
@@ -133,32 +142,14 @@ def _compare(args: argparse.Namespace) -> int:
     return 1 if slower else 0
 
 
-def _overheads(args: argparse.Namespace) -> int:
-    from benchmarks import overheads
-
-    print(overheads.report(quick=args.quick))
+def _measure_beside(args: argparse.Namespace) -> int:
+    print(f"{machine.describe()['cpu']}\n\n{_beside(args.name, quick=args.quick).markdown()}")
     return 0
 
 
-def _callers(args: argparse.Namespace) -> int:
-    from benchmarks import callers
-
-    print(callers.report(quick=args.quick))
-    return 0
-
-
-def _gate(args: argparse.Namespace) -> int:
-    from benchmarks import gate
-
-    print(gate.report(quick=args.quick))
-    return 0
-
-
-def _footprint(args: argparse.Namespace) -> int:
-    from benchmarks import footprint
-
-    print(footprint.report(quick=args.quick))
-    return 0
+def _beside(name: str, *, quick: bool) -> Section:
+    section: Section = importlib.import_module(f"benchmarks.{name}").report(quick=quick)
+    return section
 
 
 def _list(args: argparse.Namespace) -> int:

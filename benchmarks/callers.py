@@ -12,21 +12,22 @@ import jax
 from benchmarks import machine
 from benchmarks.cases import Case, matmul
 from benchmarks.peers.in_jax import product
-from benchmarks.report import table
+from benchmarks.report import Section
 
 _CALLERS = 2
 
 
-def report(*, quick: bool) -> str:
-    """Markdown table: products a second of all callers together, over those of a single one."""
-    rounds, seconds = (2, 0.01) if quick else (9, 0.3)
+def report(*, quick: bool) -> Section:
+    """Products a second of all callers together, over those of a single one."""
+    rounds, seconds = (2, 0.01) if quick else (9, 0.2)
     sizes = (16,) if quick else (32, 64, 128, 256, 512, 1024)
-    rows = []
-    for n in sizes:
-        case = matmul(n, n, n)
-        rows.append((case.key, *(_gain(case, ours, rounds, seconds) for ours in (True, False))))
-    title = f"{_CALLERS} callers over one, {len(machine.cpus())} CPUs (each product may use them all)"
-    return f"{title}\n\n" + table(("product", "jax_nano", "jnp"), rows)
+    cases = [matmul(n, n, n) for n in sizes]
+    rows = tuple((case.key, *(_gain(case, ours, rounds, seconds) for ours in (True, False))) for case in cases)
+    note = (
+        f"{_CALLERS} Python threads, each in its own jit, over one of them; {len(machine.cpus())} CPUs, of which each "
+        "product may use all."
+    )
+    return Section(f"{_CALLERS} callers over one", note, ("product", "jax_nano", "jnp"), rows)
 
 
 def _gain(case: Case, ours: bool, rounds: int, seconds: float) -> str:

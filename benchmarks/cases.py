@@ -225,7 +225,14 @@ def _listed() -> dict[str, Any]:
 
 
 def _full() -> list[Case]:
-    return [_from_json(entry, dtype) for dtype in _listed()["dtypes"] for entry in _listed()["shapes"]]
+    listed = [_from_json(entry, dtype) for dtype in _listed()["dtypes"] for entry in _listed()["shapes"]]
+    return [*listed, *_growth()]
+
+
+def _growth() -> list[Case]:
+    """Squares at powers of two, beside them and between them."""
+    sizes = {size for power in (256, 512, 1024, 2048) for size in (power - 1, power, power + 1, power * 3 // 2)}
+    return [matmul(n, n, n, group="growth") for n in sorted(sizes)]
 
 
 def _squares() -> list[Case]:
@@ -270,7 +277,8 @@ def _tiny() -> list[Case]:
 
 
 SUITES = {
-    "full": ("every shape of shapes.json in every dtype", _full),
+    "full": ("every shape of shapes.json in every dtype, and the suite `growth`", _full),
+    "growth": ("f32 squares at powers of two, beside them and between them", _growth),
     "squares": ("f32 squares from 256 to 2048", _squares),
     "dtypes": ("1024x1024x1024 in every dtype, and each beside our own f32", _dtypes),
     "quick": ("a few shapes of each kind", _quick),

@@ -9,9 +9,9 @@ import statistics
 import subprocess
 import sys
 
-from benchmarks.report import table
+from benchmarks.report import Section
 
-_ROUNDS = 5
+_ROUNDS = 3
 
 # Runs in a process of its own, as a peak is reached and a first call made only once. The memory is what the
 # process's resident set grew by at its highest while the product ran, without the result.
@@ -45,13 +45,13 @@ print(json.dumps({"extra": extra, "first": building + running}))
 """
 
 
-def report(*, quick: bool) -> str:
-    """Markdown tables."""
+def report(*, quick: bool) -> Section:
+    """All of it, as a table."""
     import jax_nano
     from jax_nano import _runtime
 
     sizes, rounds = ((64,), 1) if quick else ((256, 1024, 2048, 4096), _ROUNDS)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for n in sizes:
         samples = {peer: [_sample(n, peer) for _ in range(rounds)] for peer in ("jax_nano", "jnp")}
         for what, key, unit in (
@@ -60,14 +60,16 @@ def report(*, quick: bool) -> str:
         ):
             rows.append((f"{n}x{n}x{n}: {what}", *(_median(samples[peer], key, unit) for peer in samples)))
     extension = pathlib.Path(_runtime.__file__)
-    facts = [
-        ("the extension", f"{extension.stat().st_size / 2**20:.2f} MiB, {len(_runtime.kernels())} kernels"),
-        ("the package's Python files", f"{_size(pathlib.Path(jax_nano.__file__).parent, '*.py') / 2**20:.2f} MiB"),
+    python = _size(pathlib.Path(jax_nano.__file__).parent, "*.py")
+    rows += [
+        (f"the extension, {len(_runtime.kernels())} kernels, MiB", f"{extension.stat().st_size / 2**20:.2f}", "-"),
+        ("the package's Python files, MiB", f"{python / 2**20:.2f}", "-"),
     ]
-    text = (
-        "float32, all cores. The first call is tracing, lowering, compiling and running, after the operands were made."
+    note = (
+        "float32, all cores, each in a new process. The first call is tracing, lowering, compiling and running, after "
+        "the operands were made."
     )
-    return f"{text}\n\n" + table(("", "jax_nano", "jnp"), rows) + "\n" + table(("on disk", ""), facts)
+    return Section("Memory, first calls, size on disk", note, ("", "jax_nano", "jnp"), tuple(rows))
 
 
 def _sample(n: int, peer: str) -> dict[str, float | None]:

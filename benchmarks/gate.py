@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from benchmarks import machine
 from benchmarks.cases import matmul
-from benchmarks.pairs import Timed, compare, pairs_table
+from benchmarks.pairs import HEADER, Timed, compare
 from benchmarks.peers.in_jax import JaxRunner
+from benchmarks.report import Section
 
 _SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24)
 
 
-def report(*, quick: bool) -> str:
-    """Markdown table: microseconds of one product inside a fori_loop, by size."""
+def report(*, quick: bool) -> Section:
+    """Microseconds of one product inside a fori_loop, by size."""
     import jax_nano._gate
 
     jax_nano._gate.enabled = False
@@ -22,7 +22,7 @@ def report(*, quick: bool) -> str:
         for m in (n, 1):
             what = f"{m}x{n}x{n}, {m * n * n} multiply-adds, µs"
             rows.append(compare(what, _loop(m, n, trips, True), _loop(m, n, trips, False), rounds, 1e-6, 3))
-    return f"{machine.describe()['cpu']}\n\n{pairs_table(list(dict.fromkeys(rows)))}"
+    return Section("Tiny products in a loop", "Ours with the gate open.", HEADER, tuple(dict.fromkeys(rows)))
 
 
 def _loop(m: int, n: int, trips: int, ours: bool) -> Timed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -14,24 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_nano
-from benchmarks import machine
 from benchmarks.cases import matmul
-from benchmarks.pairs import Timed, compare, pairs_table
+from benchmarks.pairs import HEADER, Timed, compare, interleave, row
 from benchmarks.peers.in_jax import JaxRunner
+from benchmarks.report import Section
 
-# What happens to a program before it can run; each stage is timed for itself, and all together.
-_STAGES = {
-    "trace": slice(0, 1),
-    "lower": slice(1, 2),
-    "compile": slice(2, 3),
-    "trace, lower and compile": slice(0, 3),
-}
+# What happens to a program before it can run: each stage is a row, and so is their sum.
+_STAGES = ("trace", "lower", "compile")
 
 _MICRO, _MILLI = 1e-6, 1e-3
 
 
-def report(*, quick: bool) -> str:
-    """Markdown table of all of it."""
+def report(*, quick: bool) -> Section:
+    """All of it, as a table."""
     rounds = 3 if quick else 15
     calls = 50 if quick else 2000
     ours, theirs = jax_nano.matmul, jnp.matmul
@@ -48,12 +44,10 @@ def report(*, quick: bool) -> str:
             for n in (8, 16, 32)
         ),
     ]
-    few, products = (2, 2) if quick else (5, 60)
-    for what, stages in _STAGES.items():
-        our_build, their_build = (_build(each, stages, products) for each in (ours, theirs))
-        rows.append(compare(f"{what} {products} products, ms", our_build, their_build, few, _MILLI, 1))
-    rows.append(_import_row(few))
-    return f"{machine.describe()['cpu']}, JAX {jax.__version__}\n\n{pairs_table(rows)}"
+    few, products = (2, 2) if quick else (9, 60)
+    rows += [line for one_shape in (True, False) for line in _building(one_shape, products, few)]
+    rows.append(_import_row(2 if quick else 5))
+    return Section("Overheads", "Float32; everything but the arithmetic.", HEADER, tuple(rows))
 
 
 def _square(n: int) -> jax.Array:
@@ -89,27 +83,43 @@ def _looped(ours: bool, n: int, calls: int) -> Timed:
     return lambda: runner.run(trips) / trips
 
 
-def _build(matmul_of: Callable[..., Any], stages: slice, products: int) -> Timed:
-    """Times some of _STAGES for a program with products of many shapes."""
+def _building(one_shape: bool, products: int, rounds: int) -> list[tuple[str, ...]]:
+    """Rows for what it takes to make a program of many products ready to run."""
+    samples = interleave(
+        {who: _stages(each, one_shape, products) for who, each in (("ours", jax_nano.matmul), ("theirs", jnp.matmul))},
+        rounds,
+    )
+    what = f"{products} products of {'one shape' if one_shape else 'as many shapes'}, ms"
+    rows = []
+    for name, stages in (
+        *((stage, slice(i, i + 1)) for i, stage in enumerate(_STAGES)),
+        (", ".join(_STAGES), slice(len(_STAGES))),
+    ):
+        ours, theirs = ([sum(sample[stages]) for sample in samples[who]] for who in ("ours", "theirs"))
+        rows.append(row(f"{name} {what}", ours, theirs, _MILLI, 1))
+    return rows
+
+
+def _stages(matmul_of: Callable[..., Any], one_shape: bool, products: int) -> Callable[[], tuple[float, ...]]:
+    """Times each of _STAGES, from nothing in any cache."""
 
     def program(x: jax.Array) -> jax.Array:
         for i in range(products):
-            x = jnp.tanh(matmul_of(x, jnp.ones((16 + i, 17 + i))))
+            x = jnp.tanh(matmul_of(x, jnp.ones((16, 16) if one_shape else (16 + i, 17 + i))))
         return x
 
     argument = jax.ShapeDtypeStruct((32, 16), np.float32)
 
-    def timed() -> float:
+    def timed() -> tuple[float, ...]:
         jax.clear_caches()
         times = [time.perf_counter()]
         traced = jax.jit(program).trace(argument)
         times.append(time.perf_counter())
         lowered = traced.lower()
         times.append(time.perf_counter())
-        if stages.stop == len(times):
-            lowered.compile()
-            times.append(time.perf_counter())
-        return times[stages.stop] - times[stages.start]
+        lowered.compile()
+        times.append(time.perf_counter())
+        return tuple(end - start for start, end in itertools.pairwise(times))
 
     return timed
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
-from benchmarks.report import table
-
+Sample = TypeVar("Sample")
 Timed = Callable[[], float]  # does the thing; returns the seconds of one
 
+HEADER = ("", "jax_nano", "jnp", "jax_nano / jnp")
+"""Of a table whose rows are those of `compare`."""
 
-def interleave(candidates: Mapping[str, Timed], rounds: int) -> dict[str, list[float]]:
+
+def interleave(candidates: Mapping[str, Callable[[], Sample]], rounds: int) -> dict[str, list[Sample]]:
     """Samples of each, one a round; the order changes from round to round."""
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    samples: dict[str, list[Sample]] = {name: [] for name in candidates}
     for timed in candidates.values():
         timed()
     for number in range(rounds):
@@ -23,13 +26,13 @@ def interleave(candidates: Mapping[str, Timed], rounds: int) -> dict[str, list[f
 
 
 def compare(what: str, ours: Timed, theirs: Timed, rounds: int, unit: float, digits: int = 2) -> tuple[str, ...]:
-    """A row of `pairs_table`: medians, and the median over the rounds of ours over theirs."""
+    """Measures both, and makes a row of it."""
     samples = interleave({"ours": ours, "theirs": theirs}, rounds)
-    ratio = statistics.median(a / b for a, b in zip(samples["ours"], samples["theirs"], strict=True))
-    medians = (f"{statistics.median(samples[who]) / unit:.{digits}f}" for who in ("ours", "theirs"))
+    return row(what, samples["ours"], samples["theirs"], unit, digits)
+
+
+def row(what: str, ours: Sequence[float], theirs: Sequence[float], unit: float, digits: int = 2) -> tuple[str, ...]:
+    """Medians, and the median over the rounds of ours over theirs."""
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    medians = (f"{statistics.median(samples) / unit:.{digits}f}" for samples in (ours, theirs))
     return what, *medians, f"{ratio:.2f}"
-
-
-def pairs_table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Markdown."""
-    return table(("", "jax_nano", "jnp", "jax_nano / jnp"), rows)

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import json
 import pathlib
+import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -87,6 +88,19 @@ class Group:
         return self.ours.times_faster_than(self.rows[peer])
 
 
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A table of something measured beside the products' times."""
+
+    title: str
+    note: str  # what the numbers are of, in a sentence or two
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        return f"## {self.title}\n\n{self.note}\n\n{table(self.header, self.rows)}"
+
+
 @dataclasses.dataclass
 class Results:
     """One run."""
@@ -96,6 +110,7 @@ class Results:
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     rows: list[Row] = dataclasses.field(default_factory=list)
     skipped: list[dict[str, object]] = dataclasses.field(default_factory=list)
+    sections: list[Section] = dataclasses.field(default_factory=list)
 
     @classmethod
     def begin(cls, machine: dict[str, Any]) -> Results:
@@ -131,7 +146,11 @@ class Results:
     def load(cls, path: pathlib.Path) -> Results:
         data = json.loads(path.read_text())
         rows = [Row(**row | {"seconds": tuple(row["seconds"])}) for row in data.pop("rows")]
-        return cls(**data, rows=rows)
+        sections = [
+            Section(part["title"], part["note"], tuple(part["header"]), tuple(map(tuple, part["rows"])))
+            for part in data.pop("sections", ())
+        ]
+        return cls(**data, rows=rows, sections=sections)
 
 
 def markdown(results: Results) -> str:
@@ -145,6 +164,8 @@ def markdown(results: Results) -> str:
         parts.append(_summary(groups))
         parts.append(_dtypes(groups))
     parts.append(_scaling(results))
+    parts += [_growth(results, cores) for cores, cache in results.settings() if cache == "warm"]
+    parts += [section.markdown() for section in results.sections]
     parts.append(_skipped(results))
     return "\n".join(part for part in parts if part)
 
@@ -255,6 +276,39 @@ def _scaling(results: Results) -> str:
         return ""
     header = ("product", "caches", "over 100 µs", OURS, "jnp")
     return f"## {most} cores over one\n\n" + table(header, body)
+
+
+def _growth(results: Results, cores: int) -> str:
+    """How rates go with the size of a square, so that a cliff at a power of two would show."""
+    squares = {}
+    for group in results.groups(cores, "warm"):
+        if (size := _square_size(group)) and group.ours:
+            squares[size] = group
+    sizes = sorted(size for size in squares if size >= _GROWTH_FROM)
+    if not any(size & (size - 1) and (size - 1) & (size - 2) == 0 for size in sizes):  # a neighbour of a power of two
+        return ""
+    body = []
+    for before, size, after in zip([0, *sizes], sizes, [*sizes[1:], 0], strict=False):
+        near = [squares[other] for other in (before, after) if other]
+        row = [f"{size}x{size}x{size}"]
+        for peer in (OURS, "jnp"):
+            rate, *others = (
+                group.rows[peer].gflops if peer in group.rows else None for group in (squares[size], *near)
+            )
+            best = max((other for other in others if other), default=None)
+            row += [f"{rate:.1f}" if rate else "-", _ratio(rate / best if rate and best else None)]
+        body.append(row)
+    header = ("product", OURS, "over the better neighbour", "jnp", "over the better neighbour")
+    return f"## Growth with size, {cores} core{'s' * (cores > 1)}, GFLOP/s\n\n" + table(header, body)
+
+
+_GROWTH_FROM = 128  # smaller ones change with every step of a tile
+
+
+def _square_size(group: Group) -> int:
+    """n for a row-major float32 product nxnxn, else 0."""
+    match = re.fullmatch(r"(\d+)x\1x\1 f32", group.any.case)
+    return int(match[1]) if match else 0
 
 
 def _skipped(results: Results) -> str:

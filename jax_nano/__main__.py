@@ -38,7 +38,9 @@ def _parser() -> argparse.ArgumentParser:
 
     explain = commands.add_parser("explain", help="the plan of a product: kernel, packing, blocking, threads, cost")
     explain.set_defaults(command=_explain_product)
-    explain.add_argument("sizes", metavar="MxNxK", help="e.g. 4x4096x1024: [4,1024] times [1024,4096]")
+    explain.add_argument(
+        "sizes", nargs="+", metavar="SIZES", help="MxNxK, e.g. 4x4096x1024; or the two operands: 4x1024 1024x4096"
+    )
     explain.add_argument(
         "--dtype", default="f32", help="of the operands, or LHSxRHS, and -RESULT: bf16, bf16-f32, f32xbf16, i8xu8-i32"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -64,7 +64,8 @@ class Request:
             for dtype, shape in zip(self.dtypes, (*self.shapes, (*self.batch, self.m, self.n)), strict=True)
         )
         turned = [f"{side} transposed" for side, how in zip(("lhs", "rhs"), self.layout, strict=True) if how == "T"]
-        return f"{lhs} x {rhs} -> {out}" + (f"  ({', '.join(turned)})" if turned else "")
+        sizes = f"M = {self.m}, N = {self.n}, K = {self.k}"
+        return f"{lhs} x {rhs} -> {out}  ({', '.join([sizes, *turned])})"
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:
@@ -92,12 +93,22 @@ def parse_dtypes(text: str) -> tuple[str, str, str]:
     return left, right, max(left, right, key=_cost.ELEMENT_BYTES.__getitem__)
 
 
-def request(sizes: str, dtype: str, layout: str, batch: str | None) -> Request:
+def parse_product(texts: Sequence[str]) -> tuple[int, int, int]:
+    """M, N and K, from `4x4096x1024` (MxNxK) or from the operands as they are multiplied (`4x1024 1024x4096`)."""
+    match [parse_sizes(text) for text in texts]:
+        case [(m, n, k)]:
+            return m, n, k
+        case [(m, k), (rows, n)]:
+            if k != rows:
+                raise BadRequest(f"{' '.join(texts)}: the first has {k} columns and the second {rows} rows")
+            return m, n, k
+        case _:
+            raise BadRequest(f"{' '.join(texts)!r}: expected MxNxK, or the two operands, MxK KxN")
+
+
+def request(sizes: Sequence[str], dtype: str, layout: str, batch: str | None) -> Request:
     """What the arguments of the command line ask for."""
-    numbers = parse_sizes(sizes)
-    if len(numbers) != 3:
-        raise BadRequest(f"{sizes!r}: expected three sizes, MxNxK")
-    m, n, k = numbers
+    m, n, k = parse_product(sizes)
     return Request(m, n, k, parse_sizes(batch) if batch else (), layout, parse_dtypes(dtype))
 
 

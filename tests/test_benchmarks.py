@@ -22,7 +22,7 @@ from benchmarks.cases import DTYPES, matmul, select  # noqa: E402
 from benchmarks.measure import as_integers  # noqa: E402
 from benchmarks.native import why_not  # noqa: E402
 from benchmarks.peers.in_jax import loop_of, product  # noqa: E402
-from benchmarks.report import Results, Row, markdown  # noqa: E402
+from benchmarks.report import Results, Row, Section, markdown  # noqa: E402
 from benchmarks.worker import Failed, check  # noqa: E402
 
 
@@ -35,7 +35,7 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
 def results(tmp_path_factory) -> pathlib.Path:
     """The JSON of a run that takes seconds; every peer's result was checked on the way."""
     out = tmp_path_factory.mktemp("results")
-    tiny = ("--suite", "tiny", "--rounds", "2", "--sample-ms", "0.1", "--cores", "1", "--cache", "warm")
+    tiny = ("--suite", "tiny", "--rounds", "2", "--sample-ms", "0.1", "--cores", "1", "--cache", "warm", "--also")
     done = run("run", *tiny, "--out", str(out))
     assert done.returncode == 0, done.stderr
     (path,) = out.glob("*.json")
@@ -59,6 +59,26 @@ def test_a_run_writes_table_and_plots(results):
     assert "Geometric mean" in table
     pictures = {path.name for path in results.with_suffix("").iterdir()}
     assert pictures == {"roofline-1-core-warm.png", "ratios-1-core-warm.png"}
+
+
+def test_what_is_measured_beside_the_products_is_kept_with_them(results, tmp_path):
+    found = Results.load(results)
+    found.sections.append(Section("Overheads", "Of calls.", ("", "jax_nano", "jnp"), (("a call, µs", "1.0", "2.0"),)))
+    found.save(tmp_path / "more.json")
+    again = Results.load(tmp_path / "more.json")
+    assert again.sections == found.sections
+    assert "## Overheads" in markdown(again)
+    assert "| a call, µs |" in markdown(again)
+
+
+def test_a_cliff_at_a_power_of_two_shows():
+    results = Results.begin({"cpu": "", "cpus": 1, "caches": {}, "system": "", "python": "", "load": 0})
+    for case in select("growth"):
+        cliff = 4 if case.name == "1024x1024x1024" else 1
+        results.rows.append(Row.of(case, "jax_nano", 1, "warm", [case.flops * cliff / 1e11]))
+    growth = markdown(results).partition("## Growth with size, 1 core")[2].splitlines()
+    ratios = {line.split("|")[1].strip(): float(line.split("|")[3]) for line in growth if line.startswith("| 10")}
+    assert ratios == {"1023x1023x1023": 1.0, "1024x1024x1024": 0.25, "1025x1025x1025": 1.0}
 
 
 def test_compare_finds_what_became_slower(results, tmp_path):
@@ -138,7 +158,7 @@ def test_the_full_suite_holds_every_listed_shape_in_every_dtype():
     listed = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())
     keys = {case.key for case in select("full")}
     # Some shapes are listed in two groups (a square among the transposes); they are measured once.
-    assert len(keys) <= len(listed["shapes"]) * len(listed["dtypes"])
+    assert len(keys) <= len(listed["shapes"]) * len(listed["dtypes"]) + len(select("growth"))
     for dtype in listed["dtypes"]:
         assert f"512x512x512 {dtype}" in keys
         assert f"1x4096x1024 {dtype}" in keys

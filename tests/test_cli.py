@@ -88,7 +88,7 @@ def test_a_better_target_is_named_with_the_reason_that_it_is_not_used() -> None:
 def test_explain_prints_the_plan_of_the_runtime() -> None:
     done = run("explain", "33x500x257", "--layout", "TN", "--batch", "3x2", "--threads", "2")
     assert done.returncode == 0, done.stderr
-    asked = _explain.request("33x500x257", "f32", "TN", "3x2")
+    asked = _explain.request(["33x500x257"], "f32", "TN", "3x2")
     plan = _runtime.plan(*asked.shapes, *asked.labels, *asked.dtypes, 2)
     assert "float32[3,2,257,33] x float32[3,2,257,500] -> float32[3,2,33,500]" in done.stdout
     assert plan["kernel"] in done.stdout
@@ -101,7 +101,7 @@ def test_explain_prints_the_plan_of_the_runtime() -> None:
 @pytest.mark.parametrize("layout", _explain.LAYOUTS)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_any_product_can_be_explained(sizes: str, layout: str, threads: int) -> None:
-    asked = _explain.request(sizes, "f32", layout, "4" if layout == "NT" else None)
+    asked = _explain.request([sizes], "f32", layout, "4" if layout == "NT" else None)
     declined = _gate.declines(asked.labels, *asked.shapes)
     text = _explain.explain(_runtime, asked, threads=threads, algorithm="default", target=None, declined=declined)
     assert str(asked) in text
@@ -112,7 +112,7 @@ def test_every_kernel_of_the_build_can_be_explained() -> None:
     short = {name: text for text, name in _explain.SHORT.items()}
     for kernel in _runtime.kernels():
         dtype = f"{short[kernel['lhs']]}x{short[kernel['rhs']]}-{short[kernel['out']]}"
-        asked = _explain.request("300x200x100", dtype, "NN", None)
+        asked = _explain.request(["300x200x100"], dtype, "NN", None)
         text = _explain.explain(
             _runtime, asked, threads=1, algorithm=kernel["algorithm"], target=kernel["target"], declined=None
         )
@@ -128,7 +128,9 @@ def test_explain_shows_what_the_gate_decides() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("12x34",), "expected three sizes"),
+        (("12x34",), "expected MxNxK"),
+        (("12x34x5", "5x6"), "expected MxNxK"),
+        (("12x34", "33x5"), "the first has 34 columns and the second 33 rows"),
         (("12x34xq",), "expected numbers"),
         (("-1x3x4",), ""),
         (("8x8x8", "--dtype", "f31"), "'f31' is none of f32"),
@@ -148,6 +150,13 @@ def test_explain_refuses_what_has_no_meaning(args: tuple[str, ...], message: str
         status = left.code
     assert status not in (0, None)
     assert message in capsys.readouterr().err
+
+
+def test_sizes_are_those_of_the_benchmarks_or_of_the_operands() -> None:
+    assert _explain.parse_product(["4x4096x1024"]) == (4, 4096, 1024)
+    assert _explain.parse_product(["4x1024", "1024x4096"]) == (4, 4096, 1024)
+    assert "M = 4, N = 4096, K = 1024" in run("explain", "4x1024", "1024x4096", "--dtype", "bf16").stdout
+    assert "float32[4,1024] x float32[1024,4096]" in run("explain", "4x4096x1024").stdout
 
 
 def test_dtypes_are_read_like_the_names_of_the_benchmark() -> None:
