@@ -39,8 +39,9 @@ constexpr int64_t kPackAMinTiles = 4;  // an A that is awkward to read, read by 
 // Splitting over threads.
 constexpr int64_t kMinItemMacs = 128 << 10;  // about 2 us at peak: less is not worth waking a thread
 constexpr int64_t kItemsPerThread = 4;       // at most: more balance better and pack more often
+constexpr int64_t kFineItemsPerThread = 16;  // where nothing is packed
 constexpr double kPackMacs = 12;             // cost of packing one element, in multiply-adds
-constexpr double kTail = 0.1;                // the last item finishes late by this part of itself
+constexpr double kTail = 0.04;               // the last item finishes late by this part of itself
 
 int64_t CeilDiv(int64_t x, int64_t y) { return (x + y - 1) / y; }
 int64_t RoundUp(int64_t x, int64_t y) { return CeilDiv(x, y) * y; }
@@ -146,22 +147,30 @@ Split SplitForPartialSums(const KernelInfo& kernel, int64_t m, int64_t n, Split 
 
 bool WorthSplitting(int64_t products, int64_t m, int64_t n, int64_t k) { return FullItems(products, m, n, k) >= 2; }
 
-Split ChooseSplit(const KernelInfo& kernel, int64_t products, int64_t m, int64_t n, int64_t k, int64_t threads) {
-  if (threads < 2 || !WorthSplitting(products, m, n, k)) return {};
-  const int64_t most = static_cast<int64_t>(std::min(Real(threads * kItemsPerThread), FullItems(products, m, n, k)));
+Split ChooseSplit(const KernelInfo& kernel, int64_t products, const GemmArgs& args, int64_t k, int64_t threads) {
+  if (threads < 2 || !WorthSplitting(products, args.m, args.n, k)) return {};
+  // Unpacked, a piece costs what it computes; but few rows of A stream B, which wants long rows.
+  const bool fine = !args.pack_b && args.m >= kPackBMinTiles * kernel.mr;
+  const double pack_macs = args.pack_b ? kPackMacs : 0;
+  const int64_t per_thread = fine ? kFineItemsPerThread : kItemsPerThread;
+  const double full_items = FullItems(products, args.m, args.n, k);
+  const int64_t most = static_cast<int64_t>(std::min(Real(threads * per_thread), full_items));
 
-  const int64_t m_units = CeilDiv(m, kernel.mr), n_units = CeilDiv(n, kernel.nr);
+  const int64_t m_units = CeilDiv(args.m, kernel.mr), n_units = CeilDiv(args.n, kernel.nr);
+  const double m = Real(m_units * kernel.mr), n = Real(n_units * kernel.nr);
+  const auto cost = [&](double rows, double cols) { return rows * cols + pack_macs * (rows + cols); };
   Split best;
   double best_time = std::numeric_limits<double>::infinity();
   // Of equal times the first found wins: the one that cuts the single products least.
   for (int64_t sn = 1; sn <= std::min(n_units, most); ++sn) {
     for (int64_t sm = 1; sm <= std::min(m_units, most / sn); ++sm) {
-      const double item_m = Real(CeilDiv(m_units, sm) * kernel.mr);
-      const double item_n = Real(CeilDiv(n_units, sn) * kernel.nr);
-      const double one = (item_m * item_n + kPackMacs * (item_m + item_n)) * Real(k);
+      const double largest = cost(Real(CeilDiv(m_units, sm) * kernel.mr), Real(CeilDiv(n_units, sn) * kernel.nr));
+      const double average = cost(m / Real(sm), n / Real(sn));
       for (int64_t sp = 1; sp <= std::min(products, most / sn / sm); ++sp) {
-        const double item = one * Real(CeilDiv(products, sp));
-        const double time = item * (Real(CeilDiv(sp * sm * sn, threads)) + kTail);
+        const double last = largest * Real(CeilDiv(products, sp));
+        const double turns = Real(CeilDiv(sp * sm * sn, threads));
+        // Threads that are done take what is left, so that sizes even out over several turns.
+        const double time = std::max(last, average * Real(products) / Real(sp) * turns) + kTail * last;
         if (time < best_time) {
           best_time = time;
           best = {sp, sm, sn};
@@ -220,8 +229,8 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
   for (const Loop& loop : plan.k_outer) passes *= loop.size;
   const int64_t all_k = args.k * passes;
   plan.divisible = WorthSplitting(plan.products, args.m, args.n, all_k);
-  plan.split = ChooseSplit(kernel, plan.products, args.m, args.n, all_k, threads);
   ChooseSums(kernel, passes, args);
+  plan.split = ChooseSplit(kernel, plan.products, args, all_k, threads);
   const bool partial = kernel.narrow && (passes > 1 || (!args.inner && args.k > args.kc));
   if (partial) plan.split = SplitForPartialSums(kernel, args.m, args.n, plan.split);
   const int64_t item_m = CeilDiv(CeilDiv(args.m, kernel.mr), plan.split.m) * kernel.mr;

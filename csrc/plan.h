@@ -68,7 +68,8 @@ void ChooseBlocks(const KernelInfo& kernel, const Caches& caches, int64_t item_m
 // Whether the work fills two items.
 bool WorthSplitting(int64_t products, int64_t m, int64_t n, int64_t k);
 
-Split ChooseSplit(const KernelInfo& kernel, int64_t products, int64_t m, int64_t n, int64_t k, int64_t threads);
+// For `products` products that ChooseSums has seen, each with sums over `k` in all.
+Split ChooseSplit(const KernelInfo& kernel, int64_t products, const GemmArgs& args, int64_t k, int64_t threads);
 
 // Cuts m and n further until the unfinished sums of an item of a narrow kernel fit into the workspace.
 Split SplitForPartialSums(const KernelInfo& kernel, int64_t m, int64_t n, Split split);

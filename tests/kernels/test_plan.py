@@ -277,6 +277,19 @@ class TestSplit:
             p = plan("mk,kn->mn", m=m, n=n, k=k, threads=threads, target=target)
             assert np.prod(p["split"]) >= threads
 
+    def test_packing_is_not_repeated_for_balance(self, target):
+        """Each item packs for itself: two threads share a large square in as few pieces as keep both busy."""
+        for size in (512, 768, 1024, 2048):
+            p = plan("mk,kn->mn", m=size, n=size, k=size, threads=2, target=target)
+            assert p["pack_b"]
+            assert 2 <= np.prod(p["split"]) <= 6
+
+    def test_what_is_not_packed_is_cut_finely(self, target):
+        """A thread that wakes up late then still finds its half of the work."""
+        p = plan("mk,kn->mn", m=256, n=256, k=256, threads=2, target=target)
+        assert not p["pack_b"]
+        assert np.prod(p["split"]) >= 16
+
     def test_batches_are_split_whole(self, target):
         products, m, n = plan("bmk,bkn->bmn", b=512, m=32, n=32, k=32, threads=4, target=target)["split"]
         assert products >= 4
