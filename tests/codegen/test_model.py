@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from jax_nano import _runtime
-from jax_nano.codegen import checks, ir, manifest, tile
+from jax_nano.codegen import checks, ir, manifest, tile, walks
 from jax_nano.codegen.catalog import Kernel, find, kernels
 from jax_nano.codegen.macrokernel import GEMM_ARGS
+from jax_nano.codegen.microkernel import walks_of
 from jax_nano.codegen.target import TARGETS
 from jax_nano.codegen.transpose import transpose
 
@@ -141,6 +142,26 @@ def disassembly(kernel: Kernel, spoil: str = "", *, extra_products: int = 0, loo
         body += ["incq\t%rax", f"jne\t0x{address + 4:x} <{name}+0x4>"] if loop or name != main else []
         lines += [f"    {address + 4 * i:x}:\t{text}" for i, text in enumerate([*body, "retq"])]
     return "\n".join(lines) + "\n"
+
+
+class TestWalks:
+    def test_a_table_takes_no_more_than_it_has_room_for(self):
+        def body(p):
+            walk = walks.Walk(p, 64, 14, 128)
+            table = walks.Walks(1, walks.Walks.room(1))
+            table.put([walk])
+            with pytest.raises(ValueError, match="2 walks for a table of 1"):
+                table.put([walk, walk])
+
+        with ir.new_module() as module:
+            module.function("f", ["int8"], body, internal=False)
+
+    @pytest.mark.parametrize("kernel", VECTOR_KERNELS, ids=[k.name for k in VECTOR_KERNELS])
+    def test_a_table_has_room_for_all_that_a_kernel_fetches(self, kernel):
+        """Lines of C, four walks along A where it lies, one where it is packed, one for each line of B's columns."""
+        gemm = kernel.gemm
+        lines = [-(-gemm.tile.nr * ir.elem_bytes(x) // 64) for x in (gemm.out, gemm.b)]
+        assert lines[0] + 4 + 1 + lines[1] <= walks_of(gemm.tile, gemm.out, None).size
 
 
 class TestChecks:
