@@ -6,6 +6,7 @@ import argparse
 import importlib
 import pathlib
 import sys
+import time
 
 from tqdm import tqdm
 
@@ -66,6 +67,14 @@ def _parser() -> argparse.ArgumentParser:
         beside = commands.add_parser(name, help=what)
         beside.set_defaults(command=_measure_beside, name=name)
         beside.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
+
+    models = commands.add_parser("models", help="steps of whole models, accelerated, beside plain XLA")
+    models.set_defaults(command=_models)
+    models.add_argument("--quick", action="store_true", help="tiny models, few repetitions: proves that it works")
+    models.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="models whose name has a TEXT")
+    models.add_argument("--rounds", type=int, default=9, help="samples of each program (default: 9)")
+    models.add_argument("--merge", nargs="+", type=pathlib.Path, metavar="JSON", help="one table of earlier runs")
+    models.add_argument("--out", type=pathlib.Path, default=ROOT / "results", help="(default: results/)")
 
     shapes = commands.add_parser("list", help="list the products of a suite")
     shapes.set_defaults(command=_list)
@@ -150,6 +159,24 @@ def _measure_beside(args: argparse.Namespace) -> int:
 def _beside(name: str, *, quick: bool) -> Section:
     section: Section = importlib.import_module(f"benchmarks.{name}").report(quick=quick)
     return section
+
+
+def _models(args: argparse.Namespace) -> int:
+    from benchmarks import models
+
+    if args.merge:
+        print(models.markdown(models.load(args.merge)))
+        return 0
+    rows = models.run(args.only, rounds=2 if args.quick else args.rounds, quick=args.quick)
+    if not rows:
+        return _complain("no model is called that; see examples/zoo")
+    path = args.out / f"{time.strftime('%Y-%m-%dT%H%M%S')}-models.json"
+    models.save(rows, path)
+    text = models.markdown(rows)
+    path.with_suffix(".md").write_text(text)
+    print(text)
+    print("written:", *(_relative(item) for item in (path, path.with_suffix(".md"))), sep="\n  ")
+    return 0
 
 
 def _list(args: argparse.Namespace) -> int:

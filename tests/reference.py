@@ -88,11 +88,16 @@ def expected(
         if initial is not None:
             value = value + initial.astype(wide)
             magnitude = magnitude + np.abs(initial.astype(wide))
-        bound = min(C * terms, C_SQRT * terms**0.5) * float(ml_dtypes.finfo(acc).eps) * magnitude
+        bound = relative_error(terms, acc) * magnitude
         if out != acc:
             info = ml_dtypes.finfo(out)
             bound = bound + np.maximum(float(info.eps) * np.abs(value), float(info.smallest_subnormal))
     return Expected(value, bound)
+
+
+def relative_error(terms: int, acc: DTypeLike) -> float:
+    """What a sum of so many terms may be off by, relative to the sum of their magnitudes."""
+    return min(C * terms, C_SQRT * terms**0.5) * float(ml_dtypes.finfo(acc).eps)
 
 
 _PARTS = {
