@@ -108,6 +108,26 @@ def test_the_other_measurements_run(command):
     assert "jax_nano" in done.stdout
 
 
+def test_models_are_measured_in_every_setting(tmp_path):
+    done = run("models", "--quick", "--only", "mlp", "kalman", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["setting"] for row in rows} == {"YNNPACK", "no YNNPACK"}
+    assert {row["model"] for row in rows} == {"equinox mlp training", "kalman filter"}
+    for row in rows:
+        assert not row["skipped"]
+        assert len(row["plain"]) == len(row["accelerated"]) == 2
+    assert "equinox mlp training" in path.with_suffix(".md").read_text()
+
+    again = run("models", "--merge", str(path), str(path))
+    assert again.stdout.strip() == path.with_suffix(".md").read_text().strip()
+
+
+def test_models_refuses_names_that_no_model_has():
+    assert run("models", "--quick", "--only", "no such model").returncode == 2
+
+
 @pytest.mark.parametrize("wrong", [["--only", "no such product"], ["--cores", "0"], ["--cores", "100000"]])
 def test_a_run_refuses_what_it_cannot_do(wrong):
     done = run("run", "--suite", "tiny", *wrong)
