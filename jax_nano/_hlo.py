@@ -82,7 +82,7 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
     },
     "PrecisionConfig": {"operand_precision": (1, "*int32"), "algorithm": (2, "int32")},
     "Metadata": {"op_name": (2, "string")},
-    "Literal": {"f64s": (9, "*double"), "f32s": (8, "*float")},
+    "Literal": {"f32s": (8, "*float")},
     "FrontendAttributes": {"map": (1, "*Entry")},
     "Entry": {"key": (1, "string"), "value": (2, "string")},
 }
@@ -110,7 +110,7 @@ TYPED_FFI: Final = 4
 """CustomCallApiVersion's API_VERSION_TYPED_FFI."""
 
 
-def _declare() -> type[Any]:
+def _declare() -> dict[str, type[Any]]:
     field = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="jax_nano/hlo.proto", package=_PACKAGE, syntax="proto3")
     for message, fields in _MESSAGES.items():
@@ -126,10 +126,11 @@ def _declare() -> type[Any]:
                 declared.field.add(name=name, number=number, label=label, type=getattr(field, f"TYPE_{kind.upper()}"))
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.Module"))
+    return {x: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.{x}")) for x in _MESSAGES}
 
 
-_Module: Final = _declare()
+_CLASSES: Final = _declare()
+_Module, _Literal = _CLASSES["Module"], _CLASSES["Literal"]
 
 
 class Array(NamedTuple):
@@ -170,6 +171,11 @@ def set_array(shape: Any, dtype: np.dtype, dims: Sequence[int]) -> None:
     shape.dimensions.extend(dims)
     shape.is_dynamic_dimension.extend([False] * len(dims))
     shape.layout.minor_to_major.extend(range(len(dims) - 1, -1, -1))
+
+
+def scalar(constant: Instruction) -> float:
+    """The value of a float32 constant without dimensions."""
+    return _Literal.FromString(constant.literal).f32s[0]
 
 
 class Module:

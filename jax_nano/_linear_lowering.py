@@ -18,10 +18,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir, xla
 
 from jax_nano import _jax_compat as compat
-from jax_nano import _linear, _native, _shapes, _sharding
+from jax_nano import _linear, _native, _report, _shapes, _sharding
 from jax_nano._linear import Epilogue, composition
 from jax_nano._linear import linear_p as linear_p
-from jax_nano._lowering import Context, Operand, Value, call_p, choose, fold_transposes, lax_product, signature_of
+from jax_nano._lowering import Context, Operand, Value, call_p, choose, fold_transposes, lax_product, signature_of, tell
 from jax_nano._shapes import Labels
 from jax_nano._signatures import Precision, Signature
 
@@ -45,6 +45,9 @@ def _custom_call(
     x, w = x.converted(signature.lhs), w.converted(signature.rhs)
     shape = labels.out_shape(x.shape, w.shape)
     operands = [x, w, *extras]
+    text = _report.epilogue_text(epilogue.activation, epilogue.scale, bias=epilogue.bias, residual=epilogue.residual)
+    dtypes = (signature.lhs, signature.rhs, dtype)
+    tell(ctx, labels, (x.shape, w.shape, shape), dtypes, signature.algorithm, None, text)
     (out,) = _ffi_rule(
         ctx.replace(
             avals_in=[

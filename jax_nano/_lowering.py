@@ -148,24 +148,27 @@ def _call(ctx: Context, lhs: Operand, rhs: Operand, labels: Labels, signature: S
     """The product of two arrays on one device, with what a kernel cannot do done around the call."""
     call_labels, shape, perm = stored(labels, lhs.shape, rhs.shape)
     lhs, rhs = lhs.converted(signature.lhs), rhs.converted(signature.rhs)
-    _tell(ctx, call_labels, (lhs.shape, rhs.shape, shape), signature[:3], signature.algorithm, None)
+    tell(ctx, call_labels, (lhs.shape, rhs.shape, shape), signature[:3], signature.algorithm, None)
     out = _custom_call(ctx, lhs, rhs, call_labels, shape, signature)
     out = Operand(out, shape, signature.out).converted(out_dtype).value
     return out if perm is None else stablehlo.TransposeOp(out, mlir.dense_int_array(perm)).result
 
 
-def _tell(
+def tell(
     ctx: Context,
     labels: Labels,
     shapes: Sequence[tuple[int, ...]],
     dtypes: Sequence[np.dtype],
     algorithm: str,
     declined: str | None,
+    epilogue: str = "",
 ) -> None:
     """Puts a product in the report."""
     lhs, rhs, out = (_report.Array(dtype.name, shape) for dtype, shape in zip(dtypes, shapes, strict=True))
     source = f"{ctx.name_stack}/{ctx.primitive}"
-    _report.add(_report.Product(compat.program_name(ctx), source, (lhs, rhs, out), labels, algorithm, declined))
+    _report.add(
+        _report.Product(compat.program_name(ctx), source, (lhs, rhs, out), labels, algorithm, declined, epilogue)
+    )
 
 
 # The call as a primitive of its own: for programs that contain it as a part, and never seen by a
@@ -243,7 +246,7 @@ def _lower(ctx: Context, lhs: Value, rhs: Value, **params: Any) -> Sequence[Valu
     if signature is None or placement is _sharding.Placement.XLA or "cpu" not in platforms:
         if "cpu" in platforms:
             shapes = (lhs_aval.shape, rhs_aval.shape, out_aval.shape)
-            _tell(ctx, labels, shapes, dtypes, "default", declined or placement.value)
+            tell(ctx, labels, shapes, dtypes, "default", declined or placement.value)
         return mlir.lower_fun(partial(lax_dot_general, **params), multiple_results=False)(ctx, lhs, rhs)
 
     left, lhs_dims = fold_transposes(Operand(lhs, lhs_aval.shape, lhs_aval.dtype), labels.lhs)

@@ -31,6 +31,7 @@ class Product(NamedTuple):
     labels: Labels  # of the arrays' dimensions
     algorithm: str
     declined: str | None  # why XLA computes it; None: a kernel does
+    epilogue: str = ""  # what the call does besides
 
 
 _lock = threading.Lock()
@@ -50,6 +51,17 @@ def products() -> list[tuple[Product, int]]:
     """Every product compiled so far, in order, and how often."""
     with _lock:
         return list(_products.items())
+
+
+def epilogue_text(activation: str, scale: float, *, bias: bool, residual: bool) -> str:
+    """An epilogue in words: "scale 0.25, bias, relu, residual"."""
+    parts = {
+        f"scale {scale:g}": scale != 1,
+        "bias": bias,
+        activation: activation != "none",
+        "residual": residual,
+    }
+    return ", ".join(name for name, there in parts.items() if there)
 
 
 def clear_report() -> None:
@@ -83,6 +95,7 @@ def _line(product: Product) -> str:
     lhs, rhs, out = (f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in product.arrays)
     what = f"{_letters(product.labels)}  {lhs} x {rhs} -> {out}"
     algorithm = "" if product.algorithm == "default" else f" ({product.algorithm})"
+    algorithm += f", then {product.epilogue}" if product.epilogue else ""
     fate = _kernel(product) if product.declined is None else f"left to XLA: {product.declined}"
     return f"{what}{algorithm}: {fate}  [{product.source}]"
 

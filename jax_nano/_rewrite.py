@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from jax.lax import DotAlgorithmPreset
 
-from jax_nano import _hlo, _lowering, _native, _report, _shapes, _views
+from jax_nano import _epilogues, _hlo, _lowering, _native, _report, _shapes, _views
 from jax_nano._hlo import Body, Instruction, Module
 from jax_nano._lowering import Choice
 from jax_nano._shapes import Labels
@@ -87,14 +87,15 @@ def _rewrite(module: Module, body: Body, instruction: Instruction, found: Dot) -
         a, b, c = (_report.Array(_hlo.dtype_name(x.shape), tuple(x.shape.dimensions)) for x in arrays)
         why = "no kernel reads this dtype or layout"
         return _report.Product(module.name, source, (a, b, c), labels, "default", why)
+    epilogue: _epilogues.Found | None = None
     (lhs, rhs, out), choice = _best(module, body, dot, lhs, rhs, out)
     if choice.signature is not None and choice.declined is None:
-        _call(body, lhs, rhs, out, choice.labels, choice.signature.algorithm)
+        epilogue = _epilogues.epilogue_of(module, body, out)
+        _call(body, lhs, rhs, out, choice.labels, choice.signature.algorithm, epilogue)
     algorithm = "default" if choice.signature is None else choice.signature.algorithm
-    described = [_report.Array(x.dtype.name, x.sizes) for x in (lhs, rhs, out)]
-    return _report.Product(
-        module.name, source, (described[0], described[1], described[2]), choice.labels, algorithm, choice.declined
-    )
+    a, b, c = (_report.Array(x.dtype.name, x.sizes) for x in (lhs, rhs, out))
+    fate = (choice.declined, str(epilogue or ""))
+    return _report.Product(module.name, source, (a, b, c), choice.labels, algorithm, *fate)
 
 
 def _best(
@@ -149,12 +150,27 @@ def _choose(dot: Instruction, lhs: View, rhs: View, out: View) -> Choice:
     return choice
 
 
-def _call(body: Body, lhs: View, rhs: View, out: View, labels: Labels, algorithm: str) -> None:
-    """Makes the instruction of `out` the call."""
+def _call(
+    body: Body, lhs: View, rhs: View, out: View, labels: Labels, algorithm: str, epilogue: _epilogues.Found | None
+) -> None:
+    """Makes the instruction of `out` the call, or that of its epilogue."""
+    inputs, attributes = [lhs, rhs], {"abi": f"{_native.ABI} : i64", "algorithm": f'"{algorithm}"'}
+    if epilogue is not None:
+        out = out._replace(instruction=epilogue.instruction)
+        if epilogue.bias is not None:
+            inputs.append(View(epilogue.bias, out.dtype, out.sizes[-1:], out.labels[-1:]))
+        if epilogue.residual is not None:
+            inputs.append(out._replace(instruction=epilogue.residual))
+        attributes["activation"] = f'"{epilogue.activation}"'
+        attributes["scale"] = f"{epilogue.scale:.9e} : f32"
+        attributes["bias"] = f"{int(epilogue.bias is not None)} : i64"
+        attributes["residual"] = f"{int(epilogue.residual is not None)} : i64"
+    for name, dims in zip(("lhs", "rhs", "out"), labels, strict=True):
+        attributes[f"{name}_labels"] = _dense(dims)
+
     call = out.instruction
     operands = [
-        x.instruction if x.is_its_shape else body.bitcast(x.instruction, x.dtype, x.sizes, before=call)
-        for x in (lhs, rhs)
+        x.instruction if x.is_its_shape else body.bitcast(x.instruction, x.dtype, x.sizes, before=call) for x in inputs
     ]
     body.set_operands(call, operands)
     if not out.is_its_shape:
@@ -162,18 +178,11 @@ def _call(body: Body, lhs: View, rhs: View, out: View, labels: Labels, algorithm
     for field in ("dot_dimension_numbers", "precision_config", "fusion_kind", "called_computation_ids"):
         call.ClearField(field)
     call.opcode = "custom-call"
-    call.custom_call_target = _native.TARGET_NAME
+    call.custom_call_target = _native.TARGET_NAME if epilogue is None else _native.LINEAR_TARGET_NAME
     call.custom_call_api_version = _hlo.TYPED_FFI
-    call.backend_config = _attributes(labels, algorithm).encode()
+    call.backend_config = ("{" + ", ".join(f"{x} = {value}" for x, value in attributes.items()) + "}").encode()
     call.constrain_layout = True
     call.operand_shapes_with_layout.extend(x.shape for x in operands)
-
-
-def _attributes(labels: Labels, algorithm: str) -> str:
-    """The call's attributes in MLIR's syntax."""
-    dense = {f"{name}_labels": _dense(x) for name, x in zip(("lhs", "rhs", "out"), labels, strict=True)}
-    attributes = {"abi": f"{_native.ABI} : i64", "algorithm": f'"{algorithm}"', **dense}
-    return "{" + ", ".join(f"{name} = {value}" for name, value in attributes.items()) + "}"
 
 
 def _dense(values: Sequence[int]) -> str:

@@ -60,6 +60,14 @@ def test_what_is_declined_has_a_reason() -> None:
     assert "left to XLA: no kernel reads this dtype or layout" in text
 
 
+def test_epilogues() -> None:
+    x, w, b = np.ones((24, 40), np.float32), np.ones((40, 56), np.float32), np.ones(56, np.float32)
+    with jax_nano.accelerate():
+        jax.jit(lambda x, w, b: jax.nn.relu(0.5 * (x @ w) + b)).lower(x, w, b).compile()
+    jax.jit(lambda x, w, b: jax_nano.linear(x, w, b, activation="relu", scale=0.5)).lower(x, w, b)
+    assert jax_nano.report().count("-> float32[24,56], then scale 0.5, bias, relu: ") == 2
+
+
 def test_layout_and_count() -> None:
     a = np.ones((24, 40), np.float32)
     with jax_nano.accelerate():
