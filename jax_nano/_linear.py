@@ -128,7 +128,7 @@ def _jvp(primals: Sequence[Array], tangents: Sequence[Any], **params: Any) -> tu
         after, slope = jax.jvp(function, (before,), (jnp.ones_like(before),))
         slope = before > 0 if epilogue.activation == "relu" else slope.astype(dtype)
         out = (after if residual is None else after + residual.astype(wide)).astype(dtype)
-    return out, _tangent(primals, tangents, slope, **params)
+    return out, _tangent(primals, tangents, slope, out.shape, **params)
 
 
 def _slope_of_result(activation: str, y: Array) -> Array:
@@ -139,13 +139,14 @@ def _tangent(
     primals: Sequence[Array],
     tangents: Sequence[Any],
     slope: Array | None,
+    shape: tuple[int, ...],
     *,
     labels: Labels,
     epilogue: Epilogue,
     precision: Precision,
     dtype: np.dtype,
 ) -> Any:
-    """The tangent of the result. ``slope`` is the activation's, or a mask of where it is 1 and not 0."""
+    """The tangent of the result of that shape. ``slope`` is the activation's, or a mask of where it is 1 and not 0."""
     x, w, *_ = primals
     dx, dw, *rest = tangents
     dbias, dresidual = epilogue.split(rest)
@@ -156,8 +157,7 @@ def _tangent(
             term = bind_labels(pair[0], pair[1], labels, **params)
             terms.append(term if epilogue.scale == 1 else term * np.asarray(epilogue.scale, dtype))
     if not _is_zero(dbias):
-        shape = jax.eval_shape(lambda x, w: bind_labels(x, w, labels, **params), x, w).shape
-        terms.append(jnp.broadcast_to(dbias, shape))
+        terms.append(dbias if terms else jnp.broadcast_to(dbias, shape))
     tangent: Any = None
     for term in terms:
         tangent = term if tangent is None else tangent + term

@@ -5,10 +5,12 @@ JAX_NANO_REQUIRE_TARGET=emulated turns the skipping of these tests (for want of 
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 
 import emulated
+import epilogues
 import ml_dtypes
 import numpy as np
 import pytest
@@ -90,13 +92,16 @@ PRODUCTS = {
 }
 
 
-def expected(kernel: emulated.Kernel, a: np.ndarray, b: np.ndarray, initial: np.ndarray | None = None) -> object:
+def expected(
+    kernel: emulated.Kernel, a: np.ndarray, b: np.ndarray, initial: np.ndarray | None = None, out: str | None = None
+) -> reference.Expected:
+    out = out or kernel.out
     if kernel.algorithm == "default":
-        return reference.expected("mk,kn->mn", a, b, out=kernel.out, acc=kernel.acc, initial=initial)
+        return reference.expected("mk,kn->mn", a, b, out=out, acc=kernel.acc, initial=initial)
     left, right = exact_parts(a), exact_parts(b)
     with np.errstate(invalid="ignore"):
         value = sum(left[i] @ right[j] for i, j in PRODUCTS[kernel.algorithm])
-    judged = reference.expected("mk,kn->mn", left[0], right[0], out=kernel.out, acc=kernel.acc, initial=initial)
+    judged = reference.expected("mk,kn->mn", left[0], right[0], out=out, acc=kernel.acc, initial=initial)
     if initial is not None:
         value = value + initial
     return reference.Expected(np.broadcast_to(value, judged.value.shape), 2 * judged.bound)
@@ -168,6 +173,28 @@ def test_exact_on_integers_in_blocks(subject, rng, orders):
         subject.call(a[:, :half], b[:half], c, more=1, **blocks, **sums)
         subject.call(a[:, half:], b[half:], c, accumulate=1, **blocks, **sums)
         assert np.array_equal(c, want)
+
+
+@pytest.mark.parametrize(("at", "order_b"), [("end", "C"), ("begin", "F")])
+def test_epilogues_beside_guard_pages(subject, memory, rng, at, order_b):
+    if not subject.epilogue:
+        pytest.skip("sums in another type than float32: no epilogue")
+    activations = itertools.cycle(epilogues.NAMES)
+    with Region(1 << 20) as residuals, Region(1 << 16) as biases:
+        for k, m, n in itertools.product((3, 40), sizes(subject.mr), sizes(subject.nr)):
+            a_all, b_all = operands(subject, rng, m, n, k)
+            a, b = place(memory[0], a_all, "C", at), place(memory[1], b_all, order_b, at)
+            residual = place(residuals, reference.random(rng, (m, n), subject.out), "C", at)
+            bias = place(biases, reference.random(rng, (n,), subject.out), "C", at)
+            sums = expected(subject, a, b, out=subject.acc)
+            for pack in packs(subject, order_b):
+                for kc in {-(-k // subject.kr) * subject.kr, subject.kr * 4}:
+                    epilogue = epilogues.Epilogue(next(activations), 0.5, bias, residual)
+                    c = memory[2].array((m, n), subject.out, at=at)
+                    c.fill(reference.poison(subject.out))
+                    struct = epilogue.struct(c)
+                    subject.call(a, b, c, epilogue=epilogues.address(struct), kc=kc, **pack)
+                    epilogue.expected(sums, subject.out).check(c, (m, n, k, kc, epilogue.activation))
 
 
 def test_nothing_outside_leaks_in(subject, rng):
