@@ -76,6 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--merge", nargs="+", type=pathlib.Path, metavar="JSON", help="one table of earlier runs")
     models.add_argument("--out", type=pathlib.Path, default=ROOT / "results", help="(default: results/)")
 
+    linear = commands.add_parser("linear", help="layers with an epilogue, beside a product and XLA's operations")
+    linear.set_defaults(command=_linear)
+    linear.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
+
     shapes = commands.add_parser("list", help="list the products of a suite")
     shapes.set_defaults(command=_list)
     shapes.add_argument("--suite", choices=SUITES, default="full")
@@ -176,6 +180,13 @@ def _models(args: argparse.Namespace) -> int:
     path.with_suffix(".md").write_text(text)
     print(text)
     print("written:", *(_relative(item) for item in (path, path.with_suffix(".md"))), sep="\n  ")
+    return 0
+
+
+def _linear(args: argparse.Namespace) -> int:
+    from benchmarks import epilogues
+
+    print(epilogues.report(quick=args.quick))
     return 0
 
 
