@@ -45,7 +45,9 @@ struct GemmArgs {
   int64_t more;           // 1: the sum over k is not finished by this call: a narrow kernel leaves it in `partial`
   int64_t pack_a;         // 1: copy blocks of A into the workspace (required unless direct_a)
   int64_t pack_b;         // 1: copy blocks of B into the workspace (required unless direct_b and csb == 1)
-  int64_t inner;          // 1: the inner-product path (KernelInfo::inner; csa == rsb == 1, k whole, nothing packed)
+  int64_t inner;          // 1: the inner-product path (KernelInfo::inner; k whole, csa == 1 and rsb == 1 unless
+                          //    pack_a, pack_b: then a copy along k of the operand goes to the workspace)
+  int64_t sweep;          // 1: the sweep path (KernelInfo::sweep; csb == 1, nothing packed; `partial` if narrow)
   int64_t mc, kc, nc;     // cache blocking; mc multiple of mr, nc multiple of nr, kc multiple of kr
   const Epilogue* epilogue;  // applied when the sum over k is finished; null: C is the sum
 };
@@ -71,6 +73,7 @@ struct KernelInfo {
   bool direct_a;           // whether A can be read where it lies
   bool direct_b;           // whether B can, if its columns are 1 apart
   bool inner;              // whether it has an inner-product path
+  bool sweep;              // whether it has a path for few rows of A and a row-major B
   bool narrow;             // whether C cannot hold unfinished sums: these live in GemmArgs::partial
   bool epilogue;           // whether it takes GemmArgs::epilogue
   GemmFn fn;

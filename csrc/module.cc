@@ -108,6 +108,7 @@ nb::dict KernelDict(const KernelInfo& k) {
   d["direct_a"] = k.direct_a;
   d["direct_b"] = k.direct_b;
   d["inner"] = k.inner;
+  d["sweep"] = k.sweep;
   d["narrow"] = k.narrow;
   d["epilogue"] = k.epilogue;
   return d;
@@ -169,6 +170,7 @@ nb::dict PlanDict(const Plan& plan) {
   d["bsb"] = x.bsb;
   d["bsc"] = x.bsc;
   d["inner"] = x.inner != 0;
+  d["sweep"] = x.sweep != 0;
   d["pack_a"] = x.pack_a != 0;
   d["pack_b"] = x.pack_b != 0;
   d["mc"] = x.mc;
@@ -248,29 +250,35 @@ const KernelInfo& KernelNamed(std::string_view name) {
 // until this call returns.
 void RunOne(const KernelInfo& kernel, GemmArgs x) {
   if (x.epilogue != nullptr && !kernel.epilogue) throw std::invalid_argument("this kernel has no epilogue");
-  if (x.mc == 0 || x.kc == 0 || x.nc == 0) {
+  const bool blocked = !x.inner && !x.sweep;
+  if (blocked && (x.mc == 0 || x.kc == 0 || x.nc == 0)) {
     GemmArgs planned = x;
-    KernelInfo blocked = kernel;
-    blocked.inner = false;
-    ChooseSums(blocked, 1, planned);
-    ChooseBlocks(blocked, HostCaches(), x.m, x.n, planned);
+    KernelInfo plain = kernel;
+    plain.inner = plain.sweep = false;
+    ChooseSums(plain, 1, planned);
+    ChooseBlocks(plain, HostCaches(), x.m, x.n, planned);
     if (x.mc == 0) x.mc = planned.mc;
     if (x.kc == 0) x.kc = planned.kc;
     if (x.nc == 0) x.nc = planned.nc;
   }
+  if (x.rs_partial == 0) x.rs_partial = RoundUp(x.n, kernel.nr);
   if (x.inner) {
     if (!kernel.inner) throw std::invalid_argument("this kernel has no inner-product path");
-    if (x.csa != 1 || x.rsb != 1) throw std::invalid_argument("csa and rsb must be 1 for the inner-product path");
+    if ((x.csa != 1 && !x.pack_a) || (x.rsb != 1 && !x.pack_b)) {
+      throw std::invalid_argument("csa and rsb must be 1 for the inner-product path, unless pack_a and pack_b");
+    }
     if (x.accumulate || x.more) throw std::invalid_argument("the inner-product path takes the whole of k");
-    kernel.fn(&x);
-    return;
-  }
-  if (x.rs_partial == 0) x.rs_partial = RoundUp(x.n, kernel.nr);
-  if (!x.pack_a && !kernel.direct_a) throw std::invalid_argument("this kernel needs pack_a");
-  if (!x.pack_b && !kernel.direct_b) throw std::invalid_argument("this kernel needs pack_b");
-  if (x.csb != 1 && !x.pack_b) throw std::invalid_argument("csb must be 1 unless pack_b");
-  if (x.mc % kernel.mr || x.kc % kernel.kr || x.nc % kernel.nr) {
-    throw std::invalid_argument("mc, kc, nc must be multiples of mr, kr, nr");
+  } else if (x.sweep) {
+    if (!kernel.sweep) throw std::invalid_argument("this kernel has no sweep path");
+    if (x.csb != 1) throw std::invalid_argument("csb must be 1 for the sweep path");
+    if (x.pack_a || x.pack_b) throw std::invalid_argument("the sweep path packs nothing");
+  } else {
+    if (!x.pack_a && !kernel.direct_a) throw std::invalid_argument("this kernel needs pack_a");
+    if (!x.pack_b && !kernel.direct_b) throw std::invalid_argument("this kernel needs pack_b");
+    if (x.csb != 1 && !x.pack_b) throw std::invalid_argument("csb must be 1 unless pack_b");
+    if (x.mc % kernel.mr || x.kc % kernel.kr || x.nc % kernel.nr) {
+      throw std::invalid_argument("mc, kc, nc must be multiples of mr, kr, nr");
+    }
   }
   if (kernel.narrow && x.rs_partial < RoundUp(x.n, kernel.nr)) {
     throw std::invalid_argument("rs_partial must be at least n rounded up to nr");
@@ -316,9 +324,11 @@ void CallKernel(std::string_view kernel_name, const nb::dict& fields) {
   x.bsc = get("bsc", 0);
   x.accumulate = get("accumulate", 0);
   x.more = get("more", 0);
-  x.pack_a = get("pack_a", !kernel.direct_a);
-  x.pack_b = get("pack_b", !kernel.direct_b);
   x.inner = get("inner", 0);
+  x.sweep = get("sweep", 0);
+  const bool blocked = !x.inner && !x.sweep;
+  x.pack_a = get("pack_a", blocked && !kernel.direct_a);
+  x.pack_b = get("pack_b", blocked && !kernel.direct_b);
   x.mc = get("mc", 0);
   x.kc = get("kc", 0);
   x.nc = get("nc", 0);

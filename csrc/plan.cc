@@ -25,15 +25,27 @@ constexpr int64_t kPackBMinTiles = 8;         // register tiles of rows that pay
 constexpr int64_t kTlbReachBytes = 64 << 12;  // L1 data TLB: rows of B further apart than this in sum
 constexpr int64_t kDirectMaxKc = 1024;
 constexpr int64_t kAliasBytes = 4096;  // rows this far apart share their sets in L1
-// A few rows of A against a large B: memory is the bottleneck, and B is best read as so many rows side by side, each
-// from end to end (Zen 4, 1x4096x1024: 26 GFLOP/s by 8 rows, 14 by all; 8x4096x1024: 67 by 16 rows, 44 by all).
-constexpr int64_t kVectorKc = 8;   // one row of A
-constexpr int64_t kSkinnyKc = 16;  // up to kSkinnyRows rows, where B's rows alias, or up to kThinRows
+// A few rows of A against a large B: memory is the bottleneck, and B is best read by rows, from end to end, once.
+// Times on Zen 4, 22 November 2026, f32: 1x1024x1024 by sweeps 58 us, by tiles of 16 rows 71, of all rows 75; 4 x: 83,
+// 94, 79; 4x1024x4096: 769, 851, 1421. bf16, 4x1024x1024: swept 67 us, packed 123; int8 74 and 81.
+constexpr int64_t kSweepRows = 3;       // up to which sweeps read B where it lies faster than register tiles do,
+constexpr int64_t kSweepLargeRows = 4;  // for a large B,
+constexpr int64_t kSweepPairRows = 8;   // and faster than packing pairs of rows,
+constexpr int64_t kSweepByteRows = 4;   // or quads of bytes, which sweeps widen
+constexpr int64_t kSweepMinCols = 16;
+constexpr int64_t kLargeBBytes = 8 << 20;  // more than the caches near a core hold
+// Register tiles read B by so many of its rows side by side: 8x1024x4096 in 927 us by 16 and 2411 by all of them;
+// 32x1024x1024, whose rows alias, in 635 us by 64, 848 by all and 842 with B packed.
+constexpr int64_t kSkinnyKc = 16;  // up to kSkinnyRows rows of A against a large B
 constexpr int64_t kSkinnyRows = 8;
-constexpr int64_t kThinRows = 3;
-constexpr int64_t kStreamMaxRows = 16;  // up to which a kernel without packing beats one with better instructions
+constexpr int64_t kThinKc = 64;        // more of them against a large B, or one whose rows alias
+constexpr int64_t kStreamMaxRows = 8;  // up to which a kernel without packing beats one with better instructions
 // Both operands contiguous along K: packing B would transpose it, which few rows or columns do not pay for.
 constexpr int64_t kInnerMaxRows = 16;
+// One operand contiguous along K: so many vectors of the other one are worth a copy along K, if they meet many.
+constexpr int64_t kInnerMaxCopied = 8;
+constexpr int64_t kInnerMinMet = 32;
+constexpr int64_t kInnerMaxCopiedBytes = 1 << 20;
 constexpr int64_t kPackAMinTiles = 4;  // an A that is awkward to read, read by this many tiles of columns
 
 // Splitting over threads.
@@ -75,13 +87,30 @@ Loop TakeLargest(std::vector<Loop>& loops) {
   return loop;
 }
 
+// Whether products along K serve best: both operands lie along it, or one that is small can be copied so.
+bool ChooseInner(const KernelInfo& kernel, GemmArgs& args) {
+  const bool b_along_k = args.rsb == 1 && (args.csb != 1 || args.n == 1);
+  if (args.csa == 1 && b_along_k) {
+    args.inner = std::min(args.m, args.n) <= kInnerMaxRows;
+  } else if (args.csa == 1) {
+    const int64_t bytes = args.n * args.k * ElementBytes(kernel.rhs);
+    args.inner = args.pack_b = args.n <= kInnerMaxCopied && args.m >= kInnerMinMet && bytes <= kInnerMaxCopiedBytes;
+  } else if (b_along_k) {
+    const int64_t bytes = args.m * args.k * ElementBytes(kernel.lhs);
+    args.inner = args.pack_a = args.m <= kInnerMaxCopied && args.n >= kInnerMinMet && bytes <= kInnerMaxCopiedBytes;
+  }
+  return args.inner;
+}
+
 }  // namespace
 
 int64_t PackedABytes(const KernelInfo& kernel, const GemmArgs& args) {
+  if (args.inner) return args.pack_a ? RoundUp(args.m * args.k * ElementBytes(kernel.lhs), 64) : 0;
   return args.pack_a ? args.mc * PackedARow(kernel, args.kc) + kPackSlackBytes : 0;
 }
 
 int64_t PackedBBytes(const KernelInfo& kernel, const GemmArgs& args) {
+  if (args.inner) return args.pack_b ? RoundUp(args.n * args.k * ElementBytes(kernel.rhs), 64) : 0;
   const int64_t column = args.kc * kernel.b_panel_bytes + kernel.b_header_bytes;
   return args.pack_b ? RoundUp(args.nc * column, 64) + kPackSlackBytes : 0;
 }
@@ -91,28 +120,33 @@ int64_t PartialBytes(const KernelInfo& kernel, int64_t m, int64_t rs_partial) {
 }
 
 void ChooseSums(const KernelInfo& kernel, int64_t passes, GemmArgs& args) {
-  const int64_t b_bytes = ElementBytes(kernel.rhs);
-  const bool rows_far_apart = args.k * args.rsb * b_bytes > kTlbReachBytes;
-  const bool b_aliases = args.rsb * b_bytes % kAliasBytes == 0;
+  args.inner = args.sweep = args.pack_a = args.pack_b = args.kc = 0;
+  if (kernel.inner && passes == 1 && ChooseInner(kernel, args)) return;
+
+  const int64_t b_bytes = ElementBytes(kernel.rhs), b_span = args.k * args.rsb * b_bytes;
+  const bool rows_far_apart = b_span > kTlbReachBytes, large = b_span >= kLargeBBytes;
+  if (kernel.sweep && args.csb == 1 && args.n >= kSweepMinCols) {
+    const int64_t unpacked = large ? kSweepLargeRows : rows_far_apart ? kSweepRows : 0;
+    args.sweep = args.m <= (kernel.direct_b ? unpacked : b_bytes == 1 ? kSweepByteRows : kSweepPairRows);
+    if (args.sweep) return;
+  }
+
+  const bool b_aliases = rows_far_apart && args.rsb * b_bytes % kAliasBytes == 0;
   args.pack_b = !kernel.direct_b || args.csb != 1 || (args.m >= kPackBMinTiles * kernel.mr && rows_far_apart);
   if (args.pack_b) {
     args.kc = BalancedBlock(args.k, kKcBytes / kernel.b_panel_bytes, kernel.kr);
-  } else if (rows_far_apart && args.m == 1) {
-    args.kc = kVectorKc;
-  } else if (rows_far_apart && args.m <= (b_aliases ? kSkinnyRows : kThinRows)) {
+  } else if (large && args.m <= kSkinnyRows) {
     args.kc = kSkinnyKc;
+  } else if ((large || b_aliases) && args.m > kSkinnyRows) {
+    args.kc = BalancedBlock(args.k, kThinKc, kernel.kr);
   } else {
     args.kc = BalancedBlock(args.k, kDirectMaxKc, kernel.kr);
   }
-
-  const bool along_k = kernel.inner && args.csa == 1 && args.rsb == 1 && (args.csb != 1 || args.n == 1);
-  args.inner = along_k && passes == 1 && std::min(args.m, args.n) <= kInnerMaxRows;
-  if (args.inner) args.pack_b = args.kc = 0;
 }
 
 void ChooseBlocks(const KernelInfo& kernel, const Caches& caches, int64_t item_m, int64_t item_n, GemmArgs& args) {
-  if (args.inner) {
-    args.pack_a = args.mc = args.nc = 0;
+  if (args.inner || args.sweep) {
+    args.mc = args.nc = 0;
     return;
   }
   const int64_t a_bytes = ElementBytes(kernel.lhs);
@@ -231,7 +265,7 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
   plan.divisible = WorthSplitting(plan.products, args.m, args.n, all_k);
   ChooseSums(kernel, passes, args);
   plan.split = ChooseSplit(kernel, plan.products, args, all_k, threads);
-  const bool partial = kernel.narrow && (passes > 1 || (!args.inner && args.k > args.kc));
+  const bool partial = kernel.narrow && (passes > 1 || args.sweep || (!args.inner && args.k > args.kc));
   if (partial) plan.split = SplitForPartialSums(kernel, args.m, args.n, plan.split);
   const int64_t item_m = CeilDiv(CeilDiv(args.m, kernel.mr), plan.split.m) * kernel.mr;
   const int64_t item_n = CeilDiv(CeilDiv(args.n, kernel.nr), plan.split.n) * kernel.nr;
@@ -257,7 +291,7 @@ Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::s
   }
   Plan plan = MakePlan(contraction, *kernel, threads, caches);
   // A few rows of A do not pay for packing B: a kernel that multiplies more slowly, but reads B where it lies, wins.
-  if (plan.args.pack_b && plan.args.csb == 1 && plan.args.m <= kStreamMaxRows) {
+  if (plan.args.pack_b && !plan.args.inner && plan.args.csb == 1 && plan.args.m <= kStreamMaxRows) {
     const KernelInfo* direct = select(true);
     if (direct != nullptr && direct != kernel) return MakePlan(contraction, *direct, threads, caches);
   }

@@ -58,11 +58,12 @@ Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::s
 // The parts of MakePlan, for tests and tuning.
 
 // What decides the order in which sums are taken, so follows from the product alone, never from the split or the
-// machine: fills inner, pack_b and kc of `args`, whose sizes and strides describe the whole product, where `passes`
-// kernel calls add up to one sum over k.
+// machine: fills inner, sweep, pack_b and kc of `args` (and pack_a of inner), whose sizes and strides describe the
+// whole product, where `passes` kernel calls add up to one sum over k.
 void ChooseSums(const KernelInfo& kernel, int64_t passes, GemmArgs& args);
 
-// What only moves data: fills pack_a, mc and nc of `args`, after ChooseSums, for items of item_m x item_n.
+// What only moves data: fills pack_a (but of inner), mc and nc of `args`, after ChooseSums, for items of item_m x
+// item_n.
 void ChooseBlocks(const KernelInfo& kernel, const Caches& caches, int64_t item_m, int64_t item_n, GemmArgs& args);
 
 // Whether the work fills two items.

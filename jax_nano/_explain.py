@@ -215,7 +215,10 @@ def _operand_text(operand: str, plan: Mapping[str, Any], kernel: Mapping[str, An
     readers = _cost.tiles(plan["n"], kernel["nr"]) if a else _cost.tiles(plan["m"], kernel["mr"])
     read = f"{readers} register {'tile' if readers == 1 else 'tiles'} of {'columns' if a else 'rows'}"
     if plan["inner"]:
-        return f"{shape}; read where it lies, along K"
+        copied = plan["pack_a" if a else "pack_b"]
+        return f"{shape}; {'copied along K, as it is the smaller operand' if copied else 'read where it lies, along K'}"
+    if plan["sweep"]:
+        return f"{shape}; read where it lies, {'element by element' if a else 'a few rows at a time from end to end'}"
     if not plan["pack_a" if a else "pack_b"]:
         return f"{shape}; read where it lies, by {read}"
     if not kernel["direct_a" if a else "direct_b"]:
@@ -237,7 +240,9 @@ def _why_never_direct(kernel: Mapping[str, Any]) -> str:
 
 def _blocking_lines(plan: Mapping[str, Any]) -> list[str]:
     if plan["inner"]:
-        lines = ["none: inner products, as both operands are contiguous along K and few rows meet many columns"]
+        lines = ["none: inner products along K, as few rows meet many columns, or many rows few columns"]
+    elif plan["sweep"]:
+        lines = ["none: sweeps over B that add to C, as few rows of A read all of it once"]
     else:
         parts = []
         for dimension, name in {"m": "M", "n": "N", "k": "K"}.items():

@@ -40,6 +40,7 @@ class _Kernel(TypedDict):
     direct_a: bool
     direct_b: bool
     inner: bool
+    sweep: bool
     narrow: bool
     epilogue: bool  # whether it can finish its sums with scale, bias, activation and residual
 
@@ -70,6 +71,7 @@ class _Plan(TypedDict):
     pack_a: bool
     pack_b: bool
     inner: bool
+    sweep: bool
     mc: int
     kc: int
     nc: int

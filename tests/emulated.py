@@ -50,6 +50,9 @@ class Kernel:
             "b_pack": x["pack_b"] and x["nc"] * (x["kc"] * self.b_panel_bytes + self.b_header_bytes),
         }
         sizes = {name: _round_up(size, 64) + PACK_SLACK_BYTES for name, size in sizes.items() if size}
+        if x["inner"]:
+            sizes = {"a_pack": x["pack_a"] and a.nbytes, "b_pack": x["pack_b"] and b.nbytes}
+            sizes = {name: size for name, size in sizes.items() if size}
         if self.narrow:
             sizes["partial"] = _round_up(m * x["rs_partial"] * np.dtype(self.acc).itemsize, 64)
         with contextlib.ExitStack() as regions:

@@ -19,6 +19,7 @@ from .nanokernel.bf16_dot import Bf16Dot
 from .nanokernel.bf16_parts import ALGORITHMS
 from .nanokernel.fma import Fma
 from .nanokernel.int8_dot import Int8Vnni, Int8Widened
+from .sweep import SweepMicrokernel
 from .target import TARGETS, Target
 from .tile import Tile, check, panel_tile
 
@@ -82,7 +83,7 @@ class Kernel:
             self.gemm.emit(module, self.symbol)
             return module.text()
 
-    def microkernels(self) -> dict[str, Microkernel | AmxMicrokernel | InnerMicrokernel]:
+    def microkernels(self) -> dict[str, Microkernel | AmxMicrokernel | InnerMicrokernel | SweepMicrokernel]:
         """Its microkernels by the names of their generated functions."""
         return {m.name(self.symbol): m for m in self.gemm.microkernels()}
 

@@ -1,10 +1,12 @@
 """The inner-product path: both operands contiguous along K, and few rows or columns.
 
 There a microkernel holds ``rows x cols`` accumulators that are vectors along K, reads every operand once where it
-lies, and sums each accumulator's lanes at the end. Nothing is packed: a matrix-vector product with a row-major matrix
-or the scores of one query against a cache of keys run at the speed of memory.
+lies, and sums each accumulator's lanes at the end: a matrix-vector product with a row-major matrix or the scores of
+one query against a cache of keys run at the speed of memory. The smaller operand may lie in any way: it is then copied
+to the workspace, along K.
 
     for each product of the batch
+      [copy A or B along K]
       for j in n by cols                  the longer side outside: its rows are read once
         for i in m by rows                (or the other way round)
           microkernel: all of k
@@ -161,8 +163,29 @@ class InnerPath:
         kernels = [k.emit(module, prefix) for k in self.microkernels()]
         rows, cols = self.tile
         params = self.microkernels()[0].params
+        copies = {"a": f"{prefix}_a_along_k", "b": f"{prefix}_b_along_k"}
+        for name, elem in ((copies["a"], self.a), (copies["b"], self.b)):
+            module.function(name, [elem, elem, *["i64"] * 4], _copy_along_k, internal=True)
 
-        def nest(x: dict[str, Any]) -> None:
+        def along_k(x: dict[str, Any], operand: str, size: Size, stride: str, along: str) -> dict[str, Any]:
+            """The operand and the stride between its vectors along K, copied first if it is to be."""
+            source: Ptr = x[operand]
+            copy = Ptr(x[f"{operand}_pack"].value, source.elem)
+
+            def copied() -> list[Any]:
+                module.call(copies[operand], [source, copy, size, x["k"], x[stride], x[along]])
+                return [copy, x["k"]]
+
+            there = [source, x[stride]]
+            pointer, step = ir.if_(ir.equal(x[f"pack_{operand}"], 0), lambda: there, copied, like=there)
+            return {operand: pointer, stride: step}
+
+        def nest(given: dict[str, Any]) -> None:
+            x = {
+                **given,
+                **along_k(given, "a", given["m"], "rsa", "csa"),
+                **along_k(given, "b", given["n"], "csb", "rsb"),
+            }
             finishes = ir.negate(ir.equal(x["epilogue"], 0)) if epilogue else False
             like: list[Any] = [x["c"], 0, 0]
 
@@ -216,3 +239,12 @@ class InnerPath:
             ir.if_(ir.less(x["m"], x["n"]), columns_outside, rows_outside)
 
         return nest
+
+
+def _copy_along_k(source: Ptr, target: Ptr, vectors: I64, k: I64, stride: I64, along: I64) -> None:
+    """Vectors of k elements that are ``along`` apart, one dense vector after the other."""
+
+    def element(kk: I64, j: I64) -> None:
+        target.at(j * k + kk).store(source.at(kk * along + j * stride).load())
+
+    ir.loop(0, k, 1, [], lambda kk: void(ir.loop(0, vectors, 1, [], lambda j: element(kk, j))))

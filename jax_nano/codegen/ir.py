@@ -43,6 +43,7 @@ __all__ = [
     "multiply_add",
     "negate",
     "new_module",
+    "pair",
     "select",
     "select_size",
     "shuffle",
@@ -441,6 +442,12 @@ def _round_to_bf16(v: Value) -> Value:
 def bits_as(v: Value, elem: str) -> Value:
     """The same bits as elements of another type of the same size, scalar or vector."""
     return arith.bitcast(_with_element(v, type_of(elem)), v)
+
+
+def pair(low: Value, high: Value) -> Value:
+    """Two scalars of 16 bits as the 32 bits that they are side by side in memory."""
+    low, high = (arith.extui(type_of("int32"), x) for x in (low, high))
+    return arith.ori(low, arith.shli(high, _constant_like(16, high)))
 
 
 def subtract(a: Value, b: Value) -> Value:

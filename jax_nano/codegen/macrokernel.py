@@ -30,6 +30,7 @@ from .microkernel import ADD, MORE, ROW_PARAMS, Microkernel, lines_of_a_row, wal
 from .nanokernel import Family
 from .nanokernel.amx import ROWS, AmxDot
 from .packing import Packing
+from .sweep import SweepMicrokernel, SweepPath, family_of
 from .target import Target
 from .tile import Tile, stream_tile
 from .walks import A_WALKS, LINE, Walk, Walks
@@ -39,7 +40,7 @@ GEMM_ARGS = (
     *("m", "n", "k"),
     *("rsa", "csa", "rsb", "csb", "rsc", "rs_partial"),
     *("batch", "bsa", "bsb", "bsc"),
-    *("accumulate", "more", "pack_a", "pack_b", "inner"),
+    *("accumulate", "more", "pack_a", "pack_b", "inner", "sweep"),
     *("mc", "kc", "nc"),
     "epilogue",
 )
@@ -77,11 +78,22 @@ class Gemm:
     @property
     def inner(self) -> InnerPath | None:
         """The inner-product path, where the nanokernel can take both operands as they lie along K."""
+        if self.family.column_sums or not self._takes_operands_as_they_are:
+            return None
+        return InnerPath(self.tile.lanes, self.target.vector_registers, self.family, self.a, self.b, self.out)
+
+    @property
+    def sweep(self) -> SweepPath | None:
+        """The path for few rows of A and a row-major B, where the nanokernel can take both as they lie."""
+        if not self._takes_operands_as_they_are:
+            return None
+        return SweepPath(self.target, self.tile.lanes, family_of(self.family), self.a, self.b, self.out)
+
+    @property
+    def _takes_operands_as_they_are(self) -> bool:
         family = self.family
         rounds = any(ir.elem_bytes(x) > ir.elem_bytes(y) for x, y in ((self.a, family.a_elem), (self.b, family.b_elem)))
-        if self._splits or family.column_sums or rounds or family.steps_at_once > 1:
-            return None
-        return InnerPath(self.tile.lanes, self.target.vector_registers, family, self.a, self.b, self.out)
+        return not self._splits and not rounds and family.steps_at_once == 1
 
     @property
     def epilogue(self) -> Epilogue | None:
@@ -93,12 +105,13 @@ class Gemm:
     def _splits(self) -> bool:
         return getattr(self.family, "splits", False)
 
-    def microkernels(self) -> Iterator[Microkernel | AmxMicrokernel | InnerMicrokernel]:
+    def microkernels(self) -> Iterator[Microkernel | AmxMicrokernel | InnerMicrokernel | SweepMicrokernel]:
         """Every microkernel of this product."""
         for rows in self._tile_rows():
             yield from rows.microkernels()
-        if self.inner is not None:
-            yield from self.inner.microkernels()
+        for path in (self.inner, self.sweep):
+            if path is not None:
+                yield from path.microkernels()
 
     def emit(self, module: ir.Module, symbol: str) -> None:
         """Adds ``void symbol(const GemmArgs*)`` and everything behind it to the module."""
@@ -109,8 +122,10 @@ class Gemm:
         names: dict[bool, list[str]] = {stream: [] for stream in (False, True)}
         for rows in self._tile_rows():
             names[rows.stream].append(rows.emit(module, symbol, epilogue))
-        inner = self.inner.emit(module, symbol, epilogue) if self.inner else None
-        nest = _LoopNest(self, module, packing, pack_a, pack_b, names[False], names[True], inner)
+        # The paths beside the blocked one, by the field of GemmArgs that asks for them.
+        paths = {"inner": self.inner, "sweep": self.sweep}
+        others = {field: path.emit(module, symbol, epilogue) for field, path in paths.items() if path is not None}
+        nest = _LoopNest(self, module, packing, pack_a, pack_b, names[False], names[True], others)
         module.function(symbol, ["int64"], nest.emit, internal=False)
 
     def _tile_rows(self) -> Iterator[_TileRow | AmxTileRow]:
@@ -228,7 +243,7 @@ class _LoopNest:
     pack_b: str
     panel_rows: list[str]
     stream_rows: list[str]
-    inner: Callable[[dict[str, Any]], None] | None
+    others: Mapping[str, Callable[[dict[str, Any]], None]]
 
     def emit(self, args: Ptr) -> None:
         gemm, family = self.gemm, self.gemm.family
@@ -257,11 +272,11 @@ class _LoopNest:
             def blocked() -> None:
                 ir.loop(0, x.size["m"], x.size["mc"], [], lambda ic: self._block_m(here, ic))
 
-            inner = self.inner
-            if inner is None:
-                blocked()
-            else:
-                ir.if_(ir.equal(x.size["inner"], 0), blocked, lambda: inner({**here.ptr, **here.size, "sums": sums}))
+            chosen: Callable[[], Sequence[Any] | None] = blocked
+            for field, path in self.others.items():
+                otherwise, run = chosen, partial(path, {**here.ptr, **here.size, "sums": sums})
+                chosen = partial(ir.if_, ir.equal(x.size[field], 0), otherwise, run)
+            chosen()
 
         ir.loop(0, x.size["batch"], 1, [], product)
 

@@ -32,6 +32,7 @@ def entry(kernel: Kernel) -> dict[str, Any]:
         "direct_a": kernel.gemm.direct_a,
         "direct_b": kernel.gemm.direct_b,
         "inner": kernel.gemm.inner is not None,
+        "sweep": kernel.gemm.sweep is not None,
         "narrow": ir.elem_bytes(kernel.out) < ir.elem_bytes(family.acc),
         "epilogue": kernel.gemm.epilogue is not None,
     }

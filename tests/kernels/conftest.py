@@ -48,12 +48,21 @@ class Kernel:
     def ways(self, *, order_a: str = "C", order_b: str = "C", n: int = 2) -> list[dict[str, int]]:
         """Fields for every way to the whole product of operands stored by rows (C) or columns (F)."""
         ways = [{"pack_a": a, "pack_b": b} for a, b in self.packs(transposed_b=order_b == "F" and n > 1)]
-        return [*ways, {"inner": 1}] if self.has_inner and order_a == "C" and order_b == "F" else ways
+        if self.has_inner:  # an operand that does not lie along K is copied
+            ways.append({"inner": 1, "pack_a": int(order_a == "F"), "pack_b": int(order_b == "C")})
+        if self.has_sweep and (order_b == "C" or n <= 1):
+            ways.append({"sweep": 1, "pack_a": 0, "pack_b": 0})
+        return ways
 
     @property
     def has_inner(self) -> bool:
         """Whether there is a path of its own for operands that are contiguous along K."""
         return bool(self.info["inner"])
+
+    @property
+    def has_sweep(self) -> bool:
+        """Whether there is a path of its own for few rows of A and a row-major B."""
+        return bool(self.info["sweep"])
 
     def call(self, a: np.ndarray, b: np.ndarray, c: np.ndarray, **fields: int) -> None:
         """C (+)= A @ B by this kernel, with the strides that the arrays have; further fields of GemmArgs as named.
@@ -72,12 +81,14 @@ class Kernel:
             strides["batch"] = c.shape[0]
         m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
         addresses = {"a": a.ctypes.data, "b": b.ctypes.data, "c": c.ctypes.data}
+        blocked = not (fields.get("inner") or fields.get("sweep"))
         packs = {
-            "pack_a": int(fields.pop("pack_a", 0) or not self.direct_a),
-            "pack_b": int(fields.pop("pack_b", 0) or not self.direct_b),
+            "pack_a": int(fields.pop("pack_a", 0) or (blocked and not self.direct_a)),
+            "pack_b": int(fields.pop("pack_b", 0) or (blocked and not self.direct_b)),
         }
-        if fields.get("inner"):
-            packs = {"csa": 1, "rsb": 1}  # also where NumPy's strides mean nothing
+        if fields.get("inner"):  # also where NumPy's strides mean nothing
+            strides |= {} if packs["pack_a"] else {"csa": 1}
+            strides |= {} if packs["pack_b"] else {"rsb": 1}
         _runtime.call(self.name, {**addresses, "m": m, "n": n, "k": k, **strides, **packs, **fields})
 
     def call_many(self, **fields: int | NDArray[np.int64]) -> None:

@@ -15,7 +15,7 @@ and ``k`` which packing code runs):
 * rows with gaps, and dense ones (where a single row or column makes two orders look alike);
 * wide C against unpacked B, up to two of the widest tiles (eight vectors);
 * sums that two calls finish, through C or, in narrow kernels, through ``partial``;
-* the inner-product path, where there is one, over all of the first four.
+* the inner-product path, also with copies of operands, and the sweep path, where there are such, over the first four.
 """
 
 from __future__ import annotations
@@ -110,12 +110,13 @@ def whole_k(kernel, k: int) -> int:
 
 
 @lru_cache(maxsize=32)
-def largest(kernel, sizes: Sizes, k: int, kc: int = 0, inner: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Random operands of the largest size and their product, which the oracle has seen."""
+def largest(kernel, sizes: Sizes, k: int, kc: int = 0, path: str = "") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Random operands of the largest size and their product, by blocks or the named path, which the oracle has seen."""
     rng = np.random.default_rng([k, *kernel.name.encode()])
     m, n = sizes.shape
     a, b = reference.random(rng, (m, k), kernel.lhs), reference.random(rng, (k, n), kernel.rhs)
-    c = kernel.product(a, np.asfortranarray(b) if inner else b, kc=kc or whole_k(kernel, k), inner=inner)
+    way = {path: 1} if path else {"kc": kc or whole_k(kernel, k)}
+    c = kernel.product(a, np.asfortranarray(b) if path == "inner" else b, **way)
     kernel.check(a, b, c, (m, n, k))
     return a, b, c
 
@@ -200,10 +201,12 @@ def sweep(kernel, memory, sizes: Sizes, k: int, *, order_a="C", order_b="C", at=
     fields = operand_fields(memory, sizes, a, b, order_a, order_b, at, each=each)
     source = corners(sizes, at)
     for way in kernel.ways(order_a=order_a, order_b=order_b):
-        _, _, want = largest(kernel, sizes, k, inner=way.get("inner", 0))
+        path = next((x for x in ("inner", "sweep") if x in way), "")
+        _, _, want = largest(kernel, sizes, k, path=path)
         c = reference.poisoned(source.shape, kernel.out)
         addresses = c.ctypes.data + corner_offsets(sizes) * c.itemsize
-        kernel.call_many(**fields, k=k, c=addresses, rsc=sizes.n + GAP, kc=whole_k(kernel, k), **way)
+        blocks = {} if path else {"kc": whole_k(kernel, k)}
+        kernel.call_many(**fields, k=k, c=addresses, rsc=sizes.n + GAP, **blocks, **way)
         judge(sizes, source, c, want, {"k": k, **way})
 
 
@@ -251,12 +254,14 @@ def test_every_c_beside_guard_pages(kernel, memory, at):
             call = {**fields, **packs, "k": k, "kc": whole_k(kernel, k), "accumulate": accumulate}
             kernel.call_many(**call, c=first + slots.base, rsc=sizes.n)
             assert np.array_equal(c[place], want.ravel()[source]), packs
-    if kernel.has_inner:
-        _, _, want = largest(kernel, sizes, k, inner=1)
-        fields = operand_fields(memory, sizes, a, b, "C", "F", at, each=False)
+    for path, has, order_b in (("inner", kernel.has_inner, "F"), ("sweep", kernel.has_sweep, "C")):
+        if not has:
+            continue
+        _, _, want = largest(kernel, sizes, k, path=path)
+        fields = operand_fields(memory, sizes, a, b, "C", order_b, at, each=False)
         c[place] = reference.poisoned((1,), kernel.out)
-        kernel.call_many(**fields, k=k, inner=1, c=first + slots.base, rsc=sizes.n)
-        assert np.array_equal(c[place], want.ravel()[source]), "inner"
+        kernel.call_many(**fields, k=k, c=first + slots.base, rsc=sizes.n, **{path: 1})
+        assert np.array_equal(c[place], want.ravel()[source]), path
 
 
 @ENDS

@@ -150,6 +150,28 @@ def test_inner_products_beside_guard_pages(subject, memory, rng, at):
             c.fill(reference.poison(subject.out))
             subject.call(a, b, c, inner=1, pack_a=0, pack_b=0, rsa=k, csa=1, rsb=1, csb=k)
             want[:m, :n].check(c, (m, n, k))
+            a, b = place(memory[0], a_all[:m], "F", at), place(memory[1], b_all[:, :n], "C", at)
+            c.fill(reference.poison(subject.out))
+            subject.call(a, b, c, inner=1, pack_a=1, pack_b=1, rsa=1, csa=m, rsb=n, csb=1)
+            want[:m, :n].check(c, (m, n, k, "copied"))
+
+
+@pytest.mark.parametrize("at", ["end", "begin"])
+def test_sweeps_beside_guard_pages(subject, memory, rng, at):
+    """Every number of rows at once and more; columns below, at and above groups of vectors; steps and what is left."""
+    if not subject.sweep:
+        pytest.skip("no sweep path")
+    widest = 3 * subject.nr + 1
+    for k in (1, 2, 7, 8, 9, 17):
+        a_all, b_all = operands(subject, rng, 6, widest, k)
+        want = expected(subject, a_all, b_all)
+        for m, n in [(1, 1), (1, widest), (2, subject.nr), (3, subject.nr + 7), (4, 17), (5, subject.nr - 1), (6, 33)]:
+            for order in "CF":
+                a, b = place(memory[0], a_all[:m], order, at), place(memory[1], b_all[:, :n], "C", at)
+                c = memory[2].array((m, n), subject.out, at=at)
+                c.fill(reference.poison(subject.out))
+                subject.call(a, b, c, sweep=1, pack_a=0, pack_b=0)
+                want[:m, :n].check(c, (m, n, k))
 
 
 @pytest.mark.parametrize("orders", ["CC", "CF", "FC", "FF"])

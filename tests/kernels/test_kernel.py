@@ -427,9 +427,17 @@ def test_bad_calls_are_refused(kernel):
         for bad, message in (({"csa": 2}, "csa and rsb must be 1"), ({"accumulate": 1}, "takes the whole of k")):
             with pytest.raises(ValueError, match=message):
                 _runtime.call(kernel.name, {"inner": 1, "csa": 1, "rsb": 1, **bad})
+        _runtime.call(kernel.name, {"inner": 1, "csa": 2, "pack_a": 1, "rsb": 1})
     else:
         with pytest.raises(ValueError, match="no inner-product path"):
             _runtime.call(kernel.name, {"inner": 1, "csa": 1, "rsb": 1})
+    if kernel.has_sweep:
+        for bad, message in (({"csb": 2}, "csb must be 1 for the sweep"), ({"pack_a": 1}, "sweep path packs nothing")):
+            with pytest.raises(ValueError, match=message):
+                _runtime.call(kernel.name, {"sweep": 1, **bad})
+    else:
+        with pytest.raises(ValueError, match="no sweep path"):
+            _runtime.call(kernel.name, {"sweep": 1})
 
 
 def test_bad_rows_are_refused(kernel):

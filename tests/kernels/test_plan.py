@@ -209,8 +209,8 @@ class TestBlocking:
         for m, n, k in shapes():
             p = plan(subscripts, m=m, n=n, k=k, target=target, caches=caches, threads=3)
             assert p["workspace_bytes"] <= 8 << 20
-            if p["inner"]:
-                assert p["workspace_bytes"] == 0
+            if p["inner"] or p["sweep"]:
+                assert (p["mc"], p["kc"], p["nc"]) == (0, 0, 0)
                 continue
             assert p["mc"] % mr == 0
             assert p["nc"] % nr == 0
@@ -239,7 +239,7 @@ class TestBlocking:
                     for caches in (ZEN4, SMALL, HUGE)
                     for threads in (1, 2, 7, 64)
                 ]
-                assert len({(p["kernel"], p["kc"], p["inner"]) for p in plans}) == 1
+                assert len({(p["kernel"], p["kc"], p["inner"], p["sweep"]) for p in plans}) == 1
 
     def test_small_products_pack_nothing(self, target):
         for size in (1, 8, 16, 32):
@@ -253,6 +253,50 @@ class TestBlocking:
     def test_one_row_packs_nothing(self, target):
         p = plan("mk,kn->mn", m=1, n=4096, k=4096, target=target)
         assert (p["pack_a"], p["pack_b"]) == (False, False)
+
+    @pytest.mark.parametrize("subscripts", ["mk,kn->mn", "km,kn->mn"])
+    def test_few_rows_sweep_a_large_row_major_b(self, target, subscripts):
+        for m in (1, 2, 3, 4):
+            p = plan(subscripts, m=m, n=4096, k=4096, target=target)
+            assert (p["sweep"], p["pack_a"], p["pack_b"], p["workspace_bytes"]) == (True, False, False, 0)
+        assert not plan(subscripts, m=9, n=4096, k=4096, target=target)["sweep"]
+        assert not plan(subscripts, m=4, n=64, k=64, target=target)["sweep"]  # register tiles reach all of it
+        assert not plan("mk,nk->mn", m=4, n=4096, k=4096, target=target)["sweep"]
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+    def test_few_rows_sweep_what_instructions_want_interleaved(self, target, dtype):
+        best = {"bfloat16": "avx512_bf16", "int8": "avx512_vnni"}[dtype] if target == "x86-64-v4" else target
+        for m in (1, 8):
+            p = Contraction("mk,kn->mn", m=m, n=300, k=5000).plan(target=best, dtypes=(dtype,) * 3, caches=ZEN4)
+            chosen = KERNELS[p["kernel"]]
+            assert p["sweep"] == (m == 1 or (dtype == "bfloat16" and not chosen["direct_b"]))
+            if p["sweep"]:
+                assert p["rs_partial"] >= 300  # sums wait there until they are rounded
+                assert p["workspace_bytes"] == -(-m // chosen["mr"]) * chosen["mr"] * p["rs_partial"] * 4
+
+    def test_passes_go_on_with_the_sums_of_sweeps(self, target):
+        p = plan("mij,jin->mn", m=1, n=4096, i=64, j=512, target=target)
+        assert p["sweep"]
+        assert len(p["k_outer"]) == 1
+
+    @pytest.mark.parametrize(
+        ("subscripts", "m", "n", "packs"),
+        [
+            ("mk,kn->mn", 300, 4, (False, True)),
+            ("mk,nk->mn", 300, 4, (False, False)),
+            ("km,nk->mn", 4, 300, (True, False)),
+            ("mk,nk->mn", 4, 300, (False, False)),
+        ],
+    )
+    def test_the_smaller_operand_is_copied_along_k(self, target, subscripts, m, n, packs):
+        p = plan(subscripts, m=m, n=n, k=100, target=target)
+        assert (p["inner"], (p["pack_a"], p["pack_b"])) == (True, packs)
+        assert p["workspace_bytes"] == 4 * 100 * 4 * sum(packs)
+        assert not plan(subscripts, m=max(m, 200), n=max(n, 200), k=100, target=target)["inner"]
+
+    def test_what_is_copied_along_k_is_bounded(self, target):
+        p = plan("mk,kn->mn", m=300, n=4, k=10**6, target=target)
+        assert not p["inner"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -325,7 +369,11 @@ class TestEveryKernel:
                 chosen = KERNELS[p["kernel"]]
                 if p["inner"]:
                     assert chosen["inner"]
-                    assert (p["csa"], p["rsb"], p["pack_a"], p["pack_b"]) == (1, 1, False, False)
+                    assert (p["csa"] == 1 or p["pack_a"], p["rsb"] == 1 or p["pack_b"]) == (True, True)
+                    continue
+                if p["sweep"]:
+                    assert chosen["sweep"]
+                    assert (p["csb"], p["pack_a"], p["pack_b"]) == (1, False, False)
                     continue
                 assert p["pack_a"] or chosen["direct_a"]
                 assert p["pack_b"] or (chosen["direct_b"] and p["csb"] == 1)
@@ -337,7 +385,7 @@ class TestEveryKernel:
                 for subscripts in ("mk,kn->mn", "mk,nk->mn"):
                     p = plan_of(info, subscripts, m=m, n=n, k=k, caches=caches, threads=threads)
                     assert 0 <= p["workspace_bytes"] <= 8 << 20
-                    if not p["inner"]:
+                    if not p["inner"] and not p["sweep"]:
                         chosen = KERNELS[p["kernel"]]
                         assert p["mc"] % chosen["mr"] == p["nc"] % chosen["nr"] == p["kc"] % chosen["kr"] == 0
                         assert min(p["mc"], p["nc"], p["kc"]) > 0
