@@ -188,9 +188,9 @@ def test_each_product_in_the_timed_loop_waits_for_the_one_before():
     """Nothing is hoisted out of the loop or dropped: one product in its body for each pair of operands."""
     case = matmul(24, 24, 24)
     square = jax.ShapeDtypeStruct((24, 24), np.float32)
-    first, trips = jax.ShapeDtypeStruct((), np.float32), jax.ShapeDtypeStruct((), np.int32)
+    first, trips = (jax.ShapeDtypeStruct((), np.float32),) * 2, jax.ShapeDtypeStruct((), np.int32)
     for pairs in (1, 3):
-        program = jax.jit(loop_of(product(case, ours=True)), donate_argnums=(3, 5))
+        program = jax.jit(loop_of(product(case, ours=True)), donate_argnums=(3, 4, 5))
         hlo = program.lower(trips, first, first, *[(square,) * pairs] * 3).compile().as_text()
         bodies = [part for part in hlo.split("\n\n") if part.lstrip().startswith("%") and "custom_call_target" in part]
         assert len(bodies) == 1

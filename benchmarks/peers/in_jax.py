@@ -37,27 +37,29 @@ def product(case: Case, *, ours: bool) -> Callable[[jax.Array, jax.Array], jax.A
 def loop_of(op: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[..., Any]:
     """A program that goes through all operand pairs `trips` times, each product after the last.
 
-    Before each product the first element of its left operand is overwritten, in place, with the
-    last result's first element clamped between `low` and `high`. Both are that element's own value,
-    which XLA cannot know: so it can neither hoist nor drop nor overlap a product, and yet the
-    operands, and so the results, stay what they are.
+    Before each product the first element of either operand is overwritten, in place, with the last
+    result's first element clamped between `low` and `high`. Both are that element's own value, which
+    XLA cannot know: so it can neither hoist nor drop nor overlap a product, nor what it does to an
+    operand first (converting all weights, say), and yet operands and results stay what they are.
     """
 
     def program(
-        trips: jax.Array, low: jax.Array, high: jax.Array, lhs: Arrays, rhs: Arrays, out: Arrays
-    ) -> tuple[Arrays, Arrays]:
-        def trip(_: jax.Array, state: tuple[jax.Array, Arrays, Arrays]) -> tuple[jax.Array, Arrays, Arrays]:
-            last, lhs, _out = state
-            new_lhs, new_out = [], []
-            for a, b in zip(lhs, rhs, strict=True):
-                new_lhs.append(a.at[(0,) * a.ndim].set(jnp.clip(last.astype(a.dtype), low, high)))
-                new_out.append(op(new_lhs[-1], b))
-                last = new_out[-1][(0,) * new_out[-1].ndim]
-            return last, tuple(new_lhs), tuple(new_out)
+        trips: jax.Array, low: Arrays, high: Arrays, lhs: Arrays, rhs: Arrays, out: Arrays
+    ) -> tuple[Arrays, Arrays, Arrays]:
+        def trip(_: jax.Array, state: tuple[jax.Array, Arrays, Arrays, Arrays]) -> Any:
+            last, *operands, _out = state
+            new: list[Arrays] = []
+            for pair in zip(*operands, strict=True):
+                a, b = (
+                    x.at[(0,) * x.ndim].set(jnp.clip(last.astype(x.dtype), least, most))
+                    for x, least, most in zip(pair, low, high, strict=True)
+                )
+                new.append((a, b, op(a, b)))
+                last = new[-1][2][(0,) * new[-1][2].ndim]
+            return last, *zip(*new, strict=True)
 
         start = out[0][(0,) * out[0].ndim]
-        _, lhs, out = lax.fori_loop(0, trips, trip, (start, lhs, out))
-        return lhs, out
+        return lax.fori_loop(0, trips, trip, (start, lhs, rhs, out))[1:]
 
     return program
 
@@ -69,8 +71,7 @@ class JaxRunner:
         jax.config.update("jax_enable_x64", True)
         self._ours = ours  # the number of threads is the worker's affinity and NPROC
         self._program: Any = None
-        self._rhs: Arrays = ()
-        self._state: tuple[Arrays, Arrays] = ((), ())  # left operands, results
+        self._state: tuple[Arrays, Arrays, Arrays] = ((), (), ())  # left operands, right operands, results
         if ours:
             try:
                 import jax_nano  # noqa: F401
@@ -95,30 +96,28 @@ class JaxRunner:
                 case.shapes, (dtype.operand_dtype, dtype.operand_dtype, dtype.out_dtype), strict=True
             )
         )
-        first = jax.ShapeDtypeStruct((), dtype.operand_dtype)
+        first = (jax.ShapeDtypeStruct((), dtype.operand_dtype),) * 2
         trips = jax.ShapeDtypeStruct((), np.int32)
-        program = jax.jit(loop_of(product(case, ours=self._ours)), donate_argnums=(3, 5))
+        program = jax.jit(loop_of(product(case, ours=self._ours)), donate_argnums=(3, 4, 5))
         self._program = program.lower(trips, first, first, lhs, rhs, out).compile()
 
     def load(self, operands: Operands) -> None:
         out = DTYPES[self._case.dtype].out_dtype
         # Copies: a buffer that is donated must not be NumPy's own memory.
-        lhs = tuple(jnp.array(a, copy=True) for a, _ in operands)
-        self._rhs = tuple(jnp.array(b, copy=True) for _, b in operands)
-        self._first = np.asarray(operands[0][0][(0,) * operands[0][0].ndim])
-        self._state = (lhs, tuple(jnp.zeros(self._case.shapes[2], out) for _ in operands))
-        jax.block_until_ready((self._rhs, self._state))
+        lhs, rhs = (tuple(jnp.array(x, copy=True) for x in side) for side in zip(*operands, strict=True))
+        self._first = tuple(np.asarray(x[(0,) * x.ndim]) for x in operands[0])
+        self._state = (lhs, rhs, tuple(jnp.zeros(self._case.shapes[2], out) for _ in operands))
+        jax.block_until_ready(self._state)
 
     def run(self, trips: int) -> float:
-        lhs, out = self._state
         start = time.perf_counter()
-        self._state = self._program(np.int32(trips), self._first, self._first, lhs, self._rhs, out)
+        self._state = self._program(np.int32(trips), self._first, self._first, *self._state)
         jax.block_until_ready(self._state)
         return time.perf_counter() - start
 
     def results(self) -> list[Array]:
-        return [np.asarray(out) for out in self._state[1]]
+        return [np.asarray(out) for out in self._state[2]]
 
     def close(self) -> None:
-        self._program, self._rhs, self._state = None, (), ((), ())
+        self._program, self._state = None, ((), (), ())
         jax.clear_caches()
