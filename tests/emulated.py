@@ -1,6 +1,6 @@
 """Kernels of targets that this CPU lacks, emulated (jax_nano/codegen/emulate.py), with the surface of native ones.
 
-The library of emulated kernels is built once and kept in pytest's cache until a source of the generator changes.
+The library of emulated kernels is built once and kept in build/ until a source of the generator changes.
 """
 
 from __future__ import annotations
@@ -82,19 +82,25 @@ def _strides(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> dict[str, int]:
     return strides
 
 
-def load(kernels: list[CatalogKernel], folder: Path) -> dict[str, Kernel]:
-    """These kernels by name, from ``folder`` or built anew.
+_FOLDER = Path(__file__).parent.parent / "build" / "emulated-kernels"
+
+
+def load(kernels: list[CatalogKernel]) -> dict[str, Kernel]:
+    """These kernels by name, from an earlier run or built anew.
 
     Raises:
       ToolchainError: there is no LLVM 22 or C compiler to build them with.
     """
-    library = folder / f"{_key(kernels)}.so"
-    with (folder / "lock").open("w") as lock:  # other test runs may share the folder
+    _FOLDER.mkdir(parents=True, exist_ok=True)
+    library = _FOLDER / f"{_key(kernels)}.so"
+    with (_FOLDER / "lock").open("w") as lock:  # other test runs share the folder
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            for old in folder.glob("*.so"):
+            for old in _FOLDER.glob("*.so"):
                 old.unlink()
-            emulate.build(kernels, library, os.cpu_count() or 1)
+            unfinished = library.with_suffix(".unfinished")
+            emulate.build(kernels, unfinished, os.cpu_count() or 1)
+            unfinished.rename(library)
         functions = ctypes.CDLL(str(library))
     return {k.name: Kernel(manifest.entry(k), _function(functions, k.symbol)) for k in kernels}
 

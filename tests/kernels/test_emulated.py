@@ -33,11 +33,11 @@ KS = (0, 1, 3, 4, 33, 130)
 
 
 @pytest.fixture(scope="session")
-def library(request: pytest.FixtureRequest) -> dict[str, emulated.Kernel]:
+def library() -> dict[str, emulated.Kernel]:
     if emulate.BASELINE.name not in SUPPORTED:
         pytest.skip(f"this CPU is no {emulate.BASELINE.name}")
     try:
-        return emulated.load(KERNELS, request.config.cache.mkdir("emulated-kernels"))
+        return emulated.load(KERNELS)
     except ToolchainError as error:
         message = str(error)
     if "emulated" in os.environ.get("JAX_NANO_REQUIRE_TARGET", "").split(","):
