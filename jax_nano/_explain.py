@@ -40,9 +40,10 @@ class Request:
     dtypes: tuple[str, str, str]
 
     @property
-    def element_bytes(self) -> int:
-        """Of the wider operand's elements."""
-        return max(_cost.ELEMENT_BYTES[d] for d in self.dtypes[:2])
+    def element_bytes(self) -> tuple[int, int]:
+        """Of each operand's elements."""
+        lhs, rhs, _ = self.dtypes
+        return _cost.ELEMENT_BYTES[lhs], _cost.ELEMENT_BYTES[rhs]
 
     @property
     def labels(self) -> Labels:

@@ -27,7 +27,7 @@ MIN_BATCHED: Final = 64
 # (1x1024x1024: 60 us against 58; along K: 51 against 53), and small ones need no call (1x64x64: 0.25 us against 0.4);
 # but they convert bfloat16 first (1x1024x1024 along K: 89 us against 25; 64x64: 0.8 against 1.2).
 MIN_VECTOR: Final = math.inf
-MIN_VECTOR_NARROW: Final = 2**18  # where both operands have at most two bytes an element
+MIN_VECTOR_NARROW: Final = 2**18  # where the matrix has at most two bytes an element
 
 _SWITCH: Final = {"on": True, "off": False}
 
@@ -47,14 +47,14 @@ def declines(
     lhs_shape: Sequence[int],
     rhs_shape: Sequence[int],
     *,
-    element_bytes: int = 4,
+    element_bytes: tuple[int, int] = (4, 4),
     any_size: bool = False,
 ) -> str | None:
     """Why a product stays with XLA, or None.
 
     Args:
       labels, lhs_shape, rhs_shape: the product.
-      element_bytes: of the wider operand's elements.
+      element_bytes: of each operand's elements.
       any_size: XLA would compute something else.
     """
     if not enabled or any_size:
@@ -69,7 +69,9 @@ def declines(
         return "an outer product"
     work = m * n * k
     if 1 in (m, n):
-        least_work = MIN_VECTOR_NARROW if element_bytes <= 2 else MIN_VECTOR
+        lhs_bytes, rhs_bytes = element_bytes
+        matrix_bytes = max(element_bytes) if m == n else rhs_bytes if m == 1 else lhs_bytes
+        least_work = MIN_VECTOR_NARROW if matrix_bytes <= 2 else MIN_VECTOR
         return "a product with a vector: XLA's loops are as fast" if work < least_work else None
     least = MIN_SINGLE if batch == 1 else MIN_BATCHED
     return f"too small: {work} multiply-adds of at least {least}" if work < least else None

@@ -34,11 +34,20 @@ _ALGORITHMS: Final[dict[int, Precision]] = {
 }
 
 
+class Operand(NamedTuple):
+    """An operand of a dot: which operand of the fusion around it this is, after what moves."""
+
+    array: Instruction  # as the dot sees it
+    moves: Sequence[Instruction]
+    position: int  # of the dot or fusion's operands
+
+
 class Dot(NamedTuple):
-    """A dot, and which operands of the instruction that it is, or is fused in, are its own."""
+    """A dot, and where its operands come from."""
 
     dot: Instruction
-    operands: tuple[int, int]
+    lhs: Operand
+    rhs: Operand
 
 
 def rewrite(module: Module) -> list[_report.Product]:
@@ -54,41 +63,56 @@ def rewrite(module: Module) -> list[_report.Product]:
     for computation in module.computations:
         if computation.id in fused:  # a fusion is looked at as a whole, where it stands
             continue
-        found = [(x, dot) for x in computation.instructions if (dot := _dot_of(module, x)) is not None]
+        if not any(x.opcode in ("dot", "fusion") for x in computation.instructions):
+            continue
+        body = Body(module, computation)
+        found = [(x, dot) for x in computation.instructions if (dot := _dot_of(module, body, x)) is not None]
         if found:
-            body = Body(module, computation)
             products += [_rewrite(module, body, instruction, dot) for instruction, dot in found]
             body.commit()
     return products
 
 
-def _dot_of(module: Module, instruction: Instruction) -> Dot | None:
+def _dot_of(module: Module, body: Body, instruction: Instruction) -> Dot | None:
+    """The dot that an instruction is, or that it fuses with nothing but moves of operands."""
     if instruction.opcode == "dot":
-        return Dot(instruction, (0, 1))
-    if instruction.opcode != "fusion" or instruction.fusion_kind != "kCustom":
+        return Dot(instruction, *(Operand(x, (), i) for i, x in enumerate(body.operands(instruction))))
+    # Libraries' fusions are custom ones; a product with a vector is a loop.
+    if instruction.opcode != "fusion" or instruction.fusion_kind not in ("kCustom", "kLoop"):
+        return None
+    if instruction.output_operand_aliasing:
         return None
     fused = module.computation(instruction.called_computation_ids[0])
-    parameters = {x.id: x.parameter_number for x in fused.instructions if x.opcode == "parameter"}
-    others = [x for x in fused.instructions if x.opcode != "parameter"]
-    if [x.opcode for x in others] != ["dot"] or not parameters.keys() >= set(others[0].operand_ids):
+    by_id = {x.id: x for x in fused.instructions}
+    root = by_id[fused.root_id]
+    others = [x for x in fused.instructions if x.opcode not in (*_views.MOVES, "parameter")]
+    if root.opcode != "dot" or others != [root]:
         return None
-    lhs, rhs = (parameters[x] for x in others[0].operand_ids)
-    return Dot(others[0], (lhs, rhs))
+    operands = []
+    for number in root.operand_ids:
+        parameter, moves = _views.chain(by_id, by_id[number])
+        operands.append(Operand(by_id[number], moves, parameter.parameter_number))
+    return Dot(root, *operands)
 
 
 def _rewrite(module: Module, body: Body, instruction: Instruction, found: Dot) -> _report.Product:
-    dot, positions = found
-    operands = body.operands(instruction)
-    arrays = (*(operands[i] for i in positions), instruction)
-    labels = _labels_of(dot, *(len(x.shape.dimensions) for x in arrays[:2]))
-    lhs, rhs, out = (View.of(*pair) for pair in zip(arrays, labels, strict=True))
+    dot, *operands = found
+    labels = _labels_of(dot, *(len(x.array.shape.dimensions) for x in operands))
+    arrays = [*(x.array for x in operands), instruction]
+    seen = [View.of(*pair) for pair in zip(arrays, labels, strict=True)]
     source = instruction.metadata.op_name or instruction.name
+    given = [
+        None if view is None else _views.through(x.moves, view, body.operands(instruction)[x.position])
+        for view, x in zip(seen, operands, strict=False)
+    ]
+    lhs, rhs, out = *given, seen[2]
     if lhs is None or rhs is None or out is None:
         a, b, c = (_report.Array(_hlo.dtype_name(x.shape), tuple(x.shape.dimensions)) for x in arrays)
         why = "no kernel reads this dtype or layout"
         return _report.Product(module.name, source, (a, b, c), labels, "default", why)
     epilogue: _epilogues.Found | None = None
-    (lhs, rhs, out), choice = _best(module, body, dot, lhs, rhs, out)
+    dtypes = tuple(view.dtype for view in seen if view is not None)
+    (lhs, rhs, out), choice = _best(module, body, dot, dtypes, lhs, rhs, out)
     if choice.signature is not None and choice.declined is None:
         epilogue = _epilogues.epilogue_of(module, body, out)
         _call(body, lhs, rhs, out, choice.labels, choice.signature.algorithm, epilogue)
@@ -99,15 +123,18 @@ def _rewrite(module: Module, body: Body, instruction: Instruction, found: Dot) -
 
 
 def _best(
-    module: Module, body: Body, dot: Instruction, lhs: View, rhs: View, out: View
+    module: Module, body: Body, dot: Instruction, dtypes: tuple[np.dtype, ...], lhs: View, rhs: View, out: View
 ) -> tuple[tuple[View, View, View], Choice]:
-    """The views that a call should read and write, and the choice for them; or for the dot as it is, declined."""
-    results = [out] if (copy := _views.copy_of(module, body, out)) is None else [out, copy]
+    """The views that a call should read and write, and the choice for them; or for those given, declined.
+
+    `dtypes` are the dot's own: it may convert what it is given.
+    """
+    results = _views.copies(module, body, out)
     for views in _views.combinations(_views.sources(module, body, lhs), _views.sources(module, body, rhs), results):
         a, b, c = (x.dtype for x in views)
-        # The dot converts to its own dtypes; a product of other ones must be the same before its result is rounded.
-        same = (a, b, c) == (lhs.dtype, rhs.dtype, out.dtype)
-        if not same and (dot.precision_config.algorithm or (a != b and c != lhs.dtype) or not _rounds(out, c)):
+        # A product of other dtypes than the dot's must be the same before its result is rounded.
+        same = (a, b, c) == dtypes
+        if not same and (dot.precision_config.algorithm or (a != b and c != dtypes[0]) or not _rounds(out, c)):
             continue
         choice = _choose(dot, *views)
         if choice.declined is None:

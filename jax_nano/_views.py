@@ -6,8 +6,7 @@ bfloat16 to float32. A kernel of ours reads any order, and bfloat16: a view of t
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -16,8 +15,8 @@ from jax_nano import _hlo, _shapes
 from jax_nano._hlo import Body, Instruction, Module
 from jax_nano._shapes import Dims
 
-# Operations that change neither values nor which element is which.
-_MOVES: Final = frozenset(("convert", "copy", "transpose"))
+# Operations that change neither values, but for rounding them, nor which element is which.
+MOVES: Final = frozenset(("bitcast", "convert", "copy", "transpose"))
 
 # Operations that read their operands, and neither overwrite them nor pass them on. Elementwise ones stand in fusions.
 _READERS: Final = frozenset(
@@ -73,65 +72,108 @@ def _source(module: Module, body: Body, view: View) -> View | None:
     if len(instruction.operand_ids) != 1 or instruction.control_predecessor_ids:
         return None
     (operand,) = body.operands(instruction)
-    if instruction.opcode == "bitcast":  # the same memory
-        array = _hlo.array_of(operand.shape)
-        same = array is not None and array.dtype == view.dtype
-        return view._replace(instruction=operand) if same else None
-    labels = view.logical_labels()
     moves = _moves(module, instruction)
-    if labels is None or moves is None or not _stays(module, body, operand):
+    if moves is None or (instruction.opcode != "bitcast" and not _stays(module, body, operand)):
         return None
-    for move in reversed(moves):
-        if move.opcode == "transpose":
-            labels = _shapes.before_transpose(labels, tuple(move.dimensions))
-    source = View.of(operand, labels)
-    return source if source is not None and np.can_cast(source.dtype, view.dtype, "safe") else None
+    return through(moves, view, operand)
 
 
-def copy_of(module: Module, body: Body, view: View) -> View | None:
-    """What nothing but a copy is made of; converted, if it is."""
+def through(moves: Sequence[Instruction], view: View, operand: Instruction) -> View | None:
+    """The view of what moves begin with that is `view` of what they end with; None if it cannot be told.
+
+    Args:
+      moves: operations, each on the result of the one before; conversions must be lossless.
+      view: of the last one's result, or of `operand` if there are none.
+      operand: the first one's operand, which may stand outside the fusion that the moves are in.
+    """
+    here: View | None = view
+    for i in reversed(range(len(moves))):
+        before = moves[i - 1] if i else operand
+        here = None if here is None else _before(moves[i], before, here._replace(instruction=moves[i]))
+    return None if here is None else here._replace(instruction=operand)
+
+
+def _before(move: Instruction, operand: Instruction, view: View) -> View | None:
+    result, source = _hlo.array_of(move.shape), _hlo.array_of(operand.shape)
+    if result is None or source is None or not np.can_cast(source.dtype, result.dtype, "safe"):
+        return None
+    if _keeps_memory_order(move, source, result):
+        return view._replace(instruction=operand, dtype=source.dtype)
+    labels = view.logical_labels()
+    if labels is None:
+        return None
+    if move.opcode == "transpose":
+        labels = _shapes.before_transpose(labels, tuple(move.dimensions))
+    return View.of(operand, labels)
+
+
+def _after(move: Instruction, view: View) -> View | None:
+    source, result = _hlo.array_of(view.instruction.shape), _hlo.array_of(move.shape)
+    if source is None or result is None:
+        return None
+    if _keeps_memory_order(move, source, result):
+        return view._replace(instruction=move, dtype=result.dtype)
+    labels = view.logical_labels()
+    if labels is None:
+        return None
+    return View.of(move, _shapes.permute(labels, tuple(move.dimensions)) if move.opcode == "transpose" else labels)
+
+
+def _keeps_memory_order(move: Instruction, source: _hlo.Array, result: _hlo.Array) -> bool:
+    if move.opcode == "bitcast":
+        return source.dtype == result.dtype
+    return move.opcode == "convert" and source.major_to_minor == result.major_to_minor
+
+
+def copies(module: Module, body: Body, view: View) -> list[View]:
+    """The view, what nothing but a copy is made of, converted, if it is, what of that, and so on."""
+    found, here = [view], view
+    while (after := _copy(module, body, here)) is not None:
+        here = after
+        if here.instruction.opcode != "bitcast":
+            found.append(here)
+    return found
+
+
+def _copy(module: Module, body: Body, view: View) -> View | None:
     instruction = view.instruction
     users = body.users(instruction)
     if len(users) != 1 or instruction.control_predecessor_ids or body.is_awaited(instruction):
         return None
     (user,) = users
-    if list(user.operand_ids) != [instruction.id] or user.control_predecessor_ids:
+    moves = _moves(module, user)
+    if moves is None or list(user.operand_ids) != [instruction.id] or user.control_predecessor_ids:
         return None
-    labels, moves = view.logical_labels(), _moves(module, user)
-    if labels is None or moves is None:
-        return None
+    here, rounded = view, False
     for move in moves:
-        if move.opcode == "transpose":
-            labels = _shapes.permute(labels, tuple(move.dimensions))
-    return View.of(user, labels)
+        after = _after(move, here)
+        # Lossless, but for one conversion at the end.
+        if after is None or (rounded and after.dtype != here.dtype):
+            return None
+        rounded = rounded or not np.can_cast(here.dtype, after.dtype, "safe")
+        here = after
+    return here._replace(instruction=user)
 
 
 def _moves(module: Module, instruction: Instruction) -> Sequence[Instruction] | None:
-    """The operations on the way from an instruction's operand to its result, if it is a copy of some kind.
-
-    Conversions are lossless, but for one at the end.
-    """
-    if instruction.opcode in _MOVES:
+    """The operations on the way from an instruction's operand to its result, if it is a copy of some kind."""
+    if instruction.opcode in MOVES:
         return [instruction]
     if instruction.opcode != "fusion" or instruction.fusion_kind != "kLoop" or instruction.output_operand_aliasing:
         return None
-    moves = _chain(module.computation(instruction.called_computation_ids[0]))
-    if moves is None:
-        return None
-    arrays = [_hlo.array_of(x.shape) for x in moves[:-1]]
-    for before, after in itertools.pairwise(arrays):
-        if before is None or after is None or not np.can_cast(before.dtype, after.dtype, "safe"):
-            return None
-    return moves[1:]
-
-
-def _chain(computation: _hlo.Computation) -> list[Instruction] | None:
-    """A computation's instructions from its parameter to its root, if each but the first moves the one before."""
+    computation = module.computation(instruction.called_computation_ids[0])
     by_id = {x.id: x for x in computation.instructions}
-    chain = [by_id[computation.root_id]]
-    while chain[-1].opcode in _MOVES:
-        chain.append(by_id[chain[-1].operand_ids[0]])
-    return chain[::-1] if chain[-1].opcode == "parameter" and len(chain) == len(by_id) else None
+    parameter, moves = chain(by_id, by_id[computation.root_id])
+    return moves if parameter.opcode == "parameter" and len(moves) + 1 == len(by_id) else None
+
+
+def chain(by_id: Mapping[int, Instruction], last: Instruction) -> tuple[Instruction, list[Instruction]]:
+    """The moves that end with `last`, in their order, and the instruction that they begin with."""
+    moves = []
+    while last.opcode in MOVES:
+        moves.append(last)
+        last = by_id[last.operand_ids[0]]
+    return last, moves[::-1]
 
 
 def _stays(module: Module, body: Body, instruction: Instruction) -> bool:

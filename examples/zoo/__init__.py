@@ -70,7 +70,7 @@ MODELS: Mapping[str, Model] = MappingProxyType(
             "decoding",
             ("flax",),
             _DECODING,
-            {**_TINY_GPT, "tokens": 24, "filled": 5},
+            {**_TINY_GPT, "vocabulary": 4099, "features": 64, "tokens": 24, "filled": 5},
             {**_GPT2_SMALL, "tokens": 256, "filled": 16},
         ),
         "vit block training": Model(

@@ -36,7 +36,7 @@ def same(fun: Callable[..., Any], *args: Any, calls: int | None = None, rtol: fl
         got = jax.jit(fun)(*args)
         found = ops(fun, *args)
     assert not found["dot"], found
-    found["product"] += found["custom-call"]  # products with an epilogue
+    found["product"] += found["linear"]  # products with an epilogue
     assert found["product"] == calls if calls is not None else found["product"] > 0, found
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert x.dtype == y.dtype
@@ -190,6 +190,25 @@ def test_a_bfloat16_product_is_rounded_once(rng: np.random.Generator) -> None:
     with jax_nano.accelerate():
         got = jax.jit(jnp.matmul)(a, b)
     reference.expected("mk,kn->mn", np.asarray(a), np.asarray(b), out=jnp.bfloat16).check(got)
+
+
+VECTORS = {
+    "tokens by vocabulary": lambda x, w: jnp.einsum("btd,vd->btv", x, w),
+    "a row by a transpose": lambda x, w: x.reshape(1, 64) @ w.T,
+    "a row by a matrix": lambda x, w: x.reshape(1, 64) @ w.reshape(64, 4099),
+    "a vector by a matrix": lambda x, w: x.reshape(64) @ w.reshape(64, 4099),
+    "a matrix by a vector": lambda x, w: w @ x.reshape(64),
+    "a matrix by a column": lambda x, w: w @ x.reshape(64, 1),
+}
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_decoding_converts_no_weights(name: str, rng: np.random.Generator) -> None:
+    """XLA converts all of a bfloat16 matrix before it multiplies it by a vector, in a loop of its own or the same."""
+    x, w = (jnp.asarray(v, jnp.bfloat16) for v in arrays(rng, (1, 1, 64), (4099, 64)))
+    found = same(VECTORS[name], x, w, calls=1, rtol=1e-2)
+    assert not found["convert"]
+    assert not found["fusion"]
 
 
 @pytest.mark.parametrize("dtype", ["complex64", "int32", "bool"])

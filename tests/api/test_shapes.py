@@ -203,8 +203,10 @@ def test_the_gate_lets_large_vectors_of_narrow_elements_through(monkeypatch: pyt
     labels = _shapes.labels_of(MATMUL, None, 2, 2)
     shapes = ((1, 1024), (1024, 1024))
     assert "vector" in (_gate.declines(labels, *shapes) or "")
-    assert _gate.declines(labels, *shapes, element_bytes=2) is None
-    assert _gate.declines(labels, (1, 64), (64, 64), element_bytes=2) is not None
+    assert _gate.declines(labels, *shapes, element_bytes=(2, 2)) is None
+    assert _gate.declines(labels, *shapes, element_bytes=(4, 2)) is None
+    assert _gate.declines(labels, *shapes, element_bytes=(2, 4)) is not None
+    assert _gate.declines(labels, (1, 64), (64, 64), element_bytes=(2, 2)) is not None
 
 
 def test_the_gate_is_for_what_xla_computes_alike(monkeypatch: pytest.MonkeyPatch) -> None:

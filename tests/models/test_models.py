@@ -19,9 +19,9 @@ def compiled(workload: Workload) -> tuple[str, Any]:
     return program.as_text(), program(workload.state, workload.inputs)
 
 
-def is_declined(dot: Dot, element_bytes: int) -> bool:
+def is_declined(dot: Dot, itemsize: int) -> bool:
     labels = _shapes.labels_of(dot.dimension_numbers, None, len(dot.lhs), len(dot.rhs))
-    return _gate.declines(labels, dot.lhs, dot.rhs, element_bytes=element_bytes) is not None
+    return _gate.declines(labels, dot.lhs, dot.rhs, element_bytes=(itemsize, itemsize)) is not None
 
 
 # One test for each model, because compiling it twice takes most of the time.
@@ -39,8 +39,8 @@ def test_results_are_those_of_plain_xla_and_every_product_worth_a_call_is_ours(n
 
     assert products(plain) == 0
     before, left = dots(plain), dots(accelerated)
-    element_bytes = 2 if "bf16" in name else 4  # XLA's dots of bfloat16 are of float32
-    assert not [dot for dot in left if not is_declined(dot, element_bytes)]
+    itemsize = 2 if "bf16" in name else 4  # XLA's dots of bfloat16 are of float32
+    assert not [dot for dot in left if not is_declined(dot, itemsize)]
     assert products(accelerated) + len(left) == len(before)
     assert products(accelerated) > 0 or name == "kalman filter"
 
