@@ -180,6 +180,14 @@ def test_checkpoint_policies(policy: str, batch: tuple[int, ...], rng: np.random
     assert count_products("dot_general", jnp.matmul, ours, *args) == want
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_checkpoint_policies_of_linear(policy: str, rng: np.random.Generator) -> None:
+    args = arrays(rng, (8, 16), (16, 24))
+    ours = getattr(jax_nano.checkpoint_policies, policy, getattr(jax.checkpoint_policies, policy))
+    layer = partial(jax_nano.linear, activation="sigmoid")
+    assert count_products("jax_nano_linear", layer, ours, *args) == 1 + (policy == "nothing_saveable")
+
+
 def test_python_threads(rng: np.random.Generator) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
