@@ -14,6 +14,7 @@ _SQUARES = (2, 3, 4, 5, 6, 7, 8, 12, 16, 24)
 _BATCHED = (2, 3, 4, 5, 6, 8)
 _VECTORS = (16, 64, 256, 1024)
 _NARROW = ((128, 2, 128), (1024, 2, 1024), (1024, 8, 1024), (1024, 16, 1024), (4, 256, 256), (4, 1024, 1024))
+_SHALLOW = (2, 4, 8, 16, 32)  # K of 512 x 512
 _SAMPLE_SECONDS = 4e-3
 _CLEARLY = 1.1  # two medians that are closer cannot be told apart on a machine with neighbours
 
@@ -49,6 +50,8 @@ def _cases(dtype: str) -> Iterator[Case]:
         yield matmul(1, n, n, dtype)
         yield matmul(1, n, n, dtype, layout="NT")
         yield matmul(n, 1, n, dtype)
+    for k in _SHALLOW:
+        yield matmul(512, 512, k, dtype, layout="TN")
     for sizes in _NARROW:
         for layout in ("NN", "NT", "TN"):
             yield matmul(*sizes, dtype, layout=layout)
