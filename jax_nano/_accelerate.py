@@ -32,12 +32,15 @@ _log = logging.getLogger("jax_nano")
 class _Hook:
     """The transformation that is registered with XLA, once for the process and for good.
 
-    It stays when the switch is off: a program lowered while it was on may be compiled at any time.
+    It stays when the switch is off: a program lowered while it was on may be compiled at any time. It is registered
+    when the first such program is lowered, because that may start JAX's backends, which is not for an import to do, and
+    cannot be done by a plugin, which is called while they start.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._installed = False
+        self._registered = False
         self._failed = False
 
     def install(self) -> None:
@@ -51,7 +54,7 @@ class _Hook:
                     "jax_nano.accelerate: there are no kernels for this machine (`python -m jax_nano info` says why)"
                 )
             try:
-                compat.register_hlo_transformation("jax_nano", self._transform)
+                compat.require_hlo_transformations()
             except compat.TooOld as error:
                 raise RuntimeError(
                     f"jax_nano.accelerate needs JAX and jaxlib 0.10.2 or newer: {error}. jax_nano.matmul and the"
@@ -59,6 +62,13 @@ class _Hook:
                 ) from None
             compat.mark_lowered_modules(_mark)
             self._installed = True
+
+    def register(self) -> None:
+        """Before the first program with a mark is compiled."""
+        with self._lock:
+            if not self._registered:
+                compat.register_hlo_transformation("jax_nano", self._transform)
+                self._registered = True
 
     def _transform(self, serialized: bytes) -> bytes | None:
         # What a module must hold to be changed: cheaper to look for than to parse it. Most modules are small programs
@@ -104,6 +114,7 @@ def _mark() -> dict[str, str]:
     """The mark of a module that is lowered now: it names everything that decides what becomes of it."""
     if not accelerate.enabled:
         return {}
+    _hook.register()
     native = _native.runtime()
     assert native is not None
     gate = "on" if _gate.enabled else "off"

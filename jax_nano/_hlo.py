@@ -30,8 +30,14 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
         "name": (1, "string"),
         "computations": (3, "*Computation"),
         "entry_computation_id": (6, "int64"),
+        "input_output_alias": (8, "Aliases"),
+        "buffer_donor": (18, "Donors"),
         "frontend_attributes": (19, "FrontendAttributes"),
     },
+    "Aliases": {"entries": (1, "*Alias")},
+    "Alias": {"parameter_number": (2, "int64")},
+    "Donors": {"entries": (1, "*Donor")},
+    "Donor": {"parameter_number": (1, "int64")},
     "Computation": {
         "name": (1, "string"),
         "instructions": (2, "*Instruction"),
@@ -196,6 +202,12 @@ class Module:
     @property
     def entry_id(self) -> int:
         return self._proto.entry_computation_id
+
+    @property
+    def donated(self) -> set[int]:
+        """Numbers of the parameters whose memory results may take over."""
+        entries = (*self._proto.input_output_alias.entries, *self._proto.buffer_donor.entries)
+        return {entry.parameter_number for entry in entries}
 
     def computation(self, number: int) -> Computation:
         """The computation with this id."""

@@ -7,9 +7,9 @@ to the last error message, or reaches a hook that JAX keeps to itself.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,6 +19,7 @@ from jax._src import core, dispatch, source_info_util
 from jax._src.dtypes import check_and_canonicalize_user_dtype
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.lax.lax import _convert_element_type, canonicalize_precision, get_algorithm_compute_types
+from jax._src.lib import version as jaxlib_version
 from jax._src.numpy.util import ensure_arraylike_tuple
 from jax._src.sharding_impls import canonicalize_sharding as _canonicalize_sharding
 from jax._src.util import canonicalize_axis
@@ -52,6 +53,7 @@ __all__ = [
     "program_name",
     "register_hlo_transformation",
     "require_devices",
+    "require_hlo_transformations",
     "sharding_for_vmap",
     "untransposed",
 ]
@@ -209,18 +211,25 @@ def in_jit() -> bool:
     return core.unsafe_am_i_under_a_jit()
 
 
-def register_hlo_transformation(name: str, transform: Callable[[bytes], bytes | None]) -> None:
-    """Let `transform` change the modules that XLA compiles for CPUs, after its own passes; TooOld before 0.10.2."""
+def require_hlo_transformations() -> None:
+    """TooOld before 0.10.2, which cannot register one."""
     try:
-        from jax.extend import xla
-
-        # The order of thunks is settled afterwards.
-        stage = xla.PipelineStage.PRE_SCHEDULER
-        xla.register_hlo_module_transformation(transform, name=name, stage=stage, platforms="cpu")
+        importlib.import_module("jax.extend.xla")
     except ImportError:
         raise TooOld(f"this is JAX {jax.__version__}") from None
-    except NotImplementedError:
-        raise TooOld(f"this is jaxlib {metadata.version('jaxlib')}") from None
+    if jaxlib_version < (0, 10, 2):
+        raise TooOld(f"this is jaxlib {'.'.join(map(str, jaxlib_version))}")
+
+
+def register_hlo_transformation(name: str, transform: Callable[[bytes], bytes | None]) -> None:
+    """Let `transform` change the modules that XLA compiles for CPUs, after its own passes.
+
+    From 0.12 on this starts JAX's backends, if they are not, and never returns in a thread that is starting them.
+    """
+    from jax.extend import xla
+
+    # The order of thunks is settled afterwards.
+    xla.register_hlo_module_transformation(transform, name=name, stage=xla.PipelineStage.PRE_SCHEDULER, platforms="cpu")
 
 
 def mark_lowered_modules(attributes: Callable[[], Mapping[str, str]]) -> None:

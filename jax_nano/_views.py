@@ -180,14 +180,14 @@ def _stays(module: Module, body: Body, instruction: Instruction) -> bool:
     """Whether an array may be read later than it is now: nothing writes another value into its buffer.
 
     XLA has settled already which operations work in place, and ordered them after all who read; a new reader has no
-    place in that order. So an array qualifies that only readers use, and that is no loop's variable.
+    place in that order. So an array qualifies that only readers use, and that is no loop's variable nor donated.
     """
     if not all(_reads(module, body, instruction, user) for user in body.users(instruction)):
         return False
     if instruction.opcode == "bitcast":
         return _stays(module, body, body.operands(instruction)[0])
     if instruction.opcode == "parameter":
-        return body.is_entry
+        return body.is_entry and instruction.parameter_number not in module.donated
     if instruction.opcode != "get-tuple-element":
         return True
     (source,) = body.operands(instruction)
@@ -199,10 +199,10 @@ def _stays(module: Module, body: Body, instruction: Instruction) -> bool:
             return False
     if source.opcode != "parameter":
         return True
+    if body.is_entry:
+        return source.parameter_number not in module.donated
     root = body.root
-    return body.is_entry or (
-        root.opcode == "tuple" and index < len(root.operand_ids) and root.operand_ids[index] == instruction.id
-    )
+    return root.opcode == "tuple" and index < len(root.operand_ids) and root.operand_ids[index] == instruction.id
 
 
 def _reads(module: Module, body: Body, instruction: Instruction, user: Instruction) -> bool:
