@@ -173,8 +173,11 @@ def _measure(name: str, setting: str, rounds: int, *, quick: bool) -> Row:
     except ImportError as error:
         return Row(name, setting, skipped=f"needs {error.name}")
     plain = _Program(workload)
+    jax_nano.clear_report()
     with jax_nano.accelerate():
         accelerated = _Program(workload)
+    if "no product was compiled" in str(jax_nano.report()):
+        raise RuntimeError(f"{name}: acceleration failed, so there is nothing to compare")
     _check(name, accelerated.step(), plain.step())
     seconds = plain.sample()
     if not quick:
