@@ -120,8 +120,12 @@ class _Perturbed:
         return lambda *args: self.run(jaxpr, consts, args)
 
     def _scan(self, operands: list[Any], *, jaxpr: ClosedJaxpr, **params: Any) -> list[Any]:
-        consts = operands[: params["num_consts"]]
-        carry = operands[len(consts) : len(consts) + params["num_carry"]]
+        if "ft_in" in params:  # JAX 0.12
+            num_consts, num_carry, _ = (len(list(part.vals)) for part in params["ft_in"].unpack())
+        else:
+            num_consts, num_carry = params["num_consts"], params["num_carry"]
+        consts = operands[:num_consts]
+        carry = operands[num_consts : num_consts + num_carry]
         body = self._closed(jaxpr)
 
         def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
