@@ -40,7 +40,9 @@ def loop_of(op: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[..., An
     Before each product the first element of either operand is overwritten, in place, with the last
     result's first element clamped between `low` and `high`. Both are that element's own value, which
     XLA cannot know: so it can neither hoist nor drop nor overlap a product, nor what it does to an
-    operand first (converting all weights, say), and yet operands and results stay what they are.
+    operand first, and yet operands and results stay what they are. Only a right operand of bfloat16
+    stays untouched, because XLA converts all of it to write one element; so XLA may convert it once
+    for all trips, which is in its favour.
     """
 
     def program(
@@ -51,8 +53,10 @@ def loop_of(op: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[..., An
             new: list[Arrays] = []
             for pair in zip(*operands, strict=True):
                 a, b = (
-                    x.at[(0,) * x.ndim].set(jnp.clip(last.astype(x.dtype), least, most))
-                    for x, least, most in zip(pair, low, high, strict=True)
+                    x
+                    if i and x.dtype == jnp.bfloat16
+                    else x.at[(0,) * x.ndim].set(jnp.clip(last.astype(x.dtype), low[i], high[i]))
+                    for i, x in enumerate(pair)
                 )
                 new.append((a, b, op(a, b)))
                 last = new[-1][2][(0,) * new[-1][2].ndim]

@@ -173,8 +173,12 @@ def test_einsum_steps() -> None:
     ("subscripts", "lhs", "rhs", "why"),
     [
         ("mk,kn->mn", (2, 2), (2, 2), "too small"),
-        ("mk,kn->mn", (6, 6), (6, 6), "too small"),
-        ("mk,kn->mn", (7, 7), (7, 7), None),
+        ("mk,kn->mn", (7, 7), (7, 7), "too small"),
+        ("mk,kn->mn", (8, 8), (8, 8), None),
+        ("km,kn->mn", (16, 512), (16, 512), "terms"),
+        ("km,kn->mn", (17, 512), (17, 512), None),
+        ("km,kn->mn", (16, 128), (16, 512 - 1), None),
+        ("bkm,bkn->bmn", (2, 16, 512), (2, 16, 512), None),
         ("mk,kn->mn", (512, 512), (512, 512), None),
         ("bmk,bkn->bmn", (64, 3, 3), (64, 3, 3), "too small"),
         ("bmk,bkn->bmn", (64, 4, 4), (64, 4, 4), None),
@@ -207,6 +211,15 @@ def test_the_gate_lets_large_vectors_of_narrow_elements_through(monkeypatch: pyt
     assert _gate.declines(labels, *shapes, element_bytes=(4, 2)) is None
     assert _gate.declines(labels, *shapes, element_bytes=(2, 4)) is not None
     assert _gate.declines(labels, (1, 64), (64, 64), element_bytes=(2, 2)) is not None
+
+
+def test_the_gate_keeps_fewer_small_products_of_other_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gate, "enabled", True)
+    labels = _shapes.labels_of(MATMUL, None, 2, 2)
+    for element_bytes in ((1, 1), (2, 2), (8, 8)):
+        assert _gate.declines(labels, (5, 5), (5, 5), element_bytes=element_bytes) is not None
+        assert _gate.declines(labels, (6, 6), (6, 6), element_bytes=element_bytes) is None
+    assert _gate.declines(labels, (512, 16), (16, 512), element_bytes=(2, 2)) is None
 
 
 def test_the_gate_is_for_what_xla_computes_alike(monkeypatch: pytest.MonkeyPatch) -> None:
