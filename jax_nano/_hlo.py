@@ -190,6 +190,9 @@ class Module:
     def __init__(self, serialized: bytes) -> None:
         self._proto = _Module.FromString(serialized)
         self._by_id = {computation.id: computation for computation in self._proto.computations}
+        taken_over = (*self._proto.input_output_alias.entries, *self._proto.buffer_donor.entries)
+        self.donated = frozenset(entry.parameter_number for entry in taken_over)
+        """Numbers of the parameters whose memory results may take over."""
 
     @property
     def name(self) -> str:
@@ -202,12 +205,6 @@ class Module:
     @property
     def entry_id(self) -> int:
         return self._proto.entry_computation_id
-
-    @property
-    def donated(self) -> set[int]:
-        """Numbers of the parameters whose memory results may take over."""
-        entries = (*self._proto.input_output_alias.entries, *self._proto.buffer_donor.entries)
-        return {entry.parameter_number for entry in entries}
 
     def computation(self, number: int) -> Computation:
         """The computation with this id."""
