@@ -4,7 +4,7 @@ The arrows point one way:
 
     __main__ -> measure -> worker (one process a peer) -> peers/ -> native/*.c
              -> report, plots, compare, overheads, models
-    cases, machine: data that all of them read
+    cases, operands, machine: data that all of them read
 """
 
 import pathlib

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import pathlib
+import signal
 import sys
 import time
+from collections.abc import Iterator
 
 from tqdm import tqdm
 
 from benchmarks import ROOT, machine
 from benchmarks.cases import DTYPES, SUITES, select
 from benchmarks.peers import PEERS
-from benchmarks.report import Section
+from benchmarks.report import Results, Section
 
 # Measured beside the products, each by a module of its name with a function `report`.
 _BESIDE = {
@@ -52,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         "--also", nargs="*", choices=_IN_A_RUN, help="measured after the products (default: all in the suite full)"
     )
     run.add_argument("--out", type=pathlib.Path, default=ROOT / "results", help="(default: results/)")
+    run.add_argument("--resume", type=pathlib.Path, metavar="JSON", help="go on with a run that was stopped")
 
     compare = commands.add_parser("compare", help="what became slower between two runs; exit status 1 if any")
     compare.set_defaults(command=_compare)
@@ -107,18 +111,34 @@ def _run(args: argparse.Namespace) -> int:
         sample_seconds=min(args.sample_ms, 10) / 1e3 if args.quick else args.sample_ms / 1e3,
         case_seconds=args.case_seconds,
     )
-    results = measure.run(plan)
+    results = Results.load(args.resume) if args.resume else Results.begin(machine.describe())
     stamp = results.started.replace(":", "").partition("+")[0]
-    path = args.out / f"{stamp}-{suite}.json"
-    results.save(path)  # kept, whatever becomes of the rest
+    path = args.resume or args.out / f"{stamp}-{suite}.json"
     also = args.also if args.also is not None else _IN_A_RUN if suite == "full" else ()
-    for name in tqdm(also, disable=not also, unit="part"):
-        results.sections.append(_beside(name, quick=args.quick))
-        results.save(path)
+    with _stoppable() as stopped:
+        measure.run(plan, results, keep=lambda so_far: so_far.save(path))
+        for name in tqdm(also, disable=not also, unit="part"):
+            results.sections.append(_beside(name, quick=args.quick))
+            results.save(path)
+    if stopped:
+        return _complain(f"stopped; to go on: --resume {path}, to see what there is: report {path}")
     _write_report(path)
     for entry in results.wrong:
         print(f"{entry['peer']}: {entry['why']}", file=sys.stderr)
     return 1 if any(entry["peer"] == "jax_nano" for entry in results.wrong) else 0
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[list[str]]:
+    """Ctrl-C and SIGTERM end the body; then the list that it gives is not empty."""
+    stopped: list[str] = []
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield stopped
+    except KeyboardInterrupt:
+        stopped.append("interrupted")
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -129,7 +149,7 @@ def _report(args: argparse.Namespace) -> int:
 def _write_report(path: pathlib.Path) -> None:
     from benchmarks import plots, report
 
-    results = report.Results.load(path)
+    results = Results.load(path)
     text = report.markdown(results)
     table = path.with_suffix(".md")
     table.write_text(text)
@@ -147,9 +167,9 @@ def _relative(path: pathlib.Path) -> pathlib.Path:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from benchmarks import compare, report
+    from benchmarks import compare
 
-    old, new = report.Results.load(args.old), report.Results.load(args.new)
+    old, new = Results.load(args.old), Results.load(args.new)
     text, slower = compare.regressions(old, new, args.threshold)
     print(text)
     return 1 if slower else 0

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import pathlib
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from benchmarks import machine, native
-from benchmarks.cases import Array, Case
+from benchmarks import machine, native, operands
+from benchmarks.cases import Case
 from benchmarks.peers import PEERS
 from benchmarks.report import Results, Row
 from benchmarks.worker import Failed, Setup, Worker
@@ -41,26 +41,23 @@ _MOST_PAIRS = 128  # more buffers than this would time the loop over them
 _COLD_CACHES = 2  # operands of this many last-level caches are gone through before one comes again
 
 
-def run(plan: Plan) -> Results:
-    """Measures everything, with a progress bar; failures of a peer become lines of the result."""
-    results = Results.begin(machine.describe())
+def run(plan: Plan, results: Results, keep: Callable[[Results], None]) -> None:
+    """Measures what `results` does not have yet, with a progress bar; calls `keep` after every case.
+
+    Failures of a peer become lines of the results.
+    """
+    todo = [(case, cache) for case in plan.cases for cache in plan.caches if not results.has(case.key, cache)]
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(contextlib.closing(_Pool(plan, results)))
         scratch = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        progress = stack.enter_context(tqdm(total=len(plan.cases) * len(plan.caches), unit="case", smoothing=0))
-        for case in plan.cases:
-            reference = scratch / "exact.npy"
-            np.save(reference, as_integers(case.exact_result()))
-            for cache in plan.caches:
+        progress = stack.enter_context(tqdm(total=len(todo), unit="case", smoothing=0))
+        for case, caches in itertools.groupby(todo, key=lambda item: item[0]):
+            operands.write(case, scratch)
+            for _, cache in caches:
                 progress.set_description(f"{case.key} {cache}"[:48].ljust(48))
-                _measure(plan, pool, results, case, cache, reference)
+                _measure(plan, pool, results, case, cache, scratch)
+                keep(results)
                 progress.update()
-    return results
-
-
-def as_integers(array: Array) -> Array:
-    """The same bits in a dtype that .npy files know; `worker.check` views them back."""
-    return array.view(f"i{array.dtype.itemsize}")
 
 
 def pairs_of(case: Case, cache: str) -> int:
@@ -132,7 +129,7 @@ class _Pool:
         self._results.skip("", name, cores, why)
 
 
-def _measure(plan: Plan, pool: _Pool, results: Results, case: Case, cache: str, reference: pathlib.Path) -> None:
+def _measure(plan: Plan, pool: _Pool, results: Results, case: Case, cache: str, scratch: pathlib.Path) -> None:
     pairs = pairs_of(case, cache)
     if pairs > _MOST_PAIRS:
         results.skip(case.key, "", 0, f"too small to be {cache}: a cache holds {pairs - 1} of its operands")
@@ -142,7 +139,7 @@ def _measure(plan: Plan, pool: _Pool, results: Results, case: Case, cache: str, 
     once: dict[tuple[str, int], float] = {}
     for name, cores in pool.available():
         try:
-            pool.ask("prepare", name, cores, case, pairs, str(reference))
+            pool.ask("prepare", name, cores, case, pairs, scratch)
             trips[name, cores], once[name, cores] = _calibrate(plan, pool, name, cores)
         except Failed as error:
             results.skip(case.key, name, cores, str(error))

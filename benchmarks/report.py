@@ -116,6 +116,10 @@ class Results:
     def begin(cls, machine: dict[str, Any]) -> Results:
         return cls(machine, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
 
+    def has(self, case: str, cache: str) -> bool:
+        """Whether the case was measured."""
+        return any((row.case, row.cache) == (case, cache) for row in self.rows)
+
     def skip(self, case: str, peer: str, cores: int, why: str) -> None:
         entry = {"case": case, "peer": peer, "cores": cores, "why": why}
         if entry not in self.skipped:
@@ -139,8 +143,11 @@ class Results:
         yield from (Group(rows) for rows in cases.values())
 
     def save(self, path: pathlib.Path) -> None:
+        """Replaces the file as one: whoever stops the run between two cases finds all of it."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        written = path.with_suffix(".part")
+        written.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        written.replace(path)
 
     @classmethod
     def load(cls, path: pathlib.Path) -> Results:

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import dataclasses
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -102,15 +103,18 @@ class _Peers:
         self._runners[peer] = PEERS[peer].start(self._setup.threads)
         return self._runners[peer].version()
 
-    def prepare(self, peer: str, case: Any, pairs: int, reference: str) -> None:
+    def prepare(self, peer: str, case: Any, pairs: int, folder: pathlib.Path) -> None:
         """Makes the peer ready to be timed on a case, after a check of every element of its result."""
+        from benchmarks import operands
+
         runner = self._runners[peer]
         runner.prepare(case, pairs)
-        runner.load([case.exact_operands()] * pairs)
+        runner.load([operands.read(case, folder, operands.EXACT)] * pairs)
         runner.run(1)
+        expected = operands.read_result(case, folder)
         for result in runner.results():
-            check(case, result, reference)
-        runner.load([case.random_operands()] * pairs)
+            check(case, result, expected)
+        runner.load([operands.read(case, folder, operands.RANDOM)] * pairs)
 
     def run(self, peer: str, trips: int) -> float:
         return self._runners[peer].run(trips)
@@ -119,15 +123,14 @@ class _Peers:
         self._runners[peer].close()
 
 
-def check(case: Any, result: Any, reference: str) -> None:
-    """Raises unless the result is the exact one, which is in the file `reference`.
+def check(case: Any, result: Any, expected: Any) -> None:
+    """Raises unless the result is the exact one, `expected`.
 
     The operands are small integers: every order of summation has the same exact sum. A result of 16
     bits is allowed to be rounded twice (to 16 bits from each of several partial sums).
     """
     import numpy as np
 
-    expected = np.load(reference, mmap_mode="r").view(result.dtype)
     if result.shape != expected.shape:
         raise Failed(f"WRONG RESULT: shape {result.shape}, expected {expected.shape}")
     if np.array_equal(result, expected):

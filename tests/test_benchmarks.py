@@ -7,6 +7,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -18,8 +19,8 @@ pytestmark = pytest.mark.xdist_group("benchmarks")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks takes it off again, so that jax_nano is the installed one
 
+from benchmarks import operands  # noqa: E402
 from benchmarks.cases import DTYPES, matmul, select  # noqa: E402
-from benchmarks.measure import as_integers  # noqa: E402
 from benchmarks.native import why_not  # noqa: E402
 from benchmarks.peers.in_jax import loop_of, product  # noqa: E402
 from benchmarks.report import Results, Row, Section, markdown  # noqa: E402
@@ -31,12 +32,14 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
 
 
+TINY = ("--suite", "tiny", "--rounds", "2", "--sample-ms", "0.1", "--cores", "1", "--cache", "warm", "--also")
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> pathlib.Path:
     """The JSON of a run that takes seconds; every peer's result was checked on the way."""
     out = tmp_path_factory.mktemp("results")
-    tiny = ("--suite", "tiny", "--rounds", "2", "--sample-ms", "0.1", "--cores", "1", "--cache", "warm", "--also")
-    done = run("run", *tiny, "--out", str(out))
+    done = run("run", *TINY, "--out", str(out))
     assert done.returncode == 0, done.stderr
     (path,) = out.glob("*.json")
     return path
@@ -59,6 +62,34 @@ def test_a_run_writes_table_and_plots(results):
     assert "Geometric mean" in table
     pictures = {path.name for path in results.with_suffix("").iterdir()}
     assert pictures == {"roofline-1-core-warm.png", "ratios-1-core-warm.png"}
+
+
+def test_a_run_goes_on_where_it_was_stopped(results, tmp_path):
+    data = json.loads(results.read_text())
+    kept = [row for row in data["rows"] if row["case"] != "8x8x8 f32"]
+    lost = len(data["rows"]) - len(kept)
+    stopped = tmp_path / "stopped.json"
+    stopped.write_text(json.dumps(data | {"rows": kept}))
+    done = run("run", *TINY, "--resume", str(stopped))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(stopped.read_text())["rows"]
+    assert rows[: len(kept)] == kept
+    assert [row["case"] for row in rows[len(kept) :]] == ["8x8x8 f32"] * lost
+
+
+def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "run", "--suite", "tiny", "--cores", "1", "--out", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        while not list(tmp_path.glob("*.json")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        errors = process.stderr.read()
+    (path,) = tmp_path.glob("*.json")
+    assert process.returncode == 2
+    assert f"--resume {path}" in errors
+    assert "Traceback" not in errors
+    assert Results.load(path).rows
 
 
 def test_what_is_measured_beside_the_products_is_kept_with_them(results, tmp_path):
@@ -135,15 +166,15 @@ def test_a_run_refuses_what_it_cannot_do(wrong):
     assert "Traceback" not in done.stderr
 
 
-def _written_reference(case, path: pathlib.Path) -> str:
-    np.save(path, as_integers(case.exact_result()))
-    return str(path)
-
-
 @pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "bf16-f32", "f16", "i8", "i8-i8"])
 def test_the_check_finds_one_wrong_element(tmp_path, dtype):
     case = matmul(40, 30, 50, dtype)
-    reference = _written_reference(case, tmp_path / "exact.npy")
+    operands.write(case, tmp_path)
+    for name, pair in ((operands.EXACT, case.exact_operands()), (operands.RANDOM, case.random_operands())):
+        for read, made in zip(operands.read(case, tmp_path, name), pair, strict=True):
+            assert read.dtype == made.dtype
+            np.testing.assert_array_equal(read, made)
+    reference = operands.read_result(case, tmp_path)
     exact = case.exact_result()
     check(case, exact, reference)
 
