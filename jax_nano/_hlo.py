@@ -61,6 +61,7 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
         "control_predecessor_ids": (37, "*int64"),
         "called_computation_ids": (38, "*int64"),
         "backend_config": (43, "bytes"),
+        "comparison_direction": (63, "string"),
         "precision_config": (51, "PrecisionConfig"),
         "constrain_layout": (56, "bool"),
         "operand_shapes_with_layout": (57, "*Shape"),
@@ -88,7 +89,7 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
     },
     "PrecisionConfig": {"operand_precision": (1, "*int32"), "algorithm": (2, "int32")},
     "Metadata": {"op_name": (2, "string")},
-    "Literal": {"f32s": (8, "*float")},
+    "Literal": {"f32s": (8, "*float"), "f16s": (11, "bytes"), "bf16s": (13, "bytes")},
     "FrontendAttributes": {"map": (1, "*Entry")},
     "Entry": {"key": (1, "string"), "value": (2, "string")},
 }
@@ -152,6 +153,11 @@ class Array(NamedTuple):
         return tuple(self.dims[i] for i in self.major_to_minor)
 
 
+def dtype_of(instruction: Instruction) -> np.dtype:
+    """The dtype of an instruction's result, which is an array of one of those in `DTYPES`."""
+    return DTYPES[instruction.shape.element_type]
+
+
 def dtype_name(shape: Any) -> str:
     """A shape's dtype, in words for people."""
     dtype = DTYPES.get(shape.element_type)
@@ -180,8 +186,12 @@ def set_array(shape: Any, dtype: np.dtype, dims: Sequence[int]) -> None:
 
 
 def scalar(constant: Instruction) -> float:
-    """The value of a float32 constant without dimensions."""
-    return _Literal.FromString(constant.literal).f32s[0]
+    """The value of a constant without dimensions, of float32, bfloat16 or float16."""
+    literal = _Literal.FromString(constant.literal)
+    for stored, dtype in ((literal.bf16s, BFLOAT16), (literal.f16s, np.dtype(np.float16))):
+        if stored:
+            return float(np.frombuffer(stored, dtype)[0])
+    return literal.f32s[0]
 
 
 class Module:
@@ -264,22 +274,51 @@ class Body:
         set_array(new.shape, dtype, dims)
         return new
 
+    def converted(self, operand: Instruction, dtype: np.dtype, before: Instruction) -> Instruction:
+        """A new instruction: a row-major array, converted."""
+        dims = tuple(operand.shape.dimensions)
+        new = self.bitcast(operand, dtype, dims, before)
+        new.opcode = "convert"
+        return new
+
+    def narrow(self, module: Module, fusion: Instruction) -> Instruction:
+        """Takes the conversion of its result out of a fusion, as `convert_result` does."""
+        computation = module.computation(fusion.called_computation_ids[0])
+        by_id = {x.id: i for i, x in enumerate(computation.instructions)}
+        i = by_id[computation.root_id]
+        (computation.root_id,) = computation.instructions[i].operand_ids
+        dtype = dtype_of(computation.instructions[by_id[computation.root_id]])
+        del computation.instructions[i]
+        return self.convert_result(fusion, dtype)
+
+    def convert_result(self, instruction: Instruction, dtype: np.dtype) -> Instruction:
+        """Gives an instruction's result another dtype; all its users get it converted back, as in `bitcast_result`."""
+        new = self._insert_result(instruction, "convert")
+        new.shape.element_type = ELEMENT_TYPES[dtype]
+        instruction.backend_config = new.backend_config  # how a loop is split over threads
+        return new
+
     def bitcast_result(self, instruction: Instruction, dtype: np.dtype, dims: Sequence[int]) -> Instruction:
         """Makes `instruction`, in row-major order with these sizes, what all its users see as they saw it before.
 
         The bitcast between takes over name and id, so that users, and the root, need not change. Returned is the
         instruction, which is a new message.
         """
+        new = self._insert_result(instruction, "bitcast")
+        set_array(new.shape, dtype, dims)
+        return new
+
+    def _insert_result(self, instruction: Instruction, opcode: str) -> Instruction:
+        """Puts an operation between an instruction, which is returned, and its users: it has the old message."""
         new = self._add(instruction, (self._place[instruction.id][0], -1))
         number, name = new.id, new.name
         new.CopyFrom(instruction)
         new.id, new.name = number, name
-        set_array(new.shape, dtype, dims)
         shape = type(instruction.shape)()
         shape.CopyFrom(instruction.shape)
         number, name, metadata = instruction.id, instruction.name, new.metadata
         instruction.Clear()
-        instruction.id, instruction.name, instruction.opcode = number, name, "bitcast"
+        instruction.id, instruction.name, instruction.opcode = number, name, opcode
         instruction.shape.CopyFrom(shape)
         instruction.metadata.CopyFrom(metadata)
         for operand in new.operand_ids:

@@ -3,14 +3,15 @@
 XLA hands over a module that it has simplified, partitioned and fused. A product is there a `dot`, or a fusion of
 nothing but a dot (a library's: YNNPACK, oneDNN) and what brings its operands into shape (a loop, for products with a
 vector). Each becomes one custom call. Its labels describe operands and result as they lie in memory: in whatever layout
-XLA chose, and before or after the copies that XLA made for its own kernels.
+XLA chose, and before or after the copies that XLA made for its own kernels. The loop after a product becomes a part of
+the call if an epilogue does the same.
 
 Whatever is not understood stays as it was. What has no kernel stays too, and so does what the decline gate declines.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -69,7 +70,8 @@ def rewrite(module: Module) -> list[_report.Product]:
         body = Body(module, computation)
         found = [(x, dot) for x in computation.instructions if (dot := _dot_of(module, body, x)) is not None]
         if found:
-            products += [_rewrite(module, body, instruction, dot) for instruction, dot in found]
+            readers = {instruction.id for instruction, _ in found}
+            products += [_rewrite(module, body, instruction, dot, readers) for instruction, dot in found]
             body.commit()
     return products
 
@@ -96,7 +98,9 @@ def _dot_of(module: Module, body: Body, instruction: Instruction) -> Dot | None:
     return Dot(root, *operands)
 
 
-def _rewrite(module: Module, body: Body, instruction: Instruction, found: Dot) -> _report.Product:
+def _rewrite(
+    module: Module, body: Body, instruction: Instruction, found: Dot, products: Collection[int]
+) -> _report.Product:
     dot, *operands = found
     labels = _labels_of(dot, *(len(x.array.shape.dimensions) for x in operands))
     arrays = [*(x.array for x in operands), instruction]
@@ -111,36 +115,63 @@ def _rewrite(module: Module, body: Body, instruction: Instruction, found: Dot) -
         a, b, c = (_report.Array(_hlo.dtype_name(x.shape), tuple(x.shape.dimensions)) for x in arrays)
         why = "no kernel reads this dtype or layout"
         return _report.Product(module.name, source, (a, b, c), labels, "default", why)
-    epilogue: _epilogues.Found | None = None
     dtypes = tuple(view.dtype for view in seen if view is not None)
-    (lhs, rhs, out), choice = _best(module, body, dot, dtypes, lhs, rhs, out)
-    if choice.signature is not None and choice.declined is None:
-        epilogue = _epilogues.epilogue_of(module, body, out)
-        _call(body, lhs, rhs, out, choice.labels, choice.signature.algorithm, epilogue)
+    call = _best(module, body, dot, dtypes, lhs, rhs, out, products)
+    if call is None:
+        choice, epilogue = _choose(dot, lhs, rhs, out), None
+    else:
+        (lhs, rhs, out), choice, epilogue = call
+        assert choice.signature is not None
+        _call(module, body, lhs, rhs, out, choice.labels, choice.signature.algorithm, epilogue)
     algorithm = "default" if choice.signature is None else choice.signature.algorithm
     a, b, c = (_report.Array(x.dtype.name, x.sizes) for x in (lhs, rhs, out))
     fate = (choice.declined, str(epilogue or ""))
     return _report.Product(module.name, source, (a, b, c), choice.labels, algorithm, *fate)
 
 
+class Call(NamedTuple):
+    """What a call reads and writes, and does besides: with an epilogue, `views` have its result's dtype."""
+
+    views: tuple[View, View, View]
+    choice: Choice
+    epilogue: _epilogues.Found | None
+
+
 def _best(
-    module: Module, body: Body, dot: Instruction, dtypes: tuple[np.dtype, ...], lhs: View, rhs: View, out: View
-) -> tuple[tuple[View, View, View], Choice]:
-    """The views that a call should read and write, and the choice for them; or for those given, declined.
+    module: Module,
+    body: Body,
+    dot: Instruction,
+    dtypes: tuple[np.dtype, ...],
+    lhs: View,
+    rhs: View,
+    out: View,
+    products: Collection[int],
+) -> Call | None:
+    """The call that saves most of what is done around a product; None if it is declined.
 
     `dtypes` are the dot's own: it may convert what it is given.
     """
-    results = _views.copies(module, body, out)
-    for views in _views.combinations(_views.sources(module, body, lhs), _views.sources(module, body, rhs), results):
-        a, b, c = (x.dtype for x in views)
-        # A product of other dtypes than the dot's must be the same before its result is rounded.
-        same = (a, b, c) == dtypes
-        if not same and (dot.precision_config.algorithm or (a != b and c != dtypes[0]) or not _rounds(out, c)):
-            continue
-        choice = _choose(dot, *views)
-        if choice.declined is None:
-            return views, choice
-    return (lhs, rhs, out), _choose(dot, lhs, rhs, out)
+    left, right = (_views.sources(module, body, x, products)[::-1] for x in (lhs, rhs))
+    for result, epilogue in _results(module, body, out):
+        for views in ((a, b, result) for a in left for b in right):
+            a, b, c = (x.dtype for x in views)
+            # A product of other dtypes than the dot's must be the same before its result is rounded.
+            same = (a, b, c) == dtypes
+            if not same and (dot.precision_config.algorithm or (a != b and c != dtypes[0]) or not _rounds(out, c)):
+                continue
+            choice = _choose(dot, *views)
+            if choice.declined is None:
+                return Call(views, choice, epilogue)
+    return None
+
+
+def _results(module: Module, body: Body, out: View) -> Iterator[tuple[View, _epilogues.Found | None]]:
+    """What a call may write instead of a product's result, and by which epilogue, the last first."""
+    for view in reversed(_views.copies(module, body, out)):
+        epilogue = _epilogues.epilogue_of(module, body, view)
+        if epilogue is not None:
+            yield view._replace(dtype=epilogue.dtype), epilogue
+        yield view, None
 
 
 def _rounds(out: View, dtype: np.dtype) -> bool:
@@ -179,14 +210,28 @@ def _choose(dot: Instruction, lhs: View, rhs: View, out: View) -> Choice:
 
 
 def _call(
-    body: Body, lhs: View, rhs: View, out: View, labels: Labels, algorithm: str, epilogue: _epilogues.Found | None
+    module: Module,
+    body: Body,
+    lhs: View,
+    rhs: View,
+    out: View,
+    labels: Labels,
+    algorithm: str,
+    epilogue: _epilogues.Found | None,
 ) -> None:
     """Makes the instruction of `out` the call, or that of its epilogue."""
-    inputs, attributes = [lhs, rhs], {"abi": f"{_native.ABI} : i64", "algorithm": f'"{algorithm}"'}
+    inputs = [_narrowed(module, body, view) for view in (lhs, rhs)]
+    attributes = {"abi": f"{_native.ABI} : i64", "algorithm": f'"{algorithm}"'}
+    target = _native.TARGET_NAME
     if epilogue is not None:
         out = out._replace(instruction=epilogue.instruction)
-        if epilogue.bias is not None:
-            inputs.append(View(epilogue.bias, out.dtype, out.sizes[-1:], out.labels[-1:]))
+    if _hlo.dtype_of(out.instruction) != out.dtype:
+        out = out._replace(instruction=body.convert_result(out.instruction, out.dtype))
+    if epilogue is not None and not epilogue.is_nothing:
+        target = _native.LINEAR_TARGET_NAME
+        if (bias := epilogue.bias) is not None:
+            bias = bias if _hlo.dtype_of(bias) == out.dtype else body.converted(bias, out.dtype, before=out.instruction)
+            inputs.append(View(bias, out.dtype, out.sizes[-1:], out.labels[-1:]))
         if epilogue.residual is not None:
             inputs.append(out._replace(instruction=epilogue.residual))
         attributes["activation"] = f'"{epilogue.activation}"'
@@ -206,11 +251,17 @@ def _call(
     for field in ("dot_dimension_numbers", "precision_config", "fusion_kind", "called_computation_ids"):
         call.ClearField(field)
     call.opcode = "custom-call"
-    call.custom_call_target = _native.TARGET_NAME if epilogue is None else _native.LINEAR_TARGET_NAME
+    call.custom_call_target = target
     call.custom_call_api_version = _hlo.TYPED_FFI
     call.backend_config = ("{" + ", ".join(f"{x} = {value}" for x, value in attributes.items()) + "}").encode()
     call.constrain_layout = True
     call.operand_shapes_with_layout.extend(x.shape for x in operands)
+
+
+def _narrowed(module: Module, body: Body, view: View) -> View:
+    """A view of an instruction that has its dtype."""
+    instruction = _views.before_widening(body, view.instruction, view.dtype)
+    return view._replace(instruction=instruction or body.narrow(module, view.instruction))
 
 
 def _dense(values: Sequence[int]) -> str:

@@ -2,11 +2,12 @@
 
 XLA copies an operand of a product to bring its dimensions into the order that its own kernels read, and converts
 bfloat16 to float32. A kernel of ours reads any order, and bfloat16: a view of the copy can be one of what was copied.
+Where XLA fused the conversion to the end of a loop that computes something, the loop can be made to end before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -29,7 +30,10 @@ _IN_PLACE: Final = frozenset(("dynamic-update-slice", "scatter"))
 
 
 class View(NamedTuple):
-    """An instruction's array in memory: row-major, with a label for each dimension."""
+    """An instruction's array in memory: row-major, with a label for each dimension.
+
+    Its dtype may be one that the instruction's result was converted from at the end: `Body.narrow` makes it so.
+    """
 
     instruction: Instruction
     dtype: np.dtype
@@ -59,12 +63,58 @@ class View(NamedTuple):
         return _shapes.permute(self.labels, _shapes.inverse(array.major_to_minor))
 
 
-def sources(module: Module, body: Body, view: View) -> list[View]:
-    """The view, what it is a copy of, what that is a copy of, and so on, as far as it can be told and is safe."""
+def sources(module: Module, body: Body, view: View, products: Collection[int]) -> list[View]:
+    """The view, what it is a copy of, what that is a copy of, and so on, as far as it can be told and is safe.
+
+    Args:
+      module, body: where it is.
+      view: of an operand of one of the products.
+      products: ids of the instructions that may become calls.
+    """
     found = [view]
     while (source := _source(module, body, found[-1])) is not None:
         found.append(source)
-    return found
+    last = found[-1].instruction
+    dtype = before_conversion(module, last)
+    if dtype is None or body.is_awaited(last) or not _only_for(products, body, last):
+        return found
+    return [*found, found[-1]._replace(dtype=dtype)]
+
+
+def before_conversion(module: Module, instruction: Instruction) -> np.dtype | None:
+    """The dtype that a loop's result has before its last operation, if that converts it to a wider one."""
+    if instruction.opcode != "fusion" or instruction.fusion_kind != "kLoop" or instruction.output_operand_aliasing:
+        return None
+    computation = module.computation(instruction.called_computation_ids[0])
+    by_id = {x.id: x for x in computation.instructions}
+    root = by_id[computation.root_id]
+    if root.opcode != "convert":
+        return None
+    before = by_id[root.operand_ids[0]]
+    source, result = _hlo.array_of(before.shape), _hlo.array_of(root.shape)
+    if source is None or result is None or before.opcode == "parameter":
+        return None
+    is_widening = source.dtype != result.dtype and np.can_cast(source.dtype, result.dtype, "safe")
+    return source.dtype if is_widening and _keeps_memory_order(root, source, result) else None
+
+
+def _only_for(products: Collection[int], body: Body, instruction: Instruction) -> bool:
+    return all(
+        user.id in products or (user.opcode == "bitcast" and _only_for(products, body, user))
+        for user in body.users(instruction)
+    )
+
+
+def before_widening(body: Body, instruction: Instruction, dtype: np.dtype) -> Instruction | None:
+    """An array of this dtype: the instruction's, or one that it is the exact conversion of."""
+    array = _hlo.array_of(instruction.shape)
+    if array is not None and array.dtype == dtype:
+        return instruction
+    if array is None or instruction.opcode != "convert" or not np.can_cast(dtype, array.dtype, "safe"):
+        return None
+    (source,) = body.operands(instruction)
+    before = _hlo.array_of(source.shape)
+    return source if before is not None and before == array._replace(dtype=dtype) else None
 
 
 def _source(module: Module, body: Body, view: View) -> View | None:
@@ -126,7 +176,10 @@ def _keeps_memory_order(move: Instruction, source: _hlo.Array, result: _hlo.Arra
 
 
 def copies(module: Module, body: Body, view: View) -> list[View]:
-    """The view, what nothing but a copy is made of, converted, if it is, what of that, and so on."""
+    """The view, what nothing but a copy is made of, converted, if it is, what of that, and so on.
+
+    A copy that is rounded and then converted back is one of the dtype that it was rounded to.
+    """
     found, here = [view], view
     while (after := _copy(module, body, here)) is not None:
         here = after
@@ -144,15 +197,17 @@ def _copy(module: Module, body: Body, view: View) -> View | None:
     moves = _moves(module, user)
     if moves is None or list(user.operand_ids) != [instruction.id] or user.control_predecessor_ids:
         return None
-    here, rounded = view, False
+    here, values = view, view.dtype
     for move in moves:
         after = _after(move, here)
-        # Lossless, but for one conversion at the end.
-        if after is None or (rounded and after.dtype != here.dtype):
+        if after is None:
             return None
-        rounded = rounded or not np.can_cast(here.dtype, after.dtype, "safe")
+        if not np.can_cast(values, after.dtype, "safe"):
+            if values != view.dtype or values != _hlo.dtype_of(view.instruction):
+                return None  # rounded twice
+            values = after.dtype
         here = after
-    return here._replace(instruction=user)
+    return here._replace(instruction=user, dtype=values)
 
 
 def _moves(module: Module, instruction: Instruction) -> Sequence[Instruction] | None:
@@ -218,11 +273,3 @@ def _reads(module: Module, body: Body, instruction: Instruction, user: Instructi
         return False
     fused = module.computation(user.called_computation_ids[0])
     return not any(x.opcode in _IN_PLACE for x in fused.instructions)
-
-
-def combinations(lhs: Sequence[View], rhs: Sequence[View], out: Sequence[View]) -> Iterator[tuple[View, View, View]]:
-    """Ways to read and write, those that save most first."""
-    for c in reversed(out):
-        for a in reversed(lhs):
-            for b in reversed(rhs):
-                yield a, b, c
