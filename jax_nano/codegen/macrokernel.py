@@ -33,7 +33,7 @@ from .packing import Packing
 from .sweep import SweepMicrokernel, SweepPath, family_of
 from .target import Target
 from .tile import Tile, stream_tile
-from .walks import A_WALKS, LINE, Walk, Walks
+from .walks import A_WALKS, LINE, Walk
 
 GEMM_ARGS = (
     *("a", "b", "c", "a_pack", "b_pack", "partial"),
@@ -45,6 +45,10 @@ GEMM_ARGS = (
     "epilogue",
 )
 """The fields of GemmArgs in the order of csrc/kernel_abi.h; each has 8 bytes."""
+
+
+UNHURRIED_STEPS = 256
+"""Of so many K steps one in four is enough to fetch what a tile needs and its share of what comes next."""
 
 
 @dataclass(frozen=True)
@@ -260,14 +264,16 @@ class _LoopNest:
             at = args.at(GEMM_ARGS.index(name))
             return Ptr(at.as_type("ptr").load(), pointers[name]) if name in pointers else I64(at.load())
 
-        table = Walks.room(walks_of(gemm.tile, gemm.out, args).size)
+        table = walks_of(gemm.tile, gemm.out, args).room()
         walks_of(gemm.tile, gemm.out, table).begin(args)
         x = _Given.of((*GEMM_ARGS, "walks"), [*(field(name) for name in GEMM_ARGS), table])
         sums = gemm.inner.room() if gemm.inner is not None else None
 
         def product(index: Size) -> None:
             moved = {p: x.ptr[p].at(index * x.size[s]) for p, s in (("a", "bsa"), ("b", "bsb"), ("c", "bsc"))}
-            here = _Given({**x.ptr, **moved}, x.size)
+            more = ir.less(index + 1, x.size["batch"])
+            strides = {f"next_{p}": ir.select_size(more, x.size[s], 0) for p, s in (("a", "bsa"), ("b", "bsb"))}
+            here = _Given({**x.ptr, **moved}, {**x.size, **strides})
 
             def blocked() -> None:
                 ir.loop(0, x.size["m"], x.size["mc"], [], lambda ic: self._block_m(here, ic))
@@ -296,6 +302,8 @@ class _LoopNest:
             rows=rows,
             pc=pc,
             depth=depth,
+            is_last_of_m=ir.negate(ir.less(ic + rows, x.size["m"])),
+            is_last_of_k=ir.negate(ir.less(pc + depth, x.size["k"])),
             mode=adds + goes_on,
             epilogue=ir.select_size(ir.equal(goes_on, 0), x.size["epilogue"], 0),
             a=x.ptr["a"].at(ic * x.size["rsa"] + pc * x.size["csa"]),
@@ -311,25 +319,33 @@ class _LoopNest:
         def packed() -> None:
             self.module.call(self.pack_b, [b, x.ptr["b_pack"], block.depth, cols, x.size["rsb"], x.size["csb"]])
             height = self.packing.b_panel_rows(block.depth)
-            following = self._following(x, block, jc)
+            following = self._following(x, block, jc, packed=True)
             self._panels_of_a(x, block, jc, cols, self.panel_rows, x.ptr["b_pack"], gemm.tile.nr, height, following)
 
         def where_it_lies() -> None:
-            self._panels_of_a(x, block, jc, cols, self.stream_rows, b, x.size["rsb"], 1, None)
+            following = self._following(x, block, jc, packed=False)
+            self._panels_of_a(x, block, jc, cols, self.stream_rows, b, x.size["rsb"], 1, following)
 
         if gemm.direct_b:
             ir.if_(ir.equal(x.size["pack_b"], 0), where_it_lies, packed)
         else:
             packed()
 
-    def _following(self, x: _Given, block: _Block, jc: Size) -> _BlockOfB:
-        """The block of B that is packed after the one at jc: the one beside it, or the first of the next kc rows."""
+    def _following(self, x: _Given, block: _Block, jc: Size, *, packed: bool) -> _BlockOfB:
+        """The block of B to fetch meanwhile: the one beside that at jc, or the first of the next kc rows, or the first
+        of the next product. B where it lies is fetched by its own microkernels, so only for the next product.
+        """
         k, kc = x.size["k"], x.size["kc"]
         beside = ir.less(jc + x.size["nc"], x.size["n"])
         pc = block.pc + ir.select_size(beside, 0, kc)
-        depth = ir.select_size(ir.less(pc, k), ir.minimum(k - pc, kc), 0)
-        column = ir.select_size(beside, jc + x.size["nc"], 0)
-        return _BlockOfB(x.ptr["b"].at(pc * x.size["rsb"] + column * x.size["csb"]), depth)
+        inside = ir.less(pc, k)
+        here = pc * x.size["rsb"] + ir.select_size(beside, (jc + x.size["nc"]) * x.size["csb"], 0)
+        next_b = ir.select_size(block.is_last_of_m, x.size["next_b"], 0)
+        depth_of_next = ir.select_size(ir.equal(next_b, 0), 0, ir.minimum(k, kc))
+        return _BlockOfB(
+            x.ptr["b"].at(ir.select_size(inside, here, next_b)),
+            ir.select_size(inside, ir.minimum(k - pc, kc) if packed else 0, depth_of_next),
+        )
 
     def _panels_of_a(
         self,
@@ -341,7 +357,7 @@ class _LoopNest:
         b: Ptr,
         rsb: Size,
         b_step: Size,
-        following: _BlockOfB | None,
+        following: _BlockOfB,
     ) -> None:
         """All panels of A against one block of B."""
         gemm, mr, nr = self.gemm, self.gemm.tile.mr, self.gemm.tile.nr
@@ -370,13 +386,13 @@ class _LoopNest:
                 a, rsa, csa = packed()
 
             def plan_walks() -> None:
-                next_ = ir.select_size(ir.less(ir_ + mr, block.rows), ir_ + mr, 0)
                 walks = [
                     *self._walks_along_c(x, block.ic + ir_, jc),
-                    *self._walks_along_a(x, block, next_, jc, cols // nr, a_row),
-                    *(self._walks_along_b(x, following, ir_, ir_ + here, block.rows) if following else ()),
+                    *self._walks_along_a(x, block, ir_ + mr, jc, cols, a_row),
+                    *self._walks_along_b(x, following, ir_, ir_ + here, block.rows),
+                    self._walk_along_room(x, block, ir_ + mr, cols, a_row),
                 ]
-                walks_of(gemm.tile, gemm.out, x.ptr["walks"]).put(walks)
+                walks_of(gemm.tile, gemm.out, x.ptr["walks"]).put(walks, ir.less(panel_depth, UNHURRIED_STEPS))
 
             if not isinstance(gemm.family, AmxDot):
                 ir.if_(ir.both(walking, ir.equal(here, mr)), plan_walks)
@@ -414,15 +430,23 @@ class _LoopNest:
         lines = range(lines_of_a_row(tile, out))
         return [Walk(c.at(i * LINE), x.size["rsc"] * size, tile.mr, tile.nr * size) for i in lines]
 
-    def _walks_along_a(self, x: _Given, block: _Block, row: Size, jc: Size, tiles: Size, a_row: Size) -> list[Walk]:
-        """Along the panel that begins at ``row`` of the block, a share in each of ``tiles`` tiles: down its rows, or
-        along its steps where these lie one behind the other, and through its room in the packed block.
+    def _walks_along_a(self, x: _Given, block: _Block, row: Size, jc: Size, cols: Size, a_row: Size) -> list[Walk]:
+        """Along the panel that begins at ``row`` of the block, a share in each tile of ``cols`` columns: down its rows,
+        or along its steps where these lie one behind the other. After the last panel of a product the first one of the
+        next, after that of another block the first one again.
         """
         mr, rsa, csa = self.gemm.tile.mr, x.size["rsa"], x.size["csa"]
-        size = ir.elem_bytes(self.gemm.a)
-        source = block.a.at(row * rsa).as_type("int8")
+        size, tiles = ir.elem_bytes(self.gemm.a), cols // self.gemm.tile.nr
+        further = ir.less(row, block.rows)
+        finished = ir.both(block.is_last_of_m, block.is_last_of_k)
+        finished = ir.both(finished, ir.negate(ir.less(jc + cols, x.size["n"])))
+        leaves = ir.both(ir.negate(further), finished)
+        source = ir.select_ptr(
+            leaves, x.ptr["a"].at(x.size["next_a"]), block.a.at(ir.select_size(further, row, 0) * rsa)
+        ).as_type("int8")
         by_steps = ir.equal(rsa, 1)
         lies_packed = ir.both(ir.negate(ir.equal(x.size["pack_a"], 0)), ir.negate(ir.equal(jc, 0)))
+        lies_packed = ir.both(lies_packed, ir.negate(leaves))
         steps = (block.depth + (tiles - 1)) // tiles
         lines = (block.depth * size + (LINE - 1)) // LINE
         lines = (lines + (tiles - 1)) // tiles
@@ -434,26 +458,45 @@ class _LoopNest:
             step = ir.select_size(by_steps, csa, rsa) * size
             per_tile = ir.select_size(by_steps, steps * csa * size, lines * LINE)
             walks.append(Walk(source.at(offset), step, ir.select_size(lies_packed, 0, count), per_tile))
+        return walks
+
+    def _walk_along_room(self, x: _Given, block: _Block, row: Size, cols: Size, a_row: Size) -> Walk:
+        """Along the room in the packed block of the panel that begins at ``row``, if it is still to be filled."""
+        mr, tiles = self.gemm.tile.mr, cols // self.gemm.tile.nr
         panel_bytes = mr * a_row * ir.elem_bytes(self.gemm.family.unit)
-        panel_lines = (panel_bytes + (tiles * LINE - 1)) // (tiles * LINE)
+        lines = (panel_bytes + (tiles * LINE - 1)) // (tiles * LINE)
+        row = ir.select_size(ir.less(row, block.rows), row, 0)
         room = x.ptr["a_pack"].at(row * a_row).as_type("int8")
-        packs = ir.select_size(ir.equal(x.size["pack_a"], 0), 0, panel_lines)
-        return [*walks, Walk(room, LINE, packs, panel_lines * LINE)]
+        return Walk(room, LINE, ir.select_size(ir.equal(x.size["pack_a"], 0), 0, lines), lines * LINE)
 
     def _walks_along_b(self, x: _Given, block: _BlockOfB, begin: Size, end: Size, rows: Size) -> list[Walk]:
-        """Along B's next block: each panel of A brings its share of the K rows, each tile the columns beneath it."""
+        """Along B's next block, each tile the columns beneath it: each panel of A brings its share of the K rows, or,
+        where columns are contiguous, of their lines, first lines first.
+        """
         nr, rsb, csb = self.gemm.tile.nr, x.size["rsb"], x.size["csb"]
         size = ir.elem_bytes(self.gemm.b)
-        first, last = (i * block.depth // rows for i in (begin, end))
-        start = block.start.at(first * rsb).as_type("int8")
         contiguous = ir.equal(csb, 1)
-        transposed = ir.select_size(ir.both(ir.equal(rsb, 1), ir.less(first, last)), nr, 0)
-        step = ir.select_size(contiguous, rsb, csb) * size
+        transposed = ir.both(ir.equal(rsb, 1), ir.negate(contiguous))
+        lines = (block.depth * size + (LINE - 1)) // LINE * nr
+        units = ir.select_size(contiguous, block.depth, ir.select_size(transposed, lines, 0))
+        first, last = (i * units // rows for i in (begin, end))
+        count = last - first
         per_tile = nr * csb * size
-        walks = [Walk(start, step, ir.select_size(contiguous, last - first, transposed), per_tile)]
-        if nr * size > LINE:
-            walks.append(Walk(start.at(LINE), step, ir.select_size(contiguous, last - first, 0), per_tile))
-        return walks
+        b = block.start.as_type("int8")
+        down = b.at(first * rsb * size)
+        step = csb * size
+        across = b.at(first // nr * LINE)
+        until_edge = ir.minimum(count, nr - first % nr)
+
+        def either(by_rows: tuple[Ptr, Size], by_columns: tuple[Ptr, Size]) -> Walk:
+            start = ir.select_ptr(contiguous, by_rows[0], by_columns[0])
+            walked = ir.select_size(contiguous, by_rows[1], by_columns[1])
+            return Walk(start, ir.select_size(contiguous, rsb * size, step), walked, per_tile)
+
+        return [
+            either((down, count), (across.at(first % nr * step), until_edge)),
+            either((down.at(LINE), count if nr * size > LINE else 0), (across.at(LINE), count - until_edge)),
+        ]
 
 
 @dataclass(frozen=True)
@@ -472,6 +515,8 @@ class _Block:
     rows: Size
     pc: Size
     depth: Size
+    is_last_of_m: ir.Value | bool
+    is_last_of_k: ir.Value | bool
     mode: Size
     epilogue: Size  # the address of one if the sums are finished here, else 0
     a: Ptr

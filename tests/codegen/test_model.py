@@ -148,10 +148,10 @@ class TestWalks:
     def test_a_table_takes_no_more_than_it_has_room_for(self):
         def body(p):
             walk = walks.Walk(p, 64, 14, 128)
-            table = walks.Walks(1, walks.Walks.room(1))
-            table.put([walk])
+            table = walks.Walks(1, walks.Walks(1, p, 4).room(), 4)
+            table.put([walk], False)
             with pytest.raises(ValueError, match="2 walks for a table of 1"):
-                table.put([walk, walk])
+                table.put([walk, walk], False)
 
         with ir.new_module() as module:
             module.function("f", ["int8"], body, internal=False)
