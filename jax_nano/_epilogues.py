@@ -179,6 +179,8 @@ def epilogue_of(module: Module, body: Body, out: View) -> Found | None:
     array = _hlo.array_of(fusion.shape)
     if array is None or _rows(fusion) is None or _rows(fusion) != _rows(product):
         return None
+    if not _views.is_its_own(module, body, fusion):
+        return None
     ours = [n for n, x in enumerate(body.operands(fusion)) if x.id == product.id]
     dtype = _views.before_conversion(module, fusion) or array.dtype
     if len(ours) != 1 or out.dtype not in (_FLOAT32, dtype) or dtype not in (_FLOAT32, *_NARROW):

@@ -197,6 +197,8 @@ def _copy(module: Module, body: Body, view: View) -> View | None:
     moves = _moves(module, user)
     if moves is None or list(user.operand_ids) != [instruction.id] or user.control_predecessor_ids:
         return None
+    if user.opcode != "bitcast" and not is_its_own(module, body, user):
+        return None
     here, values = view, view.dtype
     for move in moves:
         after = _after(move, here)
@@ -258,6 +260,23 @@ def _stays(module: Module, body: Body, instruction: Instruction) -> bool:
         return source.parameter_number not in module.donated
     root = body.root
     return root.opcode == "tuple" and index < len(root.operand_ids) and root.operand_ids[index] == instruction.id
+
+
+def is_its_own(module: Module, body: Body, instruction: Instruction) -> bool:
+    """Whether no other value lies in an instruction's buffer, so that a call may write it while it reads its operands.
+
+    XLA has settled already which values have one buffer: those of a loop's variable, of a donated argument and the
+    result that takes it over. It found the old value dead when the new one is computed; but a call in the place of what
+    follows a product still reads what the product does.
+    """
+    users = body.users(instruction)
+    is_result = instruction.id == body.root.id or any(user.opcode == "tuple" for user in users)
+    if is_result and not (body.is_entry and not module.donated):
+        return False
+    return all(
+        is_its_own(module, body, user) if user.opcode == "bitcast" else _reads(module, body, instruction, user)
+        for user in users
+    )
 
 
 def _reads(module: Module, body: Body, instruction: Instruction, user: Instruction) -> bool:

@@ -217,3 +217,27 @@ def test_an_exponential_number_of_terms_is_given_up(rng: np.random.Generator) ->
 
     text, _ = compiled(fun, x, w)
     assert "jax_nano_linear" not in text
+
+
+# Sizes with several blocks in every direction: what one of them writes, another would read.
+OVERWRITTEN: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "operand, by an activation": lambda h, w, b: jnp.tanh(h @ w + b),
+    "operand, by a transpose": lambda h, w, b: (h @ w).T,
+    "operand and residual": lambda h, w, b: h + jnp.tanh(h @ w + b),
+    "residual": lambda h, w, b: h + w @ w,
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", OVERWRITTEN)
+def test_what_a_result_takes_the_place_of_is_read_before(name: str, dtype: str, rng: np.random.Generator) -> None:
+    """XLA has one buffer for a loop's variable, and for an argument that is donated and its result."""
+    step = OVERWRITTEN[name]
+    h, w = (jnp.asarray(reference.random(rng, (1100, 1100)), dtype) / 64 for _ in range(2))
+    b = jnp.asarray(reference.random(rng, (1100,)), dtype)
+    compiled(lambda h, w, b: jax.lax.fori_loop(0, 3, lambda _, h: step(h, w, b), h), h, w, b)
+
+    want = jax.jit(step)(h, w, b)
+    with jax_nano.accelerate():
+        got = jax.jit(step, donate_argnums=0)(jnp.array(h), w, b)
+    np.testing.assert_allclose(np.float64(got), np.float64(want), rtol=EPS[dtype], atol=EPS[dtype])
