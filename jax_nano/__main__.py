@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from jax_nano import _explain, _machine, _run
 
-_ENVIRONMENT: Final = ("JAX_NANO_", "JAX_", "XLA_FLAGS", "NPROC", "PYTHONPATH")
+_ENVIRONMENT: Final = ("JAX_NANO_", "JAX_", "XLA_FLAGS", "NPROC", "PJRT_NPROC", "PYTHONPATH")
 _PACKAGES: Final = ("jax_nano", "jax", "jaxlib")
 
 
@@ -22,10 +22,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[:1] == ["run"] and argv[1:2] not in (["-h"], ["--help"]):  # the rest is the program's
             return _run.run(argv[1:])
-        args = _parser().parse_args(argv)
-        return int(args.command(_runtime(), args))
+        try:
+            args = _parser().parse_args(argv)
+            return int(args.command(_runtime(), args))
+        finally:
+            sys.stdout.flush()
     except (ImportError, ValueError) as error:
         print(f"python -m jax_nano: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
         return 1
 
 
@@ -47,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--layout", default="NN", choices=_explain.LAYOUTS, help="T: the operand is stored transposed")
     explain.add_argument("--batch", metavar="SIZES", help="batch dimensions in front, e.g. 64 or 8x12")
     explain.add_argument("--algorithm", default="default", metavar="PRESET", help="a lax.DotAlgorithmPreset")
-    explain.add_argument("--threads", type=int, default=_machine.cores(), help="(default: all, here %(default)s)")
+    explain.add_argument("--threads", type=int, default=_machine.threads(), help="(default: all, here %(default)s)")
     explain.add_argument("--target", help="as on a CPU that has this target")
 
     run = commands.add_parser("run", help="a Python program with its products on kernels, and a report at its end")
@@ -106,7 +112,11 @@ def _info(runtime: Any, args: argparse.Namespace) -> int:
 
 
 def _machine_lines(runtime: Any) -> list[str]:
-    lines = [f"CPU     {_machine.cpu_name()}", f"cores   {_machine.cores()} that this process may use"]
+    lines = [
+        f"CPU     {_machine.cpu_name()}",
+        f"cores   {_machine.cores()} that this process may use",
+        f"threads {_machine.threads()} in XLA's pool, or one for each device if there are more",
+    ]
     if runtime is not None:
         caches = runtime.caches()
         names = (("L1", "l1d"), ("L2", "l2"), ("L3", "l3"))

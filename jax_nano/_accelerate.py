@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import jax
 
-from jax_nano import _gate, _native
+from jax_nano import _gate, _native, _report
 from jax_nano import _jax_compat as compat
 
 MARK: Final = "jax_nano.accelerate"
@@ -96,7 +96,7 @@ class _Hook:
 
 def _rewritten(serialized: bytes) -> bytes | None:
     """The module with its products rewritten, None if it stays as it is."""
-    from jax_nano import _hlo, _report, _rewrite  # only where there is something to do: they need protobuf
+    from jax_nano import _hlo, _rewrite  # only where there is something to do: they need protobuf
 
     module = _hlo.Module(serialized)
     if module.attribute(MARK) is None:
@@ -229,4 +229,5 @@ def _read_environment() -> bool:
 
 
 accelerate: Final = Accelerate()
+_report.seen_again = lambda: accelerate.enabled
 _environment: Final = _read_environment()

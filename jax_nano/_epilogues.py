@@ -10,6 +10,7 @@ loop whose result is float32 has no roundings to spare: if it rounds, the progra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple, TypeAlias
 
@@ -151,18 +152,18 @@ def _sigmoid(g: _Graph, y: Expression) -> Expression:
     return g.add("divide", one, g.add("add", g.add("exponential", g.add("negate", y)), one))
 
 
-# What XLA makes of jax.nn's functions.
-_ACTIVATIONS: Final[Mapping[str, tuple[Callable[[_Graph, Expression], Expression], ...]]] = {
-    "none": (lambda _, y: y,),
-    "relu": (lambda g, y: g.add("maximum", y, g.constant(0)),),
-    "tanh": (lambda g, y: g.add("tanh", y),),
-    "sigmoid": (_sigmoid, lambda g, y: g.add("logistic", y)),
-    "silu": (
-        lambda g, y: g.add("multiply", y, _sigmoid(g, y)),
-        lambda g, y: g.add("multiply", y, g.add("logistic", y)),
+# What XLA makes of jax.nn's functions, by the last operation.
+_ACTIVATIONS: Final[Mapping[str, Sequence[tuple[str, Callable[[_Graph, Expression], Expression]]]]] = {
+    "maximum": (("relu", lambda g, y: g.add("maximum", y, g.constant(0))),),
+    "tanh": (("tanh", lambda g, y: g.add("tanh", y)),),
+    "divide": (("sigmoid", _sigmoid),),
+    "logistic": (("sigmoid", lambda g, y: g.add("logistic", y)),),
+    "multiply": (
+        ("silu", lambda g, y: g.add("multiply", y, _sigmoid(g, y))),
+        ("silu", lambda g, y: g.add("multiply", y, g.add("logistic", y))),
+        ("gelu_tanh", _gelu_tanh),
+        ("gelu_erf", _gelu_erf),
     ),
-    "gelu_tanh": (_gelu_tanh,),
-    "gelu_erf": (_gelu_erf,),
 }
 
 
@@ -204,9 +205,9 @@ def _only_user(body: Body, instruction: Instruction) -> Instruction | None:
 def _rows(instruction: Instruction) -> tuple[int, int] | None:
     """Rows and columns of a row-major array; None for any other."""
     array = _hlo.array_of(instruction.shape)
-    if array is None or not array.dims or array.major_to_minor != tuple(range(len(array.dims))):
+    if array is None or not array.dims or not array.is_row_major:
         return None
-    return int(np.prod(array.dims[:-1])), array.dims[-1]
+    return math.prod(array.dims[:-1]), array.dims[-1]
 
 
 class _Loop:
@@ -294,10 +295,18 @@ def _matched(body: Body, graph: _Graph, whole: Expression, product: Expression, 
             bias = None if row is None else _bias(graph, row, operands, found.dtype)
             if row is not None and bias is None:
                 continue
-            for activation, forms in _ACTIVATIONS.items():
-                if any(form(graph, y) == expression for form in forms):
-                    return found._replace(activation=activation, scale=scale, bias=bias, residual=residual)
+            activation = _activation(graph, y, expression)
+            if activation is not None:
+                return found._replace(activation=activation, scale=scale, bias=bias, residual=residual)
     return None
+
+
+def _activation(graph: _Graph, y: Expression, expression: Expression) -> str | None:
+    """The name of the one that makes y the expression."""
+    if y == expression:
+        return "none"
+    forms = _ACTIVATIONS.get(graph.node(expression).name, ())
+    return next((name for name, form in forms if form(graph, y) == expression), None)
 
 
 def _affine(graph: _Graph, y: Expression, product: Expression) -> tuple[float, Expression | None] | None:

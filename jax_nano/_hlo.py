@@ -11,6 +11,7 @@ messages that are only passed on as bytes, which is the same on the wire.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
@@ -108,6 +109,7 @@ DTYPES: Final = {
     16: np.dtype(jnp.bfloat16),
 }
 BFLOAT16: Final = DTYPES[16]
+NAMES: Final = {dtype: dtype.name for dtype in DTYPES.values()}  # which NumPy makes up each time
 ELEMENT_TYPES: Final = {dtype: number for number, dtype in DTYPES.items()}
 
 # What is removed when nothing needs its result any more.
@@ -137,7 +139,7 @@ def _declare() -> dict[str, type[Any]]:
 
 
 _CLASSES: Final = _declare()
-_Module, _Literal = _CLASSES["Module"], _CLASSES["Literal"]
+_Module, _Literal, _Shape = (_CLASSES[name] for name in ("Module", "Literal", "Shape"))
 
 
 class Array(NamedTuple):
@@ -146,11 +148,8 @@ class Array(NamedTuple):
     dtype: np.dtype
     dims: tuple[int, ...]
     major_to_minor: tuple[int, ...]
-
-    @property
-    def physical(self) -> tuple[int, ...]:
-        """Sizes in the order of memory."""
-        return tuple(self.dims[i] for i in self.major_to_minor)
+    physical: tuple[int, ...]  # sizes in the order of memory
+    is_row_major: bool
 
 
 def dtype_of(instruction: Instruction) -> np.dtype:
@@ -161,19 +160,28 @@ def dtype_of(instruction: Instruction) -> np.dtype:
 def dtype_name(shape: Any) -> str:
     """A shape's dtype, in words for people."""
     dtype = DTYPES.get(shape.element_type)
-    return f"XLA type {shape.element_type}" if dtype is None else dtype.name
+    return f"XLA type {shape.element_type}" if dtype is None else NAMES[dtype]
 
 
 def array_of(shape: Any) -> Array | None:
     """The array that a Shape describes; None for tuples, other dtypes, dynamic sizes and layouts with tiles."""
+    return _array_of(shape.SerializeToString())
+
+
+@lru_cache(maxsize=4096)  # a module has few shapes, and they are looked at often
+def _array_of(serialized: bytes) -> Array | None:
+    shape = _Shape.FromString(serialized)
     dtype = DTYPES.get(shape.element_type)
     layout = shape.layout
     if dtype is None or any(shape.is_dynamic_dimension) or layout.tiles or layout.memory_space:
         return None
     if layout.element_size_in_bits not in (0, 8 * dtype.itemsize):
         return None
-    dims, minor_to_major = tuple(shape.dimensions), tuple(layout.minor_to_major)
-    return Array(dtype, dims, minor_to_major[::-1]) if len(dims) == len(minor_to_major) else None
+    dims, major_to_minor = tuple(shape.dimensions), tuple(layout.minor_to_major)[::-1]
+    if len(dims) != len(major_to_minor):
+        return None
+    physical = tuple(dims[i] for i in major_to_minor)
+    return Array(dtype, dims, major_to_minor, physical, major_to_minor == tuple(range(len(dims))))
 
 
 def set_array(shape: Any, dtype: np.dtype, dims: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import jax
 from jax import Array
-from jax._src import core, dispatch, source_info_util
+from jax._src import core, dispatch, source_info_util, xla_bridge
 from jax._src.dtypes import check_and_canonicalize_user_dtype
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.lax.lax import _convert_element_type, canonicalize_precision, get_algorithm_compute_types
@@ -40,6 +40,7 @@ __all__ = [
     "check_and_canonicalize_user_dtype",
     "convert_element_type",
     "cotangent_sharding",
+    "cpu_devices",
     "define_bilinear",
     "ensure_arraylike",
     "get_algorithm_compute_types",
@@ -204,6 +205,11 @@ def lowering_platforms(ctx: mlir.LoweringRuleContext) -> tuple[str, ...]:
 
 class TooOld(Exception):
     """This JAX has no hook that is asked for."""
+
+
+def cpu_devices() -> int:
+    """How many CPU devices there are; 0 where JAX's backends have not been started."""
+    return jax.local_device_count("cpu") if xla_bridge.backends_are_initialized() else 0
 
 
 def in_jit() -> bool:

@@ -244,7 +244,7 @@ def _lower(ctx: Context, lhs: Value, rhs: Value, **params: Any) -> Sequence[Valu
         dtypes,
     )
     if signature is None or placement is _sharding.Placement.XLA or "cpu" not in platforms:
-        if "cpu" in platforms:
+        if "cpu" in platforms and not _report.seen_again():
             shapes = (lhs_aval.shape, rhs_aval.shape, out_aval.shape)
             tell(ctx, labels, shapes, dtypes, "default", declined or placement.value)
         return mlir.lower_fun(partial(lax_dot_general, **params), multiple_results=False)(ctx, lhs, rhs)

@@ -1,9 +1,10 @@
-"""What the operating system says about this machine, for people who read `python -m jax_nano info`."""
+"""What the operating system says about this machine, and what XLA makes of it, for people who read reports."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 from pathlib import Path
 
 
@@ -27,6 +28,14 @@ def cpu_name() -> str:
 def cores() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads(devices: int = 1) -> int:
+    """Threads that XLA's pool has, or will have: one for each CPU, or what the environment says, at least `devices`."""
+    for name in ("PJRT_NPROC", "NPROC"):  # the first that is a number counts; XLA's DefaultThreadPoolSize
+        if re.fullmatch(r"\s*[+-]?[0-9]+\s*", value := os.environ.get(name, "")):
+            return max(int(value), 1, devices)
+    return max(cores(), devices)
 
 
 def splits_512_bit(fields: dict[str, str]) -> bool:

@@ -9,9 +9,11 @@ import os
 import sys
 import threading
 from collections import Counter
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from jax_nano import _explain, _machine, _native
+from jax_nano import _jax_compat as compat
 from jax_nano._shapes import Labels
 
 
@@ -36,6 +38,9 @@ class Product(NamedTuple):
 
 _lock = threading.Lock()
 _products: Counter[Product] = Counter()
+seen_again: Callable[[], bool] = bool
+"""Whether what a program that is lowered now leaves to XLA will be looked at when it is compiled: no, unless
+`_accelerate` puts its own answer here."""
 verbose: bool = os.environ.get("JAX_NANO_VERBOSE", "").strip().lower() not in ("", "0", "off")
 
 
@@ -116,7 +121,7 @@ def _kernel(product: Product) -> str:
     lhs, rhs, out = product.arrays
     if not all(isinstance(size, int) for size in lhs.shape + rhs.shape):
         return "a kernel, chosen when the sizes are known"
-    threads = _machine.cores()
+    threads = _machine.threads(compat.cpu_devices())
     dtypes = (lhs.dtype, rhs.dtype, out.dtype)
     plan = runtime.plan(lhs.shape, rhs.shape, *product.labels, *dtypes, threads, algorithm=product.algorithm)
     return _explain.in_short(plan, threads)

@@ -12,6 +12,7 @@ Whatever is not understood stays as it was. What has no kernel stays too, and so
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from functools import cache
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from jax.lax import DotAlgorithmPreset
 from jax_nano import _epilogues, _hlo, _lowering, _native, _report, _shapes, _views
 from jax_nano._hlo import Body, Instruction, Module
 from jax_nano._lowering import Choice
-from jax_nano._shapes import Labels
+from jax_nano._shapes import Dims, Labels
 from jax_nano._signatures import Precision
 from jax_nano._views import View
 
@@ -124,7 +125,7 @@ def _rewrite(
         assert choice.signature is not None
         _call(module, body, lhs, rhs, out, choice.labels, choice.signature.algorithm, epilogue)
     algorithm = "default" if choice.signature is None else choice.signature.algorithm
-    a, b, c = (_report.Array(x.dtype.name, x.sizes) for x in (lhs, rhs, out))
+    a, b, c = (_report.Array(_hlo.NAMES[x.dtype], x.sizes) for x in (lhs, rhs, out))
     fate = (choice.declined, str(epilogue or ""))
     return _report.Product(module.name, source, (a, b, c), choice.labels, algorithm, *fate)
 
@@ -264,5 +265,6 @@ def _narrowed(module: Module, body: Body, view: View) -> View:
     return view._replace(instruction=instruction or body.narrow(module, view.instruction))
 
 
-def _dense(values: Sequence[int]) -> str:
+@cache
+def _dense(values: Dims) -> str:
     return f"dense<[{', '.join(map(str, values))}]> : tensor<{len(values)}xi64>"

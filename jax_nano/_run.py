@@ -11,6 +11,7 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -64,5 +65,7 @@ def _print_report() -> None:
         return
     from jax_nano import _report
 
-    sys.stdout.flush()
-    print(_report.report(), file=sys.stderr)
+    with suppress(OSError, ValueError):  # closed, by the program or by its reader
+        sys.stdout.flush()
+    with suppress(OSError, ValueError):
+        print(_report.report(), file=sys.stderr, flush=True)

@@ -52,8 +52,7 @@ class View(NamedTuple):
     def is_its_shape(self) -> bool:
         """Whether the instruction's own shape is row-major and has these sizes."""
         array = _hlo.array_of(self.instruction.shape)
-        rank = len(self.sizes)
-        return array is not None and array.dims == self.sizes and array.major_to_minor == tuple(range(rank))
+        return array is not None and array.dims == self.sizes and array.is_row_major
 
     def logical_labels(self) -> Dims | None:
         """Labels of the dimensions as HLO counts them; None if they are other ones than in memory."""

@@ -20,6 +20,38 @@ def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=clean | env)
 
 
+@pytest.mark.parametrize(
+    "command", ["jax_nano info", "jax_nano explain 8x8x8", "jax_nano --help", "jax_nano.codegen list"]
+)
+def test_a_reader_that_has_seen_enough(command: str) -> None:
+    """As `| head -1` does, but the pipe is closed before anything is written."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as stdout:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", *command.split()],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            check=False,
+            timeout=120,
+        )
+    assert done.stderr == b""
+    assert done.returncode == (0 if command.endswith("--help") else 1)  # argparse does not mind
+
+
+def test_the_threads_of_xlas_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PJRT_NPROC", raising=False)
+    for value, threads in {"3": 3, " +5 ": 5, "0": 1, "-2": 1, "x": _machine.cores(), "": _machine.cores()}.items():
+        monkeypatch.setenv("NPROC", value)
+        assert _machine.threads() == threads
+        assert _machine.threads(devices=64) == 64
+    monkeypatch.setenv("NPROC", "3")
+    monkeypatch.setenv("PJRT_NPROC", "7")
+    assert _machine.threads() == 7
+    monkeypatch.delenv("PJRT_NPROC")
+    assert "threads 5 in XLA's pool" in run("info", NPROC="5").stdout
+
+
 # --- info ---------------------------------------------------------------------------------------
 
 

@@ -92,25 +92,34 @@ def main(argv: list[str] | None = None) -> int:
     for command in (b, r):
         command.add_argument("--cache", type=Path, help="a folder that keeps objects from one build to the next")
         command.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    args = parser.parse_args(argv)
     try:
-        if args.command == "list":
-            print("targets: " + ", ".join(TARGETS))
-            for kernel in kernels():
-                print(f"{kernel.name:48} {kernel.signature:28} {kernel.why}")
-        elif args.command == "build":
-            if args.emulate:
-                emulate.build(kernels(), args.out / "emulated.so", args.jobs)
-            else:
-                build(args.out, args.jobs, args.cache)
-        elif args.command == "dump":
-            print(show(args.kernel, args.stage, args.function))
-        elif args.command == "report":
-            print(_report(args.jobs, args.cache, markdown=args.markdown))
+        try:
+            _run(parser.parse_args(argv))
+        finally:
+            sys.stdout.flush()
     except (ToolchainError, checks.SpillError, KeyError) as error:
         print(error.args[0], file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
+        return 1
     return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.command == "list":
+        print("targets: " + ", ".join(TARGETS))
+        for kernel in kernels():
+            print(f"{kernel.name:48} {kernel.signature:28} {kernel.why}")
+    elif args.command == "build":
+        if args.emulate:
+            emulate.build(kernels(), args.out / "emulated.so", args.jobs)
+        else:
+            build(args.out, args.jobs, args.cache)
+    elif args.command == "dump":
+        print(show(args.kernel, args.stage, args.function))
+    elif args.command == "report":
+        print(_report(args.jobs, args.cache, markdown=args.markdown))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 from programs import fresh_environment, run_python
 
 import jax_nano
-from jax_nano import _native
+from jax_nano import _gate, _lowering, _native
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +58,39 @@ def test_what_is_declined_has_a_reason() -> None:
     assert "2 products compiled, 0 run on kernels, 2 are left to XLA" in text
     assert "left to XLA: no kernel for int32 x int32 -> int32" in text
     assert "left to XLA: no kernel reads this dtype or layout" in text
+
+
+@pytest.mark.parametrize("function", ["matmul", "linear"])
+def test_a_product_that_is_declined_is_listed_once(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """jax_nano.matmul says so when it is lowered; an accelerated program's dots are looked at when it is compiled."""
+    monkeypatch.setattr(_gate, "enabled", True)
+    _lowering.choose.cache_clear()
+    a = np.ones((2, 2), np.float32)
+    for on in (True, False):
+        jax_nano.clear_report()
+        with jax_nano.accelerate(on):
+            jax.jit(lambda a: getattr(jax_nano, function)(a, a) + 1).lower(a).compile()
+        assert "1 products compiled, 0 run on kernels, 1 are left to XLA" in jax_nano.report()
+    _lowering.choose.cache_clear()
+
+
+@pytest.mark.parametrize(("env", "devices", "threads"), [({"NPROC": "3"}, 1, 3), ({"NPROC": "1"}, 4, 4), ({}, 1, 0)])
+def test_the_number_of_threads_is_that_of_xlas_pool(env: dict[str, str], devices: int, threads: int) -> None:
+    """Which has a name for each of its threads."""
+    printed = run_python(
+        f"""
+        import glob, jax, jax.numpy as jnp, jax_nano
+        jax.config.update("jax_num_cpu_devices", {devices})
+        with jax_nano.accelerate():
+            (jnp.ones((1024, 1024)) @ jnp.ones((1024, 1024))).block_until_ready()
+        names = [open(path).read() for path in glob.glob("/proc/self/task/*/comm")]
+        print(sum("XLAEigen" in name for name in names), jax_nano.report())
+        """,
+        env=env,
+    )
+    count = int(printed.split()[0])
+    assert count == threads or not threads
+    assert f"{count} thread" in printed
 
 
 def test_epilogues() -> None:
