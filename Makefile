@@ -1,6 +1,6 @@
 # Everything a person types lives here; how a machine is prepared lives in scripts/setup.
 #
-#   make demo         set up, then train a classifier with every product computed by jax_nano
+#   make demo         set up, train a classifier with every product computed by jax_nano, run a transformer as it is
 #   make test         set up, then run the tests          (make test ARGS="-k matmul -x", JOBS=0 for one process)
 #   make help         the other targets
 #
@@ -29,8 +29,9 @@ SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE \
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(STAMPS)/examples  ## set up and run examples/digits.py
+demo: $(STAMPS)/examples  ## set up, run examples/digits.py (with ARGS) and examples/transformer.py
 	$(BIN)/python examples/digits.py $(ARGS)
+	$(BIN)/python examples/transformer.py
 
 test: $(STAMPS)/test  ## set up and run the tests
 	$(BIN)/pytest --numprocesses $(JOBS) $(ARGS)

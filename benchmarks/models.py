@@ -12,12 +12,11 @@ import datetime
 import json
 import os
 import pathlib
-import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 from zoo import MODELS, Workload
+from zoo.compiled import dots, products, worth_a_call
 
 import jax_nano
 from benchmarks import ROOT, machine
@@ -60,10 +60,9 @@ class Row:
         return statistics.median(x / y for x, y in zip(self.plain, self.accelerated, strict=True))
 
 
-def run(only: Sequence[str], *, rounds: int, quick: bool) -> list[Row]:
+def run(only: Sequence[str], *, rounds: int, quick: bool) -> Iterator[Row]:
     """Measures the models whose name has a text of `only`; one that fails raises RuntimeError."""
     names = [name for name in MODELS if not only or any(text in name for text in only)]
-    rows = []
     with tqdm(total=len(names) * len(_SETTINGS), unit="model", smoothing=0) as progress:
         for setting, env in _SETTINGS.items():
             for devices in sorted({MODELS[name].devices for name in names}):
@@ -78,12 +77,12 @@ def run(only: Sequence[str], *, rounds: int, quick: bool) -> list[Row]:
                 )
                 assert child.stdout is not None
                 for line in child.stdout:
-                    rows.append(_row(json.loads(line)))
-                    progress.set_description(rows[-1].model[:24].ljust(24))
+                    row = _row(json.loads(line))
+                    progress.set_description(row.model[:24].ljust(24))
                     progress.update()
+                    yield row
                 if child.wait():
                     raise RuntimeError(f"the process that measured {mine} failed: exit status {child.returncode}")
-    return rows
 
 
 def save(rows: Iterable[Row], path: pathlib.Path) -> None:
@@ -160,10 +159,8 @@ class _Program:
         jax.block_until_ready((self._state, result))
         return (time.perf_counter() - start) / self.steps
 
-    def products(self) -> tuple[int, int]:
-        """How many are ours, how many XLA's."""
-        text = self._step.as_text() or ""
-        return text.count('custom_call_target="jax_nano_'), len(re.findall(r" dot\(", text))
+    def text(self) -> str:
+        return self._step.as_text() or ""
 
 
 def _measure(name: str, setting: str, rounds: int, *, quick: bool) -> Row:
@@ -173,11 +170,11 @@ def _measure(name: str, setting: str, rounds: int, *, quick: bool) -> Row:
     except ImportError as error:
         return Row(name, setting, skipped=f"needs {error.name}")
     plain = _Program(workload)
-    jax_nano.clear_report()
     with jax_nano.accelerate():
         accelerated = _Program(workload)
-    if "no product was compiled" in str(jax_nano.report()):
-        raise RuntimeError(f"{name}: acceleration failed, so there is nothing to compare")
+    text = accelerated.text()
+    if missed := worth_a_call(text, model.element_bytes):
+        raise RuntimeError(f"{name}: acceleration failed: {len(missed)} products are XLA's that are worth a call")
     _check(name, accelerated.step(), plain.step())
     seconds = plain.sample()
     if not quick:
@@ -189,7 +186,8 @@ def _measure(name: str, setting: str, rounds: int, *, quick: bool) -> Row:
         tuple(samples["plain"]),
         tuple(samples["accelerated"]),
         (plain.compile_seconds, accelerated.compile_seconds),
-        *accelerated.products(),
+        products(text),
+        len(dots(text)),
     )
 
 

@@ -9,11 +9,9 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-
-from jax_nano._shapes import DimensionNumbers
 
 _METADATA = re.compile(r",? *metadata=\{[^}]*\}")
 _OPCODE = re.compile(r"= (?:\([^)]*\)|\S+) ([a-z][a-z0-9-]*)\(")
@@ -30,43 +28,6 @@ def ops(fun: Callable[..., Any], *args: Any) -> Counter[str]:
     targets = {"product": "jax_nano_dot_general", "linear": "jax_nano_linear"}
     ours = Counter({name: text.count(f'custom_call_target="{target}"') for name, target in targets.items()})
     return found + ours - Counter({"custom-call": ours.total()})
-
-
-class Dot(NamedTuple):
-    """A product that XLA computes."""
-
-    lhs: tuple[int, ...]
-    rhs: tuple[int, ...]
-    dimension_numbers: DimensionNumbers
-
-
-_DEFINITION = re.compile(r"^\s*(?:ROOT )?(%\S+) = [a-z0-9]+\[([0-9,]*)\]", re.MULTILINE)
-_DOT = re.compile(r" dot\((%[^ ,]+), (%[^ ,]+)\)(.*)")
-
-
-def dots(text: str) -> list[Dot]:
-    """The products of a compiled program that XLA computes, in fusions too."""
-
-    def sizes(listed: str) -> tuple[int, ...]:
-        return tuple(map(int, filter(None, listed.split(","))))
-
-    def dims(name: str, attributes: str) -> tuple[int, ...]:
-        found = re.search(name + r"_dims=\{([0-9,]*)\}", attributes)
-        return sizes(found[1]) if found else ()
-
-    shapes = {name: sizes(listed) for name, listed in _DEFINITION.findall(text)}
-    found = []
-    for lhs, rhs, attributes in _DOT.findall(text):
-        contracting, batch = (
-            (dims(f"lhs_{kind}", attributes), dims(f"rhs_{kind}", attributes)) for kind in ("contracting", "batch")
-        )
-        found.append(Dot(shapes[lhs], shapes[rhs], (contracting, batch)))
-    return found
-
-
-def products(text: str) -> int:
-    """How many calls of ours a compiled program makes."""
-    return text.count('custom_call_target="jax_nano_')
 
 
 def outcome(fun: Callable[..., Any], *args: Any) -> tuple[Any, tuple[type, str] | None]:

@@ -1,7 +1,8 @@
 """Models as their users write them, none of which knows of jax_nano: what tests and the benchmark run.
 
-Each is made of the layers of one library, and gives a `Workload`: a step, its state and its inputs. Nothing here
-imports jax_nano, and no library but JAX is imported before a model that needs it is built.
+Each is made of the layers of one library, and gives a `Workload`: a step, its state and its inputs. No model imports
+jax_nano, and no library but JAX is imported before a model that needs it is built. `zoo.compiled` reads what became of
+their products.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Model:
     tiny: Mapping[str, Any]  # sizes of tests: every kind of product, none of them large
     real: Mapping[str, Any]  # sizes that people run
     devices: int = 1
+    element_bytes: int = 4  # of its matrices
 
     def build(self, sizes: Mapping[str, Any]) -> Workload:
         """Makes weights and inputs; ImportError if the library is missing."""
@@ -72,12 +74,17 @@ MODELS: Mapping[str, Model] = MappingProxyType(
             _DECODING,
             {**_TINY_GPT, "vocabulary": 4099, "features": 64, "tokens": 24, "filled": 5},
             {**_GPT2_SMALL, "tokens": 256, "filled": 16},
+            element_bytes=2,
         ),
         "vit block training": Model(
             "vit", "training", ("flax", "optax"), _TRAINING, {**_TINY_VIT, "batch": 3}, {**_VIT_BASE, "batch": 4}
         ),
-        "bert forward, bf16": Model("bert", "forward", ("flax",), _NEVER_SLOWER, _TINY_BERT, _BERT_BASE),
-        "bert training, bf16": Model("bert", "training", ("flax", "optax"), _TRAINING, _TINY_BERT, _BERT_BASE),
+        "bert forward, bf16": Model(
+            "bert", "forward", ("flax",), _NEVER_SLOWER, _TINY_BERT, _BERT_BASE, element_bytes=2
+        ),
+        "bert training, bf16": Model(
+            "bert", "training", ("flax", "optax"), _TRAINING, _TINY_BERT, _BERT_BASE, element_bytes=2
+        ),
         "equinox mlp training": Model(
             "mlp",
             "training",
