@@ -12,6 +12,9 @@
 
 Sizes, strides, blocking and whether an operand is packed are fields of ``GemmArgs`` (``csrc/kernel_abi.h``).
 An element of C depends on K and kc alone, so any split of m and n over threads gives the same bits.
+
+Products that need no block, no packing and no fetching ahead, as batches of small ones, have two loops instead: over
+products, and over panels of A.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from . import ir
 from .amx_microkernel import AmxMicrokernel, AmxTileRow
 from .epilogue import Epilogue, Landing
 from .inner import InnerMicrokernel, InnerPath
-from .ir import I64, Ptr, Size
+from .ir import I64, Ptr, Size, Value
 from .microkernel import ADD, MORE, ROW_PARAMS, Microkernel, lines_of_a_row, walks_min_steps, walks_of
 from .nanokernel import Family
 from .nanokernel.amx import ROWS, AmxDot
@@ -284,7 +287,61 @@ class _LoopNest:
                 chosen = partial(ir.if_, ir.equal(x.size[field], 0), otherwise, run)
             chosen()
 
+        def all_products() -> None:
+            ir.loop(0, x.size["batch"], 1, [], product)
+
+        if gemm.direct_a and gemm.direct_b:
+            ir.if_(self._is_unblocked(x), partial(self._unblocked, x), all_products)
+        else:
+            all_products()
+
+    def _is_unblocked(self, x: _Given) -> Value | bool:
+        """Whether products have one block each, nothing is packed, and sums are too short to fetch anything meanwhile."""
+        gemm = self.gemm
+        asked_for = x.size["inner"] | x.size["sweep"] | x.size["pack_a"] | x.size["pack_b"]
+        whole = ir.both(ir.negate(ir.less(x.size["kc"], x.size["k"])), ir.negate(ir.less(x.size["nc"], x.size["n"])))
+        short = ir.less(self.packing.depth(x.size["k"]), walks_min_steps(gemm.tile, gemm.out))
+        return ir.both(ir.equal(asked_for, 0), ir.both(whole, short))
+
+    def _unblocked(self, x: _Given) -> None:
+        """The loops around rows of tiles for such products: all that they need is known before the first."""
+        mr = self.gemm.tile.mr
+        more = x.size["more"]
+        given: dict[str, Ptr | Size] = {
+            **x.ptr,
+            **x.size,
+            "k": self.packing.depth(x.size["k"]),
+            "cols": x.size["n"],
+            "b_step": 1,
+            "mode": x.size["accumulate"] * ADD + more * MORE,
+            "column": 0,
+            "epilogue": ir.select_size(ir.equal(more, 0), x.size["epilogue"], 0),
+        }
+
+        def product(index: Size) -> None:
+            a, b, c = (x.ptr[p].at(index * x.size[s]) for p, s in (("a", "bsa"), ("b", "bsb"), ("c", "bsc")))
+
+            def panel(i: Size) -> None:
+                here = {
+                    "a": a.at(i * x.size["rsa"]),
+                    "b": b,
+                    "c": c.at(i * x.size["rsc"]),
+                    "partial": x.ptr["partial"].at(i * x.size["rs_partial"]),
+                    "rows": ir.minimum(x.size["m"] - i, mr),
+                }
+                self._row_of_tiles(self.stream_rows, {**given, **here})
+
+            ir.loop(0, x.size["m"], mr, [], panel)
+
         ir.loop(0, x.size["batch"], 1, [], product)
+
+    def _row_of_tiles(self, tile_rows: list[str], given: Mapping[str, Ptr | Size]) -> None:
+        """Calls the one for as many rows as there are."""
+        calls = [partial(self.module.call, name, [given[p] for p in ROW_PARAMS]) for name in tile_rows]
+        each = self.gemm.tile.mr // len(tile_rows)  # rows that one of them stands for: 1, or those of a tile
+        rows = given["rows"]
+        assert isinstance(rows, I64)
+        ir.switch((rows + (each - 1)) // each, calls, first=1)
 
     def _block_m(self, x: _Given, ic: Size) -> None:
         k = x.size["k"]
@@ -416,9 +473,7 @@ class _LoopNest:
                 "column": jc,
                 "epilogue": block.epilogue,
             }
-            calls = [partial(self.module.call, name, [given[p] for p in ROW_PARAMS]) for name in tile_rows]
-            each = mr // len(tile_rows)  # rows that one of them stands for: 1, or those of a tile
-            ir.switch((here + (each - 1)) // each, calls, first=1)
+            self._row_of_tiles(tile_rows, given)
 
         ir.loop(0, block.rows, mr, [], panel)
 
@@ -515,8 +570,8 @@ class _Block:
     rows: Size
     pc: Size
     depth: Size
-    is_last_of_m: ir.Value | bool
-    is_last_of_k: ir.Value | bool
+    is_last_of_m: Value | bool
+    is_last_of_k: Value | bool
     mode: Size
     epilogue: Size  # the address of one if the sums are finished here, else 0
     a: Ptr
