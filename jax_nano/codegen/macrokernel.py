@@ -296,7 +296,7 @@ class _LoopNest:
             all_products()
 
     def _is_unblocked(self, x: _Given) -> Value | bool:
-        """Whether products have one block each, nothing is packed, and sums are too short to fetch anything meanwhile."""
+        """Whether products have one block each, nothing is packed, and sums are too short to fetch anything."""
         gemm = self.gemm
         asked_for = x.size["inner"] | x.size["sweep"] | x.size["pack_a"] | x.size["pack_b"]
         whole = ir.both(ir.negate(ir.less(x.size["kc"], x.size["k"])), ir.negate(ir.less(x.size["nc"], x.size["n"])))
