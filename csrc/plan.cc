@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -25,6 +26,7 @@ constexpr int64_t kPackBMinTiles = 8;         // register tiles of rows that pay
 constexpr int64_t kTlbReachBytes = 64 << 12;  // L1 data TLB: rows of B further apart than this in sum
 constexpr int64_t kDirectMaxKc = 1024;
 constexpr int64_t kAliasBytes = 4096;  // rows this far apart share their sets in L1
+constexpr int64_t kLineBytes = 64;
 // A few rows of A against a large B: memory is the bottleneck, and B is best read by rows, from end to end, once.
 // Times on Zen 4, 22 November 2026, f32: 1x1024x1024 by sweeps 58 us, by tiles of 16 rows 71, of all rows 75; 4 x: 83,
 // 94, 79; 4x1024x4096: 769, 851, 1421. bf16, 4x1024x1024: swept 67 us, packed 123; int8 74 and 81.
@@ -53,7 +55,9 @@ constexpr int64_t kMinItemMacs = 128 << 10;  // about 2 us at peak: less is not 
 constexpr int64_t kItemsPerThread = 4;       // at most: more balance better and pack more often
 constexpr int64_t kFineItemsPerThread = 16;  // where nothing is packed
 constexpr double kPackMacs = 12;             // cost of packing one element, in multiply-adds
-constexpr double kTail = 0.04;               // the last item finishes late by this part of itself
+constexpr double kItemMacs = 32 << 10;       // cost of claiming an item, and of caches that know nothing of it
+constexpr double kProductMacs = 1.5 * 1024;  // cost of beginning a product, or a piece of it, inside an item: 25 ns
+constexpr double kTail = 0.06;               // the last item finishes late by this part of itself
 
 int64_t CeilDiv(int64_t x, int64_t y) { return (x + y - 1) / y; }
 int64_t RoundUp(int64_t x, int64_t y) { return CeilDiv(x, y) * y; }
@@ -85,6 +89,13 @@ Loop TakeLargest(std::vector<Loop>& loops) {
   const Loop loop = *best;
   loops.erase(best);
   return loop;
+}
+
+// Whether A is better not read where it lies, an element of each of mr rows at a time: rows are not contiguous, or all
+// in one set of L1. 512x512x1023 reaches 0.65 of the peak so, 0.88 packed; 512x512x1022 0.89 and 0.88 (Zen 4).
+bool AwkwardA(const KernelInfo& kernel, const GemmArgs& args) {
+  const int64_t past = std::abs(args.rsa) * ElementBytes(kernel.lhs) % kAliasBytes;
+  return args.csa != 1 || std::min(past, kAliasBytes - past) * kernel.mr < kLineBytes;
 }
 
 // Whether products along K serve best: both operands lie along it, or one that is small can be copied so.
@@ -149,11 +160,7 @@ void ChooseBlocks(const KernelInfo& kernel, const Caches& caches, int64_t item_m
     args.mc = args.nc = 0;
     return;
   }
-  const int64_t a_bytes = ElementBytes(kernel.lhs);
-
-  // A unpacked is read one element of each of mr rows at a time: bad if these lie in the same sets of L1.
-  const bool a_awkward = args.csa != 1 || args.rsa * a_bytes % kAliasBytes == 0;
-  args.pack_a = !kernel.direct_a || (a_awkward && item_m > 1 && item_n >= kPackAMinTiles * kernel.nr);
+  args.pack_a = !kernel.direct_a || (AwkwardA(kernel, args) && item_m > 1 && item_n >= kPackAMinTiles * kernel.nr);
 
   const int64_t b_column = args.kc * kernel.b_panel_bytes, a_row = PackedARow(kernel, args.kc);
   const int64_t b_block = std::min(kMaxBlockBBytes, static_cast<int64_t>(kBlockBOfL2 * Real(caches.l2)));
@@ -185,14 +192,18 @@ Split ChooseSplit(const KernelInfo& kernel, int64_t products, const GemmArgs& ar
   if (threads < 2 || !WorthSplitting(products, args.m, args.n, k)) return {};
   // Unpacked, a piece costs what it computes; but few rows of A stream B, which wants long rows.
   const bool fine = !args.pack_b && args.m >= kPackBMinTiles * kernel.mr;
-  const double pack_macs = args.pack_b ? kPackMacs : 0;
+  // Each item packs its own columns of B, and its own rows of A if those are packed too.
+  const double b_macs = args.pack_b ? kPackMacs : 0;
+  const double a_macs = args.pack_b && (!kernel.direct_a || AwkwardA(kernel, args)) ? kPackMacs : 0;
   const int64_t per_thread = fine ? kFineItemsPerThread : kItemsPerThread;
   const double full_items = FullItems(products, args.m, args.n, k);
   const int64_t most = static_cast<int64_t>(std::min(Real(threads * per_thread), full_items));
 
   const int64_t m_units = CeilDiv(args.m, kernel.mr), n_units = CeilDiv(args.n, kernel.nr);
   const double m = Real(m_units * kernel.mr), n = Real(n_units * kernel.nr);
-  const auto cost = [&](double rows, double cols) { return rows * cols + pack_macs * (rows + cols); };
+  // Times in multiply-adds for each value of k.
+  const double depth = std::max(Real(k), 1.0), claim = kItemMacs / depth, begin = kProductMacs / depth;
+  const auto cost = [&](double rows, double cols) { return rows * cols + a_macs * rows + b_macs * cols + begin; };
   Split best;
   double best_time = std::numeric_limits<double>::infinity();
   // Of equal times the first found wins: the one that cuts the single products least.
@@ -201,10 +212,10 @@ Split ChooseSplit(const KernelInfo& kernel, int64_t products, const GemmArgs& ar
       const double largest = cost(Real(CeilDiv(m_units, sm) * kernel.mr), Real(CeilDiv(n_units, sn) * kernel.nr));
       const double average = cost(m / Real(sm), n / Real(sn));
       for (int64_t sp = 1; sp <= std::min(products, most / sn / sm); ++sp) {
-        const double last = largest * Real(CeilDiv(products, sp));
+        const double last = largest * Real(CeilDiv(products, sp)) + claim;
         const double turns = Real(CeilDiv(sp * sm * sn, threads));
         // Threads that are done take what is left, so that sizes even out over several turns.
-        const double time = std::max(last, average * Real(products) / Real(sp) * turns) + kTail * last;
+        const double time = std::max(last, (average * Real(products) / Real(sp) + claim) * turns) + kTail * last;
         if (time < best_time) {
           best_time = time;
           best = {sp, sm, sn};

@@ -223,6 +223,11 @@ class TestBlocking:
             if p["pack_a"]:
                 assert p["mc"] * p["kc"] * 4 <= 4 << 20
 
+    def test_rows_of_a_that_share_a_set_of_l1_are_packed(self, target):
+        """Those that are multiples of 4 KiB apart, or an element more or less."""
+        for k, packs in ((512, False), (1000, False), (1023, True), (1024, True), (1025, True), (2047, True)):
+            assert plan("mk,kn->mn", m=512, n=512, k=k, target=target)["pack_a"] == packs
+
     def test_no_tiny_last_block(self, target):
         for k in range(1, 3000, 7):
             p = plan("mk,kn->mn", m=100, n=100, k=k, target=target)
@@ -323,16 +328,25 @@ class TestSplit:
 
     def test_packing_is_not_repeated_for_balance(self, target):
         """Each item packs for itself: two threads share a large square in as few pieces as keep both busy."""
-        for size in (512, 768, 1024, 2048):
+        for size in (1024, 2048):
             p = plan("mk,kn->mn", m=size, n=size, k=size, threads=2, target=target)
+            assert p["pack_a"]
             assert p["pack_b"]
             assert 2 <= np.prod(p["split"]) <= 6
+
+    def test_columns_are_cut_finely_where_only_b_is_packed(self, target):
+        """Then nothing is packed twice, and a core that is disturbed leaves its share to the other."""
+        for size in (512, 768, 1536):
+            p = plan("mk,kn->mn", m=size, n=size, k=size, threads=2, target=target)
+            assert not p["pack_a"]
+            assert p["pack_b"]
+            assert p["split"] == (1, 1, 8)
 
     def test_what_is_not_packed_is_cut_finely(self, target):
         """A thread that wakes up late then still finds its half of the work."""
         p = plan("mk,kn->mn", m=256, n=256, k=256, threads=2, target=target)
         assert not p["pack_b"]
-        assert np.prod(p["split"]) >= 16
+        assert np.prod(p["split"]) >= 8
 
     def test_batches_are_split_whole(self, target):
         products, m, n = plan("bmk,bkn->bmn", b=512, m=32, n=32, k=32, threads=4, target=target)["split"]
