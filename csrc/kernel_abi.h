@@ -48,7 +48,8 @@ struct GemmArgs {
   int64_t inner;          // 1: the inner-product path (KernelInfo::inner; k whole, csa == 1 and rsb == 1 unless
                           //    pack_a, pack_b: then a copy along k of the operand goes to the workspace)
   int64_t sweep;          // 1: the sweep path (KernelInfo::sweep; csb == 1, nothing packed; `partial` if narrow)
-  int64_t mc, kc, nc;     // cache blocking; mc multiple of mr, nc multiple of nr, kc multiple of kr
+  int64_t ahead;          // 1: these two paths fetch what they read next: it lies in memory, not in a cache
+  int64_t mc, kc, nc;     // cache blocking; mc multiple of mr or below it, nc and kc of nr and kr
   const Epilogue* epilogue;  // applied when the sum over k is finished; null: C is the sum
 };
 

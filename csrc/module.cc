@@ -171,6 +171,7 @@ nb::dict PlanDict(const Plan& plan) {
   d["bsc"] = x.bsc;
   d["inner"] = x.inner != 0;
   d["sweep"] = x.sweep != 0;
+  d["ahead"] = x.ahead != 0;
   d["pack_a"] = x.pack_a != 0;
   d["pack_b"] = x.pack_b != 0;
   d["mc"] = x.mc;
@@ -276,8 +277,8 @@ void RunOne(const KernelInfo& kernel, GemmArgs x) {
     if (!x.pack_a && !kernel.direct_a) throw std::invalid_argument("this kernel needs pack_a");
     if (!x.pack_b && !kernel.direct_b) throw std::invalid_argument("this kernel needs pack_b");
     if (x.csb != 1 && !x.pack_b) throw std::invalid_argument("csb must be 1 unless pack_b");
-    if (x.mc % kernel.mr || x.kc % kernel.kr || x.nc % kernel.nr) {
-      throw std::invalid_argument("mc, kc, nc must be multiples of mr, kr, nr");
+    if ((x.mc > kernel.mr && x.mc % kernel.mr) || x.kc % kernel.kr || x.nc % kernel.nr) {
+      throw std::invalid_argument("mc, kc, nc must be multiples of mr, kr, nr, or mc below mr");
     }
   }
   if (kernel.narrow && x.rs_partial < RoundUp(x.n, kernel.nr)) {
@@ -326,6 +327,7 @@ void CallKernel(std::string_view kernel_name, const nb::dict& fields) {
   x.more = get("more", 0);
   x.inner = get("inner", 0);
   x.sweep = get("sweep", 0);
+  x.ahead = get("ahead", 0);
   const bool blocked = !x.inner && !x.sweep;
   x.pack_a = get("pack_a", blocked && !kernel.direct_a);
   x.pack_b = get("pack_b", blocked && !kernel.direct_b);

@@ -28,20 +28,23 @@ constexpr int64_t kDirectMaxKc = 1024;
 constexpr int64_t kAliasBytes = 4096;  // rows this far apart share their sets in L1
 constexpr int64_t kLineBytes = 64;
 // A few rows of A against a large B: memory is the bottleneck, and B is best read by rows, from end to end, once.
-// Times on Zen 4, 22 November 2026, f32: 1x1024x1024 by sweeps 58 us, by tiles of 16 rows 71, of all rows 75; 4 x: 83,
-// 94, 79; 4x1024x4096: 769, 851, 1421. bf16, 4x1024x1024: swept 67 us, packed 123; int8 74 and 81.
-constexpr int64_t kSweepRows = 3;       // up to which sweeps read B where it lies faster than register tiles do,
-constexpr int64_t kSweepLargeRows = 4;  // for a large B,
-constexpr int64_t kSweepPairRows = 8;   // and faster than packing pairs of rows,
-constexpr int64_t kSweepByteRows = 4;   // or quads of bytes, which sweeps widen
+// Times on Zen 4, 22 November 2026, f32: 1x1024x1024 by sweeps 50 us, by tiles of 16 rows 71, of all rows 75;
+// 4x1024x1024: 124, 146, 138; 4x1000x777 67 and 94, 5x1024x1024 146 and 119; small: 1x64x64 0.22 and 0.25,
+// 2x256x256 4.7 and 3.8. bf16, 4x1024x1024: swept 67 us, packed 123; int8 53 and 86, 8 rows as fast either way.
+constexpr int64_t kSweepRows = 4;      // up to which sweeps read B where it lies faster than register tiles do,
+constexpr int64_t kSweepNearRows = 1;  // if its rows are near each other,
+constexpr int64_t kSweepPairRows = 8;  // and faster than packing pairs of rows,
+constexpr int64_t kSweepByteRows = 4;  // or quads of bytes, which sweeps widen
 constexpr int64_t kSweepMinCols = 16;
 constexpr int64_t kLargeBBytes = 8 << 20;  // more than the caches near a core hold
 // Register tiles read B by so many of its rows side by side: 8x1024x4096 in 927 us by 16 and 2411 by all of them;
 // 32x1024x1024, whose rows alias, in 635 us by 64, 848 by all and 842 with B packed.
 constexpr int64_t kSkinnyKc = 16;  // up to kSkinnyRows rows of A against a large B
 constexpr int64_t kSkinnyRows = 8;
-constexpr int64_t kThinKc = 64;        // more of them against a large B, or one whose rows alias
+constexpr int64_t kThinKc = 64;        // more of them against a large B, and any against one whose rows alias
 constexpr int64_t kStreamMaxRows = 8;  // up to which a kernel without packing beats one with better instructions
+// Inner products and sweeps fetch ahead what lies in memory: an operand that is too large for its share of L3.
+constexpr double kOfL3InMemory = 0.5;
 // Both operands contiguous along K: packing B would transpose it, which few rows or columns do not pay for.
 constexpr int64_t kInnerMaxRows = 16;
 // One operand contiguous along K: so many vectors of the other one are worth a copy along K, if they meet many.
@@ -49,6 +52,10 @@ constexpr int64_t kInnerMaxCopied = 8;
 constexpr int64_t kInnerMinMet = 32;
 constexpr int64_t kInnerMaxCopiedBytes = 1 << 20;
 constexpr int64_t kPackAMinTiles = 4;  // an A that is awkward to read, read by this many tiles of columns
+// An A whose rows share their sets in L1, and up to kPackAMinTiles tiles of an unpacked B: A is read where it lies, by
+// as many rows as have room there. float64 1024x8x1024 in 339 us instead of 496, x16 in 692 instead of 803, packed 1021
+// and 1435; float32 x16 in 313 instead of 518, x128 in 2485 instead of 3160, packed 2735 (Zen 4).
+constexpr int64_t kAliasedRows = 7;
 
 // Splitting over threads.
 constexpr int64_t kMinItemMacs = 128 << 10;  // about 2 us at peak: less is not worth waking a thread
@@ -100,15 +107,17 @@ bool AwkwardA(const KernelInfo& kernel, const GemmArgs& args) {
 
 // Whether products along K serve best: both operands lie along it, or one that is small can be copied so.
 bool ChooseInner(const KernelInfo& kernel, GemmArgs& args) {
+  // Against B read where it lies, half as many as a vector has lanes: float64 1024x8x1024 557 us instead of 339.
+  const int64_t copied = kernel.direct_b ? std::min<int64_t>(kernel.nr / 4, kInnerMaxCopied) : kInnerMaxCopied;
   const bool b_along_k = args.rsb == 1 && (args.csb != 1 || args.n == 1);
   if (args.csa == 1 && b_along_k) {
     args.inner = std::min(args.m, args.n) <= kInnerMaxRows;
   } else if (args.csa == 1) {
     const int64_t bytes = args.n * args.k * ElementBytes(kernel.rhs);
-    args.inner = args.pack_b = args.n <= kInnerMaxCopied && args.m >= kInnerMinMet && bytes <= kInnerMaxCopiedBytes;
+    args.inner = args.pack_b = args.n <= copied && args.m >= kInnerMinMet && bytes <= kInnerMaxCopiedBytes;
   } else if (b_along_k) {
     const int64_t bytes = args.m * args.k * ElementBytes(kernel.lhs);
-    args.inner = args.pack_a = args.m <= kInnerMaxCopied && args.n >= kInnerMinMet && bytes <= kInnerMaxCopiedBytes;
+    args.inner = args.pack_a = args.m <= copied && args.n >= kInnerMinMet && bytes <= kInnerMaxCopiedBytes;
   }
   return args.inner;
 }
@@ -137,7 +146,7 @@ void ChooseSums(const KernelInfo& kernel, int64_t passes, GemmArgs& args) {
   const int64_t b_bytes = ElementBytes(kernel.rhs), b_span = args.k * args.rsb * b_bytes;
   const bool rows_far_apart = b_span > kTlbReachBytes, large = b_span >= kLargeBBytes;
   if (kernel.sweep && args.csb == 1 && args.n >= kSweepMinCols) {
-    const int64_t unpacked = large ? kSweepLargeRows : rows_far_apart ? kSweepRows : 0;
+    const int64_t unpacked = rows_far_apart ? kSweepRows : kSweepNearRows;
     args.sweep = args.m <= (kernel.direct_b ? unpacked : b_bytes == 1 ? kSweepByteRows : kSweepPairRows);
     if (args.sweep) return;
   }
@@ -148,7 +157,7 @@ void ChooseSums(const KernelInfo& kernel, int64_t passes, GemmArgs& args) {
     args.kc = BalancedBlock(args.k, kKcBytes / kernel.b_panel_bytes, kernel.kr);
   } else if (large && args.m <= kSkinnyRows) {
     args.kc = kSkinnyKc;
-  } else if ((large || b_aliases) && args.m > kSkinnyRows) {
+  } else if (large || b_aliases) {
     args.kc = BalancedBlock(args.k, kThinKc, kernel.kr);
   } else {
     args.kc = BalancedBlock(args.k, kDirectMaxKc, kernel.kr);
@@ -156,11 +165,18 @@ void ChooseSums(const KernelInfo& kernel, int64_t passes, GemmArgs& args) {
 }
 
 void ChooseBlocks(const KernelInfo& kernel, const Caches& caches, int64_t item_m, int64_t item_n, GemmArgs& args) {
+  const int64_t a_bytes = ElementBytes(kernel.lhs);
+  args.ahead = 0;
   if (args.inner || args.sweep) {
     args.mc = args.nc = 0;
+    const double read = Real(std::max(args.m * a_bytes, args.n * ElementBytes(kernel.rhs))) * Real(args.k);
+    args.ahead = read * Real(args.batch) >= kOfL3InMemory * Real(caches.l3);
     return;
   }
-  args.pack_a = !kernel.direct_a || (AwkwardA(kernel, args) && item_m > 1 && item_n >= kPackAMinTiles * kernel.nr);
+  const bool awkward = AwkwardA(kernel, args);
+  const bool direct = kernel.direct_a && !args.pack_b;
+  const bool few = awkward && direct && args.csa == 1 && item_n <= kPackAMinTiles * kernel.nr && item_m > kernel.mr;
+  args.pack_a = !kernel.direct_a || (awkward && !few && item_m > 1 && item_n >= kPackAMinTiles * kernel.nr);
 
   const int64_t b_column = args.kc * kernel.b_panel_bytes, a_row = PackedARow(kernel, args.kc);
   const int64_t b_block = std::min(kMaxBlockBBytes, static_cast<int64_t>(kBlockBOfL2 * Real(caches.l2)));
@@ -169,6 +185,7 @@ void ChooseBlocks(const KernelInfo& kernel, const Caches& caches, int64_t item_m
   // Each block of rows packs all of B again, so unpacked rows are not cut at all.
   const int64_t mc_most = args.pack_a ? kMaxBlockABytes / a_row : RoundUp(item_m, kernel.mr);
   args.mc = BalancedBlock(item_m, mc_most, kernel.mr);
+  if (few) args.mc = std::min(int64_t{kernel.mr}, kAliasedRows);
 }
 
 Split SplitForPartialSums(const KernelInfo& kernel, int64_t m, int64_t n, Split split) {

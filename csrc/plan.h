@@ -62,8 +62,8 @@ Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::s
 // whole product, where `passes` kernel calls add up to one sum over k.
 void ChooseSums(const KernelInfo& kernel, int64_t passes, GemmArgs& args);
 
-// What only moves data: fills pack_a (but of inner), mc and nc of `args`, after ChooseSums, for items of item_m x
-// item_n.
+// What only moves data: fills pack_a (but of inner), ahead, mc and nc of `args`, after ChooseSums, for items of item_m
+// x item_n.
 void ChooseBlocks(const KernelInfo& kernel, const Caches& caches, int64_t item_m, int64_t item_n, GemmArgs& args);
 
 // Whether the work fills two items.

@@ -72,6 +72,7 @@ class _Plan(TypedDict):
     pack_b: bool
     inner: bool
     sweep: bool
+    ahead: bool  # these two fetch what they read next
     mc: int
     kc: int
     nc: int

@@ -7,7 +7,7 @@ to the workspace, along K.
 
     for each product of the batch
       [copy A or B along K]
-      for j in n by cols                  the longer side outside: its rows are read once
+      for j in n by cols, or one by one   the longer side outside: its vectors are read once
         for i in m by rows                (or the other way round)
           microkernel: all of k
 
@@ -16,20 +16,27 @@ Sums are taken lane by lane, then over the lanes as a tree, whatever the split o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from . import ir
 from .epilogue import Epilogue
 from .ir import I64, Ptr, Size, Value
-from .nanokernel import Family
+from .microkernel import A_ROWS_PER_POINTER, RowOffsets
+from .nanokernel import Corrected, Family
 from .packing import void
+from .target import Target
 from .tile import Tile
 
 ROWS, COLS = 4, 4  # 16 accumulators hide the latency of two pipes; with operands 24 of 32 registers
 NARROW_ROWS, NARROW_COLS = 3, 3  # for 16 registers
+SHIFTED_NARROW_COLS = 2  # with a sum and a constant more for each column's correction
+# Vectors that lie in memory (Zen 4, one row): long ones as so many streams, the next ones fetched meanwhile, 33 GB/s,
+# one after the other 24; short ones one after the other, as they lie, 29 to 32 GB/s, four side by side 11 to 18.
+AHEAD, NARROW_AHEAD = 8, 4
+SHORT_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,8 @@ class InnerMicrokernel:
       lanes: units in a vector.
       family: the nanokernel's instructions.
       a, b, out: dtype names in the caller's buffers.
+      masks: whether the target loads masked vectors of both.
+      ahead: whether it fetches as many of the vectors behind its own, of the longer side, into L2.
     """
 
     rows: int
@@ -50,6 +59,8 @@ class InnerMicrokernel:
     a: str
     b: str
     out: str
+    masks: bool
+    ahead: bool = False
 
     @property
     def narrow(self) -> bool:
@@ -63,11 +74,14 @@ class InnerMicrokernel:
 
     @property
     def tile(self) -> Tile:
-        """Its accumulators as a register tile: a vector along K for each row and column."""
-        return Tile(self.rows, self.cols, self.lanes)
+        """Its accumulators as a register tile: a vector along K for each row and column.
+
+        Where A's values are shifted, one more row of them is the columns' corrections.
+        """
+        return Tile(self.rows + self.family.column_sums, self.cols, self.lanes)
 
     def name(self, prefix: str) -> str:
-        return f"{prefix}_inner_{self.rows}x{self.cols}"
+        return f"{prefix}_inner_{self.rows}x{self.cols}{'_ahead' if self.ahead else ''}"
 
     def emit(self, module: ir.Module, prefix: str) -> str:
         """Adds the microkernel to the module (once) and returns its name."""
@@ -80,36 +94,70 @@ class InnerMicrokernel:
         given: dict[str, Any] = dict(zip(self.params, args, strict=True))
         a, b, rsa, csb, k, c, rsc = (given[x] for x in ("a", "b", "rsa", "csb", "k", "c", "rsc"))
         family, chunk = self.family, self.lanes * self.family.kr
-        a_rows = [a.at(i * rsa) for i in range(self.rows)]
-        b_cols = [b.at(j * csb) for j in range(self.cols)]
+        a_rows, b_cols = _Vectors(a, rsa, self.rows), _Vectors(b, csb, self.cols)
+        count, pointers = self.rows * self.cols, len(a_rows.first) + len(b_cols.first)
 
-        def units(p: Ptr, prepare: Callable[[Value, str, int], Value], source: str) -> Value:
-            return ir.bitcast(prepare(p.load(chunk), source, 0), self.lanes, family.unit)
+        def products(xs: Sequence[Ptr], ys: Sequence[Ptr], so_far: Sequence[Value], mask: Value | None) -> list[Value]:
+            """One vector of K of every row and column, beyond ``mask`` zeros; behind the sums B's with the shift."""
+
+            def units(p: Ptr, prepare: Callable[[Value, str, int], Value], source: str) -> Value:
+                return ir.bitcast(prepare(p.load(chunk, mask), source, 0), self.lanes, family.unit)
+
+            def sums_of(i: int, x: Value, j: int, y: Value) -> None:
+                acc[i * self.cols + j] = family.product(x, y, acc[i * self.cols + j])
+
+            acc = list(so_far)
+            if self.cols > self.rows:
+                held = [*(units(p, family.prepare_a, self.a) for p in xs), *shifts]
+                for j, p in enumerate(ys):
+                    streamed = units(p, family.prepare_b, self.b)
+                    for i, x in enumerate(held):
+                        sums_of(i, x, j, streamed)
+            else:
+                held = [units(p, family.prepare_b, self.b) for p in ys]
+                for i in range(self.rows + len(shifts)):
+                    streamed = units(xs[i], family.prepare_a, self.a) if i < self.rows else shifts[0]
+                    for j, y in enumerate(held):
+                        sums_of(i, streamed, j, y)
+            return acc
 
         def step(_: I64, *carried: Any) -> list[Any]:
-            """One vector of K of every row and column; the pointers move, so that no index needs a register."""
-            pointers = carried[: self.rows + self.cols]
-            acc = list(carried[self.rows + self.cols :])
-            held = [units(p, family.prepare_b, self.b) for p in pointers[self.rows :]]
-            for i, p in enumerate(pointers[: self.rows]):
-                streamed = units(p, family.prepare_a, self.a)
-                for j in range(self.cols):
-                    acc[i * self.cols + j] = family.product(streamed, held[j], acc[i * self.cols + j])
-            return [*(p.at(chunk) for p in pointers), *acc]
+            """The pointers move, so that no index needs a register."""
+            if self.ahead:
+                by_columns = self.cols > self.rows
+                for p in vectors([p.at(behind) for p in carried[:pointers]])[by_columns]:
+                    p.prefetch(level=2)
+            return [*(p.at(chunk) for p in carried[:pointers]), *products(*vectors(carried), carried[pointers:], None)]
 
+        def vectors(carried: Sequence[Any]) -> tuple[list[Ptr], list[Ptr]]:
+            first = len(a_rows.first)
+            return a_rows.all(carried[:first]), b_cols.all(carried[first:pointers])
+
+        behind = csb * self.cols if self.cols > self.rows else rsa * self.rows
+        shifts = [cast(Corrected, family).shift()] if family.column_sums else []
         zero = ir.zeros(self.lanes, family.acc)
-        state = [*a_rows, *b_cols, *[zero] * (self.rows * self.cols)]
+        state = [*a_rows.first, *b_cols.first, *[zero] * self.tile.accumulators]
         out = ir.loop(0 - k // chunk, 0, 1, state, step)
-        whole = k // chunk * chunk
-        sums = [ir.tree_sum(v) for v in out[self.rows + self.cols :]]
+        at, acc = out[:pointers], out[pointers:]
+        rest = k % chunk
+        if self.masks:
+            mask = ir.lane_mask(rest, chunk)
+            acc = ir.if_(ir.less(0, rest), lambda: products(*vectors(at), acc, mask), lambda: acc, like=acc)
+        if shifts:
+            acc = [ir.subtract(v, acc[count + n % self.cols]) for n, v in enumerate(acc[:count])]
+        sums = [ir.tree_sum(v) for v in acc]
 
-        def element(kk: I64, *sums: Value) -> list[Value]:
+        def element(_: I64, *carried: Any) -> list[Any]:
             """What K leaves beyond whole vectors, one by one."""
-            xs = [ir.convert(p.at(kk).load(), self.a, family.acc) for p in a_rows]
-            ys = [ir.convert(p.at(kk).load(), self.b, family.acc) for p in b_cols]
-            return [ir.multiply_add(xs[n // self.cols], ys[n % self.cols], s) for n, s in enumerate(sums)]
+            x, y = (
+                [ir.convert(p.load(), source, family.acc) for p in ps]
+                for ps, source in zip(vectors(carried), (self.a, self.b), strict=True)
+            )
+            sums = [ir.multiply_add(x[n // self.cols], y[n % self.cols], s) for n, s in enumerate(carried[pointers:])]
+            return [*(p.at(1) for p in carried[:pointers]), *sums]
 
-        sums = ir.loop(whole, k, 1, sums, element)
+        if not self.masks:
+            sums = ir.loop(0, rest, 1, [*at, *sums], element)[pointers:]
 
         def store(to: Ptr, stride: Size) -> None:
             for n, s in enumerate(sums):
@@ -127,8 +175,8 @@ class InnerMicrokernel:
 class InnerPath:
     """All inner-product microkernels of a kernel, and the loops around them."""
 
+    target: Target
     lanes: int
-    registers: int
     family: Family
     a: str
     b: str
@@ -136,33 +184,40 @@ class InnerPath:
 
     @property
     def tile(self) -> tuple[int, int]:
-        return (ROWS, COLS) if self.registers >= 32 else (NARROW_ROWS, NARROW_COLS)
+        if self.target.vector_registers >= 32:
+            return ROWS, COLS
+        return NARROW_ROWS, SHIFTED_NARROW_COLS if self.family.column_sums else NARROW_COLS
 
     def microkernels(self) -> list[InnerMicrokernel]:
         rows, cols = self.tile
-        return [
-            InnerMicrokernel(r, c, self.lanes, self.family, self.a, self.b, self.out)
-            for r in range(1, rows + 1)
-            for c in range(1, cols + 1)
-        ]
+        return [*(self._micro(r, c) for r in range(1, rows + 1) for c in range(1, cols + 1)), *self._ahead()]
+
+    def _ahead(self) -> tuple[InnerMicrokernel, InnerMicrokernel]:
+        """For one row against columns that lie in memory, and for one column against such rows."""
+        long = AHEAD if self.target.vector_registers >= 32 else NARROW_AHEAD
+        return self._micro(1, long, ahead=True), self._micro(long, 1, ahead=True)
+
+    def _micro(self, rows: int, cols: int, *, ahead: bool = False) -> InnerMicrokernel:
+        masks = all(self.target.masks(ir.elem_bytes(x)) for x in (self.a, self.b))
+        return InnerMicrokernel(rows, cols, self.lanes, self.family, self.a, self.b, self.out, masks, ahead)
 
     @property
     def narrow(self) -> bool:
         """Whether C cannot hold sums as they are."""
-        return self.microkernels()[0].narrow
+        return self._micro(1, 1).narrow
 
     def room(self) -> Ptr:
         """Room for a tile of sums, in rows of whole vectors. Only at the top of a function."""
-        return ir.alloca(self.tile[0] * self.lanes, self.family.acc)
+        return ir.alloca(max(m.rows for m in self.microkernels()) * self.lanes, self.family.acc)
 
     def emit(self, module: ir.Module, prefix: str, epilogue: str | None) -> Callable[[dict[str, Any]], None]:
         """Adds the microkernels and returns what emits the loops for one product.
 
         That wants the fields of GemmArgs, and room for a tile of sums as ``sums``.
         """
-        kernels = [k.emit(module, prefix) for k in self.microkernels()]
+        *kernels, by_columns, by_rows = (k.emit(module, prefix) for k in self.microkernels())
         rows, cols = self.tile
-        params = self.microkernels()[0].params
+        params = self._micro(1, 1).params
         copies = {"a": f"{prefix}_a_along_k", "b": f"{prefix}_b_along_k"}
         for name, elem in ((copies["a"], self.a), (copies["b"], self.b)):
             module.function(name, [elem, elem, *["i64"] * 4], _copy_along_k, internal=True)
@@ -189,8 +244,8 @@ class InnerPath:
             finishes = ir.negate(ir.equal(x["epilogue"], 0)) if epilogue else False
             like: list[Any] = [x["c"], 0, 0]
 
-            def tile(i: Size, j: Size) -> None:
-                here_m, here_n = ir.minimum(x["m"] - i, rows), ir.minimum(x["n"] - j, cols)
+            def some(i: Size, j: Size, here_m: Size, here_n: Size, names: Sequence[str], which: Size) -> None:
+                """The tile of here_m x here_n at (i, j), by one of some microkernels."""
                 c, on_stack = x["c"].at(i * x["rsc"] + j), x["sums"]
 
                 def in_c() -> list[Any]:
@@ -210,10 +265,11 @@ class InnerPath:
                     "rsc": stride,
                     "sums": sums,
                 }
-                calls = [partial(module.call, name, [given[p] for p in params]) for name in kernels]
-                which = (here_m - 1) * cols + (here_n - 1)
-                assert isinstance(which, I64)
-                ir.switch(which, calls)
+                calls = [partial(module.call, name, [given[p] for p in params]) for name in names]
+                if len(calls) == 1:
+                    calls[0]()
+                else:
+                    ir.switch(which, calls)
                 if epilogue:
                     arguments = {
                         "sums": on_stack,
@@ -230,15 +286,61 @@ class InnerPath:
                     }
                     ir.if_(finishes, partial(module.call, epilogue, [arguments[p] for p in Epilogue.PARAMS]))
 
+            from_memory = ir.negate(ir.equal(x["ahead"], 0))
+            short = ir.less(x["k"] * ir.elem_bytes(self.b), SHORT_BYTES)
+
+            def vectors(size: str, most: int, other: str, tile: Callable[[Size, Size], None], ahead: str) -> None:
+                """Along the longer side: the operand of ``other`` vectors stays in L1."""
+                n, wide = x[size], self._ahead()[0].cols
+                alone = ir.both(ir.both(from_memory, ir.negate(short)), ir.equal(x[other], 1))
+                done = ir.select_size(alone, n // wide * wide, 0)
+
+                def fetching(j: Size) -> None:
+                    if size == "n":
+                        some(0, j, 1, wide, [ahead], 0)
+                    else:
+                        some(j, 0, wide, 1, [ahead], 0)
+
+                ir.loop(0, done, wide, [], lambda j: fetching(j))
+                step = ir.select_size(ir.both(from_memory, short), 1, most)
+                ir.loop(done, n, step, [], lambda j: tile(j, ir.minimum(n - j, step)))
+
+            def of_columns(j: Size, here_n: Size) -> None:
+                def at(i: Size) -> None:
+                    here_m = ir.minimum(x["m"] - i, rows)
+                    some(i, j, here_m, here_n, kernels, (here_m - 1) * cols + (here_n - 1))
+
+                ir.loop(0, x["m"], rows, [], lambda i: at(i))
+
+            def of_rows(i: Size, here_m: Size) -> None:
+                def at(j: Size) -> None:
+                    here_n = ir.minimum(x["n"] - j, cols)
+                    some(i, j, here_m, here_n, kernels, (here_m - 1) * cols + (here_n - 1))
+
+                ir.loop(0, x["n"], cols, [], lambda j: at(j))
+
             def columns_outside() -> None:
-                ir.loop(0, x["n"], cols, [], lambda j: void(ir.loop(0, x["m"], rows, [], lambda i: tile(i, j))))
+                vectors("n", cols, "m", of_columns, by_columns)
 
             def rows_outside() -> None:
-                ir.loop(0, x["m"], rows, [], lambda i: void(ir.loop(0, x["n"], cols, [], lambda j: tile(i, j))))
+                vectors("m", rows, "n", of_rows, by_rows)
 
             ir.if_(ir.less(x["m"], x["n"]), columns_outside, rows_outside)
 
         return nest
+
+
+class _Vectors:
+    """Some vectors along K, ``stride`` apart: a pointer for each, or, of many, one for several."""
+
+    def __init__(self, first: Ptr, stride: Size, count: int):
+        self._count, self._each = count, 1 if count <= max(ROWS, COLS) else A_ROWS_PER_POINTER
+        self._offsets = RowOffsets(stride * ir.elem_bytes(first.elem))
+        self.first = [first.at(i * stride) for i in range(0, count, self._each)]
+
+    def all(self, pointers: Sequence[Ptr]) -> list[Ptr]:
+        """Where each of them is when the first ones are there."""
+        return [self._offsets.of(pointers[i // self._each], i % self._each) for i in range(self._count)]
 
 
 def _copy_along_k(source: Ptr, target: Ptr, vectors: I64, k: I64, stride: I64, along: I64) -> None:

@@ -68,13 +68,16 @@ def functions(disassembly: str) -> Iterator[tuple[str, list[Instruction]]]:
 
 
 def innermost_loops(name: str, body: list[Instruction]) -> list[Loop]:
-    """The loops of a function that contain no other loop."""
+    """The loops of a function that contain no other loop.
+
+    A jump back over a return is none: it leads from a block that LLVM has moved out of the way to where it belongs.
+    """
     position = {i.address: n for n, i in enumerate(body)}
     spans = []
     for n, i in enumerate(body):
         if i.mnemonic.startswith("j") and (hit := _TARGET.match(i.operands)):
             start = position.get(int(hit[1], 16))
-            if start is not None and start <= n:
+            if start is not None and start <= n and not any(x.mnemonic.startswith("ret") for x in body[start:n]):
                 spans.append((start, n))
     inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
     return [Loop(name, tuple(body[a : b + 1])) for a, b in inner]

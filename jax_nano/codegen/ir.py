@@ -296,8 +296,9 @@ class Ptr:
         else:
             _op("llvm.intr.masked.store", [], [value, self.value, mask], alignment=_i32_attr(align))
 
-    def prefetch(self, *, write: bool = False) -> None:
-        data_cache, keep = _i32_attr(1), _i32_attr(3)
+    def prefetch(self, *, write: bool = False, level: int = 1) -> None:
+        """Fetches the line into the data cache of this level and all beyond it."""
+        data_cache, keep = _i32_attr(1), _i32_attr(4 - level)
         _op("llvm.intr.prefetch", [], [self.value], rw=_i32_attr(int(write)), hint=keep, cache=data_cache)
 
 

@@ -43,7 +43,7 @@ GEMM_ARGS = (
     *("m", "n", "k"),
     *("rsa", "csa", "rsb", "csb", "rsc", "rs_partial"),
     *("batch", "bsa", "bsb", "bsc"),
-    *("accumulate", "more", "pack_a", "pack_b", "inner", "sweep"),
+    *("accumulate", "more", "pack_a", "pack_b", "inner", "sweep", "ahead"),
     *("mc", "kc", "nc"),
     "epilogue",
 )
@@ -85,9 +85,9 @@ class Gemm:
     @property
     def inner(self) -> InnerPath | None:
         """The inner-product path, where the nanokernel can take both operands as they lie along K."""
-        if self.family.column_sums or not self._takes_operands_as_they_are:
+        if not self._takes_operands_as_they_are:
             return None
-        return InnerPath(self.tile.lanes, self.target.vector_registers, self.family, self.a, self.b, self.out)
+        return InnerPath(self.target, self.tile.lanes, self.family, self.a, self.b, self.out)
 
     @property
     def sweep(self) -> SweepPath | None:

@@ -2,6 +2,7 @@
 
 A sweep goes through the columns of a few rows of B that lie side by side, as that many streams which the hardware
 prefetches, and adds their products to sums in memory; A's elements for these rows are held in registers meanwhile.
+Where B lies in memory, not in a cache, it also fetches the rows that come next.
 Nothing is packed: what an instruction wants side by side along K is interleaved on its way into registers.
 
     for each product of the batch
@@ -31,18 +32,20 @@ from .target import Target
 from .tile import Tile
 
 ROWS = 4  # of A at once: with more of them products, not memory, are the limit
-STREAMS = 8  # rows of B side by side: read from L3 at 100 GB/s; 16 share their sets in L1: 60 (Zen 4)
+STREAMS = (
+    4  # steps side by side, each a row of B or an interleaved pair. Of 8 rows that share their sets in L1, float32
+)
+# reads 77 GB/s from L3, of 4 of them 87; of 8 pairs bfloat16 reads more than of 4 (Zen 4)
+AHEAD_ROWS = 8  # of B where the next ones are fetched from memory: 30 GB/s; 4 rows: 27
 SUMS_BYTES = 16 << 10  # what is added to stays in half of L1
 FINISHED_VECTORS = 8  # of a row that one call of the epilogue takes
 
 
 def family_of(family: Family) -> Family:
-    """The instructions of a sweep.
-
-    Bytes are widened: vpdpbusd would need the sums over B's columns, which nobody has taken, and LLVM takes vpdpwssd
-    apart where several of them follow each other, for a latency that many columns hide anyway.
+    """The instructions of a sweep. Bytes are widened: vpdpbusd would need the sums over B's columns, which nobody has
+    taken.
     """
-    return Int8Widened(family.bits) if isinstance(family, (Int8Vnni, Int8Widened)) else family
+    return Int8Widened(family.bits, vnni=True) if isinstance(family, Int8Vnni) else family
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class SweepMicrokernel:
       family: the nanokernel's instructions.
       a, b: dtype names in the caller's buffers.
       masks_b: whether the target loads masked vectors of B's elements.
+      ahead: whether it fetches the rows of B behind these, which lie in memory, into L2. (Of an operand that L3 holds
+        it would fetch each line twice as often: 66 instead of 77 GB/s.)
     """
 
     rows: int
@@ -65,6 +70,7 @@ class SweepMicrokernel:
     a: str
     b: str
     masks_b: bool
+    ahead: bool = False
 
     PARAMS = ("a", "b", "rsa", "csa", "rsb", "sums", "rs_sums", "cols")
 
@@ -74,7 +80,7 @@ class SweepMicrokernel:
         return Tile(self.rows, self.family.kr, self.lanes)
 
     def name(self, prefix: str) -> str:
-        return f"{prefix}_sweep_{self.rows}x{self.depth}"
+        return f"{prefix}_sweep_{self.rows}x{self.depth}{'_ahead' if self.ahead else ''}"
 
     def emit(self, module: ir.Module, prefix: str) -> str:
         """Adds the microkernel to the module (once) and returns its name."""
@@ -92,6 +98,7 @@ class SweepMicrokernel:
         masks = [ir.lane_mask(rest - g * lanes, lanes) for g in range(kr)]
         row_of_sums = RowOffsets(rs_sums * ir.elem_bytes(family.acc))
         row_of_b = RowOffsets(rsb * ir.elem_bytes(self.b))
+        behind = rsb * self.depth
         steps = [range(kk, min(kk + kr, self.depth)) for kk in range(0, self.depth, kr)]
         units = [[self._unit(a.at(i * rsa), csa, step) for i in range(self.rows)] for step in steps]
 
@@ -105,7 +112,10 @@ class SweepMicrokernel:
             ]
             acc = [p.load(lanes, mask) for p, mask in places]
             for step, of_a in zip(steps, units, strict=True):
-                raw = [load(row_of_b.of(at[1 + r // A_ROWS_PER_POINTER], r % A_ROWS_PER_POINTER)) for r in step]
+                rows_of_b = [row_of_b.of(at[1 + r // A_ROWS_PER_POINTER], r % A_ROWS_PER_POINTER) for r in step]
+                for p in rows_of_b if self.ahead and not partly else ():
+                    p.at(behind).prefetch(level=2)
+                raw = [load(p) for p in rows_of_b]
                 vectors = self._interleaved([family.prepare_b(v, self.b, 0) for v in raw])
                 for i, unit in enumerate(of_a):
                     for g, v in enumerate(vectors):
@@ -169,13 +179,13 @@ class SweepPath:
         """Whether C cannot hold unfinished sums."""
         return ir.elem_bytes(self.out) < ir.elem_bytes(self.family.acc)
 
-    def depths(self, rows: int) -> tuple[int, ...]:
-        """Values of K that sweeps take, most first: as many as may be streams and as the registers hold of A."""
+    def depth(self, rows: int, most: int) -> int:
+        """Values of K that a sweep takes of at most this many: as many as the registers hold of A."""
         kr = self.family.kr
-        steps = STREAMS // kr
+        steps = most // kr
         while steps > 1 and steps * rows > self._room(rows):
             steps //= 2
-        return tuple(dict.fromkeys((steps * kr, *range(kr, 0, -1))))
+        return steps * kr
 
     @property
     def rows(self) -> int:
@@ -191,8 +201,14 @@ class SweepPath:
         return [m for rows in range(1, self.rows + 1) for m in self._of(rows)]
 
     def _of(self, rows: int) -> list[SweepMicrokernel]:
+        """Those for so many rows in the order in which they go through K: the first one if B lies in memory."""
+        kr = self.family.kr
         masks_b = self.target.masks(ir.elem_bytes(self.b))
-        return [SweepMicrokernel(rows, d, self.lanes, self.family, self.a, self.b, masks_b) for d in self.depths(rows)]
+        micro = partial(
+            SweepMicrokernel, rows, lanes=self.lanes, family=self.family, a=self.a, b=self.b, masks_b=masks_b
+        )
+        depths = dict.fromkeys((self.depth(rows, STREAMS * kr), *range(kr, 0, -1)))
+        return [micro(self.depth(rows, AHEAD_ROWS), ahead=True), *(micro(depth) for depth in depths)]
 
     def emit(self, module: ir.Module, prefix: str, epilogue: str | None) -> Callable[[dict[str, Any]], None]:
         """Adds the microkernels and returns what emits the loops for one product, given the fields of GemmArgs."""
@@ -227,7 +243,9 @@ class SweepPath:
 
                 done: Size = 0
                 for m in self._of(rows):
-                    end = x["k"] // m.depth * m.depth
+                    end = done + (x["k"] - done) // m.depth * m.depth
+                    if m.ahead:
+                        end = ir.select_size(ir.equal(x["ahead"], 0), 0, end)
                     ir.loop(done, end, m.depth, [], partial(call, m))
                     done = end
 

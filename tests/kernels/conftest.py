@@ -49,9 +49,10 @@ class Kernel:
         """Fields for every way to the whole product of operands stored by rows (C) or columns (F)."""
         ways = [{"pack_a": a, "pack_b": b} for a, b in self.packs(transposed_b=order_b == "F" and n > 1)]
         if self.has_inner:  # an operand that does not lie along K is copied
-            ways.append({"inner": 1, "pack_a": int(order_a == "F"), "pack_b": int(order_b == "C")})
+            copies = {"pack_a": int(order_a == "F"), "pack_b": int(order_b == "C")}
+            ways += [{"inner": 1, "ahead": ahead, **copies} for ahead in (0, 1)]
         if self.has_sweep and (order_b == "C" or n <= 1):
-            ways.append({"sweep": 1, "pack_a": 0, "pack_b": 0})
+            ways += [{"sweep": 1, "ahead": ahead, "pack_a": 0, "pack_b": 0} for ahead in (0, 1)]
         return ways
 
     @property

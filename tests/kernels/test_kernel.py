@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import reference
@@ -60,14 +62,35 @@ def test_only_kc_decides_the_bits(kernel, rng):
     a, b = operands(kernel, rng, m, n, k)
     kc = 64 * kernel.kr
     whole = kernel.product(a, b, kc=kc)
-    blocking = {"mc": kernel.mr, "nc": kernel.nr, "kc": kc}
-    for pack_a, pack_b in kernel.packs():
+    for (pack_a, pack_b), mc in itertools.product(kernel.packs(), (kernel.mr, kernel.mr // 2)):
+        blocking = {"mc": mc, "nc": kernel.nr, "kc": kc}
         pieces = reference.poisoned((m, n), kernel.out)
         for rows in np.array_split(np.arange(m), [1, 2 * kernel.mr, m - 2]):
             for cols in np.array_split(np.arange(n), [3, kernel.nr, n - 1]):
                 i, j = slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1)
                 kernel.call(a[i], b[:, j], pieces[i, j], pack_a=pack_a, pack_b=pack_b, **blocking)
         assert same_bits(whole, pieces)
+
+
+@pytest.mark.parametrize("at", ["end", "begin"])
+def test_what_is_fetched_ahead_changes_no_bit(kernel, rng, at):
+    """One vector against long ones, several streams of them and what is left; B between pages that may not be read."""
+    for path, order_b in (("inner", "F"), ("sweep", "C")):
+        if not kernel.info[path]:
+            continue
+        for m, n, k in ((1, 21, 4099), (21, 1, 4099), (3, 21, 4096), (1, 100, 45), (4, 33, 45)):
+            a, b = operands(kernel, rng, m, n, k)
+            with Region(a.nbytes) as near, Region(b.nbytes) as far:
+                placed_a = near.array(a.shape, kernel.lhs, at=at)
+                placed_b = (
+                    far.array(b.T.shape, kernel.rhs, at=at).T
+                    if order_b == "F"
+                    else far.array(b.shape, kernel.rhs, at=at)
+                )
+                placed_a[...], placed_b[...] = a, b
+                plain, fetching = (kernel.product(placed_a, placed_b, **{path: 1}, ahead=x) for x in (0, 1))
+            kernel.check(a, b, plain, (path, m, n, k))
+            assert same_bits(plain, fetching), (path, m, n, k)
 
 
 def test_a_sum_cut_into_calls_is_rounded_once(kernel, rng):

@@ -97,6 +97,10 @@ class VectorFamily:
 class Corrected(Family, Protocol):
     """A family with ``column_sums``."""
 
+    def shift(self) -> Value:
+        """A vector of A's units that stand for zero: what its products with B add to the sums is too much."""
+        ...
+
     def correction(self, b: Value, acc: Value) -> Value:
         """The correction ``acc`` with that of one more vector of B's units added."""
         ...

@@ -87,9 +87,10 @@ class Int8Vnni(VectorFamily):
         quads = [ir.bitcast(x, self.bits // 8, "int8") for x in (a, b)]
         return ir.call_intrinsic(f"llvm.x86.avx512.vpdpbusd.{self.bits}", acc.type, [acc, *quads])
 
+    def shift(self) -> ir.Value:
+        """128 in every byte, as a zero of a signed A is stored."""
+        return ir.bitcast(ir.constant_vector(-128, self.bits // 8, "int8"), self.bits // 32, "int32")
+
     def correction(self, b: ir.Value, acc: ir.Value) -> ir.Value:
         """``acc - 128 * (sum of the unit's four bytes of b)``."""
-        lanes = self.bits // 32
-        bias = ir.bitcast(ir.constant_vector(-128, self.bits // 8, "int8"), lanes, "int32")  # unsigned: 128
-        zero = ir.zeros(lanes, "int32")
-        return ir.subtract(acc, self.product(bias, b, zero))
+        return ir.subtract(acc, self.product(self.shift(), b, ir.zeros(self.bits // 32, "int32")))
