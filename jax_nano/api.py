@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import jax
@@ -202,6 +202,7 @@ def linear(
     scale: float = 1.0,
     precision: Any = None,
     preferred_element_type: DTypeLike | None = None,
+    out_sharding: OutSharding = None,
 ) -> Array:
     """`activation(scale * (x @ w) + b) + residual`, one call on CPUs: C is finished before it leaves the core.
 
@@ -219,6 +220,7 @@ def linear(
       scale: a number, part of the program.
       precision: as in `dot_general`.
       preferred_element_type: dtype of the result; by default that of all operands promoted.
+      out_sharding: as in `dot_general`, for explicit meshes; with it the composition is computed.
 
     Returns:
       Shape (..., N).
@@ -229,13 +231,21 @@ def linear(
     """
     epilogue = _linear.Epilogue(_activations.name_of(activation), float(scale), b is not None, residual is not None)
     extras = [v for v in (b, residual) if v is not None]
-    options = {"precision": precision, "preferred_element_type": preferred_element_type}
+    options = {
+        "precision": precision,
+        "preferred_element_type": preferred_element_type,
+        "out_sharding": out_sharding,
+    }
     return _run_linear(*compat.ensure_arraylike("linear", x, w, *extras), epilogue=epilogue, **options)
 
 
-@_jit("epilogue", "precision", "preferred_element_type")
+@_jit("epilogue", "precision", "preferred_element_type", "out_sharding")
 def _run_linear(
-    *operands: Array, epilogue: _linear.Epilogue, precision: Any, preferred_element_type: DTypeLike | None
+    *operands: Array,
+    epilogue: _linear.Epilogue,
+    precision: Any,
+    preferred_element_type: DTypeLike | None,
+    out_sharding: OutSharding,
 ) -> Array:
     dtype, weak_type = _result_type("linear", preferred_element_type, *operands)
     x, w, *extras = operands
@@ -251,7 +261,11 @@ def _run_linear(
         if have is not None and have.shape != want:
             raise TypeError(f"linear requires {name} of shape {want}, got {have.shape}")
     rows = tuple(range(x.ndim - 1))
-    out = _linear.bind(
+    sharding = compat.canonicalize_sharding(out_sharding, "linear")
+    compute = _linear.bind
+    if sharding is not None:
+        compute = partial(_linear.composition, product=partial(bind_labels, out_sharding=sharding))
+    out = compute(
         x,
         w,
         *(v.astype(dtype) for v in extras),

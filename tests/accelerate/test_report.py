@@ -175,6 +175,38 @@ def test_run_without_a_program(tmp_path: Path) -> None:
     assert "expected a script" in done.stderr
 
 
+PROGRAMS = {
+    "no such file": (["missing.py"], 1, "FileNotFoundError"),
+    "no such module": (["-m", "missing"], 1, "No module named missing"),
+    "not Python": (["words.py"], 1, "SyntaxError"),
+    "a sentence": (["leaves.py"], 1, "on purpose, in words"),
+    "a package": (["-m", "package", "one", "two"], 0, "jax_nano: 1 products compiled"),
+    "a module of a package": (["-m", "package.inner"], 0, "jax_nano: the program did not use JAX"),
+    "closed streams": (["closes.py"], 0, ""),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_run_of_odd_programs(name: str, tmp_path: Path) -> None:
+    files = {
+        "words.py": "these are words\n",
+        "leaves.py": "import sys\nsys.exit('on purpose, in words')\n",
+        "closes.py": "import sys, jax.numpy as jnp\njnp.ones((64, 64)) @ jnp.ones((64, 64))\nsys.stdout.close()\n",
+        "package/__init__.py": "",
+        "package/inner.py": "assert __name__ == '__main__' and __package__ == 'package'\n",
+        "package/__main__.py": "import sys\nfrom . import inner2\nassert sys.argv[1:] == ['one', 'two'], sys.argv\n",
+        "package/inner2.py": "import jax.numpy as jnp\nprint((jnp.ones((64, 64)) @ jnp.ones((64, 64))).sum())\n",
+    }
+    (tmp_path / "package").mkdir()
+    for path, text in files.items():
+        (tmp_path / path).write_text(text)
+    arguments, status, message = PROGRAMS[name]
+    done = run(tmp_path, *arguments)
+    assert done.returncode == status, done.stderr
+    assert message in done.stderr
+    assert "_run.py" not in done.stderr
+
+
 def test_a_program_that_never_imports_the_package() -> None:
     run_python(
         """

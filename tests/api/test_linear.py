@@ -14,7 +14,7 @@ import pytest
 import reference
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from programs import ops
+from programs import ops, outcome
 
 import jax_nano
 from jax_nano import _activations, _gate
@@ -428,3 +428,57 @@ def test_in_shard_map(rng):
     want = jax.grad(lambda w, b: composed(x, w, b, activation="silu", residual=r).sum(), (0, 1))(w, b)
     for g, v in zip(got, want, strict=True):
         np.testing.assert_allclose(g, v, rtol=1e-4, atol=1e-4)
+
+
+EXPLICIT = {
+    "rows and columns": (P("x", None), P(None, "y"), P("y"), P("x", "y")),
+    "bias and residual elsewhere": (P("x", None), P(None, "y"), P(), P()),
+    "K": (P(None, "x"), P("x", None), P(), P()),
+    "the same axis twice": (P("x", None), P(None, "x"), P(), P()),
+}
+
+
+@pytest.mark.parametrize("name", EXPLICIT)
+def test_explicit_sharding_is_that_of_the_composition(rng, name):
+    """Types, values, and errors, of calls and gradients."""
+    if jax.device_count("cpu") < 4:
+        pytest.skip("a backend with fewer devices was started before these tests")
+    mesh = jax.make_mesh((2, 2), ("x", "y"), (AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        args = arrays(rng, 16, 32, 24)
+        placed = [jax.device_put(v, NamedSharding(mesh, spec)) for v, spec in zip(args, EXPLICIT[name], strict=True)]
+
+        def layer(f, x, w, b, r):
+            return f(x, w, b, activation="gelu", residual=r)
+
+        for program in (layer, lambda f, *a: jax.grad(lambda *a: layer(f, *a).sum(), (0, 1, 2, 3))(*a)):
+            (got, error), (want, expected) = (outcome(jax.jit(partial(program, f)), *placed) for f in (ours, composed))
+            assert error == expected
+            assert [jax.typeof(v) for v in jax.tree.leaves(got)] == [jax.typeof(v) for v in jax.tree.leaves(want)]
+            for g, v in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+                np.testing.assert_allclose(g, v, rtol=1e-4, atol=1e-4)
+
+
+def ours(x, w, b, **options):
+    return jax_nano.linear(x, w, b, **options)
+
+
+def test_out_sharding(rng):
+    """What a sharded K needs, and it is matmul's."""
+    if jax.device_count("cpu") < 4:
+        pytest.skip("a backend with fewer devices was started before these tests")
+    mesh = jax.make_mesh((2, 2), ("x", "y"), (AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        args = arrays(rng, 16, 32, 24)
+        specs = (P("y", "x"), P("x", None), P(), P("y"))
+        x, w, b, r = (jax.device_put(v, NamedSharding(mesh, spec)) for v, spec in zip(args, specs, strict=True))
+        f = jax.jit(lambda *a: jax_nano.linear(*a[:3], activation="silu", residual=a[3], out_sharding=P("y", None)))
+        got = f(x, w, b, r)
+        want = composed(*args[:3], activation="silu", residual=args[3])
+        assert jax.typeof(got).sharding.spec == P("y", None)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+        (_, error), (_, expected) = (
+            outcome(partial(g, out_sharding=P("z", None)), x, w) for g in (jax_nano.linear, jax_nano.matmul)
+        )
+        assert error == expected
+        assert error is not None
