@@ -19,6 +19,7 @@
 #include "private_pool.h"
 #include "registry.h"
 #include "select.h"
+#include "standby.h"
 #include "workspace.h"
 
 namespace nb = nanobind;
@@ -376,6 +377,7 @@ NB_MODULE(_runtime, m) {
   m.def("call", &CallKernel, "kernel_name"_a, "args"_a);
   m.def("call_many", &CallKernelOften, "kernel_name"_a, "rows"_a.noconvert());
   m.def("workspace_bytes", &WorkspaceHighWater);
+  m.def("handed_jobs", &standby::HandedJobs);
 }
 
 }  // namespace jax_nano

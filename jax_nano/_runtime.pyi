@@ -191,5 +191,8 @@ def call_many(kernel_name: str, rows: NDArray[np.int64]) -> None:
       ValueError: as `call`; the rows before the bad one have run.
     """
 
+def handed_jobs() -> int:
+    """How many shares of calls went to threads that stood by, since the process began (csrc/standby.h)."""
+
 def workspace_bytes() -> int:
     """The largest workspace that any thread of this process has held."""

@@ -186,6 +186,51 @@ def test_bits_do_not_depend_on_the_pool():
     assert len({run(code, NPROC=nproc) for nproc in ("1", "2", "3", "7")}) == 1
 
 
+def test_helpers_stand_by_and_change_nothing():
+    """One product after the other finds its helper awake; results, and where threads may run, stay as they were."""
+    out = run(
+        """
+        import pathlib, re
+        from jax_nano import _runtime
+        def where():
+            status = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/status")]
+            return {re.search("Cpus_allowed_list:(.*)", text)[1] for text in status}
+        c = Contraction("mk,kn->mn", m=256, n=256, k=256)
+        x = np.linalg.qr(np.random.default_rng(0).standard_normal((256, 256)))[0].astype("f")
+        power = jax.jit(lambda y, x: jax.lax.fori_loop(0, 300, lambda _, y: call(c, y, x), y))
+        before = where()
+        found, want = {np.asarray(power(x, x)).tobytes() for _ in range(5)}, np.linalg.matrix_power(x, 301)
+        right = np.allclose(np.frombuffer(found.pop(), "f").reshape(256, 256), want, atol=1e-3)
+        print(right, not found, where() == before, _runtime.handed_jobs() > 100)
+        """,
+        NPROC="2",
+    )
+    assert out == "True True True True"
+
+
+def test_helpers_of_any_pool_compute_as_the_caller_does():
+    """Of subnormals a thread of XLA's pool makes zeros, one of a private pool does not: the caller's way counts."""
+    out = run(
+        """
+        from jax_nano import _runtime
+        c = Contraction("mk,kn->mn", m=256, n=256, k=256)
+        x = np.full((256, 256), 1e-30, "f")
+        y = np.full((256, 256), 1e-12, "f")
+        ours = jax.jit(lambda x, y: call(c, x, y))
+        seen = set()
+        def private():
+            for _ in range(100): seen.add(float(c.dot(x, y, threads=2).max()))
+        worker = threading.Thread(target=private)
+        worker.start()
+        flushed = {float(np.asarray(ours(x, y)).max()) for _ in range(100)}
+        worker.join()
+        print(flushed, len(seen), min(seen) > 0, _runtime.handed_jobs() > 0)
+        """,
+        NPROC="2",
+    )
+    assert out == "{0.0} 1 True True"
+
+
 def test_one_executable_many_devices():
     """The same executable on four devices at once: one state, four concurrent runs."""
     out = run(

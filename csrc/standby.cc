@@ -1,0 +1,120 @@
+#include "standby.h"
+
+#include <immintrin.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <mutex>
+
+namespace jax_nano::standby {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// A pool gets its thread back after this time, however many jobs come: it has other work to do too.
+constexpr std::chrono::milliseconds kLongestService{10};
+constexpr int kPauses = 16;  // between two looks at the clock
+
+// Where one thread waits; on its stack.
+struct Seat {
+  Job job;
+  std::atomic<bool> has_job = false;
+};
+
+// The seats of all threads that stand by, of all pools: whose thread does the work makes no difference to it.
+class Room {
+ public:
+  // False if the room is full.
+  bool Enter(Seat* seat) {
+    const std::lock_guard lock(mutex_);
+    const size_t taken = taken_.load(std::memory_order_relaxed);
+    if (taken == seats_.size()) return false;
+    seats_[taken] = seat;
+    taken_.store(taken + 1, std::memory_order_relaxed);
+    return true;
+  }
+
+  // False if a job has been handed to the seat.
+  bool Leave(Seat* seat) {
+    const std::lock_guard lock(mutex_);
+    const auto end = seats_.begin() + taken_.load(std::memory_order_relaxed);
+    const auto at = std::find(seats_.begin(), end, seat);
+    if (at == end) return false;
+    std::copy(at + 1, end, at);
+    taken_.fetch_sub(1, std::memory_order_relaxed);
+    return true;
+  }
+
+  bool Hand(const Job& job) {
+    if (taken_.load(std::memory_order_relaxed) == 0) return false;
+    const std::lock_guard lock(mutex_);
+    const size_t taken = taken_.load(std::memory_order_relaxed);
+    if (taken == 0) return false;
+    Seat* seat = seats_[taken - 1];  // the one that came last: its caches are warmest
+    seat->job = job;
+    taken_.store(taken - 1, std::memory_order_relaxed);
+    handed_.fetch_add(1, std::memory_order_relaxed);
+    seat->has_job.store(true, std::memory_order_release);
+    return true;
+  }
+
+  int64_t handed() const { return handed_.load(std::memory_order_relaxed); }
+
+ private:
+  std::mutex mutex_;
+  std::array<Seat*, 256> seats_;
+  std::atomic<size_t> taken_ = 0;  // the first of `seats_`; changed under the lock, looked at without it
+  std::atomic<int64_t> handed_ = 0;
+};
+
+// Never destroyed: threads of a pool may stand by while the process exits.
+Room& TheRoom() {
+  static Room& room = *new Room;
+  return room;
+}
+
+}  // namespace
+
+bool Hand(const Job& job) { return TheRoom().Hand(job); }
+
+int64_t HandedJobs() { return TheRoom().handed(); }
+
+void Serve(const Job& job) noexcept {
+  const Clock::time_point end = Clock::now() + kLongestService;
+  std::chrono::nanoseconds patience = job();
+  Seat seat;
+  while (Clock::now() < end) {
+    if (!TheRoom().Enter(&seat)) return;
+    const bool handed = SpinUntil(patience, [&] { return seat.has_job.load(std::memory_order_acquire); });
+    if (!handed && TheRoom().Leave(&seat)) return;
+    // Handed under the room's lock: a seat that cannot leave has its job.
+    patience = seat.job();
+    seat.job = nullptr;
+    seat.has_job.store(false, std::memory_order_relaxed);
+  }
+}
+
+bool SpinUntil(std::chrono::nanoseconds patience, const std::function<bool()>& is_done) {
+  const Clock::time_point end = Clock::now() + patience;
+  for (;;) {
+    for (int i = 0; i < kPauses; ++i) {
+      if (is_done()) return true;
+      _mm_pause();
+    }
+    if (Clock::now() >= end) return is_done();
+    sched_yield();
+  }
+}
+
+void LeaveCpu(int cpu) {
+  cpu_set_t allowed;
+  if (sched_getcpu() != cpu || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  cpu_set_t others = allowed;
+  CPU_CLR(static_cast<unsigned>(cpu), &others);
+  if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others) != 0) return;
+  sched_setaffinity(0, sizeof allowed, &allowed);
+}
+
+}  // namespace jax_nano::standby
