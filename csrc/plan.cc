@@ -64,7 +64,7 @@ constexpr int64_t kFineItemsPerThread = 16;  // where nothing is packed
 constexpr double kPackMacs = 12;             // cost of packing one element, in multiply-adds
 constexpr double kItemMacs = 32 << 10;       // cost of claiming an item, and of caches that know nothing of it
 constexpr double kProductMacs = 1.5 * 1024;  // cost of beginning a product, or a piece of it, inside an item: 25 ns
-constexpr double kTail = 0.06;               // the last item finishes late by this part of itself
+constexpr double kTail = 0.04;               // the last item finishes late by this part of itself
 
 int64_t CeilDiv(int64_t x, int64_t y) { return (x + y - 1) / y; }
 int64_t RoundUp(int64_t x, int64_t y) { return CeilDiv(x, y) * y; }
