@@ -30,11 +30,18 @@ MIN_BATCHED: Final = 64
 SHALLOW_K: Final = 16
 SHALLOW_MIN_RESULT: Final = 2**16
 
-# Multiply-adds of a matrix-vector or vector-vector product. XLA's own loops are as fast as ours for float32
-# (1x1024x1024: 60 us against 58; along K: 51 against 53), and small ones need no call (1x64x64: 0.25 us against 0.4);
-# but they convert bfloat16 first (1x1024x1024 along K: 89 us against 25; 64x64: 0.8 against 1.2).
-MIN_VECTOR: Final = math.inf
-MIN_VECTOR_NARROW: Final = 2**18  # where the matrix has at most two bytes an element
+# Products with a vector, by the bytes of the matrix. XLA reads what lies in L3 as fast as we do, and small ones need no
+# call (1x64x64: 0.23 us against 0.41). Ours are faster from memory (1x4096x4096 float32: 3.4 ms against 2.1, along K
+# 41 against 2.8; float64 the same), along K within L2 (512x512: 19 us against 13; float64 256x256: 12.8 against 7.5),
+# and across K where float32 is beyond it (1x1024x1024: 62 us against 59; float64: 155 against 157).
+VECTOR_FROM_MEMORY: Final = 16 << 20
+VECTOR_ALONG_K: Final = (256 << 10, 1 << 20)
+VECTOR_ACROSS_K_FLOAT32: Final = (1 << 20) + 1
+# Narrow elements XLA converts first. Multiply-adds: along K from 256x256 on (bfloat16: 2.9 us against 1.9; 64x64: 0.24
+# against 0.42), across K from 128x128 (0.84 against 0.66), of bytes from 16x16 on (0.60 us against 0.25).
+VECTOR_NARROW_ALONG_K: Final = 2**16
+VECTOR_NARROW_ACROSS_K: Final = 2**14
+VECTOR_BYTES_ACROSS_K: Final = 2**8
 
 _SWITCH: Final = {"on": True, "off": False}
 
@@ -76,15 +83,37 @@ def declines(
         return "an outer product"
     work = m * n * k
     if 1 in (m, n):
-        lhs_bytes, rhs_bytes = element_bytes
-        matrix_bytes = max(element_bytes) if m == n else rhs_bytes if m == 1 else lhs_bytes
-        least_work = MIN_VECTOR_NARROW if matrix_bytes <= 2 else MIN_VECTOR
-        return "a product with a vector: XLA's loops are as fast" if work < least_work else None
+        matrix, width = (labels.rhs, element_bytes[1]) if m == 1 else (labels.lhs, element_bytes[0])
+        if m == n:
+            width = max(element_bytes)
+        stored = [x for x in matrix if _count([sizes[x]]) != 1]
+        along_k = stored[-1] in labels.contracting
+        serves = _vector_serves(work, width, along_k=along_k, alone=m == n)
+        return None if serves else "a product with a vector: XLA's loops are as fast"
     if batch == 1 and k <= SHALLOW_K and SHALLOW_MIN_RESULT <= m * n < math.inf and min(element_bytes) >= 4:
         return f"sums of {k} terms: XLA writes the result as fast"
     single = MIN_SINGLE if max(element_bytes) == 4 else MIN_SINGLE_OTHER
     least = single if batch == 1 else MIN_BATCHED
     return f"too small: {work} multiply-adds of at least {least}" if work < least else None
+
+
+def _vector_serves(elements: float, width: int, *, along_k: bool, alone: bool) -> bool:
+    """Whether a kernel is faster for a vector and a matrix of so many elements of ``width`` bytes.
+
+    Args:
+      along_k: the matrix is contiguous along the dimension that is summed over.
+      alone: it is a vector itself.
+    """
+    if width <= 2:
+        across = VECTOR_BYTES_ACROSS_K if width == 1 else VECTOR_NARROW_ACROSS_K
+        return elements >= (VECTOR_NARROW_ALONG_K if along_k else across)
+    size = elements * width
+    if alone or size >= VECTOR_FROM_MEMORY:
+        return elements == math.inf or not alone
+    if along_k:
+        least, most = VECTOR_ALONG_K
+        return least <= size <= most
+    return width == 4 and size >= VECTOR_ACROSS_K_FLOAT32
 
 
 def _count(sizes: Iterable[Any]) -> float:

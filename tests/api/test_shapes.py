@@ -187,7 +187,12 @@ def test_einsum_steps() -> None:
         ("mk,kn->mn", (512, 0), (0, 512), "empty"),
         ("mk,kn->mn", (512, 1), (1, 512), "outer"),
         ("m,n->mn", (512,), (512,), "outer"),
-        ("mk,k->m", (256, 256), (256,), "vector"),
+        ("mk,k->m", (200, 200), (200,), "vector"),
+        ("mk,k->m", (256, 256), (256,), None),
+        ("mk,k->m", (1024, 1024), (1024,), "vector"),
+        ("km,k->m", (1024, 1024), (1024,), None),
+        ("mk,k->m", (4096, 1024), (1024,), None),
+        ("k,k->", (2**24,), (2**24,), "vector"),
         ("k,k->", (4096,), (4096,), "vector"),
         ("mk,kn->mn", (1, 256), (256, 256), "vector"),
     ],
@@ -205,12 +210,33 @@ def test_gate(subscripts: str, lhs: tuple, rhs: tuple, why: str | None, monkeypa
 def test_the_gate_lets_large_vectors_of_narrow_elements_through(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_gate, "enabled", True)
     labels = _shapes.labels_of(MATMUL, None, 2, 2)
-    shapes = ((1, 1024), (1024, 1024))
+    shapes = ((1, 128), (128, 128))
     assert "vector" in (_gate.declines(labels, *shapes) or "")
     assert _gate.declines(labels, *shapes, element_bytes=(2, 2)) is None
     assert _gate.declines(labels, *shapes, element_bytes=(4, 2)) is None
     assert _gate.declines(labels, *shapes, element_bytes=(2, 4)) is not None
     assert _gate.declines(labels, (1, 64), (64, 64), element_bytes=(2, 2)) is not None
+    assert _gate.declines(labels, (1, 64), (64, 64), element_bytes=(1, 1)) is None
+    along_k = _shapes.labels_of((((1,), (1,)), ((), ())), None, 2, 2)
+    assert _gate.declines(along_k, (1, 128), (128, 128), element_bytes=(2, 2)) is not None
+    assert _gate.declines(along_k, (1, 256), (256, 256), element_bytes=(2, 2)) is None
+
+
+def test_the_gate_lets_vectors_through_where_memory_or_l2_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float64: along K within L2, and everything that lies in memory."""
+    monkeypatch.setattr(_gate, "enabled", True)
+    for subscripts, n, passes in (
+        ("k,nk->n", 256, True),
+        ("k,nk->n", 1024, False),
+        ("k,nk->n", 2048, True),
+        ("k,kn->n", 256, False),
+        ("k,kn->n", 1024, False),
+        ("k,kn->n", 2048, True),
+    ):
+        shapes = ((n,), (n, n))
+        inputs, output = subscripts.split("->")
+        labels = _shapes.einsum_labels(inputs.split(","), output, shapes)
+        assert (_gate.declines(labels, *shapes, element_bytes=(8, 8)) is None) == passes, (subscripts, n)
 
 
 def test_the_gate_keeps_fewer_small_products_of_other_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
