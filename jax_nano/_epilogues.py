@@ -192,7 +192,7 @@ def epilogue_of(module: Module, body: Body, out: View) -> Found | None:
     if expression is None:
         return None
     found = Found(fusion, dtype, "none", 1.0, None, None)
-    return _matched(body, graph, expression, graph.add("array", ours[0]), found)
+    return _matched(module, body, graph, expression, graph.add("array", ours[0]), found)
 
 
 def _only_user(body: Body, instruction: Instruction) -> Instruction | None:
@@ -278,7 +278,9 @@ class _Loop:
         return self._graph.add("rounded", number) if is_given else number
 
 
-def _matched(body: Body, graph: _Graph, whole: Expression, product: Expression, found: Found) -> Found | None:
+def _matched(
+    module: Module, body: Body, graph: _Graph, whole: Expression, product: Expression, found: Found
+) -> Found | None:
     operands = body.operands(found.instruction)
     candidates: list[tuple[Expression, Instruction | None]] = []
     node = graph.node(whole)
@@ -287,7 +289,8 @@ def _matched(body: Body, graph: _Graph, whole: Expression, product: Expression, 
             if graph.node(term).name == "array" and term != product:
                 (number,) = graph.node(term).operands
                 residual = _views.before_widening(body, operands[number], found.dtype)
-                candidates += [] if residual is None else [(rest, residual)]
+                if residual is not None and (residual is operands[number] or _views.stays(module, body, residual)):
+                    candidates.append((rest, residual))
     candidates.append((whole, None))
     affine = [(y, *parts) for y in range(len(graph)) if (parts := _affine(graph, y, product)) is not None]
     for expression, residual in candidates:

@@ -122,7 +122,7 @@ def _source(module: Module, body: Body, view: View) -> View | None:
         return None
     (operand,) = body.operands(instruction)
     moves = _moves(module, instruction)
-    if moves is None or (instruction.opcode != "bitcast" and not _stays(module, body, operand)):
+    if moves is None or (instruction.opcode != "bitcast" and not stays(module, body, operand)):
         return None
     return through(moves, view, operand)
 
@@ -232,7 +232,7 @@ def chain(by_id: Mapping[int, Instruction], last: Instruction) -> tuple[Instruct
     return last, moves[::-1]
 
 
-def _stays(module: Module, body: Body, instruction: Instruction) -> bool:
+def stays(module: Module, body: Body, instruction: Instruction) -> bool:
     """Whether an array may be read later than it is now: nothing writes another value into its buffer.
 
     XLA has settled already which operations work in place, and ordered them after all who read; a new reader has no
@@ -241,7 +241,7 @@ def _stays(module: Module, body: Body, instruction: Instruction) -> bool:
     if not all(_reads(module, body, instruction, user) for user in body.users(instruction)):
         return False
     if instruction.opcode == "bitcast":
-        return _stays(module, body, body.operands(instruction)[0])
+        return stays(module, body, body.operands(instruction)[0])
     if instruction.opcode == "parameter":
         return body.is_entry and instruction.parameter_number not in module.donated
     if instruction.opcode != "get-tuple-element":
