@@ -40,9 +40,10 @@ def loop_of(op: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[..., An
     Before each product the first element of either operand is overwritten, in place, with the last
     result's first element clamped between `low` and `high`. Both are that element's own value, which
     XLA cannot know: so it can neither hoist nor drop nor overlap a product, nor what it does to an
-    operand first, and yet operands and results stay what they are. Only a right operand of bfloat16
-    stays untouched, because XLA converts all of it to write one element; so XLA may convert it once
-    for all trips, which is in its favour.
+    operand first, and yet operands and results stay what they are. Operands of bfloat16 stay untouched,
+    because XLA converts all of an array to write one element of it: a barrier between the last result and
+    the operands stands in for that. Only the left one of several pairs is written to all the same, as the
+    barrier is gone when XLA decides what may run at once.
     """
 
     def program(
@@ -54,10 +55,11 @@ def loop_of(op: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[..., An
             for pair in zip(*operands, strict=True):
                 a, b = (
                     x
-                    if i and x.dtype == jnp.bfloat16
+                    if x.dtype == jnp.bfloat16 and (i or len(lhs) == 1)
                     else x.at[(0,) * x.ndim].set(jnp.clip(last.astype(x.dtype), low[i], high[i]))
                     for i, x in enumerate(pair)
                 )
+                a, b, last = lax.optimization_barrier((a, b, last))
                 new.append((a, b, op(a, b)))
                 last = new[-1][2][(0,) * new[-1][2].ndim]
             return last, *zip(*new, strict=True)
