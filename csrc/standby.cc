@@ -2,6 +2,7 @@
 
 #include <immintrin.h>
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -17,8 +18,20 @@ using Clock = std::chrono::steady_clock;
 constexpr std::chrono::milliseconds kLongestService{10};
 constexpr int kPauses = 16;  // between two looks at the clock
 
+// Moves a thread, 0 for the calling one, from this CPU to another that it may use.
+void Move(pid_t thread, int cpu) {
+  cpu_set_t allowed;
+  if (sched_getaffinity(thread, sizeof allowed, &allowed) != 0) return;
+  cpu_set_t others = allowed;
+  CPU_CLR(static_cast<unsigned>(cpu), &others);
+  if (CPU_COUNT(&others) == 0 || sched_setaffinity(thread, sizeof others, &others) != 0) return;
+  sched_setaffinity(thread, sizeof allowed, &allowed);
+}
+
 // Where one thread waits; on its stack.
 struct Seat {
+  const pid_t thread = gettid();
+  std::atomic<int> cpu = sched_getcpu();
   Job job;
   std::atomic<bool> has_job = false;
 };
@@ -56,6 +69,10 @@ class Room {
     seat->job = job;
     taken_.store(taken - 1, std::memory_order_relaxed);
     handed_.fetch_add(1, std::memory_order_relaxed);
+    // A thread that has yielded this very CPU would wait in its queue for as long as the caller works: nothing wakes
+    // it, so nothing looks for an idle CPU. Under the lock, so that the thread and its seat still exist.
+    const int here = sched_getcpu();
+    if (seat->cpu.load(std::memory_order_relaxed) == here) Move(seat->thread, here);
     seat->has_job.store(true, std::memory_order_release);
     return true;
   }
@@ -87,7 +104,10 @@ void Serve(const Job& job) noexcept {
   Seat seat;
   while (Clock::now() < end) {
     if (!TheRoom().Enter(&seat)) return;
-    const bool handed = SpinUntil(patience, [&] { return seat.has_job.load(std::memory_order_acquire); });
+    const bool handed = SpinUntil(patience, [&] {
+      seat.cpu.store(sched_getcpu(), std::memory_order_relaxed);
+      return seat.has_job.load(std::memory_order_acquire);
+    });
     if (!handed && TheRoom().Leave(&seat)) return;
     // Handed under the room's lock: a seat that cannot leave has its job.
     patience = seat.job();
@@ -109,12 +129,7 @@ bool SpinUntil(std::chrono::nanoseconds patience, const std::function<bool()>& i
 }
 
 void LeaveCpu(int cpu) {
-  cpu_set_t allowed;
-  if (sched_getcpu() != cpu || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
-  cpu_set_t others = allowed;
-  CPU_CLR(static_cast<unsigned>(cpu), &others);
-  if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others) != 0) return;
-  sched_setaffinity(0, sizeof allowed, &allowed);
+  if (sched_getcpu() == cpu) Move(0, cpu);
 }
 
 }  // namespace jax_nano::standby
