@@ -10,6 +10,7 @@ messages that are only passed on as bytes, which is the same on the wire.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -215,6 +216,12 @@ class Module:
     @property
     def name(self) -> str:
         return self._proto.name
+
+    def donated_bytes(self) -> int:
+        """The size of the donated arrays of dtypes in `DTYPES`, as weights and optimizer state are."""
+        parameters = [x for x in self.computation(self.entry_id).instructions if x.opcode == "parameter"]
+        arrays = [array_of(x.shape) for x in parameters if x.parameter_number in self.donated]
+        return sum(array.dtype.itemsize * math.prod(array.dims) for array in arrays if array is not None)
 
     @property
     def computations(self) -> Sequence[Computation]:

@@ -30,6 +30,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 __all__ = [
     "INLINE",
+    "KEEPS_DONATION",
     "OutSharding",
     "TooOld",
     "attributes_of",
@@ -67,6 +68,9 @@ OutSharding: TypeAlias = NamedSharding | PartitionSpec | None
 # What to pass as jit's `inline` so that a call leaves its equations in the caller's jaxpr. 0.11 took `True`
 # to mean inlining in the lowered module, and gave this its own name.
 INLINE: Any = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
+
+# Whether a module that an HLO transformation changed keeps its donated arguments (JAX issue 40280).
+KEEPS_DONATION: bool = jaxlib_version >= (0, 11, 1)
 
 # Renamed in 0.10.1. Casts an operand that is replicated over a manual mesh axis to one that varies over it
 # where the other operand varies; its transpose is the psum of the gradient of a replicated weight.

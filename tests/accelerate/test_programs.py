@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from programs import copies, ops
 
 import jax_nano
+from jax_nano import _jax_compat as compat
 
 F32 = np.float32
 
@@ -252,6 +253,22 @@ def test_donated_operands(rng: np.random.Generator) -> None:
         product, other = step(jnp.array(a), b)
     reference.expected("km,kn->mn", np.asarray(a), np.asarray(b)).check(product)
     np.testing.assert_array_equal(other, a + 1)
+
+
+def test_a_large_donated_state() -> None:
+    """Where a changed module forgets donation, a program that donates much stays as it is; elsewhere both are kept."""
+    jax_nano.clear_report()
+    state, x = jnp.ones((2049, 2048)), jnp.ones((64, 2048))
+    with jax_nano.accelerate():
+        step = jax.jit(lambda state, x: (state * 0.5, x @ state.T), donate_argnums=0)
+        halved, product = step(state, x)
+    assert state.is_deleted()
+    assert halved[0, 0] == 0.5
+    np.testing.assert_array_equal(product, np.full((64, 2049), 2048, np.float32))
+    text = jax_nano.report()
+    kept = compat.KEEPS_DONATION
+    assert f"1 products compiled, {int(kept)} run on kernels" in text
+    assert ("left to XLA: this jaxlib would not reuse the 16 MiB that the program donates" in text) != kept
 
 
 def mesh() -> jax.sharding.Mesh:
