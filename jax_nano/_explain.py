@@ -159,6 +159,8 @@ def in_short(plan: Mapping[str, Any], threads: int) -> str:
         return "nothing to do"
     if plan["inner"]:
         blocking = "inner products"
+    elif plan["sweep"]:
+        blocking = "sweeps"
     else:
         packed = [operand.upper() for operand in ("a", "b") if plan[f"pack_{operand}"]]
         blocks = f"blocks {plan['mc']} x {plan['nc']} x {plan['kc']} of {plan['m']} x {plan['n']} x {plan['k']}"

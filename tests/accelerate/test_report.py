@@ -50,6 +50,17 @@ def test_accelerated_and_own_products() -> None:
     assert sum("jax_nano_dot_general]" in line for line in lines) == 1
 
 
+def test_paths_without_blocks_are_named() -> None:
+    few, square = np.ones((2, 1024), np.float32), np.ones((1024, 1024), np.float32)
+    with jax_nano.accelerate():
+        jax.jit(lambda a, b: a @ b).lower(few, square).compile()
+        jax.jit(lambda a, b: a @ b.T).lower(few, square).compile()
+    text = jax_nano.report()
+    assert ", sweeps, " in text
+    assert ", inner products, " in text
+    assert "blocks 0 x" not in text
+
+
 def test_what_is_declined_has_a_reason() -> None:
     with jax_nano.accelerate():
         for dtype in (np.int32, np.complex64):
