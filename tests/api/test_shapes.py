@@ -222,6 +222,19 @@ def test_the_gate_lets_large_vectors_of_narrow_elements_through(monkeypatch: pyt
     assert _gate.declines(along_k, (1, 256), (256, 256), element_bytes=(2, 2)) is None
 
 
+def test_the_gate_lets_batches_of_vectors_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gate, "enabled", True)
+
+    def why(inputs: list[str], out: str, shapes: tuple[tuple[int, ...], ...], width: int) -> str | None:
+        return _gate.declines(_shapes.einsum_labels(inputs, out, shapes), *shapes, element_bytes=(width, width))
+
+    for width in (1, 2, 4, 8):
+        assert why(["bk", "bkn"], "bn", ((2, 16), (2, 16, 16)), width) is None
+        assert "vector" in (why(["bk", "bkn"], "bn", ((2, 15), (2, 15, 17)), width) or "")
+    assert "vector" in (why(["bk", "bkn"], "bn", ((1, 16), (1, 16, 16)), 4) or "")
+    assert "vector" in (why(["bk", "bk"], "b", ((2, 4096), (2, 4096)), 4) or "")
+
+
 def test_the_gate_lets_vectors_through_where_memory_or_l2_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """float64: along K within L2, and everything that lies in memory."""
     monkeypatch.setattr(_gate, "enabled", True)
