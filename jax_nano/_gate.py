@@ -92,8 +92,7 @@ def declines(
             width = max(element_bytes)
         stored = [x for x in matrix if _count([sizes[x]]) != 1]
         along_k = stored[-1] in labels.contracting
-        serves = _vector_serves(work, width, along_k=along_k, alone=m == n)
-        serves = serves or (batch > 1 and m != n and work >= VECTOR_BATCHED)
+        serves = _vector_serves(work, width, along_k=along_k, alone=m == n, batched=batch > 1)
         return None if serves else "a product with a vector: XLA's loops are as fast"
     if batch == 1 and k <= SHALLOW_K and SHALLOW_MIN_RESULT <= m * n < math.inf and min(element_bytes) >= 4:
         return f"sums of {k} terms: XLA writes the result as fast"
@@ -102,13 +101,16 @@ def declines(
     return f"too small: {work} multiply-adds of at least {least}" if work < least else None
 
 
-def _vector_serves(elements: float, width: int, *, along_k: bool, alone: bool) -> bool:
+def _vector_serves(elements: float, width: int, *, along_k: bool, alone: bool, batched: bool) -> bool:
     """Whether a kernel is faster for a vector and a matrix of so many elements of ``width`` bytes.
 
     Args:
       along_k: the matrix is contiguous along the dimension that is summed over.
       alone: it is a vector itself.
+      batched: there are several of them.
     """
+    if batched and not alone and elements >= VECTOR_BATCHED:
+        return True
     if width <= 2:
         across = VECTOR_BYTES_ACROSS_K if width == 1 else VECTOR_NARROW_ACROSS_K
         return elements >= (VECTOR_NARROW_ALONG_K if along_k else across)
