@@ -1,69 +1,129 @@
-"""Several Python threads, each calling its own jitted product: how much more they get done together."""
+"""Several Python threads, each with its own jitted product: how much more they get done together than one alone.
+
+A caller that may use every core leaves none to the others: together they can then gain only what one leaves idle.
+So both are measured, products that keep to their caller's thread and products that may spread over all cores.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
+import os
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 
 import jax
 
-from benchmarks import machine
+from benchmarks import ROOT, machine
 from benchmarks.cases import Case, matmul
-from benchmarks.peers.in_jax import product
+from benchmarks.peers.in_jax import JaxRunner, product
 from benchmarks.report import Section
 
 _CALLERS = 2
+_LOOP_SECONDS = 5e-3
+
+# The size of XLA's pool belongs to the process: one for each.
+_PROGRAM = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from benchmarks import callers
+print(json.dumps(callers.gains(quick=sys.argv[2] == "quick")))
+"""
 
 
 def report(*, quick: bool) -> Section:
-    """Products a second of all callers together, over those of a single one."""
-    rounds, seconds = (2, 0.01) if quick else (9, 0.2)
-    sizes = (16,) if quick else (32, 64, 128, 256, 512, 1024)
-    cases = [matmul(n, n, n) for n in sizes]
-    rows = tuple((case.key, *(_gain(case, ours, rounds, seconds) for ours in (True, False))) for case in cases)
+    """All of it, as a table."""
+    rows: list[tuple[str, ...]] = []
+    for threads in dict.fromkeys((1, len(machine.cpus()))):
+        for name, *gains in _in_a_process(threads, quick=quick):
+            rows.append((name, str(threads), *gains))
     note = (
-        f"{_CALLERS} Python threads, each in its own jit, over one of them; {len(machine.cpus())} CPUs, of which each "
-        "product may use all."
+        f"Products a second of {_CALLERS} Python threads, each in its own jit, over those of one; "
+        f"{len(machine.cpus())} CPUs. Inside jit a call is a loop of some milliseconds; from Python it is one product."
     )
-    return Section(f"{_CALLERS} callers over one", note, ("product", "jax_nano", "jnp"), rows)
+    header = ("product", "threads of a product", "in jit: jax_nano", "jnp", "from Python: jax_nano", "jnp")
+    return Section(f"{_CALLERS} callers over one", note, header, tuple(rows))
 
 
-def _gain(case: Case, ours: bool, rounds: int, seconds: float) -> str:
-    op = product(case, ours=ours)
-    calls = [_compiled(op, case) for _ in range(_CALLERS)]
-    gains = []
+def _in_a_process(threads: int, *, quick: bool) -> list[list[str]]:
+    command = [sys.executable, "-P", "-c", _PROGRAM, str(ROOT), "quick" if quick else "whole"]
+    environment = os.environ | {"NPROC": str(threads), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    rows: list[list[str]] = json.loads(done.stdout)
+    return rows
+
+
+def gains(*, quick: bool) -> list[list[str]]:
+    """For each product its name and what several callers gain in this process: in loops and in single calls."""
+    rounds, seconds = (2, 0.01) if quick else (7, 0.1)
+    cases = [matmul(n, n, n) for n in ((16,) if quick else (32, 64, 128, 256, 512, 1024))]
+    columns = [(way, ours) for way in (_loop, _single) for ours in (True, False)]
+    return [
+        [case.key, *(_gain(functools.partial(way, case, ours), rounds, seconds) for way, ours in columns)]
+        for case in cases
+    ]
+
+
+Call = Callable[[], int]
+"""Computes some products and says how many."""
+
+
+def _gain(compiled: Callable[[], Call], rounds: int, seconds: float) -> str:
+    calls = [compiled() for _ in range(_CALLERS)]
+    ratios = []
     for _ in range(rounds):
-        single = _rate(calls[:1], seconds)
-        together = _rate(calls, seconds)
-        gains.append(together / single)
-    return f"{statistics.median(gains):.2f}"
+        alone = _rate(calls[:1], seconds)
+        ratios.append(_rate(calls, seconds) / alone)
+    return f"{statistics.median(ratios):.2f}"
 
 
-def _compiled(op: Callable[[jax.Array, jax.Array], jax.Array], case: Case) -> Callable[[], object]:
+def _single(case: Case, ours: bool) -> Call:
     lhs, rhs = map(jax.device_put, case.random_operands())
+    op = product(case, ours=ours)
     call = jax.jit(lambda a, b: op(a, b)).lower(lhs, rhs).compile()
-    call(lhs, rhs).block_until_ready()
-    return lambda: call(lhs, rhs).block_until_ready()
+
+    def run() -> int:
+        call(lhs, rhs).block_until_ready()
+        return 1
+
+    run()
+    return run
 
 
-def _rate(calls: list[Callable[[], object]], seconds: float) -> float:
-    """Calls a second of all of them, each in a thread of its own."""
+def _loop(case: Case, ours: bool) -> Call:
+    runner = JaxRunner(1, ours=ours)
+    runner.prepare(case, 1)
+    runner.load([case.random_operands()])
+    trips = max(1, int(_LOOP_SECONDS / runner.run(1)))
+    trips = max(1, int(_LOOP_SECONDS * trips / runner.run(trips)))  # the first run is slower than the rest
+
+    def run() -> int:
+        runner.run(trips)
+        return trips
+
+    return run
+
+
+def _rate(calls: list[Call], seconds: float) -> float:
+    """Products a second of all of them, each in a thread of its own."""
     counts = [0] * len(calls)
-    start = threading.Barrier(len(calls))
+    start = threading.Barrier(len(calls) + 1)
 
     def work(index: int) -> None:
         start.wait()
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
-            calls[index]()
-            counts[index] += 1
+            counts[index] += calls[index]()
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
-    begin = time.perf_counter()
     for thread in threads:
         thread.start()
+    start.wait()
+    begin = time.perf_counter()
     for thread in threads:
         thread.join()
     return sum(counts) / (time.perf_counter() - begin)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from benchmarks.cases import Case
-from benchmarks.peers import OURS, PEERS
+from benchmarks.peers import OUR_KERNELS, OURS, PEERS
 
 _TRUST = 1.03  # nothing computes faster than the units' peak; past this the measurement is wrong
 
@@ -73,8 +73,19 @@ class Group:
 
     @property
     def best_peer(self) -> Row | None:
-        peers = [row for name, row in self.rows.items() if name != OURS and not PEERS[name].is_roof]
+        peers = [row for name, row in self.rows.items() if PEERS[name].is_rival]
         return min(peers, key=lambda row: row.median, default=None)
+
+    @property
+    def best_library(self) -> Row | None:
+        """The best of those that are called from C, as our kernels are."""
+        peers = [row for name, row in self.rows.items() if PEERS[name].is_rival and PEERS[name].is_called_from_c]
+        return min(peers, key=lambda row: row.median, default=None)
+
+    @property
+    def kernels_to_best_library(self) -> float | None:
+        ours, best = self.rows.get(OUR_KERNELS), self.best_library
+        return ours.times_faster_than(best) if ours and best else None
 
     def share_of(self, roof: str) -> float | None:
         """How much of a limit of the machine we reach."""
@@ -188,7 +199,9 @@ def _head(results: Results) -> str:
         "Peers ran in turn, one at a time, round after round; numbers are medians over the rounds, ± half the",
         "distance between the quartiles. The result of every peer was checked, every element, before it was",
         "timed. A ratio is how many times faster jax_nano is; peak and bandwidth were measured in the same",
-        "rounds, bandwidth on a working set of the same size (an operand in a cache can beat memory).\n",
+        "rounds, bandwidth on a working set of the same size (an operand in a cache can beat memory). Columns of",
+        "`kernels` are the same plans and kernels from a loop in C++, as the libraries are called: the rest of",
+        "jax_nano's time is XLA's loop and call.\n",
         table(
             ("peer", "what", "version"),
             [(name, PEERS[name].what, version) for name, version in results.versions.items()],
@@ -199,8 +212,10 @@ def _head(results: Results) -> str:
 
 def _table(results: Results, groups: Sequence[Group]) -> str:
     present = {name for group in groups for name in group.rows}
-    peers = [name for name in PEERS if name in present and name != OURS and not PEERS[name].is_roof]
+    peers = [name for name in PEERS if name in present and PEERS[name].is_rival]
+    in_c = OUR_KERNELS in present
     header = ("product", "GFLOP/s", "±", "of peak", "of bandwidth", *peers, "best peer", "vs best")
+    header += ("kernels GFLOP/s", "best library", "kernels vs it") * in_c
     body = []
     for group in groups:
         ours, best = group.ours, group.best_peer
@@ -214,10 +229,20 @@ def _table(results: Results, groups: Sequence[Group]) -> str:
                 *(_ratio(group.ratio_to(peer)) for peer in peers),
                 f"{best.peer} {best.gflops:.1f}" if best else "-",
                 _ratio(group.ratio_to(best.peer) if best else None),
+                *_in_c(group) * in_c,
             )
         )
     doubted = any(_doubt(group) for group in groups)
     return table(header, body) + ("\n(!) above the measured peak: not to be trusted.\n" if doubted else "")
+
+
+def _in_c(group: Group) -> tuple[str, ...]:
+    kernels, library = group.rows.get(OUR_KERNELS), group.best_library
+    return (
+        f"{kernels.gflops:.1f}" if kernels else "-",
+        f"{library.peer} {library.gflops:.1f}" if library else "-",
+        _ratio(group.kernels_to_best_library),
+    )
 
 
 def _doubt(group: Group) -> str:
@@ -234,6 +259,12 @@ def _summary(groups: Sequence[Group]) -> str:
         f"Geometric mean {statistics.geometric_mean(to_best):.2f} of the best peer; at least 1.00 of it on "
         f"{sum(r >= 1 for r in to_best)} of {len(to_best)} products, lowest {min(to_best):.2f}."
     )
+    in_c = [r for g in groups if (r := g.kernels_to_best_library) is not None]
+    if in_c:
+        text += (
+            f" Called from C as the libraries are: {statistics.geometric_mean(in_c):.2f} of the best of them, at least "
+            f"1.00 on {sum(r >= 1 for r in in_c)} of {len(in_c)}, lowest {min(in_c):.2f}."
+        )
     if to_jnp:
         text += f" Geometric mean {statistics.geometric_mean(to_jnp):.2f} of jnp, lowest {min(to_jnp):.2f}."
     return text + "\n"

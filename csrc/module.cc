@@ -9,6 +9,7 @@
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
 #include <cstring>
 #include <stdexcept>
 
@@ -242,6 +243,30 @@ void Dot(uintptr_t lhs, uintptr_t rhs, uintptr_t out, Ints lhs_shape, Ints rhs_s
           pool);
 }
 
+// A set of buffers: addresses of the operands and of the result.
+using BufferRows = nb::ndarray<const uintptr_t, nb::shape<-1, 3>, nb::c_contig, nb::device::cpu>;
+
+// Seconds in which one plan goes through all sets of buffers `trips` times, for benchmarks of the kernels alone.
+double TimeDot(const BufferRows& rows, int64_t trips, Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels,
+               Ints out_labels, std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads,
+               std::string algorithm) {
+  const CallSpec spec = {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels,
+                         lhs_dtype, rhs_dtype, out_dtype,  algorithm};
+  const nb::gil_scoped_release release;
+  const Plan plan = spec.MakePlanFor(SelectedTargets(), threads, HostCaches());
+  std::vector<Buffers> sets;
+  for (size_t i = 0; i < rows.shape(0); ++i) {
+    sets.push_back({reinterpret_cast<const void*>(rows(i, 0)), reinterpret_cast<const void*>(rows(i, 1)),
+                    reinterpret_cast<void*>(rows(i, 2))});
+  }
+  PrivatePool pool(threads);
+  const auto start = std::chrono::steady_clock::now();
+  for (int64_t trip = 0; trip < trips; ++trip) {
+    for (const Buffers& set : sets) RunPlan(plan, set, pool);
+  }
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
 const KernelInfo& KernelNamed(std::string_view name) {
   const KernelInfo* kernel = FindKernel(name);
   if (kernel == nullptr) throw std::invalid_argument("no such kernel");
@@ -374,6 +399,9 @@ NB_MODULE(_runtime, m) {
         "caches"_a = nb::none());
   m.def("dot", &Dot, "lhs"_a, "rhs"_a, "out"_a, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a,
         "out_labels"_a, "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a, "algorithm"_a = "default");
+  m.def("time_dot", &TimeDot, "buffers"_a.noconvert(), "trips"_a, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a,
+        "rhs_labels"_a, "out_labels"_a, "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a,
+        "algorithm"_a = "default");
   m.def("call", &CallKernel, "kernel_name"_a, "args"_a);
   m.def("call_many", &CallKernelOften, "kernel_name"_a, "rows"_a.noconvert());
   m.def("workspace_bytes", &WorkspaceHighWater);

@@ -169,6 +169,32 @@ def dot(
       ValueError: as `plan`.
     """
 
+def time_dot(
+    buffers: NDArray[np.uintp],
+    trips: int,
+    lhs_shape: Sequence[int],
+    rhs_shape: Sequence[int],
+    lhs_labels: Sequence[int],
+    rhs_labels: Sequence[int],
+    out_labels: Sequence[int],
+    lhs_dtype: str,
+    rhs_dtype: str,
+    out_dtype: str,
+    threads: int,
+    algorithm: str = "default",
+) -> float:
+    """Run one plan on each of several sets of dense arrays in turn, `trips` times. Releases the GIL.
+
+    Args:
+      buffers: a row for each set, the addresses of lhs, rhs and out.
+
+    Returns:
+      The seconds it took, without planning and without starting threads.
+
+    Raises:
+      ValueError: as `plan`.
+    """
+
 def call(kernel_name: str, args: Mapping[str, int]) -> None:
     """Call one kernel. Releases the GIL.
 

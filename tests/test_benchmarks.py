@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -50,6 +51,7 @@ def test_a_run_measures_every_peer_and_finds_no_wrong_result(results):
     cases = {case.key for case in select("tiny")}
     for peer in ("jax_nano", "jnp", "jnp-eigen"):
         assert {row["case"] for row in data["rows"] if row["peer"] == peer} == cases
+    assert {row["case"] for row in data["rows"] if row["peer"] == "kernels"} == cases
     assert {"numpy", "peak"} <= {row["peer"] for row in data["rows"]}
     assert all(len(row["seconds"]) >= 2 and min(row["seconds"]) > 0 for row in data["rows"])
     assert not [entry for entry in data["skipped"] if "WRONG" in entry["why"]]
@@ -216,21 +218,36 @@ def test_the_full_suite_holds_every_listed_shape_in_every_dtype():
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_each_product_in_the_timed_loop_waits_for_the_one_before(dtype):
+@pytest.mark.parametrize("batch", [0, 8])
+def test_each_product_in_the_timed_loop_waits_for_the_one_before(dtype, batch):
     """Nothing is hoisted out of the loop or dropped: one product in its body for each pair of operands."""
-    case = matmul(24, 24, 24, dtype)
+    case = matmul(24, 24, 24, dtype, batch=batch)
     element = DTYPES[dtype].operand_dtype
-    square = jax.ShapeDtypeStruct((24, 24), element)
+    stack = jax.ShapeDtypeStruct(case.shapes[0], element)
     first, trips = (jax.ShapeDtypeStruct((), element),) * 2, jax.ShapeDtypeStruct((), np.int32)
     for pairs in (1, 3):
         program = jax.jit(loop_of(product(case, ours=True)), donate_argnums=(3, 4, 5))
-        hlo = program.lower(trips, first, first, *[(square,) * pairs] * 3).compile().as_text()
+        hlo = program.lower(trips, first, first, *[(stack,) * pairs] * 3).compile().as_text()
         bodies = [part for part in hlo.split("\n\n") if part.lstrip().startswith("%") and "custom_call_target" in part]
         assert len(bodies) == 1
         assert bodies[0].count("custom_call_target") == pairs
-        assert " copy(f32[24,24]" not in hlo
+        shape = ",".join(map(str, stack.shape))
+        assert f" copy(f32[{shape}]" not in hlo
+        assert " select(" not in hlo  # an element is written by a loop over all of them
         if pairs == 1:  # of several pairs XLA converts a bfloat16 array to write one element of it
-            assert "f32[24,24]{1,0} convert" not in hlo
+            assert not re.search(rf"f32\[{shape}\]\S* convert", hlo)
+
+
+def test_our_kernels_are_set_beside_libraries_that_are_called_from_c():
+    case = matmul(10, 10, 10)
+    results = Results.begin({"cpu": "", "cpus": 1, "caches": {}, "system": "", "python": "", "load": 0})
+    times = {"jax_nano": 8e-6, "kernels": 4e-6, "jnp": 1e-6, "openblas": 2e-6, "onednn": 3e-6, "peak": 1e-7}
+    results.rows += [Row.of(case, peer, 1, "warm", [seconds]) for peer, seconds in times.items()]
+    (group,) = results.groups(1, "warm")
+    assert group.best_peer.peer == "jnp"
+    assert group.best_library.peer == "openblas"
+    assert group.kernels_to_best_library == pytest.approx(0.5)
+    assert "0.50 of the best of them" in markdown(results)
 
 
 def test_each_dtype_is_set_beside_our_own_f32():

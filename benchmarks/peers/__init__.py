@@ -50,11 +50,20 @@ class Peer:
     process: str = ""  # peers with the same process name share a worker; the peer's own name by default
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
     is_roof: bool = False  # not a peer but a limit of the machine
+    is_ours: bool = False
     library: str = ""  # the native source that has to be compiled for it
 
     @property
     def worker(self) -> str:
         return self.process or self.name
+
+    @property
+    def is_called_from_c(self) -> bool:
+        return self.runner.startswith("in_c:") and not self.is_roof
+
+    @property
+    def is_rival(self) -> bool:
+        return not (self.is_ours or self.is_roof)
 
     def start(self, threads: int) -> Runner:
         module, _, name = self.runner.partition(":")
@@ -62,13 +71,15 @@ class Peer:
 
 
 OURS = "jax_nano"
+OUR_KERNELS = "kernels"
 
 # jnp runs in our process, so that the two share everything but the product. XLA reads its flags
 # once a process, so XLA without YNNPACK (its Eigen path) has a process of its own.
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer(OURS, "jax_nano inside jax.jit", "in_jax:JaxRunner", {"ours": True}, process="jax"),
+        Peer(OURS, "jax_nano inside jax.jit", "in_jax:JaxRunner", {"ours": True}, process="jax", is_ours=True),
+        Peer(OUR_KERNELS, "jax_nano's kernels from a loop in C++, without XLA", "in_c:KernelsRunner", is_ours=True),
         Peer("jnp", "jax.numpy inside jax.jit (XLA:CPU, YNNPACK)", "in_jax:JaxRunner", process="jax"),
         Peer(
             "jnp-eigen",

@@ -6,6 +6,7 @@ The timing loops are C as well (benchmarks/native), so that no time of Python's 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import math
 import pathlib
 
@@ -88,6 +89,39 @@ class _CRunner:
         job.a = ctypes.addressof(self._buffers.a_addresses)
         job.b = ctypes.addressof(self._buffers.b_addresses)
         job.c = ctypes.addressof(self._buffers.c_addresses)
+
+
+class KernelsRunner(_CRunner):
+    """jax_nano's plan and kernels as the custom call runs them, on threads of their own; the gate is not asked."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        try:
+            self._runtime = importlib.import_module("jax_nano._runtime")
+        except ImportError as error:
+            raise Unavailable(f"cannot import jax_nano: {error}") from error
+
+    def version(self) -> str:
+        return self._runtime.selected_target()
+
+    def prepare(self, case: Case, pairs: int) -> None:
+        dtype = DTYPES[case.dtype]
+        if not self._runtime.supports(dtype.operand, dtype.operand, dtype.out):
+            raise Unavailable(f"no {case.dtype}")
+        self._case = case
+
+    def run(self, trips: int) -> float:
+        assert self._buffers is not None
+        buffers, case, dtype = self._buffers, self._case, DTYPES[self._case.dtype]
+        sets = zip(buffers.a, buffers.b, buffers.c, strict=True)
+        return self._runtime.time_dot(
+            np.array([[array.ctypes.data for array in arrays] for arrays in sets], np.uintp),
+            trips,
+            *case.shapes[:2],
+            *([ord(label) for label in labels] for labels in case.labels),
+            *(dtype.operand, dtype.operand, dtype.out),
+            self._threads,
+        )
 
 
 class CblasRunner(_CRunner):

@@ -56,7 +56,7 @@ def loop_of(op: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[..., An
                 a, b = (
                     x
                     if x.dtype == jnp.bfloat16 and (i or len(lhs) == 1)
-                    else x.at[(0,) * x.ndim].set(jnp.clip(last.astype(x.dtype), low[i], high[i]))
+                    else _with_first(x, jnp.clip(last.astype(x.dtype), low[i], high[i]))
                     for i, x in enumerate(pair)
                 )
                 a, b, last = lax.optimization_barrier((a, b, last))
@@ -68,6 +68,11 @@ def loop_of(op: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[..., An
         return lax.fori_loop(0, trips, trip, (start, lhs, rhs, out))[1:]
 
     return program
+
+
+def _with_first(array: jax.Array, element: jax.Array) -> jax.Array:
+    """The array with another first element. In place, where `at[...].set` goes through all of a batch."""
+    return lax.dynamic_update_slice(array, element.reshape((1,) * array.ndim), (0,) * array.ndim)
 
 
 class JaxRunner:
