@@ -34,6 +34,11 @@ def product(case: Case, *, ours: bool) -> Callable[[jax.Array, jax.Array], jax.A
     return lambda lhs, rhs: call(lhs.mT if transpose_lhs else lhs, rhs.mT if transpose_rhs else rhs, **wide)
 
 
+def _with_first(x: jax.Array, value: jax.Array) -> jax.Array:
+    """The array with another first element; not by `x.at`, which has XLA check the index and copy arrays of rank 3."""
+    return lax.dynamic_update_slice(x, value.reshape((1,) * x.ndim), (0,) * x.ndim)
+
+
 def loop_of(op: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[..., Any]:
     """A program that goes through all operand pairs `trips` times, each product after the last.
 
