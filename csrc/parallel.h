@@ -6,12 +6,15 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <exception>
 #include <memory>
 #include <utility>
+#include <vector>
 
 #include "standby.h"
 
@@ -23,42 +26,90 @@ namespace internal {
 // XLA's own parallel loops between products waited for the threads of the pool: a training step lost 3 %.
 inline constexpr std::chrono::microseconds kPatience{50};
 
+// A range of items that are not claimed yet. Both ends are one word: 2^32 items would have results of petabytes.
+class Share {
+ public:
+  // Before any other thread knows of it.
+  void Set(int64_t begin, int64_t end) { ends_.store(Pack(begin, end), std::memory_order_relaxed); }
+
+  // Claims an item; -1 if none is left.
+  int64_t ClaimFirst() {
+    return Claim([](int64_t begin, int64_t end) { return std::array{begin, begin + 1, end}; });
+  }
+  int64_t ClaimLast() {
+    return Claim([](int64_t begin, int64_t end) { return std::array{end - 1, begin, end - 1}; });
+  }
+
+ private:
+  static uint64_t Pack(int64_t begin, int64_t end) {
+    return static_cast<uint64_t>(begin) << 32 | static_cast<uint64_t>(end);
+  }
+
+  // `take` says which item, and what is left, of a range that is not empty.
+  template <typename Take>
+  int64_t Claim(Take take) {
+    for (uint64_t seen = ends_.load(std::memory_order_relaxed);;) {
+      const int64_t begin = static_cast<int64_t>(seen >> 32), end = static_cast<int64_t>(seen & UINT32_MAX);
+      if (begin == end) return -1;
+      const auto [item, new_begin, new_end] = take(begin, end);
+      if (ends_.compare_exchange_weak(seen, Pack(new_begin, new_end), std::memory_order_relaxed)) return item;
+    }
+  }
+
+  alignas(64) std::atomic<uint64_t> ends_ = 0;
+};
+
 // Outlives the call: a helper that starts late finds no work left and touches nothing but this.
+//
+// Each thread has a share of its own, of neighbouring items, and takes from the far end of another's when it is
+// through: so a call that is repeated finds most of its operands and of its result where the last one left them, in
+// the same core's caches.
 struct ForkJoin {
-  explicit ForkJoin(int64_t n) : items(n) {}
+  ForkJoin(int64_t n, int64_t threads) : items(n), shares(static_cast<size_t>(threads)) {
+    for (int64_t t = 0; t < threads; ++t) {
+      shares[static_cast<size_t>(t)].Set(n * t / threads, n * (t + 1) / threads);
+    }
+  }
 
   const int64_t items;
   const std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
   const int caller_cpu = sched_getcpu();
   const unsigned caller_modes = _mm_getcsr();  // of rounding and of subnormals
-  std::atomic<int64_t> next = 0;               // items claimed
+  std::vector<Share> shares;                   // one for each thread, the caller's first
   std::atomic<int64_t> done = 0;               // items finished
   std::atomic<bool> failed = false;
   std::exception_ptr error;  // of the item that set `failed`; read after `done` reached `items`
 
-  // Runs items until none is left to claim. `run` is only used for an item that was claimed, while the
-  // caller is still waiting for it.
+  // Runs items until none is left to claim, beginning with this thread's own.
   template <typename Run>
-  void Drain(Run* run) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
-      if (!failed.load(std::memory_order_relaxed)) {
-        try {
-          (*run)(i);
-        } catch (...) {
-          if (!failed.exchange(true)) error = std::current_exception();
-        }
-      }
-      if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == items) done.notify_all();
+  void Drain(size_t thread, Run* run) {
+    for (int64_t i; (i = shares[thread].ClaimFirst()) >= 0;) RunClaimed(i, run);
+    for (size_t other = 1; other < shares.size(); ++other) {
+      Share& share = shares[(thread + other) % shares.size()];
+      for (int64_t i; (i = share.ClaimLast()) >= 0;) RunClaimed(i, run);
     }
+  }
+
+  // `run` is only used for an item that was claimed, while the caller is still waiting for it.
+  template <typename Run>
+  void RunClaimed(int64_t item, Run* run) {
+    if (!failed.load(std::memory_order_relaxed)) {
+      try {
+        (*run)(item);
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
+      }
+    }
+    if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == items) done.notify_all();
   }
 
   // A helper's share. It stands by for as long as the call took: waiting never costs more than it could save.
   template <typename Run>
-  std::chrono::nanoseconds Help(Run* run) {
+  std::chrono::nanoseconds Help(size_t thread, Run* run) {
     standby::LeaveCpu(caller_cpu);
     const unsigned modes = _mm_getcsr();
     _mm_setcsr(caller_modes);
-    Drain(run);
+    Drain(thread, run);
     _mm_setcsr(modes);
     return std::min<std::chrono::nanoseconds>(kPatience, std::chrono::steady_clock::now() - begin);
   }
@@ -88,16 +139,18 @@ void ParallelFor(Pool& pool, int64_t items, Run run) {
     for (int64_t i = 0; i < items; ++i) run(i);
     return;
   }
-  auto state = std::make_shared<internal::ForkJoin>(items);
+  auto state = std::make_shared<internal::ForkJoin>(items, helpers + 1);
   try {
-    const standby::Job help = [state, run_here = &run] { return state->Help(run_here); };
-    int64_t h = 0;
-    while (h < helpers && standby::Hand(help)) ++h;
-    for (; h < helpers; ++h) pool.Schedule([help] { standby::Serve(help); });
+    bool standing_by = true;
+    for (int64_t h = 1; h <= helpers; ++h) {
+      const standby::Job help = [state, h, run_here = &run] { return state->Help(static_cast<size_t>(h), run_here); };
+      standing_by = standing_by && standby::Hand(help);
+      if (!standing_by) pool.Schedule([help] { standby::Serve(help); });
+    }
   } catch (...) {
     // No memory for another task. Those that exist may be using `run` already: carry on with them.
   }
-  state->Drain(&run);
+  state->Drain(0, &run);
   state->Wait();
   if (state->failed.load()) std::rethrow_exception(state->error);
 }
