@@ -39,14 +39,20 @@ struct Seat {
 // The seats of all threads that stand by, of all pools: whose thread does the work makes no difference to it.
 class Room {
  public:
-  // False if the room is full.
-  bool Enter(Seat* seat) {
+  // A thread that is let in may enter and leave until it goes. No more than there are CPUs beside a caller's: on one
+  // CPU, two that stand by keep each other from their jobs.
+  bool LetIn() {
+    if (members_.fetch_add(1, std::memory_order_relaxed) < most_members_) return true;
+    Go();
+    return false;
+  }
+  void Go() { members_.fetch_sub(1, std::memory_order_relaxed); }
+
+  void Enter(Seat* seat) {
     const std::lock_guard lock(mutex_);
     const size_t taken = taken_.load(std::memory_order_relaxed);
-    if (taken == seats_.size()) return false;
     seats_[taken] = seat;
     taken_.store(taken + 1, std::memory_order_relaxed);
-    return true;
   }
 
   // False if a job has been handed to the seat.
@@ -80,8 +86,15 @@ class Room {
   int64_t handed() const { return handed_.load(std::memory_order_relaxed); }
 
  private:
+  static int MostMembers() {
+    cpu_set_t allowed;
+    return sched_getaffinity(0, sizeof allowed, &allowed) == 0 ? CPU_COUNT(&allowed) - 1 : 0;
+  }
+
+  const int most_members_ = MostMembers();
+  std::atomic<int> members_ = 0;
   std::mutex mutex_;
-  std::array<Seat*, 256> seats_;
+  std::array<Seat*, CPU_SETSIZE> seats_;
   std::atomic<size_t> taken_ = 0;  // the first of `seats_`; changed under the lock, looked at without it
   std::atomic<int64_t> handed_ = 0;
 };
@@ -101,19 +114,21 @@ int64_t HandedJobs() { return TheRoom().handed(); }
 void Serve(const Job& job) noexcept {
   const Clock::time_point end = Clock::now() + kLongestService;
   std::chrono::nanoseconds patience = job();
+  if (!TheRoom().LetIn()) return;
   Seat seat;
   while (Clock::now() < end) {
-    if (!TheRoom().Enter(&seat)) return;
+    TheRoom().Enter(&seat);
     const bool handed = SpinUntil(patience, [&] {
       seat.cpu.store(sched_getcpu(), std::memory_order_relaxed);
       return seat.has_job.load(std::memory_order_acquire);
     });
-    if (!handed && TheRoom().Leave(&seat)) return;
+    if (!handed && TheRoom().Leave(&seat)) break;
     // Handed under the room's lock: a seat that cannot leave has its job.
     patience = seat.job();
     seat.job = nullptr;
     seat.has_job.store(false, std::memory_order_relaxed);
   }
+  TheRoom().Go();
 }
 
 bool SpinUntil(std::chrono::nanoseconds patience, const std::function<bool()>& is_done) {
