@@ -37,6 +37,7 @@ SHIFTED_NARROW_COLS = 2  # with a sum and a constant more for each column's corr
 # one after the other 24; short ones one after the other, as they lie, 29 to 32 GB/s, four side by side 11 to 18.
 AHEAD, NARROW_AHEAD = 8, 4
 SHORT_BYTES = 4096
+SHORT_AHEAD = 16
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class InnerMicrokernel:
       family: the nanokernel's instructions.
       a, b, out: dtype names in the caller's buffers.
       masks: whether the target loads masked vectors of both.
-      ahead: whether it fetches as many of the vectors behind its own, of the longer side, into L2.
+      fetches: "a" or "b" if it fetches into L2 what that operand will be read of later, else empty.
+      ahead: how many vectors later that is.
     """
 
     rows: int
@@ -60,7 +62,8 @@ class InnerMicrokernel:
     b: str
     out: str
     masks: bool
-    ahead: bool = False
+    fetches: str = ""
+    ahead: int = 0
 
     @property
     def narrow(self) -> bool:
@@ -81,7 +84,7 @@ class InnerMicrokernel:
         return Tile(self.rows + self.family.column_sums, self.cols, self.lanes)
 
     def name(self, prefix: str) -> str:
-        return f"{prefix}_inner_{self.rows}x{self.cols}{'_ahead' if self.ahead else ''}"
+        return f"{prefix}_inner_{self.rows}x{self.cols}{f'_ahead_in_{self.fetches}' if self.fetches else ''}"
 
     def emit(self, module: ir.Module, prefix: str) -> str:
         """Adds the microkernel to the module (once) and returns its name."""
@@ -123,9 +126,9 @@ class InnerMicrokernel:
 
         def step(_: I64, *carried: Any) -> list[Any]:
             """The pointers move, so that no index needs a register."""
-            if self.ahead:
-                by_columns = self.cols > self.rows
-                for p in vectors([p.at(behind) for p in carried[:pointers]])[by_columns]:
+            if self.fetches:
+                of_a, of_b = vectors([p.at(behind) for p in carried[:pointers]])
+                for p in of_a if self.fetches == "a" else of_b:
                     p.prefetch(level=2)
             return [*(p.at(chunk) for p in carried[:pointers]), *products(*vectors(carried), carried[pointers:], None)]
 
@@ -133,7 +136,7 @@ class InnerMicrokernel:
             first = len(a_rows.first)
             return a_rows.all(carried[:first]), b_cols.all(carried[first:pointers])
 
-        behind = csb * self.cols if self.cols > self.rows else rsa * self.rows
+        behind = (rsa if self.fetches == "a" else csb) * self.ahead
         shifts = [cast(Corrected, family).shift()] if family.column_sums else []
         zero = ir.zeros(self.lanes, family.acc)
         state = [*a_rows.first, *b_cols.first, *[zero] * self.tile.accumulators]
@@ -192,14 +195,19 @@ class InnerPath:
         rows, cols = self.tile
         return [*(self._micro(r, c) for r in range(1, rows + 1) for c in range(1, cols + 1)), *self._ahead()]
 
-    def _ahead(self) -> tuple[InnerMicrokernel, InnerMicrokernel]:
-        """For one row against columns that lie in memory, and for one column against such rows."""
+    def _ahead(self) -> list[InnerMicrokernel]:
+        """For vectors in memory against a single one: long columns, long rows, short columns, short rows."""
         long = AHEAD if self.target.vector_registers >= 32 else NARROW_AHEAD
-        return self._micro(1, long, ahead=True), self._micro(long, 1, ahead=True)
+        return [
+            self._micro(1, long, "b", long),
+            self._micro(long, 1, "a", long),
+            self._micro(1, 1, "b", SHORT_AHEAD),
+            self._micro(1, 1, "a", SHORT_AHEAD),
+        ]
 
-    def _micro(self, rows: int, cols: int, *, ahead: bool = False) -> InnerMicrokernel:
+    def _micro(self, rows: int, cols: int, fetches: str = "", ahead: int = 0) -> InnerMicrokernel:
         masks = all(self.target.masks(ir.elem_bytes(x)) for x in (self.a, self.b))
-        return InnerMicrokernel(rows, cols, self.lanes, self.family, self.a, self.b, self.out, masks, ahead)
+        return InnerMicrokernel(rows, cols, self.lanes, self.family, self.a, self.b, self.out, masks, fetches, ahead)
 
     @property
     def narrow(self) -> bool:
@@ -215,7 +223,9 @@ class InnerPath:
 
         That wants the fields of GemmArgs, and room for a tile of sums as ``sums``.
         """
-        *kernels, by_columns, by_rows = (k.emit(module, prefix) for k in self.microkernels())
+        *kernels, long_columns, long_rows, short_columns, short_rows = (
+            k.emit(module, prefix) for k in self.microkernels()
+        )
         rows, cols = self.tile
         params = self._micro(1, 1).params
         copies = {"a": f"{prefix}_a_along_k", "b": f"{prefix}_b_along_k"}
@@ -287,22 +297,31 @@ class InnerPath:
                     ir.if_(finishes, partial(module.call, epilogue, [arguments[p] for p in Epilogue.PARAMS]))
 
             from_memory = ir.negate(ir.equal(x["ahead"], 0))
-            short = ir.less(x["k"] * ir.elem_bytes(self.b), SHORT_BYTES)
+            are_short = ir.less(x["k"] * ir.elem_bytes(self.b), SHORT_BYTES)
 
-            def vectors(size: str, most: int, other: str, tile: Callable[[Size, Size], None], ahead: str) -> None:
+            def vectors(
+                size: str, most: int, other: str, tile: Callable[[Size, Size], None], long: str, short: str
+            ) -> None:
                 """Along the longer side: the operand of ``other`` vectors stays in L1."""
                 n, wide = x[size], self._ahead()[0].cols
-                alone = ir.both(ir.both(from_memory, ir.negate(short)), ir.equal(x[other], 1))
-                done = ir.select_size(alone, n // wide * wide, 0)
 
-                def fetching(j: Size) -> None:
+                def fetching(name: str, count: int, j: Size) -> None:
                     if size == "n":
-                        some(0, j, 1, wide, [ahead], 0)
+                        some(0, j, 1, count, [name], 0)
                     else:
-                        some(j, 0, wide, 1, [ahead], 0)
+                        some(j, 0, count, 1, [name], 0)
 
-                ir.loop(0, done, wide, [], lambda j: fetching(j))
-                step = ir.select_size(ir.both(from_memory, short), 1, most)
+                def fetched() -> list[Any]:
+                    whole = ir.select_size(are_short, n, n // wide * wide)
+                    ir.if_(
+                        are_short,
+                        lambda: void(ir.loop(0, n, 1, [], lambda j: fetching(short, 1, j))),
+                        lambda: void(ir.loop(0, whole, wide, [], lambda j: fetching(long, wide, j))),
+                    )
+                    return [whole]
+
+                (done,) = ir.if_(ir.both(from_memory, ir.equal(x[other], 1)), fetched, lambda: [0], like=[0])
+                step = ir.select_size(ir.both(from_memory, are_short), 1, most)
                 ir.loop(done, n, step, [], lambda j: tile(j, ir.minimum(n - j, step)))
 
             def of_columns(j: Size, here_n: Size) -> None:
@@ -320,10 +339,10 @@ class InnerPath:
                 ir.loop(0, x["n"], cols, [], lambda j: at(j))
 
             def columns_outside() -> None:
-                vectors("n", cols, "m", of_columns, by_columns)
+                vectors("n", cols, "m", of_columns, long_columns, short_columns)
 
             def rows_outside() -> None:
-                vectors("m", rows, "n", of_rows, by_rows)
+                vectors("m", rows, "n", of_rows, long_rows, short_rows)
 
             ir.if_(ir.less(x["m"], x["n"]), columns_outside, rows_outside)
 
