@@ -75,11 +75,6 @@ def loop_of(op: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[..., An
     return program
 
 
-def _with_first(array: jax.Array, element: jax.Array) -> jax.Array:
-    """The array with another first element. In place, where `at[...].set` goes through all of a batch."""
-    return lax.dynamic_update_slice(array, element.reshape((1,) * array.ndim), (0,) * array.ndim)
-
-
 class JaxRunner:
     """Runs `loop_of` the product, compiled once for a case."""
 
