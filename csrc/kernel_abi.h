@@ -49,7 +49,8 @@ struct GemmArgs {
                           //    pack_a, pack_b: then a copy along k of the operand goes to the workspace)
   int64_t sweep;          // 1: the sweep path (KernelInfo::sweep; csb == 1, nothing packed; `partial` if narrow)
   int64_t ahead;          // 1: these two paths fetch what they read next: it lies in memory, not in a cache
-  int64_t mc, kc, nc;     // cache blocking; mc multiple of mr or below it, nc and kc of nr and kr
+  int64_t mc, kc, nc;     // cache blocking; mc multiple of panel or below it, nc and kc of nr and kr
+  int64_t panel;          // rows of A that are multiplied at once, at most mr
   const Epilogue* epilogue;  // applied when the sum over k is finished; null: C is the sum
 };
 

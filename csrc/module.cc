@@ -179,6 +179,7 @@ nb::dict PlanDict(const Plan& plan) {
   d["mc"] = x.mc;
   d["kc"] = x.kc;
   d["nc"] = x.nc;
+  d["panel"] = x.panel;
   d["rs_partial"] = x.rs_partial;
   d["outer"] = LoopList(plan.outer);
   d["k_outer"] = LoopList(plan.k_outer);
@@ -278,6 +279,7 @@ const KernelInfo& KernelNamed(std::string_view name) {
 void RunOne(const KernelInfo& kernel, GemmArgs x) {
   if (x.epilogue != nullptr && !kernel.epilogue) throw std::invalid_argument("this kernel has no epilogue");
   const bool blocked = !x.inner && !x.sweep;
+  if (blocked && x.panel == 0 && x.mc != 0) x.panel = kernel.mr;
   if (blocked && (x.mc == 0 || x.kc == 0 || x.nc == 0)) {
     GemmArgs planned = x;
     KernelInfo plain = kernel;
@@ -287,6 +289,7 @@ void RunOne(const KernelInfo& kernel, GemmArgs x) {
     if (x.mc == 0) x.mc = planned.mc;
     if (x.kc == 0) x.kc = planned.kc;
     if (x.nc == 0) x.nc = planned.nc;
+    if (x.panel == 0) x.panel = planned.panel;
   }
   if (x.rs_partial == 0) x.rs_partial = RoundUp(x.n, kernel.nr);
   if (x.inner) {
@@ -303,8 +306,9 @@ void RunOne(const KernelInfo& kernel, GemmArgs x) {
     if (!x.pack_a && !kernel.direct_a) throw std::invalid_argument("this kernel needs pack_a");
     if (!x.pack_b && !kernel.direct_b) throw std::invalid_argument("this kernel needs pack_b");
     if (x.csb != 1 && !x.pack_b) throw std::invalid_argument("csb must be 1 unless pack_b");
-    if ((x.mc > kernel.mr && x.mc % kernel.mr) || x.kc % kernel.kr || x.nc % kernel.nr) {
-      throw std::invalid_argument("mc, kc, nc must be multiples of mr, kr, nr, or mc below mr");
+    if (x.panel > kernel.mr) throw std::invalid_argument("panel must not be above mr");
+    if ((x.mc > x.panel && x.mc % x.panel) || x.kc % kernel.kr || x.nc % kernel.nr) {
+      throw std::invalid_argument("mc, kc, nc must be multiples of panel, kr, nr, or mc below panel");
     }
   }
   if (kernel.narrow && x.rs_partial < RoundUp(x.n, kernel.nr)) {
@@ -360,6 +364,7 @@ void CallKernel(std::string_view kernel_name, const nb::dict& fields) {
   x.mc = get("mc", 0);
   x.kc = get("kc", 0);
   x.nc = get("nc", 0);
+  x.panel = get("panel", 0);
   x.epilogue = static_cast<const Epilogue*>(pointer("epilogue"));
   if (used != fields.size()) throw std::invalid_argument("unknown field among the arguments");
   const nb::gil_scoped_release release;

@@ -37,11 +37,12 @@ constexpr int64_t kSweepPairRows = 8;  // and faster than packing pairs of rows,
 constexpr int64_t kSweepByteRows = 4;  // or quads of bytes, which sweeps widen
 constexpr int64_t kSweepMinCols = 16;
 constexpr int64_t kLargeBBytes = 8 << 20;  // more than the caches near a core hold
-// Register tiles read B by so many of its rows side by side: 8x1024x4096 in 927 us by 16 and 2411 by all of them;
-// 32x1024x1024, whose rows alias, in 635 us by 64, 848 by all and 842 with B packed.
-constexpr int64_t kSkinnyKc = 16;  // up to kSkinnyRows rows of A against a large B
-constexpr int64_t kSkinnyRows = 8;
-constexpr int64_t kThinKc = 64;        // more of them against a large B, and any against one whose rows alias
+// Register tiles read B by so many of its rows side by side: 32x1024x1024, whose rows alias, in 635 us by 64, 848 by all
+// and 842 with B packed.
+constexpr int64_t kLargeKc = 128;      // a large B
+constexpr int64_t kAliasedKc = 64;     // one whose rows alias
+constexpr int64_t kStreamBytes = 256 << 10;  // of a large B that several panels of A read: it and the next one fit into L2
+constexpr int64_t kStreamTiles = 3;  // nr of a kernel into which the columns of nearly all tiles of an unpacked B fit
 constexpr int64_t kStreamMaxRows = 8;  // up to which a kernel without packing beats one with better instructions
 // Inner products and sweeps fetch ahead what lies in memory: an operand that is too large for its share of L3.
 constexpr double kOfL3InMemory = 0.5;
@@ -56,6 +57,7 @@ constexpr int64_t kPackAMinTiles = 4;  // an A that is awkward to read, read by 
 // as many rows as have room there. float64 1024x8x1024 in 339 us instead of 496, x16 in 692 instead of 803, packed 1021
 // and 1435; float32 x16 in 313 instead of 518, x128 in 2485 instead of 3160, packed 2735 (Zen 4).
 constexpr int64_t kAliasedRows = 7;
+constexpr int64_t kEvenPanels = 4;  // Up to so many of them have the same number of rows each: 16 rows are 8 and 8.
 
 // Splitting over threads.
 constexpr int64_t kMinItemMacs = 128 << 10;  // about 2 us at peak: less is not worth waking a thread
@@ -155,12 +157,8 @@ void ChooseSums(const KernelInfo& kernel, int64_t passes, GemmArgs& args) {
   args.pack_b = !kernel.direct_b || args.csb != 1 || (args.m >= kPackBMinTiles * kernel.mr && rows_far_apart);
   if (args.pack_b) {
     args.kc = BalancedBlock(args.k, kKcBytes / kernel.b_panel_bytes, kernel.kr);
-  } else if (large && args.m <= kSkinnyRows) {
-    args.kc = kSkinnyKc;
-  } else if (large || b_aliases) {
-    args.kc = BalancedBlock(args.k, kThinKc, kernel.kr);
   } else {
-    args.kc = BalancedBlock(args.k, kDirectMaxKc, kernel.kr);
+    args.kc = BalancedBlock(args.k, large ? kLargeKc : b_aliases ? kAliasedKc : kDirectMaxKc, kernel.kr);
   }
 }
 
@@ -168,7 +166,7 @@ void ChooseBlocks(const KernelInfo& kernel, const Caches& caches, int64_t item_m
   const int64_t a_bytes = ElementBytes(kernel.lhs);
   args.ahead = 0;
   if (args.inner || args.sweep) {
-    args.mc = args.nc = 0;
+    args.mc = args.nc = args.panel = 0;
     const double read = Real(std::max(args.m * a_bytes, args.n * ElementBytes(kernel.rhs))) * Real(args.k);
     args.ahead = read * Real(args.batch) >= kOfL3InMemory * Real(caches.l3);
     return;
@@ -180,12 +178,18 @@ void ChooseBlocks(const KernelInfo& kernel, const Caches& caches, int64_t item_m
 
   const int64_t b_column = args.kc * kernel.b_panel_bytes, a_row = PackedARow(kernel, args.kc);
   const int64_t b_block = std::min(kMaxBlockBBytes, static_cast<int64_t>(kBlockBOfL2 * Real(caches.l2)));
-  // Unpacked columns are not cut: there is no block to keep.
-  args.nc = BalancedBlock(item_n, args.pack_b ? b_block / b_column : item_n + kernel.nr, kernel.nr);
+  args.panel = kernel.mr;
+  if (!args.pack_b && item_m <= kEvenPanels * kernel.mr) args.panel = BalancedBlock(item_m, kernel.mr, 1);
+  if (few) args.panel = std::min(int64_t{kernel.mr}, kAliasedRows);
+  // Unpacked columns are cut where several panels are to find them in L2.
+  const bool again = !args.pack_b && item_m > args.panel;
+  const int64_t b_row = args.kc * ElementBytes(kernel.rhs);
+  const int64_t unit = again ? kStreamTiles * kernel.nr : kernel.nr;
+  args.nc = BalancedBlock(item_n, args.pack_b ? b_block / b_column : again ? kStreamBytes / b_row : item_n + unit, unit);
   // Each block of rows packs all of B again, so unpacked rows are not cut at all.
-  const int64_t mc_most = args.pack_a ? kMaxBlockABytes / a_row : RoundUp(item_m, kernel.mr);
-  args.mc = BalancedBlock(item_m, mc_most, kernel.mr);
-  if (few) args.mc = std::min(int64_t{kernel.mr}, kAliasedRows);
+  const int64_t mc_most = args.pack_a ? kMaxBlockABytes / a_row : RoundUp(item_m, args.panel);
+  args.mc = BalancedBlock(item_m, mc_most, args.panel);
+  if (few) args.mc = args.panel;
 }
 
 Split SplitForPartialSums(const KernelInfo& kernel, int64_t m, int64_t n, Split split) {

@@ -76,6 +76,7 @@ class _Plan(TypedDict):
     mc: int
     kc: int
     nc: int
+    panel: int  # rows of A that are multiplied at once
     rs_partial: int  # row stride of unfinished sums; 0: no element of the result has any
     outer: list[_Loop]  # independent loops around the kernel's own batch loop, outermost first
     k_outer: list[_Loop]  # accumulating passes, outermost first

@@ -5,10 +5,11 @@
         for pc in k by kc                 partial sums over K are added in this order, whatever the split over m, n
           for jc in n by nc
             [pack B(kc x nc)]             stays in L2 while A's panels pass
-            for ir in mc by mr            one panel of A stays in L1
-              [pack A(mr x kc)]           the first time
+            for ir in mc by panel         one panel of A, of mr rows or fewer, stays in L1
+              [pack A(panel x kc)]        the first time
               for jr in nc by nr          microkernel, which fetches what comes next: its tile of C, A's next panel,
-                                          and for each panel of A a share of B's next block
+                                          and for each panel of A a share of B's next block; of a B that is not
+                                          packed the first panel fetches the tiles that come next
 
 Sizes, strides, blocking and whether an operand is packed are fields of ``GemmArgs`` (``csrc/kernel_abi.h``).
 An element of C depends on K and kc alone, so any split of m and n over threads gives the same bits.
@@ -29,7 +30,16 @@ from .amx_microkernel import AmxMicrokernel, AmxTileRow
 from .epilogue import Epilogue, Landing
 from .inner import InnerMicrokernel, InnerPath
 from .ir import I64, Ptr, Size, Value
-from .microkernel import ADD, MORE, ROW_PARAMS, Microkernel, lines_of_a_row, walks_min_steps, walks_of
+from .microkernel import (
+    ADD,
+    MORE,
+    ROW_PARAMS,
+    STREAM_TILES_AHEAD,
+    Microkernel,
+    lines_of_a_row,
+    walks_min_steps,
+    walks_of,
+)
 from .nanokernel import Family
 from .nanokernel.amx import ROWS, AmxDot
 from .packing import Packing
@@ -44,7 +54,7 @@ GEMM_ARGS = (
     *("rsa", "csa", "rsb", "csb", "rsc", "rs_partial"),
     *("batch", "bsa", "bsb", "bsc"),
     *("accumulate", "more", "pack_a", "pack_b", "inner", "sweep", "ahead"),
-    *("mc", "kc", "nc"),
+    *("mc", "kc", "nc", "panel"),
     "epilogue",
 )
 """The fields of GemmArgs in the order of csrc/kernel_abi.h; each has 8 bytes."""
@@ -214,11 +224,14 @@ class _TileRow:
             def tile_at(j: Size, kernel: str, active: Size, panel: Size | None = None) -> None:
                 """The tile at column j, in the panel of B that begins at column ``panel`` if not at j itself."""
                 panel = j if panel is None else panel
+                beside = nr * STREAM_TILES_AHEAD
+                wraps = ir.select_size(ir.less(j + beside, cols), 0, x.size["wrap"])
                 here: dict[str, Ptr | Size] = {
                     **x.ptr,
                     **x.size,
                     "b": x.ptr["b"].at(panel * x.size["b_step"] + (j - panel)),
                     "cols": active,
+                    "later": ir.select_size(ir.equal(x.size["fetch"], 0), 0, wraps + beside),
                     **landing.at(j),
                 }
                 module.call(kernel, [here[p] for p in self.full.params])
@@ -305,7 +318,7 @@ class _LoopNest:
 
     def _unblocked(self, x: _Given) -> None:
         """The loops around rows of tiles for such products: all that they need is known before the first."""
-        mr = self.gemm.tile.mr
+        rows = x.size["panel"]
         more = x.size["more"]
         given: dict[str, Ptr | Size] = {
             **x.ptr,
@@ -313,6 +326,8 @@ class _LoopNest:
             "k": self.packing.depth(x.size["k"]),
             "cols": x.size["n"],
             "b_step": 1,
+            "fetch": 1,
+            "wrap": 0,
             "mode": x.size["accumulate"] * ADD + more * MORE,
             "column": 0,
             "epilogue": ir.select_size(ir.equal(more, 0), x.size["epilogue"], 0),
@@ -327,11 +342,11 @@ class _LoopNest:
                     "b": b,
                     "c": c.at(i * x.size["rsc"]),
                     "partial": x.ptr["partial"].at(i * x.size["rs_partial"]),
-                    "rows": ir.minimum(x.size["m"] - i, mr),
+                    "rows": ir.minimum(x.size["m"] - i, rows),
                 }
                 self._row_of_tiles(self.stream_rows, {**given, **here})
 
-            ir.loop(0, x.size["m"], mr, [], panel)
+            ir.loop(0, x.size["m"], rows, [], panel)
 
         ir.loop(0, x.size["batch"], 1, [], product)
 
@@ -377,11 +392,16 @@ class _LoopNest:
             self.module.call(self.pack_b, [b, x.ptr["b_pack"], block.depth, cols, x.size["rsb"], x.size["csb"]])
             height = self.packing.b_panel_rows(block.depth)
             following = self._following(x, block, jc, packed=True)
-            self._panels_of_a(x, block, jc, cols, self.panel_rows, x.ptr["b_pack"], gemm.tile.nr, height, following)
+            step = (gemm.tile.nr, height)
+            self._panels_of_a(x, block, jc, cols, self.panel_rows, x.ptr["b_pack"], step, 0, following)
 
         def where_it_lies() -> None:
             following = self._following(x, block, jc, packed=False)
-            self._panels_of_a(x, block, jc, cols, self.stream_rows, b, x.size["rsb"], 1, following)
+            # Behind the last column comes the first one of the next kc rows.
+            ends = ir.negate(ir.less(jc + cols, x.size["n"]))
+            goes_on = ir.both(ends, ir.negate(block.is_last_of_k))
+            wrap = ir.select_size(goes_on, x.size["kc"] * x.size["rsb"] - x.size["n"], 0)
+            self._panels_of_a(x, block, jc, cols, self.stream_rows, b, (x.size["rsb"], 1), wrap, following)
 
         if gemm.direct_b:
             ir.if_(ir.equal(x.size["pack_b"], 0), where_it_lies, packed)
@@ -412,12 +432,18 @@ class _LoopNest:
         cols: Size,
         tile_rows: list[str],
         b: Ptr,
-        rsb: Size,
-        b_step: Size,
+        b_strides: tuple[Size, Size],
+        wrap: Size,
         following: _BlockOfB,
     ) -> None:
-        """All panels of A against one block of B."""
+        """All panels of A against one block of B.
+
+        Args:
+          b, b_strides: the block, elements between its rows and between its columns of tiles, for each of their columns.
+          wrap: elements of a B where it lies between what comes after its block of columns and what stands beside it.
+        """
         gemm, mr, nr = self.gemm, self.gemm.tile.mr, self.gemm.tile.nr
+        rows_at_once = x.size["panel"]
         panel_depth, a_row = self.packing.depth(block.depth), self.packing.a_row(block.depth)
         unit = gemm.family.unit
         walking = ir.both(
@@ -425,7 +451,7 @@ class _LoopNest:
         )
 
         def panel(ir_: Size) -> None:
-            here = ir.minimum(block.rows - ir_, mr)
+            here = ir.minimum(block.rows - ir_, rows_at_once)
             source = block.a.at(ir_ * x.size["rsa"])
             room = x.ptr["a_pack"].at(ir_ * a_row)
             where_it_lies = [Ptr(source.value, unit), x.size["rsa"], x.size["csa"]]
@@ -445,9 +471,9 @@ class _LoopNest:
             def plan_walks() -> None:
                 walks = [
                     *self._walks_along_c(x, block.ic + ir_, jc),
-                    *self._walks_along_a(x, block, ir_ + mr, jc, cols, a_row),
+                    *self._walks_along_a(x, block, ir_ + rows_at_once, jc, cols, a_row),
                     *self._walks_along_b(x, following, ir_, ir_ + here, block.rows),
-                    self._walk_along_room(x, block, ir_ + mr, cols, a_row),
+                    self._walk_along_room(x, block, ir_ + rows_at_once, cols, a_row),
                 ]
                 walks_of(gemm.tile, gemm.out, x.ptr["walks"]).put(walks, ir.less(panel_depth, UNHURRIED_STEPS))
 
@@ -460,13 +486,15 @@ class _LoopNest:
                 "walks": x.ptr["walks"],
                 "rsa": rsa,
                 "csa": csa,
-                "rsb": rsb,
+                "rsb": b_strides[0],
                 "k": panel_depth,
                 "c": x.ptr["c"].at(c_row * x.size["rsc"] + jc),
                 "rsc": x.size["rsc"],
                 "rows": here,
                 "cols": cols,
-                "b_step": b_step,
+                "b_step": b_strides[1],
+                "fetch": ir.select_size(ir.equal(ir_, 0), 1, 0),
+                "wrap": wrap,
                 "mode": block.mode,
                 "partial": x.ptr["partial"].at(c_row * x.size["rs_partial"] + jc),
                 "rs_partial": x.size["rs_partial"],
@@ -475,7 +503,7 @@ class _LoopNest:
             }
             self._row_of_tiles(tile_rows, given)
 
-        ir.loop(0, block.rows, mr, [], panel)
+        ir.loop(0, block.rows, rows_at_once, [], panel)
 
     def _walks_along_c(self, x: _Given, row: Size, jc: Size) -> list[Walk]:
         """Down the lines of each tile itself."""

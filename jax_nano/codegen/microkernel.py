@@ -3,7 +3,7 @@
 A microkernel reads ``mr`` rows of A and ``nr`` columns of B wherever they are (packed or in the caller's buffers:
 only strides differ) and writes one tile of C. Its generated signature is
 
-    void name(a, b, walks, rsa, csa, rsb, k, c, rsc, cols, mode, partial, rs_partial)
+    void name(a, b, walks, rsa, csa, rsb, k, later, c, rsc, cols, mode, partial, rs_partial)
 
 with strides in elements of what the pointers point to, ``k`` in K steps, and ``cols`` the columns of C that exist
 (only masked microkernels look at it: they neither read B nor touch C beyond it). Accumulators start from zero (or
@@ -34,6 +34,7 @@ ROW_PARAMS = (
     *("a", "b", "walks", "rsa", "csa", "rsb", "k"),
     *("c", "rsc", "rows", "cols", "b_step", "mode", "partial", "rs_partial"),
     *("column", "epilogue"),
+    *("fetch", "wrap"),
 )
 """What a row of tiles from left to right against one panel of A is called with (``macrokernel``)."""
 
@@ -118,7 +119,7 @@ class Microkernel:
     @property
     def params(self) -> tuple[str, ...]:
         # What the K loop does not need comes last: it arrives on the stack and leaves the registers to the loop.
-        loop = ("a", "b", "walks", "rsa", "csa", "rsb", "k")
+        loop = ("a", "b", "walks", "rsa", "csa", "rsb", "k", *(("later",) if self.stream else ()))
         tile = ("c", "rsc", "cols", "mode")
         return (*loop, *tile, "partial", "rs_partial") if self.narrow else (*loop, *tile)
 
@@ -155,9 +156,9 @@ class Microkernel:
             b_row: Ptr = carried[len(bases)]
             acc: Sequence[Value] = carried[len(bases) + 1 :]
             if self.stream:
-                later = b_row.at(tile.nr * STREAM_TILES_AHEAD)
-                for o in range(0, tile.nr, 64 // ir.elem_bytes(self.b)):
-                    later.at(o).prefetch()
+                later = b_row.at(given["later"])
+                for o in range(0, tile.nr, LINE // ir.elem_bytes(self.b)):
+                    later.at(o).prefetch(level=2)
             new = step(
                 tile,
                 self.family,
