@@ -50,7 +50,7 @@ struct GemmArgs {
   int64_t sweep;          // 1: the sweep path (KernelInfo::sweep; csb == 1, nothing packed; `partial` if narrow)
   int64_t ahead;          // 1: these two paths fetch what they read next: it lies in memory, not in a cache
   int64_t mc, kc, nc;     // cache blocking; mc multiple of panel or below it, nc and kc of nr and kr
-  int64_t panel;          // rows of A that are multiplied at once, at most mr
+  int64_t panel;          // rows of A that are multiplied at once, at most mr; mr if pack_a, unless csa == 1
   const Epilogue* epilogue;  // applied when the sum over k is finished; null: C is the sum
 };
 

@@ -279,17 +279,17 @@ const KernelInfo& KernelNamed(std::string_view name) {
 void RunOne(const KernelInfo& kernel, GemmArgs x) {
   if (x.epilogue != nullptr && !kernel.epilogue) throw std::invalid_argument("this kernel has no epilogue");
   const bool blocked = !x.inner && !x.sweep;
-  if (blocked && x.panel == 0 && x.mc != 0) x.panel = kernel.mr;
-  if (blocked && (x.mc == 0 || x.kc == 0 || x.nc == 0)) {
+  if (blocked && x.panel == 0 && (x.mc != 0 || x.pack_a)) x.panel = kernel.mr;
+  if (blocked && (x.mc == 0 || x.kc == 0 || x.nc == 0 || x.panel == 0)) {
     GemmArgs planned = x;
     KernelInfo plain = kernel;
     plain.inner = plain.sweep = false;
     ChooseSums(plain, 1, planned);
     ChooseBlocks(plain, HostCaches(), x.m, x.n, planned);
-    if (x.mc == 0) x.mc = planned.mc;
+    if (x.panel == 0) x.panel = planned.panel;
+    if (x.mc == 0) x.mc = RoundUp(planned.mc, x.panel);
     if (x.kc == 0) x.kc = planned.kc;
     if (x.nc == 0) x.nc = planned.nc;
-    if (x.panel == 0) x.panel = planned.panel;
   }
   if (x.rs_partial == 0) x.rs_partial = RoundUp(x.n, kernel.nr);
   if (x.inner) {
@@ -306,7 +306,9 @@ void RunOne(const KernelInfo& kernel, GemmArgs x) {
     if (!x.pack_a && !kernel.direct_a) throw std::invalid_argument("this kernel needs pack_a");
     if (!x.pack_b && !kernel.direct_b) throw std::invalid_argument("this kernel needs pack_b");
     if (x.csb != 1 && !x.pack_b) throw std::invalid_argument("csb must be 1 unless pack_b");
-    if (x.panel > kernel.mr) throw std::invalid_argument("panel must not be above mr");
+    if (x.panel > kernel.mr || (x.panel < kernel.mr && x.pack_a && x.csa != 1)) {
+      throw std::invalid_argument("panel must not be above mr, nor below it with pack_a unless csa is 1");
+    }
     if ((x.mc > x.panel && x.mc % x.panel) || x.kc % kernel.kr || x.nc % kernel.nr) {
       throw std::invalid_argument("mc, kc, nc must be multiples of panel, kr, nr, or mc below panel");
     }

@@ -39,7 +39,12 @@ class Kernel:
         The workspace is exactly as large as kernel_abi.h says, between pages that may not be touched, and full of NaN.
         """
         (m, k), n = a.shape[-2:], b.shape[-1]
-        blocks = {"mc": _round_up(m, self.mr), "nc": _round_up(n, self.nr), "kc": _round_up(k, self.kr), "panel": self.mr}
+        blocks = {
+            "mc": _round_up(m, self.mr),
+            "nc": _round_up(n, self.nr),
+            "kc": _round_up(k, self.kr),
+            "panel": self.mr,
+        }
         x = dict.fromkeys(FIELDS, 0) | {"a": a.ctypes.data, "b": b.ctypes.data, "c": c.ctypes.data}
         x |= {"m": m, "n": n, "k": k, "batch": 1, "rs_partial": _round_up(n, self.nr), **blocks, **_strides(a, b, c)}
         x |= {"pack_a": int(not self.direct_a), "pack_b": int(not self.direct_b), **fields}

@@ -439,8 +439,8 @@ class _LoopNest:
         """All panels of A against one block of B.
 
         Args:
-          b, b_strides: the block, elements between its rows and between its columns of tiles, for each of their columns.
-          wrap: elements of a B where it lies between what comes after its block of columns and what stands beside it.
+          b, b_strides: the block, elements between its rows, and between its panels for each of their columns.
+          wrap: of a B where it lies, elements from what stands beside the block to what comes after it.
         """
         gemm, mr, nr = self.gemm, self.gemm.tile.mr, self.gemm.tile.nr
         rows_at_once = x.size["panel"]

@@ -57,13 +57,15 @@ def test_blocks_of_every_loop(kernel, rng):
 
 
 def test_only_kc_decides_the_bits(kernel, rng):
-    """The promise behind "the same for any number of threads": cut m and n anywhere, pack or do not."""
+    """The promise behind "the same for any number of threads": cut m, n and panels anywhere, pack or do not."""
     m, n, k = 5 * kernel.mr + 3, 3 * kernel.nr + 5, 300
     a, b = operands(kernel, rng, m, n, k)
     kc = 64 * kernel.kr
     whole = kernel.product(a, b, kc=kc)
-    for (pack_a, pack_b), mc in itertools.product(kernel.packs(), (kernel.mr, kernel.mr // 2)):
-        blocking = {"mc": mc, "nc": kernel.nr, "kc": kc}
+    half = kernel.mr // 2
+    blocks = ((kernel.mr, kernel.mr), (half, kernel.mr), (half, half), (2 * half, half))
+    for (pack_a, pack_b), (mc, panel) in itertools.product(kernel.packs(), blocks):
+        blocking = {"mc": mc, "nc": kernel.nr, "kc": kc, "panel": panel}
         pieces = reference.poisoned((m, n), kernel.out)
         for rows in np.array_split(np.arange(m), [1, 2 * kernel.mr, m - 2]):
             for cols in np.array_split(np.arange(n), [3, kernel.nr, n - 1]):
@@ -439,6 +441,9 @@ def test_bad_calls_are_refused(kernel):
         _runtime.call(kernel.name, {"csb": 2, "pack_a": 1, "pack_b": 0})
     with pytest.raises(ValueError, match="multiples"):
         _runtime.call(kernel.name, {"mc": kernel.mr + 1})
+    for bad in ({"panel": kernel.mr + 1}, {"panel": kernel.mr - 1, "pack_a": 1, "csa": 2}):
+        with pytest.raises(ValueError, match="panel must not be"):
+            _runtime.call(kernel.name, bad)
     for field, direct in (("pack_a", kernel.direct_a), ("pack_b", kernel.direct_b)):
         if not direct:
             with pytest.raises(ValueError, match=f"this kernel needs {field}"):

@@ -212,10 +212,11 @@ class TestBlocking:
             if p["inner"] or p["sweep"]:
                 assert (p["mc"], p["kc"], p["nc"]) == (0, 0, 0)
                 continue
-            assert p["mc"] % mr == 0 or p["mc"] < mr
+            assert 0 < p["panel"] <= mr
+            assert p["mc"] % p["panel"] == 0 or p["mc"] < p["panel"]
             assert p["nc"] % nr == 0
             assert 0 < p["mc"] < p["m"] + mr
-            assert p["nc"] < p["n"] + nr
+            assert p["nc"] < p["n"] + (nr if p["pack_b"] else 3 * nr)
             assert 1 <= p["kc"] <= (512 if p["pack_b"] else 1024)
             assert p["pack_b"] or p["csb"] == 1
             if p["pack_b"]:
@@ -414,7 +415,9 @@ class TestEveryKernel:
                     assert 0 <= p["workspace_bytes"] <= 8 << 20
                     if not p["inner"] and not p["sweep"]:
                         chosen = KERNELS[p["kernel"]]
-                        assert p["mc"] % chosen["mr"] == 0 or p["mc"] < chosen["mr"]
+                        assert 0 < p["panel"] <= chosen["mr"]
+                        assert p["panel"] == chosen["mr"] or not p["pack_a"] or p["csa"] == 1
+                        assert p["mc"] % p["panel"] == 0 or p["mc"] < p["panel"]
                         assert p["nc"] % chosen["nr"] == p["kc"] % chosen["kr"] == 0
                         assert min(p["mc"], p["nc"], p["kc"]) > 0
 
