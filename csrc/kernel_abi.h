@@ -43,7 +43,7 @@ struct GemmArgs {
   int64_t bsa, bsb, bsc;  // strides between products
   int64_t accumulate;     // 1: add to the sums so far: C, or `partial` of a narrow kernel; 0: neither is read
   int64_t more;           // 1: the sum over k is not finished by this call: a narrow kernel leaves it in `partial`
-  int64_t pack_a;         // 1: copy blocks of A into the workspace (required unless direct_a)
+  int64_t pack_a;         // 1: copy blocks of A into the workspace (required unless ReadsA of plan.h)
   int64_t pack_b;         // 1: copy blocks of B into the workspace (required unless direct_b and csb == 1)
   int64_t inner;          // 1: the inner-product path (KernelInfo::inner; k whole, csa == 1 and rsb == 1 unless
                           //    pack_a, pack_b: then a copy along k of the operand goes to the workspace)
@@ -72,7 +72,7 @@ struct KernelInfo {
   int32_t a_panel_bytes;   // bytes of packed A for one element of A
   int32_t b_panel_bytes;   // and of packed B
   int32_t b_header_bytes;  // bytes in front of each packed column of B
-  bool direct_a;           // whether A can be read where it lies
+  bool direct_a;           // whether A can be read where it lies; if kr > 1, where csa == 1 and kr divides k and rsa
   bool direct_b;           // whether B can, if its columns are 1 apart
   bool inner;              // whether it has an inner-product path
   bool sweep;              // whether it has a path for few rows of A and a row-major B

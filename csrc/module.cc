@@ -303,7 +303,7 @@ void RunOne(const KernelInfo& kernel, GemmArgs x) {
     if (x.csb != 1) throw std::invalid_argument("csb must be 1 for the sweep path");
     if (x.pack_a || x.pack_b) throw std::invalid_argument("the sweep path packs nothing");
   } else {
-    if (!x.pack_a && !kernel.direct_a) throw std::invalid_argument("this kernel needs pack_a");
+    if (!x.pack_a && !ReadsA(kernel, x)) throw std::invalid_argument("this kernel needs pack_a");
     if (!x.pack_b && !kernel.direct_b) throw std::invalid_argument("this kernel needs pack_b");
     if (x.csb != 1 && !x.pack_b) throw std::invalid_argument("csb must be 1 unless pack_b");
     if (x.panel > kernel.mr || (x.panel < kernel.mr && x.pack_a && x.csa != 1)) {
@@ -361,7 +361,7 @@ void CallKernel(std::string_view kernel_name, const nb::dict& fields) {
   x.sweep = get("sweep", 0);
   x.ahead = get("ahead", 0);
   const bool blocked = !x.inner && !x.sweep;
-  x.pack_a = get("pack_a", blocked && !kernel.direct_a);
+  x.pack_a = get("pack_a", blocked && !ReadsA(kernel, x));
   x.pack_b = get("pack_b", blocked && !kernel.direct_b);
   x.mc = get("mc", 0);
   x.kc = get("kc", 0);

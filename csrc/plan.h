@@ -62,6 +62,9 @@ Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::s
 // whole product, where `passes` kernel calls add up to one sum over k.
 void ChooseSums(const KernelInfo& kernel, int64_t passes, GemmArgs& args);
 
+// Whether the kernel can read A where it lies: element by element, or kr of a row at a time.
+bool ReadsA(const KernelInfo& kernel, const GemmArgs& args);
+
 // What only moves data: fills pack_a (but of inner), ahead, mc and nc of `args`, after ChooseSums, for items of item_m
 // x item_n.
 void ChooseBlocks(const KernelInfo& kernel, const Caches& caches, int64_t item_m, int64_t item_n, GemmArgs& args);

@@ -224,7 +224,8 @@ def _operand_text(operand: str, plan: Mapping[str, Any], kernel: Mapping[str, An
         return f"{shape}; read where it lies, {'element by element' if a else 'a few rows at a time from end to end'}"
     if not plan["pack_a" if a else "pack_b"]:
         return f"{shape}; read where it lies, by {read}"
-    if not kernel["direct_a" if a else "direct_b"]:
+    in_units = column_stride == 1 and row_stride % kernel["kr"] == 0 == plan["k"] % kernel["kr"]
+    if not kernel["direct_a" if a else "direct_b"] or (kernel["kr"] > 1 and not in_units):
         why = _why_never_direct(kernel)
     elif not a and column_stride != 1:
         why = "its columns are not contiguous"

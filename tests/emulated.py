@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from guarded import Region
-from kernel_abi import FIELDS, PACK_SLACK_BYTES, packed_a_row
+from kernel_abi import FIELDS, PACK_SLACK_BYTES, packed_a_row, reads_a
 
 import jax_nano.codegen
 from jax_nano.codegen import emulate, manifest
@@ -47,7 +47,8 @@ class Kernel:
         }
         x = dict.fromkeys(FIELDS, 0) | {"a": a.ctypes.data, "b": b.ctypes.data, "c": c.ctypes.data}
         x |= {"m": m, "n": n, "k": k, "batch": 1, "rs_partial": _round_up(n, self.nr), **blocks, **_strides(a, b, c)}
-        x |= {"pack_a": int(not self.direct_a), "pack_b": int(not self.direct_b), **fields}
+        x |= {"pack_a": 0, "pack_b": int(not self.direct_b), **fields}
+        x["pack_a"] = int(x["pack_a"] or not (x["inner"] or x["sweep"] or reads_a(self.info, x)))
         assert len(x) == len(FIELDS), "unknown field among the arguments"
         assert x["csb"] == 1 or x["pack_b"] or x["inner"]
         sizes = {

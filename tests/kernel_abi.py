@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 _HEADER = (Path(__file__).parent.parent / "csrc" / "kernel_abi.h").read_text()
 
@@ -32,3 +34,9 @@ PACK_SLACK_BYTES = int(re.search(r"kPackSlackBytes = (\d+);", _HEADER)[1])
 def packed_a_row(nbytes: int) -> int:
     """Workspace that a row of packed A takes: an odd number of cache lines."""
     return (-(-nbytes // 64) | 1) * 64
+
+
+def reads_a(kernel: Mapping[str, Any], fields: Mapping[str, Any]) -> Any:
+    """Whether a kernel of the manifest can read A with these k, rsa and csa where it lies: ReadsA of csrc/plan.h."""
+    in_units = (fields["csa"] == 1) & (fields["k"] % kernel["kr"] == 0) & (fields["rsa"] % kernel["kr"] == 0)
+    return kernel["direct_a"] & ((kernel["kr"] == 1) | in_units)

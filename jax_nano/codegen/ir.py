@@ -278,9 +278,12 @@ class Ptr:
     def as_type(self, elem: str) -> Ptr:
         return Ptr(self.value, elem)
 
-    def load(self, lanes: int | None = None, mask: Value | None = None) -> Value:
-        """A scalar (no ``lanes``) or a vector; lanes that ``mask`` leaves out are not read and give zero."""
-        align = elem_bytes(self.elem)
+    def load(self, lanes: int | None = None, mask: Value | None = None, alignment: int | None = None) -> Value:
+        """A scalar (no ``lanes``) or a vector; lanes that ``mask`` leaves out are not read and give zero.
+
+        The address is a multiple of ``alignment`` bytes, unless given of an element's.
+        """
+        align = alignment or elem_bytes(self.elem)
         if lanes is None:
             return llvm.load(self.type, self.value, alignment=align)
         ty = vec(lanes, self.type)

@@ -84,8 +84,8 @@ class Gemm:
 
     @property
     def direct_a(self) -> bool:
-        """Whether A can be read where it lies: its elements are the units that microkernels broadcast."""
-        return self.family.kr == 1 and self.a == self.family.unit and not self._splits
+        """Whether A can be read where it lies: kr of its elements, side by side, are what microkernels broadcast."""
+        return self.a == self.family.a_elem and self.family.steps_at_once == 1 and not self._splits
 
     @property
     def direct_b(self) -> bool:
@@ -454,7 +454,9 @@ class _LoopNest:
             here = ir.minimum(block.rows - ir_, rows_at_once)
             source = block.a.at(ir_ * x.size["rsa"])
             room = x.ptr["a_pack"].at(ir_ * a_row)
-            where_it_lies = [Ptr(source.value, unit), x.size["rsa"], x.size["csa"]]
+            kr = gemm.family.kr
+            step = x.size["csa"] if kr == 1 else 1
+            where_it_lies = [Ptr(source.value, unit), x.size["rsa"] // kr, step]
 
             def packed() -> list[Ptr | Size]:
                 def pack() -> None:

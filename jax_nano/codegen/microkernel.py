@@ -184,7 +184,8 @@ class Microkernel:
         store(out[len(bases) + 1 :])
 
     def _load_a(self, p: Ptr) -> Value:
-        return ir.splat(p.load(), self.tile.lanes)
+        # A unit that lies in the caller's buffer is no better aligned than its elements.
+        return ir.splat(p.load(alignment=ir.elem_bytes(self.family.a_elem)), self.tile.lanes)
 
     def _b_loader(self, cols: Size) -> Callable[[Ptr], Value]:
         """What loads a vector of B's row."""

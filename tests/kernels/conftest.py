@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from kernel_abi import FIELDS
+from kernel_abi import FIELDS, reads_a
 from numpy.typing import NDArray
 
 from jax_nano import _runtime
@@ -37,7 +37,7 @@ class Kernel:
         return bool(self.acc == "int32")
 
     def packs(self, *, transposed_b: bool = False) -> list[tuple[int, int]]:
-        """(pack_a, pack_b) that this kernel permits, the fewest copies first."""
+        """(pack_a, pack_b) that this kernel permits for some operands, the fewest copies first."""
         return [
             (a, b)
             for a in (0, 1)
@@ -84,7 +84,7 @@ class Kernel:
         addresses = {"a": a.ctypes.data, "b": b.ctypes.data, "c": c.ctypes.data}
         blocked = not (fields.get("inner") or fields.get("sweep"))
         packs = {
-            "pack_a": int(fields.pop("pack_a", 0) or (blocked and not self.direct_a)),
+            "pack_a": int(fields.pop("pack_a", 0) or (blocked and not reads_a(self.info, {"k": k, **strides}))),
             "pack_b": int(fields.pop("pack_b", 0) or (blocked and not self.direct_b)),
         }
         if fields.get("inner"):  # also where NumPy's strides mean nothing
@@ -93,11 +93,16 @@ class Kernel:
         _runtime.call(self.name, {**addresses, "m": m, "n": n, "k": k, **strides, **packs, **fields})
 
     def call_many(self, **fields: int | NDArray[np.int64]) -> None:
-        """One call for each element of the fields that are arrays; a field that is not given is 0."""
+        """One call for each element of the fields that are arrays; a field that is not given is 0.
+
+        An A that the kernel cannot read where it lies is packed, asked for or not.
+        """
         shape = np.broadcast_shapes(*(np.shape(x) for x in fields.values()))
         rows = np.zeros((*shape, len(FIELDS)), np.int64)
         for name, value in fields.items():
             rows[..., FIELDS.index(name)] = value
+        x = {name: rows[..., i] for i, name in enumerate(FIELDS)}
+        x["pack_a"] |= (x["inner"] == 0) & (x["sweep"] == 0) & ~reads_a(self.info, x)
         _runtime.call_many(self.name, rows.reshape(-1, len(FIELDS)))
 
     def product(self, a: np.ndarray, b: np.ndarray, **fields: int) -> np.ndarray:

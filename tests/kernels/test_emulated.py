@@ -301,6 +301,5 @@ def test_the_same_bits_as_natively(subject, rng):
         subject.call(a, b, ours, kc=kc)
         strides = {"m": m, "n": n, "k": k, "rsa": k, "csa": 1, "rsb": n, "csb": 1, "rsc": n}
         addresses = {"a": a.ctypes.data, "b": b.ctypes.data, "c": native.ctypes.data}
-        pack = {"pack_a": int(not subject.direct_a), "pack_b": int(not subject.direct_b)}
-        _runtime.call(subject.name, {**addresses, **strides, **pack, "kc": kc})
+        _runtime.call(subject.name, {**addresses, **strides, "kc": kc})
         assert np.array_equal(bits(ours), bits(native))

@@ -409,6 +409,17 @@ def test_many_rows_lie_beyond_two_gigabytes(kernel):
         assert np.array_equal(c[:, 0], a.astype(np.int64).sum(1).astype(kernel.out))
 
 
+def test_operands_are_no_better_aligned_than_their_elements(kernel, rng):
+    """Where kr values of A are read at once, too."""
+    m, n, k = kernel.mr + 1, kernel.nr + 1, 4 * kernel.kr
+    a, b = operands(kernel, rng, m, n, k)
+    with Region(a.nbytes + a.itemsize) as region:
+        shifted = region.array((a.size + 1,), kernel.lhs, at="begin")[1:].reshape(m, k)
+        shifted[...] = a
+        for pack_a, pack_b in kernel.packs():
+            kernel.expected(a, b).check(kernel.product(shifted, b, pack_a=pack_a, pack_b=pack_b))
+
+
 @pytest.mark.parametrize("order", "CF")
 def test_packing_stays_in_the_workspace(kernel, rng, order):
     """Exactly as much as kernel_abi.h grants, beside a guard page."""
@@ -448,6 +459,10 @@ def test_bad_calls_are_refused(kernel):
         if not direct:
             with pytest.raises(ValueError, match=f"this kernel needs {field}"):
                 _runtime.call(kernel.name, {field: 0})
+    if kernel.kr > 1:
+        for awkward in ({"k": kernel.kr + 1}, {"rsa": kernel.kr + 1}, {"csa": 2}):
+            with pytest.raises(ValueError, match="this kernel needs pack_a"):
+                _runtime.call(kernel.name, {"k": kernel.kr, "pack_a": 0, **awkward})
     if kernel.narrow:
         with pytest.raises(ValueError, match="rs_partial must be at least"):
             _runtime.call(kernel.name, {"n": 3, "rs_partial": 3})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from contraction import Contraction, random_contraction
+from kernel_abi import reads_a
 
 from jax_nano import _runtime
 
@@ -403,7 +404,7 @@ class TestEveryKernel:
                     assert chosen["sweep"]
                     assert (p["csb"], p["pack_a"], p["pack_b"]) == (1, False, False)
                     continue
-                assert p["pack_a"] or chosen["direct_a"]
+                assert p["pack_a"] or reads_a(chosen, p)
                 assert p["pack_b"] or (chosen["direct_b"] and p["csb"] == 1)
 
     @every_kernel
