@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <limits>
 #include <stdexcept>
@@ -52,7 +53,12 @@ constexpr int64_t kInnerMaxRows = 16;
 constexpr int64_t kInnerMaxCopied = 8;
 constexpr int64_t kInnerMinMet = 32;
 constexpr int64_t kInnerMaxCopiedBytes = 1 << 20;
-constexpr int64_t kPackAMinTiles = 4;  // an A that is awkward to read, read by this many tiles of columns
+// Times of both ways meet, for 2048 rows of A against 4, 8 and 16 columns, at K of 16, 60 and 300 in float32, 28, 66
+// and 260 in bfloat16, 64, 200 and 512 in int8; for 4, 8 and 16 rows against 1024 columns along K at 35, 100 and 300,
+// in float64 16, 32 and 100, in bfloat16 128, 400 and 480 (Zen 4).
+constexpr double kLaneSum = 3;              // adding up the lanes of an accumulator
+constexpr double kTransposeByte = 1 / 16.;  // of B
+constexpr int64_t kPackAMinTiles = 4;       // an A that is awkward to read, read by this many tiles of columns
 // An A whose rows share their sets in L1, and up to kPackAMinTiles tiles of an unpacked B: A is read where it lies, by
 // as many rows as have room there. float64 1024x8x1024 in 339 us instead of 496, x16 in 692 instead of 803, packed 1021
 // and 1435; float32 x16 in 313 instead of 518, x128 in 2485 instead of 3160, packed 2735 (Zen 4).
@@ -107,17 +113,27 @@ bool AwkwardA(const KernelInfo& kernel, const GemmArgs& args) {
   return args.csa != 1 || std::min(past, kAliasBytes - past) * kernel.mr < kLineBytes;
 }
 
+// Whether products along K cost less than register tiles, in vectors of multiply-adds: those sum each element's lanes,
+// these fill only the lanes that have columns, and B along K is transposed for them, which counts for `transposed`.
+bool InnerPays(const KernelInfo& kernel, const GemmArgs& args, bool transposed) {
+  const double m = Real(args.m), n = Real(args.n), k = Real(args.k) / Real(kernel.kr), lanes = Real(kernel.nr) / 2;
+  const double inner = m * n * (k / lanes + kLaneSum);
+  const double bytes = n * Real(args.k) * Real(ElementBytes(kernel.rhs));
+  return inner <= m * k * std::ceil(n / lanes) + (transposed ? kTransposeByte * bytes : 0);
+}
+
 // Whether products along K serve best: both operands lie along it, or one that is small can be copied so.
 bool ChooseInner(const KernelInfo& kernel, GemmArgs& args) {
   // Against B read where it lies, half as many as a vector has lanes: float64 1024x8x1024 557 us instead of 339.
   const int64_t copied = kernel.direct_b ? std::min<int64_t>(kernel.nr / 4, kInnerMaxCopied) : kInnerMaxCopied;
   const bool b_along_k = args.rsb == 1 && (args.csb != 1 || args.n == 1);
+  if ((args.csa != 1 && !b_along_k) || !InnerPays(kernel, args, b_along_k)) return false;
   if (args.csa == 1 && b_along_k) {
     args.inner = std::min(args.m, args.n) <= kInnerMaxRows;
   } else if (args.csa == 1) {
     const int64_t bytes = args.n * args.k * ElementBytes(kernel.rhs);
     args.inner = args.pack_b = args.n <= copied && args.m >= kInnerMinMet && bytes <= kInnerMaxCopiedBytes;
-  } else if (b_along_k) {
+  } else {
     const int64_t bytes = args.m * args.k * ElementBytes(kernel.lhs);
     args.inner = args.pack_a = args.m <= copied && args.n >= kInnerMinMet && bytes <= kInnerMaxCopiedBytes;
   }

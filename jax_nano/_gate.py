@@ -29,6 +29,9 @@ MIN_BATCHED: Final = 64
 # 4: 30 against 50, 16: 55 against 76, 32: 119 against 126).
 SHALLOW_K: Final = 16
 SHALLOW_MIN_RESULT: Final = 2**16
+# Not where the result's rows are short (4096x16 of K = 16: 56 us against 30, 16384x8 of K = 4: 94 against 55; but
+# 32768x4 of K = 16: 129 against 201).
+SHALLOW_SHORT_ROWS: Final = range(6, 33)
 
 # Products with a vector, by the bytes of the matrix. XLA reads what lies in L3 as fast as we do, and small ones need no
 # call (1x64x64: 0.23 us against 0.41). Ours are faster from memory (1x4096x4096 float32: 3.4 ms against 2.1, along K
@@ -94,7 +97,8 @@ def declines(
         along_k = stored[-1] in labels.contracting
         serves = _vector_serves(work, width, along_k=along_k, alone=m == n, batched=batch > 1)
         return None if serves else "a product with a vector: XLA's loops are as fast"
-    if batch == 1 and k <= SHALLOW_K and SHALLOW_MIN_RESULT <= m * n < math.inf and min(element_bytes) >= 4:
+    shallow = k <= SHALLOW_K and SHALLOW_MIN_RESULT <= m * n < math.inf and n not in SHALLOW_SHORT_ROWS
+    if batch == 1 and shallow and min(element_bytes) >= 4:
         return f"sums of {k} terms: XLA writes the result as fast"
     single = MIN_SINGLE if max(element_bytes) == 4 else MIN_SINGLE_OTHER
     least = single if batch == 1 else MIN_BATCHED

@@ -314,6 +314,19 @@ class TestBlocking:
         assert p["workspace_bytes"] == 4 * 100 * 4 * sum(packs)
         assert not plan(subscripts, m=max(m, 200), n=max(n, 200), k=100, target=target)["inner"]
 
+    @pytest.mark.parametrize(
+        ("subscripts", "m", "n", "short", "long"),
+        [
+            ("mk,kn->mn", 2048, 4, 8, 64),
+            ("mk,nk->mn", 2048, 4, 8, 64),
+            ("mk,nk->mn", 4, 2048, 8, 128),
+            ("km,nk->mn", 4, 2048, 8, 128),
+        ],
+    )
+    def test_lanes_are_summed_only_where_sums_are_long(self, target, subscripts, m, n, short, long):
+        chosen = [plan(subscripts, m=m, n=n, k=k, target=target)["inner"] for k in (short, long)]
+        assert chosen == [False, True]
+
     def test_what_is_copied_along_k_is_bounded(self, target):
         p = plan("mk,kn->mn", m=300, n=4, k=10**6, target=target)
         assert not p["inner"]
