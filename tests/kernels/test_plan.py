@@ -362,6 +362,12 @@ class TestSplit:
             assert p["pack_b"]
             assert 2 <= np.prod(p["split"]) <= 6
 
+    def test_few_rows_share_each_column_of_a_large_b(self, target):
+        """Memory would bring a column once for each piece of the rows; it brings long rows faster than short ones."""
+        for m, items in ((1, 2), (4, 2), (5, 4), (16, 4), (32, 4)):
+            p = plan("mk,kn->mn", m=m, n=4096, k=4096, threads=2, target=target)
+            assert (p["pack_b"], p["split"]) == (False, (1, 1, items))
+
     def test_columns_are_cut_finely_where_only_b_is_packed(self, target):
         """Then nothing is packed twice, and a core that is disturbed leaves its share to the other."""
         for size in (512, 768, 1536):
