@@ -108,7 +108,7 @@ class AmxMicrokernel:
 
     def _store(self, given: dict[str, Any], j: Size, sums: Ptr) -> None:
         """Adds what C or ``partial`` held, if the sum goes on, and stores the part of the block that exists."""
-        tile, acc, mode = self.tile, self.family.acc, given["mode"]
+        tile, mode = self.tile, given["mode"]
         masks = [ir.lane_mask(given["cols"] - j - o, amx.UNITS) for o in range(0, tile.nr, amx.UNITS)]
 
         def c_at(i: Size) -> Ptr:
@@ -127,7 +127,8 @@ class AmxMicrokernel:
                     if more:
                         partial_at(i).at(o).store(value, mask)
                     else:
-                        c_at(i).at(o).store(ir.convert(value, acc, self.out), mask)
+                        (element,) = self.family.narrowed([value], self.out)
+                        c_at(i).at(o).store(element, mask)
 
             ir.loop(0, given["rows"], 1, [], row)
 

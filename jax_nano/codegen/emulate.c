@@ -42,6 +42,31 @@ EXPORT void jax_nano_vdpbf16ps(float* r, const float* acc, const uint16_t* a, co
   _mm_setcsr(before);
 }
 
+static uint16_t RoundToBf16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  const uint16_t high = bits >> 16;
+  switch (fpclassify(x)) {
+    case FP_NAN:
+      return high | 0x40;  // quiet
+    case FP_SUBNORMAL:
+      return high & 0x8000;
+    default:
+      return (bits + 0x7fff + (high & 1)) >> 16;
+  }
+}
+
+// VCVTNEPS2BF16
+EXPORT void jax_nano_vcvtneps2bf16(uint16_t* r, const float* x, int64_t lanes) {
+  for (int64_t i = 0; i < lanes; ++i) r[i] = RoundToBf16(x[i]);
+}
+
+// VCVTNE2PS2BF16: the first operand's are the higher lanes.
+EXPORT void jax_nano_vcvtne2ps2bf16(uint16_t* r, const float* higher, const float* lower, int64_t lanes) {
+  jax_nano_vcvtneps2bf16(r, lower, lanes / 2);
+  jax_nano_vcvtneps2bf16(r + lanes / 2, higher, lanes / 2);
+}
+
 // Integers wrap around, so all sums are taken in unsigned arithmetic.
 
 // VPMADDWD: only -32768 * -32768, twice, leaves int32.

@@ -23,6 +23,8 @@ BASELINE = TARGETS["x86-64-v3"]
 
 REFERENCES = {
     "llvm.x86.avx512bf16.dpbf16ps": "jax_nano_vdpbf16ps",
+    "llvm.x86.avx512bf16.cvtneps2bf16": "jax_nano_vcvtneps2bf16",
+    "llvm.x86.avx512bf16.cvtne2ps2bf16": "jax_nano_vcvtne2ps2bf16",
     "llvm.x86.avx512.pmaddw.d": "jax_nano_vpmaddwd",
     "llvm.x86.avx512.vpdpwssd": "jax_nano_vpdpwssd",
     "llvm.x86.avx512.vpdpbusd": "jax_nano_vpdpbusd",

@@ -218,7 +218,7 @@ class Microkernel:
 
     def _destination(self, given: dict[str, Any]) -> Callable[[Sequence[Value]], None]:
         """What stores the accumulators."""
-        tile, acc = self.tile, self.family.acc
+        tile = self.tile
         rows = [given["c"].at(i * given["rsc"]) for i in range(tile.mr)]
         mask = ir.lane_mask(given["cols"], tile.lanes) if self.masked and self.masks_c else None
         scratch = ir.alloca(tile.lanes, self.out) if self.masked and not self.masks_c else None
@@ -233,15 +233,18 @@ class Microkernel:
             each(values, lambda i, j, v: partial[i].at(j * tile.lanes).store(v, partial_mask))
 
         def finished(values: Sequence[Value]) -> None:
-            def put(i: int, j: int, v: Value) -> None:
-                v = ir.convert(v, acc, self.out)
-                if scratch is None:
-                    rows[i].at(j * tile.lanes).store(v, mask)
-                    return
-                scratch.store(v)
-                ir.loop(0, given["cols"], 1, [], lambda lane: rows[i].at(lane).store(scratch.at(lane).load()))
+            for i, row in enumerate(rows):
+                column = 0
+                for v in self.family.narrowed(values[i * tile.nv : (i + 1) * tile.nv], self.out):
+                    put(row.at(column), v)
+                    column += ir.lanes_of(v)
 
-            each(values, put)
+        def put(at: Ptr, v: Value) -> None:
+            if scratch is None:
+                at.store(v, mask)
+                return
+            scratch.store(v)
+            ir.loop(0, given["cols"], 1, [], lambda lane: at.at(lane).store(scratch.at(lane).load()))
 
         def added(values: Sequence[Value]) -> list[Value]:
             def old(n: int) -> Value:
@@ -253,12 +256,12 @@ class Microkernel:
         def store(values: Sequence[Value]) -> None:
             mode = given["mode"]
 
-            def put(values: Sequence[Value]) -> None:
+            def leave(values: Sequence[Value]) -> None:
                 if self.narrow:
                     ir.if_(ir.equal(mode // MORE, 0), lambda: finished(values), lambda: unfinished(values))
                 else:
                     finished(values)
 
-            ir.if_(ir.equal(mode % MORE, 0), lambda: put(values), lambda: put(added(values)))
+            ir.if_(ir.equal(mode % MORE, 0), lambda: leave(values), lambda: leave(added(values)))
 
         return store

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from ..ir import Value
+from ..ir import Value, convert
 from ..tile import Tile
 
 
@@ -69,9 +69,15 @@ class Family(Protocol):
         """``acc + a * b``, summed over the kr values inside each unit."""
         ...
 
+    def narrowed(self, sums: Sequence[Value], out: str) -> list[Value]:
+        """Sums that lie side by side as elements of C: as many vectors, or fewer and longer ones."""
+        ...
+
 
 class VectorFamily:
     """What families of vector instructions have in common, unless they say otherwise."""
+
+    acc: str
 
     @property
     def parts(self) -> tuple[tuple[int, int], ...]:
@@ -92,6 +98,9 @@ class VectorFamily:
     @property
     def unrolls(self) -> bool:
         return True
+
+    def narrowed(self, sums: Sequence[Value], out: str) -> list[Value]:
+        return [convert(v, self.acc, out) for v in sums]
 
 
 class Corrected(Family, Protocol):

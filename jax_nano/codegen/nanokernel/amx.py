@@ -16,6 +16,7 @@ The tile type of LLVM's dialect is used as it is. MLIR's amx dialect would add m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxlib.mlir import ir as mlir
@@ -74,6 +75,9 @@ class AmxDot:
     def product(self, a: ir.Value, b: ir.Value, acc: ir.Value) -> ir.Value:
         shape = [*_shape(), ir.scalar_constant(UNITS * _UNIT_BYTES, "int16")]
         return _intrinsic(self.instruction, [*shape, acc, a, b])
+
+    def narrowed(self, sums: Sequence[ir.Value], out: str) -> list[ir.Value]:
+        return [ir.convert(v, self.acc, out) for v in sums]
 
 
 def zero() -> ir.Value:

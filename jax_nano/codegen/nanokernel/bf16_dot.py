@@ -2,10 +2,12 @@
 
 Meaning, per lane:  ``acc += a[1] * b[1]; acc += a[0] * b[0]`` with subnormal inputs and results taken as zero and
 rounding to nearest even after each of the two steps, whatever MXCSR says (the vendor's description of VDPBF16PS).
+A sum that is rounded to bf16 is treated likewise (VCVTNE2PS2BF16).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxlib.mlir import ir as mlir
@@ -36,3 +38,16 @@ class Bf16Dot(VectorFamily):
     def product(self, a: ir.Value, b: ir.Value, acc: ir.Value) -> ir.Value:
         pairs = [ir.bitcast(x, self.bits // 16, mlir.BF16Type.get()) for x in (a, b)]
         return ir.call_intrinsic(f"llvm.x86.avx512bf16.dpbf16ps.{self.bits}", acc.type, [acc, *pairs])
+
+    def narrowed(self, sums: Sequence[ir.Value], out: str) -> list[ir.Value]:
+        """Two vectors at a time: half as many stores, each of a whole line."""
+        if out != "bfloat16":
+            return super().narrowed(sums, out)
+        narrow = []
+        for i in range(0, len(sums), 2):
+            lower, *higher = sums[i : i + 2]
+            lanes = ir.lanes_of(lower) * (1 + len(higher))
+            name = f"llvm.x86.avx512bf16.cvtne{'2' if higher else ''}ps2bf16.{self.bits}"
+            elements = ir.call_intrinsic(name, ir.vec(lanes, mlir.BF16Type.get()), [*higher, lower])
+            narrow.append(ir.bitcast(elements, lanes, out))
+        return narrow
