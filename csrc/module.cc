@@ -185,6 +185,8 @@ nb::dict PlanDict(const Plan& plan) {
   d["k_outer"] = LoopList(plan.k_outer);
   d["products"] = plan.products;
   d["split"] = nb::make_tuple(plan.split.products, plan.split.m, plan.split.n);
+  d["k_pieces"] = plan.k_pieces;
+  d["shared_bytes"] = plan.shared_bytes();
   d["workspace_bytes"] = plan.a_pack_bytes + plan.b_pack_bytes + plan.partial_bytes;
   return d;
 }

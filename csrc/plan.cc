@@ -65,6 +65,12 @@ constexpr int64_t kPackAMinTiles = 4;       // an A that is awkward to read, rea
 constexpr int64_t kAliasedRows = 7;
 constexpr int64_t kEvenPanels = 4;  // so many panels of A are equally high: 16 rows are 8 and 8, not 14 and 2
 
+// Results of few tiles from long sums: k is cut instead, on one thread as on many, so that all add up alike.
+constexpr int64_t kFewTiles = 16;
+constexpr int64_t kMinPieceK = 1024;
+constexpr int64_t kMaxPieces = 16;
+constexpr int64_t kPieceUnit = 64;  // where k is not in blocks: of lines of bytes
+
 // Splitting over threads.
 constexpr int64_t kMinItemMacs = 128 << 10;  // about 2 us at peak: less is not worth waking a thread
 constexpr int64_t kItemsPerThread = 4;       // at most: more balance better and pack more often
@@ -98,6 +104,9 @@ double Real(int64_t x) { return static_cast<double>(x); }
 double FullItems(int64_t products, int64_t m, int64_t n, int64_t k) {
   return Real(products) * Real(m) * Real(n) * Real(k) / Real(kMinItemMacs);
 }
+
+// What pieces of k are multiples of, after ChooseSums.
+int64_t KUnit(const GemmArgs& args) { return args.inner || args.sweep ? kPieceUnit : args.kc; }
 
 // Takes the loop of the largest size out of `loops`; the innermost of equals. Size 1 if there is none.
 Loop TakeLargest(std::vector<Loop>& loops) {
@@ -185,6 +194,15 @@ void ChooseSums(const KernelInfo& kernel, int64_t passes, GemmArgs& args) {
   } else {
     args.kc = BalancedBlock(args.k, large ? kLargeKc : b_aliases ? kAliasedKc : kDirectMaxKc, kernel.kr);
   }
+}
+
+int64_t ChooseKPieces(const KernelInfo& kernel, int64_t products, const GemmArgs& args, int64_t passes) {
+  const double tiles = Real(products) * Real(CeilDiv(args.m, kernel.mr)) * Real(CeilDiv(args.n, kernel.nr));
+  // The inner products of a narrow kernel leave no unfinished sums.
+  if (tiles > Real(kFewTiles) || (args.inner && kernel.narrow)) return 1;
+  const double worthwhile = FullItems(products, args.m, args.n, args.k) * Real(passes) / 2;
+  const int64_t most = std::min(kMaxPieces, args.k / std::max(kMinPieceK, KUnit(args)));
+  return std::max<int64_t>(1, static_cast<int64_t>(std::min(Real(most), worthwhile)));
 }
 
 void ChooseBlocks(const KernelInfo& kernel, const Caches& caches, int64_t item_m, int64_t item_n, GemmArgs& args) {
@@ -309,10 +327,6 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
   plan.outer.insert(plan.outer.end(), m.begin(), m.end());
   plan.outer.insert(plan.outer.end(), n.begin(), n.end());
   std::stable_sort(plan.outer.begin(), plan.outer.end(), [](const Loop& x, const Loop& y) { return x.c > y.c; });
-  // Unfinished sums of one product lie in the workspace of a narrow kernel until its last pass.
-  const bool one_by_one = kernel.narrow && !plan.k_outer.empty();
-  const Loop batch = one_by_one ? Loop{1, 0, 0, 0} : TakeLargest(plan.outer);
-  plan.products = batch.size;
   for (const Loop& loop : plan.outer) plan.products *= loop.size;
 
   GemmArgs& args = plan.args;
@@ -324,10 +338,6 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
   args.rsb = inner_k.b;
   args.csb = inner_n.size > 1 ? inner_n.b : 1;
   args.rsc = inner_m.c;
-  args.batch = batch.size;
-  args.bsa = batch.a;
-  args.bsb = batch.b;
-  args.bsc = batch.c;
 
   // A pass over an outer contracting dimension is not worth a thread of its own, but is work.
   int64_t passes = 1;
@@ -335,8 +345,20 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
   const int64_t all_k = args.k * passes;
   plan.divisible = WorthSplitting(plan.products, args.m, args.n, all_k);
   ChooseSums(kernel, passes, args);
-  plan.split = ChooseSplit(kernel, plan.products, args, all_k, threads);
-  const bool partial = kernel.narrow && (passes > 1 || args.sweep || (!args.inner && args.k > args.kc));
+  plan.k_unit = KUnit(args);
+  plan.k_pieces = ChooseKPieces(kernel, plan.products, args, passes);
+  const bool in_pieces = plan.k_pieces > 1;
+
+  // Unfinished sums of one product lie in workspace: of a narrow kernel until its last pass.
+  const bool one_by_one = in_pieces || (kernel.narrow && !plan.k_outer.empty());
+  const Loop batch = one_by_one ? Loop{1, 0, 0, 0} : TakeLargest(plan.outer);
+  args.batch = batch.size;
+  args.bsa = batch.a;
+  args.bsb = batch.b;
+  args.bsc = batch.c;
+
+  plan.split = ChooseSplit(kernel, plan.products, args, all_k, CeilDiv(threads, plan.k_pieces));
+  const bool partial = kernel.narrow && !in_pieces && (passes > 1 || args.sweep || (!args.inner && args.k > args.kc));
   if (partial) plan.split = SplitForPartialSums(kernel, args.m, args.n, plan.split);
   const int64_t item_m = CeilDiv(CeilDiv(args.m, kernel.mr), plan.split.m) * kernel.mr;
   const int64_t item_n = CeilDiv(CeilDiv(args.n, kernel.nr), plan.split.n) * kernel.nr;
@@ -345,6 +367,10 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
   plan.b_pack_bytes = PackedBBytes(kernel, args);
   args.rs_partial = partial ? item_n : 0;
   plan.partial_bytes = PartialBytes(kernel, item_m, args.rs_partial);
+  if (in_pieces) {
+    plan.rs_sums = RoundUp(args.n, kernel.nr);
+    plan.sums_bytes = PartialBytes(kernel, RoundUp(args.m, kernel.mr), plan.rs_sums);
+  }
   return plan;
 }
 

@@ -40,14 +40,23 @@ struct Plan {
   // accumulate into C, in this order.
   std::vector<Loop> k_outer;
 
+  // Pieces of k whose sums are taken apart, in workspace that all threads share, and added when all are there; each a
+  // multiple of k_unit, but the last. More than one where the result is too small to be split.
+  int64_t k_pieces = 1, k_unit = 1;
+  int64_t rs_sums = 0, sums_bytes = 0;  // of one piece's sums of one product: elements between rows, bytes in all
+
   int64_t products = 1;    // outer sizes times args.batch: independent products of m x n x k
   bool divisible = false;  // large enough to be split, if there are threads
   Split split;
   int64_t a_pack_bytes = 0, b_pack_bytes = 0, partial_bytes = 0;  // workspace of one thread
+
+  int64_t items() const { return split.items() * k_pieces; }
+  int64_t shared_bytes() const { return k_pieces > 1 ? products * k_pieces * sums_bytes : 0; }
 };
 
 // For a given kernel and contraction every element of C is the same, bit for bit, whatever `threads` and
-// `caches` are: only the cutting of k decides in which order a sum is taken, and k is cut by its size alone.
+// `caches` are: only the cutting of k decides in which order a sum is taken, and k is cut by the product's shape,
+// strides and dtypes alone.
 Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t threads, const Caches& caches);
 
 // The whole way from labelled arrays: analysis, the best of `targets` that has a kernel, plan. Throws
@@ -64,6 +73,9 @@ void ChooseSums(const KernelInfo& kernel, int64_t passes, GemmArgs& args);
 
 // Whether the kernel can read A where it lies: element by element, or kr of a row at a time.
 bool ReadsA(const KernelInfo& kernel, const GemmArgs& args);
+
+// How many pieces k is cut into, after ChooseSums: like the order of sums, this follows from the product alone.
+int64_t ChooseKPieces(const KernelInfo& kernel, int64_t products, const GemmArgs& args, int64_t passes);
 
 // What only moves data: fills pack_a (but of inner), ahead, mc and nc of `args`, after ChooseSums, for items of item_m
 // x item_n.

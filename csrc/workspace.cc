@@ -40,13 +40,22 @@ void Grow(Buffer& buffer, int64_t bytes) {
   }
 }
 
+void* AtLeast(Buffer& buffer, int64_t bytes) {
+  if (bytes <= 0) return nullptr;
+  if (bytes > buffer.bytes) Grow(buffer, bytes);
+  return buffer.data.get();
+}
+
 }  // namespace
 
 void* Workspace(int64_t bytes) {
   thread_local Buffer buffer;
-  if (bytes <= 0) return nullptr;
-  if (bytes > buffer.bytes) Grow(buffer, bytes);
-  return buffer.data.get();
+  return AtLeast(buffer, bytes);
+}
+
+void* SharedWorkspace(int64_t bytes) {
+  thread_local Buffer buffer;
+  return AtLeast(buffer, bytes);
 }
 
 int64_t WorkspaceHighWater() { return high_water.load(std::memory_order_relaxed); }

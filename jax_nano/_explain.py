@@ -148,7 +148,8 @@ def explain(
     lines += _rows("B", [_operand_text("B", plan, kernel)])
     lines += _rows("blocking", _blocking_lines(plan))
     lines += _rows("split", [_split_text(plan, threads)])
-    lines += _rows("workspace", [f"{size(plan['workspace_bytes'])} a thread"])
+    shared = f", and {size(plan['shared_bytes'])} that all share" if plan["shared_bytes"] else ""
+    lines += _rows("workspace", [f"{size(plan['workspace_bytes'])} a thread{shared}"])
     lines += _rows("cost", _cost_lines(runtime, asked, kernel, algorithm))
     return "\n".join(lines)
 
@@ -165,7 +166,7 @@ def in_short(plan: Mapping[str, Any], threads: int) -> str:
         packed = [operand.upper() for operand in ("a", "b") if plan[f"pack_{operand}"]]
         blocks = f"blocks {plan['mc']} x {plan['nc']} x {plan['kc']} of {plan['m']} x {plan['n']} x {plan['k']}"
         blocking = f"{blocks}, {' and '.join(packed) or 'nothing'} packed"
-    used = min(math.prod(plan["split"]), threads)
+    used = min(math.prod(plan["split"]) * plan["k_pieces"], threads)
     products = f"{plan['products']} products, " if plan["products"] > 1 else ""
     return f"{plan['target']}, {plan['kernel']}, {products}{blocking}, {used} thread{'s' if used > 1 else ''}"
 
@@ -261,15 +262,18 @@ def _blocking_lines(plan: Mapping[str, Any]) -> list[str]:
     if plan["k_outer"]:
         passes = " x ".join(str(loop[0]) for loop in plan["k_outer"])
         lines.append(f"{passes} passes that add to the result, as K is in several dimensions")
+    if plan["k_pieces"] > 1:
+        why = "as sums are long and the result has few tiles"
+        lines.append(f"K in {plan['k_pieces']} pieces, on any number of threads, {why}; their sums are added in pairs")
     return lines
 
 
 def _split_text(plan: Mapping[str, Any], threads: int) -> str:
-    items = math.prod(plan["split"])
+    items = math.prod(plan["split"]) * plan["k_pieces"]
     if items == 1:
         why = "one thread is asked for" if threads == 1 else "too little work to wake another thread"
         return f"one item: {why}"
-    directions = zip(plan["split"], ("products", "M", "N"), strict=True)
+    directions = zip((*plan["split"], plan["k_pieces"]), ("products", "M", "N", "K"), strict=True)
     pieces = " x ".join(f"{pieces} of {name}" for pieces, name in directions if pieces > 1)
     return f"{items} items ({pieces}) over {threads} threads; the bits do not depend on it"
 

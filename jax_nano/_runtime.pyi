@@ -82,7 +82,9 @@ class _Plan(TypedDict):
     k_outer: list[_Loop]  # accumulating passes, outermost first
     products: int  # outer sizes times batch
     split: tuple[int, int, int]  # pieces of products, m, n
+    k_pieces: int  # pieces of k, whose sums are taken apart and then added
     workspace_bytes: int  # of one thread
+    shared_bytes: int  # of all threads of a call: the sums of the pieces
 
 def registrations() -> dict[str, dict[Literal["instantiate", "execute"], CapsuleType]]:
     """FFI targets by name, for `jax.ffi.register_ffi_target(..., platform="cpu")`."""

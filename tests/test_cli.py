@@ -129,6 +129,12 @@ def test_explain_prints_the_plan_of_the_runtime() -> None:
     assert "flop" in done.stdout
 
 
+def test_explain_says_that_k_is_in_pieces() -> None:
+    text = run("explain", "16x16x65536", "--threads", "1").stdout
+    assert "K in 16 pieces" in text
+    assert "16 items (16 of K)" in text
+
+
 @pytest.mark.parametrize("sizes", ["1x1x1", "1x4096x1024", "4x4096x1024", "2048x2048x2048", "0x3x4", "5x6x0"])
 @pytest.mark.parametrize("layout", _explain.LAYOUTS)
 @pytest.mark.parametrize("threads", [1, 3])

@@ -62,6 +62,16 @@ def test_values(rng, activation, dtype):
             )
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("m", [1, 9])
+def test_long_sums(rng, m, dtype):
+    """Taken in pieces: bias, activation and residual meet their sum, once."""
+    x, w, b, r = arrays(rng, m=m, k=9001, dtype=dtype)
+    for activation in epilogues.NAMES:
+        options = {"activation": activation, "residual": r, "scale": 0.5}
+        close(jax_nano.linear(x, w, b, **options), composed(x, w, b, **options))
+
+
 @pytest.mark.parametrize("shape", [(17,), (1, 17), (2, 3, 5, 17), (0, 17), (4, 0)], ids=str)
 @pytest.mark.parametrize("n", [1, 2, 40])
 def test_shapes(rng, shape, n):

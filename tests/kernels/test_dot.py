@@ -69,10 +69,17 @@ LONG_SUMS = [
     Contraction("bmijl,lbjin->bmn", b=3, m=20, n=35, i=3, j=5, l=7),
     Contraction("mk,nk->mn", m=3, n=200, k=3001),
 ]
+IN_PIECES = [
+    Contraction("mk,kn->mn", m=17, n=33, k=9001),
+    Contraction("km,kn->nm", m=40, n=3, k=9001),
+    Contraction("bmk,bnk->bmn", b=3, m=5, n=40, k=8190),
+    Contraction("mik,kin->mn", m=20, n=35, i=3, k=4200),
+    Contraction("bk,bkn->bn", b=2, n=64, k=9001),
+]
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
-@pytest.mark.parametrize("c", LONG_SUMS, ids=str)
+@pytest.mark.parametrize("c", LONG_SUMS + IN_PIECES, ids=str)
 def test_other_dtypes(c, dtypes, rng):
     """Sums longer than a block of K, in passes, of several products: rounded once, the same for any threads."""
     if not _runtime.supports(*dtypes):
@@ -83,6 +90,37 @@ def test_other_dtypes(c, dtypes, rng):
     reference.expected(c.subscripts, lhs, rhs, out=dtypes[2], acc=acc[dtypes[2][0]]).check(alone)
     for threads in (2, 7):
         assert c.dot(lhs, rhs, out=dtypes[2], threads=threads).tobytes() == alone.tobytes(), threads
+
+
+@pytest.mark.parametrize("c", IN_PIECES, ids=str)
+def test_long_sums_of_few_tiles_are_taken_in_pieces(c, rng):
+    """The same ones on any number of threads, or bits would differ."""
+    pieces = {c.plan(threads=threads)["k_pieces"] for threads in (1, 2, 7, 64)}
+    assert len(pieces) == 1
+    assert pieces.pop() > 1
+    lhs, rhs = operands(c, rng)
+    alone = c.dot(lhs, rhs)
+    reference.expected(c.subscripts, lhs, rhs).check(alone)
+    for threads in (2, 3, 16, 64):
+        assert c.dot(lhs, rhs, threads=threads).tobytes() == alone.tobytes(), threads
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_piece_is_lost(dtype, rng):
+    """Infinities and NaN reach the result from any piece, and opposite infinities of two pieces meet."""
+    if not _runtime.supports(*[dtype] * 3):
+        pytest.skip("no kernel")
+    c = Contraction("mk,kn->mn", m=20, n=16, k=20_000)
+    assert c.plan(dtypes=(dtype,) * 3)["k_pieces"] > 1
+    lhs, rhs = (np.abs(reference.random(rng, shape, dtype)) + np.asarray(1, dtype) for shape in c.shapes[:2])
+    places = np.linspace(0, 19_999, 18).astype(int)
+    for row, k in enumerate(places):
+        lhs[row, k] = (np.inf, -np.inf, np.nan)[row % 3]
+    lhs[18, 0], lhs[18, -1] = np.inf, -np.inf
+    got = np.float64(c.dot(lhs, rhs, threads=2))
+    want = np.array([*([np.inf, -np.inf, np.nan] * 6), np.nan])
+    np.testing.assert_array_equal(got[:19], np.broadcast_to(want[:, None], (19, 16)))
+    assert np.isfinite(got[19]).all()
 
 
 @pytest.mark.parametrize("algorithm", ["BF16_BF16_F32", "BF16_BF16_F32_X3", "BF16_BF16_F32_X6"])

@@ -183,20 +183,20 @@ def test_exact_on_integers_in_blocks(subject, rng, orders):
     m, n, k = mc + subject.mr + 1, 2 * nc + 5, 2 * kc + 3
     a = np.asarray(reference.small_integers(rng, (m, k), subject.lhs), order=orders[0])
     b = np.asarray(reference.small_integers(rng, (k, n), subject.rhs), order=orders[1])
-    half = kc + 1
     want = (a.astype(np.int64) @ b.astype(np.int64)).astype(subject.out)
     for pack in packs(subject, orders[1]):
         blocks = {"mc": mc, "nc": nc, "kc": kc, **pack}
         c = reference.poisoned((m, n), subject.out)
         subject.call(a, b, c, **blocks)
         assert np.array_equal(c, want)
-        c = reference.poisoned((m, n), subject.out)
-        rs_partial = -(-n // subject.nr) * subject.nr
-        partial = np.zeros((m, rs_partial), subject.acc)
-        sums = {"partial": partial.ctypes.data, "rs_partial": rs_partial} if subject.narrow else {}
-        subject.call(a[:, :half], b[:half], c, more=1, **blocks, **sums)
-        subject.call(a[:, half:], b[half:], c, accumulate=1, **blocks, **sums)
-        assert np.array_equal(c, want)
+        for first in (kc + 1, k):  # or all of it, and the second call only finishes
+            c = reference.poisoned((m, n), subject.out)
+            rs_partial = -(-n // subject.nr) * subject.nr
+            partial = np.zeros((m, rs_partial), subject.acc)
+            sums = {"partial": partial.ctypes.data, "rs_partial": rs_partial} if subject.narrow else {}
+            subject.call(a[:, :first], b[:first], c, more=1, **blocks, **sums)
+            subject.call(a[:, first:], b[first:], c, accumulate=1, **blocks, **sums)
+            assert np.array_equal(c, want)
 
 
 @pytest.mark.parametrize(("at", "order_b"), [("end", "C"), ("begin", "F")])

@@ -274,11 +274,11 @@ class TestBlocking:
     def test_few_rows_sweep_what_instructions_want_interleaved(self, target, dtype):
         best = {"bfloat16": "avx512_bf16", "int8": "avx512_vnni"}[dtype] if target == "x86-64-v4" else target
         for m in (1, 8):
-            p = Contraction("mk,kn->mn", m=m, n=300, k=5000).plan(target=best, dtypes=(dtype,) * 3, caches=ZEN4)
+            p = Contraction("mk,kn->mn", m=m, n=600, k=5000).plan(target=best, dtypes=(dtype,) * 3, caches=ZEN4)
             chosen = KERNELS[p["kernel"]]
             assert p["sweep"] == (m == 1 or (dtype == "bfloat16" and not chosen["direct_b"]))
             if p["sweep"]:
-                assert p["rs_partial"] >= 300  # sums wait there until they are rounded
+                assert p["rs_partial"] >= 600  # sums wait there until they are rounded
                 assert p["workspace_bytes"] == -(-m // chosen["mr"]) * chosen["mr"] * p["rs_partial"] * 4
 
     @pytest.mark.parametrize(("subscripts", "path"), [("mk,kn->mn", "sweep"), ("mk,nk->mn", "inner")])
@@ -394,6 +394,21 @@ class TestSplit:
     def test_thin_products_are_split_along_their_length(self, target):
         assert plan("mk,kn->mn", m=4, n=8192, k=4096, threads=2, target=target)["split"][1] == 1
         assert plan("mk,kn->mn", m=8192, n=4, k=4096, threads=2, target=target)["split"][2] == 1
+
+    def test_k_is_cut_by_the_product_alone(self, target):
+        """Where the result has few tiles and sums are long, whoever computes it."""
+        for sizes in [(16, 16, 65536), (30, 30, 8192), (1, 100, 9000), (20, 1, 30_000)]:
+            m, n, k = sizes
+            machines = [(1, ZEN4), (2, ZEN4), (64, ZEN4), (2, SMALL), (2, HUGE)]
+            plans = [plan("mk,kn->mn", m=m, n=n, k=k, threads=t, caches=c, target=target) for t, c in machines]
+            assert len({p["k_pieces"] for p in plans}) == 1
+            assert plans[0]["k_pieces"] > 1
+            assert m * n * k / plans[0]["k_pieces"] >= 128 << 10
+
+    def test_k_is_whole_where_there_are_tiles_or_little_work(self, target):
+        for sizes in [(256, 256, 65536), (2, 2, 9000), (64, 64, 1500)]:
+            m, n, k = sizes
+            assert plan("mk,kn->mn", m=m, n=n, k=k, threads=2, target=target)["k_pieces"] == 1
 
 
 KERNELS = {k["name"]: k for k in _runtime.kernels()}
