@@ -188,6 +188,13 @@ class TestErrors:
             plan("mk,kn->mn", m=3, n=5, k=7, target="z80")
 
 
+def test_few_rows_read_pairs_in_memory_once():
+    """By a kernel of any target that widens them where they lie: no second sweep, and nothing packed."""
+    for m, sweeps in ((4, True), (5, False), (8, False), (20, False)):
+        p = Contraction("mk,kn->mn", m=m, n=4096, k=4096).plan(dtypes=("bfloat16",) * 3, caches=ZEN4)
+        assert (p["sweep"], p["pack_b"]) == (sweeps, False)
+
+
 def shapes():
     rng = np.random.default_rng(0)
     fixed = [
