@@ -64,8 +64,8 @@ def _declined(case: Case) -> bool:
     (*operands, out), (lhs, rhs, _) = case.labels, case.shapes
     labels = _shapes.einsum_labels(operands, out, (lhs, rhs))
     assert labels is not None
-    itemsize = DTYPES[case.dtype].operand_dtype.itemsize
-    return _gate.declines(labels, lhs, rhs, element_bytes=(itemsize, itemsize)) is not None
+    operand = DTYPES[case.dtype].operand
+    return _gate.declines(labels, lhs, rhs, dtypes=(operand, operand)) is not None
 
 
 def _measured(case: Case, declined: bool, rounds: int) -> tuple[str, ...]:

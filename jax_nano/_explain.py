@@ -40,12 +40,6 @@ class Request:
     dtypes: tuple[str, str, str]
 
     @property
-    def element_bytes(self) -> tuple[int, int]:
-        """Of each operand's elements."""
-        lhs, rhs, _ = self.dtypes
-        return _cost.ELEMENT_BYTES[lhs], _cost.ELEMENT_BYTES[rhs]
-
-    @property
     def labels(self) -> Labels:
         batch = tuple(range(len(self.batch)))
         m, n, k = (len(batch) + i for i in range(3))

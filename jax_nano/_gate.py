@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
+from jax_nano._cost import ELEMENT_BYTES
 from jax_nano._shapes import Labels
 
 # Multiply-adds of one product. XLA emits small ones inline: in float32 up to 7x7x7 (0.09 us against 0.37; 8x8x8: 0.53),
@@ -41,10 +42,11 @@ VECTOR_FROM_MEMORY: Final = 16 << 20
 VECTOR_ALONG_K: Final = (256 << 10, 1 << 20)
 VECTOR_ACROSS_K_FLOAT32: Final = (1 << 20) + 1
 # Narrow elements XLA converts first. Multiply-adds: along K from 256x256 on (bfloat16: 2.9 us against 1.9; 64x64: 0.24
-# against 0.42), across K from 128x128 (0.84 against 0.66), of bytes from 16x16 on (0.60 us against 0.25).
+# against 0.42), across K from 128x128 (0.84 against 0.66), of bytes and float16 from 16x16 on (0.60 us against 0.25,
+# 0.94 against 0.44; 64x64 of float16: 2.0 against 0.48).
 VECTOR_NARROW_ALONG_K: Final = 2**16
 VECTOR_NARROW_ACROSS_K: Final = 2**14
-VECTOR_BYTES_ACROSS_K: Final = 2**8
+VECTOR_OTHERS_ACROSS_K: Final = 2**8
 # In a batch XLA takes one after the other in a loop that neither vectorizes nor splits well: decoding's attention, 32
 # times 1x128x1024, 3.1 ms against 14.3, 12 times 1x64x128 23 us against 60, twice 1x16x16 1.5 against 2.5 (float32, one
 # core; on two 1.6 to 5.9 times, bfloat16 1.1 to 16 times). Smaller ones have not been measured.
@@ -68,14 +70,14 @@ def declines(
     lhs_shape: Sequence[int],
     rhs_shape: Sequence[int],
     *,
-    element_bytes: tuple[int, int] = (4, 4),
+    dtypes: tuple[str, str] = ("float32", "float32"),
     any_size: bool = False,
 ) -> str | None:
     """Why a product stays with XLA, or None.
 
     Args:
       labels, lhs_shape, rhs_shape: the product.
-      element_bytes: of each operand's elements.
+      dtypes: of each operand's elements.
       any_size: XLA would compute something else.
     """
     if not enabled or any_size:
@@ -89,13 +91,14 @@ def declines(
     if k == 1:
         return "an outer product"
     work = m * n * k
+    element_bytes = [ELEMENT_BYTES[x] for x in dtypes]
     if 1 in (m, n):
-        matrix, width = (labels.rhs, element_bytes[1]) if m == 1 else (labels.lhs, element_bytes[0])
+        matrix, dtype = (labels.rhs, dtypes[1]) if m == 1 else (labels.lhs, dtypes[0])
         if m == n:
-            width = max(element_bytes)
+            dtype = max(dtypes, key=lambda x: ELEMENT_BYTES[x])
         stored = [x for x in matrix if _count([sizes[x]]) != 1]
         along_k = stored[-1] in labels.contracting
-        serves = _vector_serves(work, width, along_k=along_k, alone=m == n, batched=batch > 1)
+        serves = _vector_serves(work, dtype, along_k=along_k, alone=m == n, batched=batch > 1)
         return None if serves else "a product with a vector: XLA's loops are as fast"
     shallow = k <= SHALLOW_K and SHALLOW_MIN_RESULT <= m * n < math.inf and n not in SHALLOW_SHORT_ROWS
     if batch == 1 and shallow and min(element_bytes) >= 4:
@@ -105,8 +108,8 @@ def declines(
     return f"too small: {work} multiply-adds of at least {least}" if work < least else None
 
 
-def _vector_serves(elements: float, width: int, *, along_k: bool, alone: bool, batched: bool) -> bool:
-    """Whether a kernel is faster for a vector and a matrix of so many elements of ``width`` bytes.
+def _vector_serves(elements: float, dtype: str, *, along_k: bool, alone: bool, batched: bool) -> bool:
+    """Whether a kernel is faster for a vector and a matrix of so many elements of this dtype.
 
     Args:
       along_k: the matrix is contiguous along the dimension that is summed over.
@@ -115,8 +118,9 @@ def _vector_serves(elements: float, width: int, *, along_k: bool, alone: bool, b
     """
     if batched and not alone and elements >= VECTOR_BATCHED:
         return True
+    width = ELEMENT_BYTES[dtype]
     if width <= 2:
-        across = VECTOR_BYTES_ACROSS_K if width == 1 else VECTOR_NARROW_ACROSS_K
+        across = VECTOR_NARROW_ACROSS_K if dtype == "bfloat16" else VECTOR_OTHERS_ACROSS_K
         return elements >= (VECTOR_NARROW_ALONG_K if along_k else across)
     size = elements * width
     if alone or size >= VECTOR_FROM_MEMORY:

@@ -62,8 +62,8 @@ def choose(
         return Choice(labels, None, "no kernel for {} x {} -> {} at precision {}".format(*dtypes, precision))
     # XLA computes the algorithms that round operands in plain float32: they go to a kernel at any size.
     rounds = signature.algorithm != _signatures.DEFAULT
-    element_bytes = dtypes[0].itemsize, dtypes[1].itemsize
-    declined = _gate.declines(labels, lhs_shape, rhs_shape, element_bytes=element_bytes, any_size=rounds)
+    operands = dtypes[0].name, dtypes[1].name
+    declined = _gate.declines(labels, lhs_shape, rhs_shape, dtypes=operands, any_size=rounds)
     return Choice(labels, None if declined else signature, declined)
 
 

@@ -53,6 +53,7 @@ def worth_a_call(text: str, element_bytes: int) -> list[Dot]:
       text: of the program.
       element_bytes: of the model's matrices; XLA's dots of bfloat16 may be of float32.
     """
+    dtype = {2: "bfloat16", 4: "float32"}[element_bytes]
     return [
         dot
         for dot in dots(text)
@@ -60,6 +61,6 @@ def worth_a_call(text: str, element_bytes: int) -> list[Dot]:
             _shapes.labels_of(dot.dimension_numbers, None, len(dot.lhs), len(dot.rhs)),
             dot.lhs,
             dot.rhs,
-            element_bytes=(element_bytes, element_bytes),
+            dtypes=(dtype, dtype),
         )
     ]

@@ -212,27 +212,28 @@ def test_the_gate_lets_large_vectors_of_narrow_elements_through(monkeypatch: pyt
     labels = _shapes.labels_of(MATMUL, None, 2, 2)
     shapes = ((1, 128), (128, 128))
     assert "vector" in (_gate.declines(labels, *shapes) or "")
-    assert _gate.declines(labels, *shapes, element_bytes=(2, 2)) is None
-    assert _gate.declines(labels, *shapes, element_bytes=(4, 2)) is None
-    assert _gate.declines(labels, *shapes, element_bytes=(2, 4)) is not None
-    assert _gate.declines(labels, (1, 64), (64, 64), element_bytes=(2, 2)) is not None
-    assert _gate.declines(labels, (1, 64), (64, 64), element_bytes=(1, 1)) is None
+    assert _gate.declines(labels, *shapes, dtypes=("bfloat16", "bfloat16")) is None
+    assert _gate.declines(labels, *shapes, dtypes=("float32", "bfloat16")) is None
+    assert _gate.declines(labels, *shapes, dtypes=("bfloat16", "float32")) is not None
+    assert _gate.declines(labels, (1, 64), (64, 64), dtypes=("bfloat16", "bfloat16")) is not None
+    for dtype in ("int8", "float16"):
+        assert _gate.declines(labels, (1, 16), (16, 16), dtypes=(dtype, dtype)) is None
     along_k = _shapes.labels_of((((1,), (1,)), ((), ())), None, 2, 2)
-    assert _gate.declines(along_k, (1, 128), (128, 128), element_bytes=(2, 2)) is not None
-    assert _gate.declines(along_k, (1, 256), (256, 256), element_bytes=(2, 2)) is None
+    assert _gate.declines(along_k, (1, 128), (128, 128), dtypes=("bfloat16", "bfloat16")) is not None
+    assert _gate.declines(along_k, (1, 256), (256, 256), dtypes=("bfloat16", "bfloat16")) is None
 
 
 def test_the_gate_lets_batches_of_vectors_through(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_gate, "enabled", True)
 
-    def why(inputs: list[str], out: str, shapes: tuple[tuple[int, ...], ...], width: int) -> str | None:
-        return _gate.declines(_shapes.einsum_labels(inputs, out, shapes), *shapes, element_bytes=(width, width))
+    def why(inputs: list[str], out: str, shapes: tuple[tuple[int, ...], ...], dtype: str) -> str | None:
+        return _gate.declines(_shapes.einsum_labels(inputs, out, shapes), *shapes, dtypes=(dtype, dtype))
 
-    for width in (1, 2, 4, 8):
-        assert why(["bk", "bkn"], "bn", ((2, 16), (2, 16, 16)), width) is None
-        assert "vector" in (why(["bk", "bkn"], "bn", ((2, 15), (2, 15, 17)), width) or "")
-    assert "vector" in (why(["bk", "bkn"], "bn", ((1, 16), (1, 16, 16)), 4) or "")
-    assert "vector" in (why(["bk", "bk"], "b", ((2, 4096), (2, 4096)), 4) or "")
+    for dtype in ("int8", "bfloat16", "float32", "float64"):
+        assert why(["bk", "bkn"], "bn", ((2, 16), (2, 16, 16)), dtype) is None
+        assert "vector" in (why(["bk", "bkn"], "bn", ((2, 15), (2, 15, 17)), dtype) or "")
+    assert "vector" in (why(["bk", "bkn"], "bn", ((1, 16), (1, 16, 16)), "float32") or "")
+    assert "vector" in (why(["bk", "bk"], "b", ((2, 4096), (2, 4096)), "float32") or "")
 
 
 def test_the_gate_lets_vectors_through_where_memory_or_l2_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,16 +250,16 @@ def test_the_gate_lets_vectors_through_where_memory_or_l2_is_read(monkeypatch: p
         shapes = ((n,), (n, n))
         inputs, output = subscripts.split("->")
         labels = _shapes.einsum_labels(inputs.split(","), output, shapes)
-        assert (_gate.declines(labels, *shapes, element_bytes=(8, 8)) is None) == passes, (subscripts, n)
+        assert (_gate.declines(labels, *shapes, dtypes=("float64", "float64")) is None) == passes, (subscripts, n)
 
 
 def test_the_gate_keeps_fewer_small_products_of_other_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_gate, "enabled", True)
     labels = _shapes.labels_of(MATMUL, None, 2, 2)
-    for element_bytes in ((1, 1), (2, 2), (8, 8)):
-        assert _gate.declines(labels, (5, 5), (5, 5), element_bytes=element_bytes) is not None
-        assert _gate.declines(labels, (6, 6), (6, 6), element_bytes=element_bytes) is None
-    assert _gate.declines(labels, (512, 16), (16, 512), element_bytes=(2, 2)) is None
+    for dtype in ("int8", "bfloat16", "float64"):
+        assert _gate.declines(labels, (5, 5), (5, 5), dtypes=(dtype, dtype)) is not None
+        assert _gate.declines(labels, (6, 6), (6, 6), dtypes=(dtype, dtype)) is None
+    assert _gate.declines(labels, (512, 16), (16, 512), dtypes=("bfloat16", "bfloat16")) is None
 
 
 def test_the_gate_is_for_what_xla_computes_alike(monkeypatch: pytest.MonkeyPatch) -> None:
