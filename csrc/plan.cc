@@ -85,6 +85,8 @@ constexpr int64_t kFineItemsPerThread = 16;  // where nothing is packed
 constexpr int64_t kSweepItemsPerThread = 1;
 constexpr int64_t kStreamItemsPerThread = 2;
 constexpr double kPackMacs = 12;             // cost of packing one element, in multiply-adds
+constexpr double kReadMacs = 0.5;            // and of reading it once more where nothing is packed
+constexpr double kSharedRowMacs = 500;       // cost of a row of C that two cores write parts of
 constexpr double kRowsOfMemory = 20;         // of A that an element of B serves in the time in which memory brings one
 constexpr double kItemMacs = 32 << 10;       // cost of claiming an item, and of caches that know nothing of it
 constexpr double kProductMacs = 1.5 * 1024;  // cost of beginning a product, or a piece of it, inside an item: 25 ns
@@ -273,8 +275,9 @@ Split ChooseSplit(const KernelInfo& kernel, int64_t products, const GemmArgs& ar
       !args.pack_b && !args.inner && !fine && args.k * args.rsb * ElementBytes(kernel.rhs) >= kLargeBBytes;
   const double least_rows = streams ? kRowsOfMemory : 1;
   // Each item packs its own columns of B, and its own rows of A if those are packed too.
-  const double b_macs = args.pack_b ? kPackMacs : 0;
-  const double a_macs = args.pack_b && (!ReadsA(kernel, args) || AwkwardA(kernel, args)) ? kPackMacs : 0;
+  const bool packs_a = args.pack_b && (!ReadsA(kernel, args) || AwkwardA(kernel, args));
+  const double b_macs = args.pack_b ? kPackMacs : kReadMacs;
+  const double a_macs = packs_a ? kPackMacs : args.pack_b ? 0 : kReadMacs;
   const int64_t unpacked = fine ? kFineItemsPerThread : args.sweep ? kSweepItemsPerThread : kStreamItemsPerThread;
   const int64_t per_thread = fine || streams ? unpacked : kItemsPerThread;
   const double full_items = FullItems(products, args.m, args.n, k);
@@ -284,6 +287,8 @@ Split ChooseSplit(const KernelInfo& kernel, int64_t products, const GemmArgs& ar
   const double m = Real(m_units * kernel.mr), n = Real(n_units * kernel.nr);
   // Times in multiply-adds for each value of k.
   const double depth = std::max(Real(k), 1.0), claim = kItemMacs / depth, begin = kProductMacs / depth;
+  // Packed panels cost so much more that columns are cut in any case.
+  const double shared_rows = args.pack_b ? 0 : kSharedRowMacs * Real(args.m) / depth;
   const auto cost = [&](double rows, double cols) {
     return std::max(rows, least_rows) * cols + a_macs * rows + b_macs * cols + begin;
   };
@@ -297,8 +302,9 @@ Split ChooseSplit(const KernelInfo& kernel, int64_t products, const GemmArgs& ar
       for (int64_t sp = 1; sp <= std::min(products, most / sn / sm); ++sp) {
         const double last = largest * Real(CeilDiv(products, sp)) + claim;
         const double turns = Real(CeilDiv(sp * sm * sn, threads));
-        // Threads that are done take what is left, so that sizes even out over several turns.
-        const double time = std::max(last, (average * Real(products) / Real(sp) + claim) * turns) + kTail * last;
+        const double item = average * Real(products) / Real(sp) + claim;
+        // Threads that are done take what is left, so that sizes even out over several turns, but for one item.
+        const double time = item * turns + (last - item) + kTail * last + (sn > 1 ? shared_rows : 0);
         if (time < best_time) {
           best_time = time;
           best = {sp, sm, sn};

@@ -387,7 +387,13 @@ class TestSplit:
         """A thread that wakes up late then still finds most of its half of the work."""
         p = plan("mk,kn->mn", m=256, n=256, k=256, threads=2, target=target)
         assert not p["pack_b"]
-        assert np.prod(p["split"]) >= 6
+        assert np.prod(p["split"]) >= 4
+
+    def test_long_results_are_cut_across_their_length(self, target):
+        """Nothing is read twice then, and no page of the result is written by two cores."""
+        products, m, n = plan("mk,kn->mn", m=65536, n=64, k=64, threads=2, target=target)["split"]
+        assert (products, n) == (1, 1)
+        assert m >= 16
 
     def test_batches_are_split_whole(self, target):
         products, m, n = plan("bmk,bkn->bmn", b=512, m=32, n=32, k=32, threads=4, target=target)["split"]
