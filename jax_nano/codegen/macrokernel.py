@@ -63,6 +63,13 @@ GEMM_ARGS = (
 UNHURRIED_STEPS = 256
 """Of so many K steps one in four is enough to fetch what a tile needs and its share of what comes next."""
 
+NEAR_STEPS, NEAR_BYTES = 168, 256 << 10
+"""With fewer K steps and no more bytes of B nothing is worth fetching: planning walks takes longer than it saves."""
+
+SHORT_ROWS, SHORT_WIDE_ROWS, WIDE_VECTORS = 4, 8, 4
+"""Rows of tiles that are stored often; the latter where a row of C is longer than so many vectors, and B read by more
+tiles."""
+
 
 @dataclass(frozen=True)
 class Gemm:
@@ -313,20 +320,29 @@ class _LoopNest:
         gemm = self.gemm
         asked_for = x.size["inner"] | x.size["sweep"] | x.size["pack_a"] | x.size["pack_b"]
         whole = ir.both(ir.negate(ir.less(x.size["kc"], x.size["k"])), ir.negate(ir.less(x.size["nc"], x.size["n"])))
-        short = ir.less(self.packing.depth(x.size["k"]), walks_min_steps(gemm.tile, gemm.out))
-        return ir.both(ir.equal(asked_for, 0), ir.both(whole, short))
+        depth = self.packing.depth(x.size["k"])
+        most = ir.select_size(self._b_is_near(x), NEAR_STEPS, walks_min_steps(gemm.tile, gemm.out))
+        return ir.both(ir.equal(asked_for, 0), ir.both(whole, ir.less(depth, most)))
+
+    def _b_is_near(self, x: _Given) -> Value | bool:
+        """Whether B stays in L2 while all panels of A pass."""
+        return ir.negate(ir.less(NEAR_BYTES, x.size["k"] * x.size["n"] * ir.elem_bytes(self.gemm.b)))
 
     def _unblocked(self, x: _Given) -> None:
         """The loops around rows of tiles for such products: all that they need is known before the first."""
-        rows = x.size["panel"]
+        m, most = x.size["m"], ir.minimum(x.size["panel"], self._rows_at_once(x.size["n"]))
+        panels = (m + (most - 1)) // most
+        # Of equal height, so that none is so low that its loads take longer than its products.
+        height = (m + (panels - 1)) // ir.select_size(ir.equal(m, 0), 1, panels)
         more = x.size["more"]
         given: dict[str, Ptr | Size] = {
             **x.ptr,
             **x.size,
+            "walks": walks_of(self.gemm.tile, self.gemm.out, x.ptr["walks"]).rest,
             "k": self.packing.depth(x.size["k"]),
             "cols": x.size["n"],
             "b_step": 1,
-            "fetch": 1,
+            "fetch": ir.select_size(self._b_is_near(x), 0, 1),
             "wrap": 0,
             "mode": x.size["accumulate"] * ADD + more * MORE,
             "column": 0,
@@ -342,13 +358,26 @@ class _LoopNest:
                     "b": b,
                     "c": c.at(i * x.size["rsc"]),
                     "partial": x.ptr["partial"].at(i * x.size["rs_partial"]),
-                    "rows": ir.minimum(x.size["m"] - i, rows),
+                    "rows": ir.minimum(m - i, height),
                 }
                 self._row_of_tiles(self.stream_rows, {**given, **here})
 
-            ir.loop(0, x.size["m"], rows, [], panel)
+            ir.loop(0, m, height, [], panel)
 
         ir.loop(0, x.size["batch"], 1, [], product)
+
+    def _rows_at_once(self, n: Size) -> Size:
+        """The most rows of a panel of A, where the sums are so short that the stores of a tile count.
+
+        A core takes a store of 512 bits in two cycles, and soon waits with all else where it gets many at a time:
+        beside its K loop a 14x32 tile of 32 steps cost 51 to 85 cycles, an 8x32 one 3 to 29, without stores both 0
+        (Zen 4). Only where the lower tiles are wider: else what calling them costs is more.
+        """
+        tile, target = self.gemm.tile, self.gemm.target
+        if target.vector_bits < 512:
+            return tile.mr
+        wide = ir.select_size(ir.less(WIDE_VECTORS * tile.lanes, n), SHORT_WIDE_ROWS, SHORT_ROWS)
+        return ir.select_size(ir.less(tile.nr, n), wide, tile.mr)
 
     def _row_of_tiles(self, tile_rows: list[str], given: Mapping[str, Ptr | Size]) -> None:
         """Calls the one for as many rows as there are."""
@@ -449,6 +478,7 @@ class _LoopNest:
         walking = ir.both(
             ir.negate(ir.less(panel_depth, walks_min_steps(gemm.tile, gemm.out))), ir.negate(ir.less(cols, nr))
         )
+        walks = ir.select_ptr(walking, x.ptr["walks"], walks_of(gemm.tile, gemm.out, x.ptr["walks"]).rest)
 
         def panel(ir_: Size) -> None:
             here = ir.minimum(block.rows - ir_, rows_at_once)
@@ -485,7 +515,7 @@ class _LoopNest:
             given: dict[str, Ptr | Size] = {
                 "a": a,
                 "b": b,
-                "walks": x.ptr["walks"],
+                "walks": walks,
                 "rsa": rsa,
                 "csa": csa,
                 "rsb": b_strides[0],

@@ -8,8 +8,7 @@ only strides differ) and writes one tile of C. Its generated signature is
 with strides in elements of what the pointers point to, ``k`` in K steps, and ``cols`` the columns of C that exist
 (only masked microkernels look at it: they neither read B nor touch C beyond it). Accumulators start from zero (or
 from the corrections in front of a panel of B), and what C held is added at the end, so that no K loop waits for C; it
-is prefetched instead: by the main microkernel along the first of its ``walks``, if its K loop is long enough for
-these, else at the start.
+is prefetched instead: by the main microkernel along the first of its ``walks``, if there are any, else at the start.
 
 ``mode`` is a sum of ADD (the tile continues an earlier sum over K) and MORE (the sum over K goes on after this
 call). Where C is narrower than the accumulators, unfinished sums live in ``partial`` and C is written once, rounded
@@ -139,8 +138,9 @@ class Microkernel:
         given: dict[str, Any] = dict(zip(self.params, args, strict=True))
         tile = self.tile
         a, b, rsa, csa, rsb, k = (given[x] for x in ("a", "b", "rsa", "csa", "rsb", "k"))
-        short = ir.less(k, walks_min_steps(tile, self.out)) if self.main else True
-        ir.if_(short, lambda: self._prefetch_c(given))
+        walks = walks_of(tile, self.out, given["walks"])
+        still = walks.are_none if self.main else True
+        ir.if_(still, lambda: self._prefetch_c(given))
         load_b = self._b_loader(given["cols"])
         store = self._destination(given)
 
@@ -179,7 +179,7 @@ class Microkernel:
         rest = k
         if self.main:
             rest = k % self.unroll
-            state = walks_of(tile, self.out, given["walks"]).go(k // self.unroll, short, state, k_steps)
+            state = walks.go(k // self.unroll, still, state, k_steps)
         out = ir.loop(0 - rest, 0, 1, state, lambda _, *carried: k_step(*carried))
         store(out[len(bases) + 1 :])
 

@@ -20,7 +20,7 @@ LINE = 64  # bytes
 A_WALKS = 4  # along A's next panel where it lies
 B_WALKS = 2  # along B's next block
 OTHER_WALKS = A_WALKS + 1 + B_WALKS  # beside those along C; 1 along A's next packed panel
-_FIELDS = 5
+_FIELDS, _TURNS = 5, 3
 _ENDLESS = 1 << 62
 
 
@@ -75,9 +75,19 @@ class Walks:
         for field, value in enumerate(sizes, 1):
             entry.at(field).store(ir.as_value(value))
 
-    def go(self, turns: Size, skip: Any, state: Sequence[Any], body: Callable[..., Sequence[Any]]) -> list[Any]:
+    @property
+    def rest(self) -> Ptr:
+        """The table of a row that fetches nothing: its only walk stands still."""
+        return self.table.at(self.size * _FIELDS)
+
+    @property
+    def are_none(self) -> Value | bool:
+        """Whether ``table`` is another's ``rest``."""
+        return ir.negate(ir.less(I64(self.table.at(_TURNS).load()), _ENDLESS))
+
+    def go(self, turns: Size, none: Any, state: Sequence[Any], body: Callable[..., Sequence[Any]]) -> list[Any]:
         """Runs ``state = body(*state)`` for ``turns`` turns with their prefetches; returns the last state and moves the
-        walks on to the next tile. With ``skip`` nothing is fetched.
+        walks on to the next tile. ``none`` says whether there are any.
         """
 
         def one(i: Size, left: I64, *state: Any) -> list[Any]:
@@ -101,6 +111,6 @@ class Walks:
             _, *after = ir.loop(0 - count, 0, 1, [start, *state], turn)
             return [left - count, *after]
 
-        first = ir.select_size(skip, self.size, 0)
-        _, *after = ir.loop(first, self.size + 1, 1, [turns, *state], one)
+        entries = ir.select_size(none, 1, self.size + 1)
+        _, *after = ir.loop(0, entries, 1, [turns, *state], one)
         return after
