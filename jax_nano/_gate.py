@@ -37,9 +37,11 @@ SHALLOW_SHORT_ROWS: Final = range(6, 33)
 # Products with a vector, by the bytes of the matrix. XLA reads what lies in L3 as fast as we do, and small ones need no
 # call (1x64x64: 0.23 us against 0.41). Ours are faster from memory (1x4096x4096 float32: 3.4 ms against 2.1, along K
 # 41 against 2.8; float64 the same), along K within L2 (512x512: 19 us against 13; float64 256x256: 12.8 against 7.5),
-# and across K where float32 is beyond it (1x1024x1024: 62 us against 59; float64: 155 against 157).
+# and across K where float32 is beyond it (1x1024x1024: 62 us against 59; float64: 155 against 157). Of long sums in L3,
+# two cores take 1.2 to 2.8 times less, one 0.94 to 1.5 times (64x8192: 32 us against 33, two cores 36 and 19).
 VECTOR_FROM_MEMORY: Final = 16 << 20
 VECTOR_ALONG_K: Final = (256 << 10, 1 << 20)
+VECTOR_LONG_K: Final = 4096
 VECTOR_ACROSS_K_FLOAT32: Final = (1 << 20) + 1
 # Narrow elements XLA converts first. Multiply-adds: along K from 256x256 on (bfloat16: 2.9 us against 1.9; 64x64: 0.24
 # against 0.42), across K from 128x128 (0.84 against 0.66), of bytes and float16 from 16x16 on (0.60 us against 0.25,
@@ -98,7 +100,7 @@ def declines(
             dtype = max(dtypes, key=lambda x: ELEMENT_BYTES[x])
         stored = [x for x in matrix if _count([sizes[x]]) != 1]
         along_k = stored[-1] in labels.contracting
-        serves = _vector_serves(work, dtype, along_k=along_k, alone=m == n, batched=batch > 1)
+        serves = _vector_serves(work, k, dtype, along_k=along_k, alone=m == n, batched=batch > 1)
         return None if serves else "a product with a vector: XLA's loops are as fast"
     shallow = k <= SHALLOW_K and SHALLOW_MIN_RESULT <= m * n < math.inf and n not in SHALLOW_SHORT_ROWS
     if batch == 1 and shallow and min(element_bytes) >= 4:
@@ -108,10 +110,11 @@ def declines(
     return f"too small: {work} multiply-adds of at least {least}" if work < least else None
 
 
-def _vector_serves(elements: float, dtype: str, *, along_k: bool, alone: bool, batched: bool) -> bool:
+def _vector_serves(elements: float, k: float, dtype: str, *, along_k: bool, alone: bool, batched: bool) -> bool:
     """Whether a kernel is faster for a vector and a matrix of so many elements of this dtype.
 
     Args:
+      k: terms of each sum.
       along_k: the matrix is contiguous along the dimension that is summed over.
       alone: it is a vector itself.
       batched: there are several of them.
@@ -127,7 +130,7 @@ def _vector_serves(elements: float, dtype: str, *, along_k: bool, alone: bool, b
         return elements == math.inf or not alone
     if along_k:
         least, most = VECTOR_ALONG_K
-        return least <= size <= most
+        return least <= size and (size <= most or k >= VECTOR_LONG_K)
     return width == 4 and size >= VECTOR_ACROSS_K_FLOAT32
 
 

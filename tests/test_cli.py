@@ -163,6 +163,8 @@ def test_explain_shows_what_the_gate_decides() -> None:
     assert "lets it through" in run("explain", "2x2x2", JAX_NANO_GATE="off").stdout
     assert "left to XLA: sums of 16 terms" in run("explain", "1024x1024x16").stdout
     assert "lets it through" in run("explain", "4096x16x16").stdout
+    assert "left to XLA: a product with a vector" in run("explain", "1024x1x1024").stdout
+    assert "lets it through" in run("explain", "64x1x8192").stdout
 
 
 @pytest.mark.parametrize(
