@@ -234,40 +234,41 @@ nb::dict ExplainPlan(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_l
   return PlanDict(spec.MakePlanFor(TargetsFor(target), threads, sizes));
 }
 
-void Dot(uintptr_t lhs, uintptr_t rhs, uintptr_t out, Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels,
-         Ints out_labels, std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads,
-         std::string algorithm) {
-  const CallSpec spec = {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels,
-                         lhs_dtype, rhs_dtype, out_dtype,  algorithm};
+// Runs one plan on all sets of buffers in turn, `trips` times; returns the seconds, without planning.
+double RunOften(const CallSpec& spec, int64_t threads, const std::vector<Buffers>& sets, int64_t trips) {
   const nb::gil_scoped_release release;
   const Plan plan = spec.MakePlanFor(SelectedTargets(), threads, HostCaches());
-  PrivatePool pool(threads);
-  RunPlan(plan, {reinterpret_cast<const void*>(lhs), reinterpret_cast<const void*>(rhs), reinterpret_cast<void*>(out)},
-          pool);
-}
-
-// A set of buffers: addresses of the operands and of the result.
-using BufferRows = nb::ndarray<const uintptr_t, nb::shape<-1, 3>, nb::c_contig, nb::device::cpu>;
-
-// Seconds in which one plan goes through all sets of buffers `trips` times, for benchmarks of the kernels alone.
-double TimeDot(const BufferRows& rows, int64_t trips, Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels,
-               Ints out_labels, std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads,
-               std::string algorithm) {
-  const CallSpec spec = {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels,
-                         lhs_dtype, rhs_dtype, out_dtype,  algorithm};
-  const nb::gil_scoped_release release;
-  const Plan plan = spec.MakePlanFor(SelectedTargets(), threads, HostCaches());
-  std::vector<Buffers> sets;
-  for (size_t i = 0; i < rows.shape(0); ++i) {
-    sets.push_back({reinterpret_cast<const void*>(rows(i, 0)), reinterpret_cast<const void*>(rows(i, 1)),
-                    reinterpret_cast<void*>(rows(i, 2))});
-  }
   PrivatePool pool(threads);
   const auto start = std::chrono::steady_clock::now();
   for (int64_t trip = 0; trip < trips; ++trip) {
     for (const Buffers& set : sets) RunPlan(plan, set, pool);
   }
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+Buffers BuffersAt(uintptr_t lhs, uintptr_t rhs, uintptr_t out) {
+  return {reinterpret_cast<const void*>(lhs), reinterpret_cast<const void*>(rhs), reinterpret_cast<void*>(out)};
+}
+
+void Dot(uintptr_t lhs, uintptr_t rhs, uintptr_t out, Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels,
+         Ints out_labels, std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads,
+         std::string algorithm) {
+  RunOften({lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels, lhs_dtype, rhs_dtype, out_dtype, algorithm},
+           threads, {BuffersAt(lhs, rhs, out)}, 1);
+}
+
+// A set of buffers: addresses of the operands and of the result.
+using BufferRows = nb::ndarray<const uintptr_t, nb::shape<-1, 3>, nb::c_contig, nb::device::cpu>;
+
+// For benchmarks of the kernels alone.
+double TimeDot(const BufferRows& rows, int64_t trips, Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels,
+               Ints out_labels, std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads,
+               std::string algorithm) {
+  std::vector<Buffers> sets;
+  for (size_t i = 0; i < rows.shape(0); ++i) sets.push_back(BuffersAt(rows(i, 0), rows(i, 1), rows(i, 2)));
+  return RunOften(
+      {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels, lhs_dtype, rhs_dtype, out_dtype, algorithm}, threads,
+      sets, trips);
 }
 
 const KernelInfo& KernelNamed(std::string_view name) {
