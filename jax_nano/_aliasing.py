@@ -9,9 +9,9 @@ buffer, whatever the hook does:
   the result; `call` and `conditional` pass buffers on in the same way;
 * a donated parameter of the program and the result that takes it over, and a custom call's `output_operand_aliasing`.
 
-Where two values of one buffer were alive at the same time, XLA has inserted a copy. It has *not* done so for readers and
-updates that a rewrite adds. All other sharing is decided afterwards, from how long values live in the module that the
-hook returns, and needs no care. So there are three rules, each of them a function here:
+Where two values of one buffer were alive at the same time, XLA has inserted a copy. It has *not* done so for readers
+and updates that a rewrite adds. All other sharing is decided afterwards, from how long values live in the module that
+the hook returns, and needs no care. So there are three rules, each of them a function here:
 
 1. To read an array later than the program did, or where it did not: `keeps_its_value`. Nothing that shares its buffer
    is written while the program may still read it.
@@ -95,16 +95,12 @@ def updated_operands(module: Module, fusion: Instruction, end: Instruction) -> l
     """
     computation = module.computation(fusion.called_computation_ids[0])
     by_id = {x.id: x for x in computation.instructions}
-    end = _behind_views(by_id, end)
-    if end.opcode not in _IN_PLACE:
-        return []
-    if end.opcode != "dynamic-update-slice":
-        return None
-    updated = _behind_views(by_id, by_id[end.operand_ids[0]])
-    if updated.opcode != "parameter":
-        return []
-    readers = [x for x in computation.instructions for operand in x.operand_ids if operand == updated.id]
-    return [updated.parameter_number] if len(readers) == 1 else None
+    updated = _updated_parameters(by_id, end)
+    if len(updated) > 1:
+        return None  # a scatter
+    parameters = {x.id for x in computation.instructions if x.opcode == "parameter" and x.parameter_number in updated}
+    readers = [x for x in computation.instructions for operand in x.operand_ids if operand in parameters]
+    return updated if len(readers) <= 1 else None
 
 
 def _behind_views(by_id: Mapping[int, Instruction], instruction: Instruction) -> Instruction:
@@ -126,4 +122,18 @@ def _reads(module: Module, body: Body, instruction: Instruction, user: Instructi
     if user.opcode != "fusion" or user.output_operand_aliasing:
         return False
     fused = module.computation(user.called_computation_ids[0])
-    return not any(x.opcode in _IN_PLACE for x in fused.instructions)
+    by_id = {x.id: x for x in fused.instructions}
+    root = by_id[fused.root_id]
+    ends = [by_id[i] for i in root.operand_ids] if root.opcode == "tuple" else [root]
+    return all(user.operand_ids[i] != instruction.id for end in ends for i in _updated_parameters(by_id, end))
+
+
+def _updated_parameters(by_id: Mapping[int, Instruction], end: Instruction) -> list[int]:
+    """Numbers of the parameters in whose memory a fused computation has the result `end`."""
+    end = _behind_views(by_id, end)
+    if end.opcode not in _IN_PLACE:
+        return []
+    # A scatter of several arrays has them first.
+    updated = [_behind_views(by_id, by_id[i]) for i in end.operand_ids]
+    updated = updated[:1] if end.opcode == "dynamic-update-slice" else updated
+    return [x.parameter_number for x in updated if x.opcode == "parameter"]

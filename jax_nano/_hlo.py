@@ -75,6 +75,7 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
     "Shape": {
         "element_type": (2, "int32"),
         "dimensions": (3, "*int64"),
+        "tuple_shapes": (4, "*Shape"),
         "layout": (5, "Layout"),
         "is_dynamic_dimension": (6, "*bool"),
     },
@@ -186,6 +187,17 @@ def _array_of(serialized: bytes) -> Array | None:
     return Array(dtype, dims, major_to_minor, physical, major_to_minor == tuple(range(len(dims))))
 
 
+def same_shape(x: Any, y: Any) -> bool:
+    """Whether two Shapes have the same dtype, sizes and order of dimensions in memory, element by element if tuples."""
+    if x.tuple_shapes or y.tuple_shapes:
+        pairs = zip(x.tuple_shapes, y.tuple_shapes, strict=False)
+        return len(x.tuple_shapes) == len(y.tuple_shapes) and all(same_shape(*pair) for pair in pairs)
+    if x.element_type != y.element_type or x.dimensions != y.dimensions:
+        return False
+    orders = x.layout.minor_to_major, y.layout.minor_to_major
+    return not all(orders) or orders[0] == orders[1]
+
+
 def set_array(shape: Any, dtype: np.dtype, dims: Sequence[int]) -> None:
     """Makes a Shape that of an array in row-major order."""
     shape.Clear()
@@ -198,6 +210,11 @@ def set_array(shape: Any, dtype: np.dtype, dims: Sequence[int]) -> None:
 def attribute(message: Any, key: str) -> str | None:
     """A frontend attribute of a module or an instruction."""
     return next((entry.value for entry in message.frontend_attributes.map if entry.key == key), None)
+
+
+def is_one_function(instruction: Instruction) -> bool:
+    """Whether XLA compiles all that an instruction calls, loops too, into one function: no call can stand in it."""
+    return instruction.opcode == "call" and attribute(instruction, "xla_cpu_small_call") == "true"
 
 
 def scalar(constant: Instruction) -> float:
@@ -240,6 +257,14 @@ class Module:
     def computation(self, number: int) -> Computation:
         """The computation with this id."""
         return self._by_id[number]
+
+    def program_shape(self) -> list[Any]:
+        """Copies of the shapes of the program's result and of its parameters in order."""
+        entry = self.computation(self.entry_id)
+        parameters = sorted((x.parameter_number, x.id) for x in entry.instructions if x.opcode == "parameter")
+        shapes = {x.id: x.shape for x in entry.instructions}
+        numbers = (entry.root_id, *(number for _, number in parameters))
+        return [_Shape.FromString(shapes[number].SerializeToString()) for number in numbers]
 
     def called_from(self, is_caller: Callable[[Instruction], bool]) -> set[int]:
         """Ids of the computations that some instructions call, and of those that these call in turn."""

@@ -71,7 +71,7 @@ def rewrite(module: Module) -> list[_report.Product]:
         if instruction.opcode == "fusion"
         for number in instruction.called_computation_ids
     }
-    products, why_not, in_one_function = [], _why_not(module), module.called_from(_is_small_call)
+    products, why_not, in_one_function = [], _why_not(module), module.called_from(_hlo.is_one_function)
     for computation in module.computations:
         if computation.id in fused:  # a fusion is looked at as a whole, where it stands
             continue
@@ -93,11 +93,6 @@ def _why_not(module: Module) -> str | None:
     if donated <= _MOST_DONATED:
         return None
     return f"this jaxlib would not reuse the {donated >> 20} MiB that the program donates; 0.11.1 and newer do"
-
-
-def _is_small_call(instruction: Instruction) -> bool:
-    """Whether XLA compiles all that an instruction calls, loops included, into one function."""
-    return instruction.opcode == "call" and _hlo.attribute(instruction, "xla_cpu_small_call") == "true"
 
 
 def _dot_of(module: Module, body: Body, instruction: Instruction) -> Dot | None:
