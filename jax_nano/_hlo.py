@@ -43,6 +43,7 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
     "Computation": {
         "name": (1, "string"),
         "instructions": (2, "*Instruction"),
+        "program_shape": (4, "ProgramShape"),
         "id": (5, "int64"),
         "root_id": (6, "int64"),
     },
@@ -72,6 +73,7 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
         "custom_call_api_version": (77, "int32"),
         "dot_sparsity": (86, "*bytes"),
     },
+    "ProgramShape": {"parameters": (1, "*Shape"), "result": (2, "Shape"), "parameter_names": (3, "*string")},
     "Shape": {
         "element_type": (2, "int32"),
         "dimensions": (3, "*int64"),
@@ -217,6 +219,29 @@ def is_one_function(instruction: Instruction) -> bool:
     return instruction.opcode == "call" and attribute(instruction, "xla_cpu_small_call") == "true"
 
 
+def become_parameter(instruction: Instruction, parameter_number: int) -> None:
+    """Makes an instruction of a fused computation a parameter of the same shape."""
+    _become(instruction, "parameter")
+    instruction.parameter_number = parameter_number
+
+
+def become_bitcast(instruction: Instruction) -> None:
+    """Makes an instruction a bitcast of its operand."""
+    operands = list(instruction.operand_ids)
+    _become(instruction, "bitcast")
+    instruction.operand_ids.extend(operands)
+
+
+def _become(instruction: Instruction, opcode: str) -> None:
+    old = type(instruction)()
+    old.CopyFrom(instruction)
+    instruction.Clear()
+    instruction.id, instruction.name, instruction.opcode = old.id, old.name, opcode
+    instruction.shape.CopyFrom(old.shape)
+    instruction.metadata.CopyFrom(old.metadata)
+    instruction.control_predecessor_ids.extend(old.control_predecessor_ids)
+
+
 def scalar(constant: Instruction) -> float:
     """The value of a constant without dimensions, of float32, bfloat16 or float16."""
     literal = _Literal.FromString(constant.literal)
@@ -275,6 +300,59 @@ class Module:
                     found.update(instruction.called_computation_ids)
         return found
 
+    def fused(self) -> frozenset[int]:
+        """Ids of the computations that are bodies of fusions."""
+        return frozenset(
+            number
+            for computation in self._proto.computations
+            for instruction in computation.instructions
+            if instruction.opcode == "fusion"
+            for number in instruction.called_computation_ids
+        )
+
+    def copy_of(
+        self, computation: Computation, parts: Sequence[Instruction], root: Instruction
+    ) -> tuple[Computation, dict[int, int]]:
+        """A new fused computation of some of another one's instructions, and their new ids by the old ones.
+
+        Its parameters are numbered in the order of `parts`.
+        """
+        computations = self._proto.computations
+        number = 1 + max(x.id for x in computations)
+        new = computations.add()
+        new.CopyFrom(computation)
+        del new.instructions[:]
+        new.id, new.name = number, f"{computation.name}.jax_nano.{number}"
+        ids: dict[int, int] = {}
+        count = 0
+        for i, x in enumerate(parts):
+            copied = new.instructions.add()
+            copied.CopyFrom(x)
+            copied.id = ids[x.id] = number << 32 | i
+            copied.operand_ids[:] = [ids[operand] for operand in x.operand_ids]
+            if x.opcode == "parameter":
+                copied.parameter_number = count
+                count += 1
+        new.root_id = ids[root.id]
+        self.set_parameters(new)
+        self._by_id[number] = new
+        # It calls what the other one does, and is called from where that one is called.
+        place = {x.id: (i, 0) for i, x in enumerate(computations)}
+        place[number] = (place[computation.id][0], 1)
+        computations.sort(key=lambda x: place[x.id])
+        return new, ids
+
+    def set_parameters(self, computation: Computation) -> None:
+        """Says of a computation what it takes and gives, after its parameters were changed."""
+        parameters = sorted(
+            (x for x in computation.instructions if x.opcode == "parameter"), key=lambda x: x.parameter_number
+        )
+        computation.ClearField("program_shape")
+        shape = computation.program_shape
+        shape.parameters.extend(x.shape for x in parameters)
+        shape.parameter_names.extend(x.name for x in parameters)
+        shape.result.CopyFrom(next(x.shape for x in computation.instructions if x.id == computation.root_id))
+
     def attribute(self, key: str) -> str | None:
         """A frontend attribute of the module."""
         return attribute(self._proto, key)
@@ -325,6 +403,17 @@ class Body:
         new.operand_ids.append(operand.id)
         self._users[operand.id].append(new.id)
         set_array(new.shape, dtype, dims)
+        return new
+
+    def fusion(self, computation: Computation, operands: Sequence[Instruction], value: Instruction) -> Instruction:
+        """A new fusion, of a kind that is still to be set, that computes what `value` was in another one."""
+        new = self._add(value, "fusion")
+        new.shape.CopyFrom(value.shape)
+        new.metadata.CopyFrom(value.metadata)
+        new.called_computation_ids.append(computation.id)
+        for x in operands:
+            new.operand_ids.append(x.id)
+            self._users[x.id].append(new.id)
         return new
 
     def converted(self, operand: Instruction, dtype: np.dtype) -> Instruction:
