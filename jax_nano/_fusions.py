@@ -41,6 +41,9 @@ _IN_PLACE: Final = frozenset(("dynamic-update-slice", "scatter"))
 # Elements for which one more thread pays in a loop. XLA has given those it knew their share before.
 _ELEMENTS_PER_THREAD: Final = 1 << 15
 
+# The elements of a dimension that YNNPACK gets right where it is faulty.
+_MOST_COUNTED: Final = 1 << 15
+
 
 class Source(NamedTuple):
     """What an operand of a product is made of, inside its fusion: moves that lose nothing, each on the one before."""
@@ -97,7 +100,7 @@ class _Fusion:
             reason = reason or fixed
             if reason is None and self._root.opcode == "tuple" and dot.id in self._root.operand_ids:
                 reason = "its fusion returns it beside other results"
-            if reason is not None:
+            if reason is not None and not (fixed is None and self._is_computed_wrongly(dot)):
                 if self._has_more_than(dot):
                     self._why[dot.id] = reason
                 continue
@@ -114,6 +117,15 @@ class _Fusion:
         if self._instruction.output_operand_aliasing or any(x.opcode in _IN_PLACE for x in self._by_id.values()):
             return "its fusion updates an array in place"
         return None
+
+    def _is_computed_wrongly(self, dot: Instruction) -> bool:
+        """Whether XLA's library may give wrong values of what is computed from a dot in the same fusion."""
+        return (
+            compat.MISCOUNTS_LARGE_FUSED_DOTS
+            and self._instruction.fusion_kind == "kCustom"
+            and self._has_more_than(dot)
+            and max(dot.shape.dimensions, default=0) > _MOST_COUNTED
+        )
 
     def _has_more_than(self, dot: Instruction) -> bool:
         """Whether a dot is not alone in the fusion with moves of its operands."""

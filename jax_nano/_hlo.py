@@ -260,6 +260,8 @@ class Module:
         taken_over = (*self._proto.input_output_alias.entries, *self._proto.buffer_donor.entries)
         self.donated = frozenset(entry.parameter_number for entry in taken_over)
         """Numbers of the parameters whose memory results may take over."""
+        self.is_changed = False
+        """Whether there are other computations than before."""
 
     @property
     def name(self) -> str:
@@ -329,6 +331,7 @@ class Module:
             copied = new.instructions.add()
             copied.CopyFrom(x)
             copied.id = ids[x.id] = number << 32 | i
+            copied.name = f"{x.name}.jax_nano.{number}.{i}"
             copied.operand_ids[:] = [ids[operand] for operand in x.operand_ids]
             if x.opcode == "parameter":
                 copied.parameter_number = count
@@ -336,6 +339,7 @@ class Module:
         new.root_id = ids[root.id]
         self.set_parameters(new)
         self._by_id[number] = new
+        self.is_changed = True
         # It calls what the other one does, and is called from where that one is called.
         place = {x.id: (i, 0) for i, x in enumerate(computations)}
         place[number] = (place[computation.id][0], 1)
