@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from typing import Final, NamedTuple, TypeAlias
@@ -135,7 +135,7 @@ class _Fusion:
 
     def _sources(self, dot: Instruction, declines: Declines) -> tuple[Sequence[Source], str | None]:
         """What to make a dot's operands of, or why not to take it out."""
-        candidates = [self._before_moves(self._by_id[number]) for number in dot.operand_ids]
+        candidates = [before_moves(self._by_id, self._by_id[number]) for number in dot.operand_ids]
         reasons = []
         for sources in product(*candidates):
             reason = declines(dot, sources)
@@ -143,21 +143,6 @@ class _Fusion:
                 return sources, None
             reasons.append(reason)
         return (), reasons[0]
-
-    def _before_moves(self, operand: Instruction) -> Sequence[Source]:
-        """What an operand is made of, the furthest first, and where its dtype was another one in between."""
-        chain = [operand]
-        while chain[-1].opcode in _MOVES:
-            before = self._by_id[chain[-1].operand_ids[0]]
-            if not _loses_nothing(before, chain[-1]):
-                break
-            chain.append(before)
-        found = []
-        for i in reversed(range(len(chain))):
-            last = i + 1 == len(chain)
-            if last or chain[i + 1].shape.element_type != chain[i].shape.element_type:
-                found.append(Source(chain[i], chain[:i][::-1]))
-        return found
 
     def _cut(self, value: Instruction) -> Instruction:
         """Takes the computation of a value out: another fusion computes it, and this one reads it."""
@@ -228,6 +213,22 @@ class _Fusion:
             _hlo.become_bitcast(self._instruction)
         else:
             _set_kind(self._instruction, instructions, self._root, self._instruction)
+
+
+def before_moves(by_id: Mapping[int, Instruction], operand: Instruction) -> Sequence[Source]:
+    """What an operand is made of, the furthest first, and where its dtype was another one in between."""
+    chain = [operand]
+    while chain[-1].opcode in _MOVES:
+        before = by_id[chain[-1].operand_ids[0]]
+        if not _loses_nothing(before, chain[-1]):
+            break
+        chain.append(before)
+    found = []
+    for i in reversed(range(len(chain))):
+        is_last = i + 1 == len(chain)
+        if is_last or chain[i + 1].shape.element_type != chain[i].shape.element_type:
+            found.append(Source(chain[i], chain[:i][::-1]))
+    return found
 
 
 def _set_kind(fusion: Instruction, inner: Iterable[Instruction], root: Instruction, like: Instruction) -> None:

@@ -57,6 +57,7 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
         "fusion_kind": (11, "string"),
         "tuple_index": (13, "int64"),
         "dimensions": (14, "*int64"),
+        "window": (15, "Window"),
         "custom_call_target": (28, "string"),
         "dot_dimension_numbers": (30, "DotDimensionNumbers"),
         "id": (35, "int64"),
@@ -72,6 +73,16 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
         "output_operand_aliasing": (74, "*bytes"),
         "custom_call_api_version": (77, "int32"),
         "dot_sparsity": (86, "*bytes"),
+    },
+    "Window": {"dimensions": (1, "*WindowDimension")},
+    "WindowDimension": {
+        "size": (1, "int64"),
+        "stride": (2, "int64"),
+        "padding_low": (3, "int64"),
+        "padding_high": (4, "int64"),
+        "window_dilation": (5, "int64"),
+        "base_dilation": (6, "int64"),
+        "window_reversal": (7, "bool"),
     },
     "ProgramShape": {"parameters": (1, "*Shape"), "result": (2, "Shape"), "parameter_names": (3, "*string")},
     "Shape": {
@@ -95,7 +106,17 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
     },
     "PrecisionConfig": {"operand_precision": (1, "*int32"), "algorithm": (2, "int32")},
     "Metadata": {"op_name": (2, "string")},
-    "Literal": {"f32s": (8, "*float"), "f16s": (11, "bytes"), "bf16s": (13, "bytes")},
+    "Literal": {
+        "u8s": (3, "bytes"),
+        "s32s": (4, "*int32"),
+        "u32s": (6, "*uint32"),
+        "f32s": (8, "*float"),
+        "f16s": (11, "bytes"),
+        "bf16s": (13, "bytes"),
+        "s8s": (15, "bytes"),
+        "u16s": (16, "bytes"),
+        "s16s": (17, "bytes"),
+    },
     "FrontendAttributes": {"map": (1, "*Entry")},
     "Entry": {"key": (1, "string"), "value": (2, "string")},
 }
@@ -249,6 +270,15 @@ def scalar(constant: Instruction) -> float:
         if stored:
             return float(np.frombuffer(stored, dtype)[0])
     return literal.f32s[0]
+
+
+def integer(constant: Instruction) -> int | None:
+    """The value of a constant without dimensions, of an integer dtype in `DTYPES`."""
+    literal, dtype = _Literal.FromString(constant.literal), dtype_of(constant)
+    stored = getattr(literal, f"{dtype.kind.replace('i', 's')}{8 * dtype.itemsize}s", None)
+    if not stored:
+        return None
+    return int(np.frombuffer(stored, dtype)[0] if isinstance(stored, bytes) else stored[0])
 
 
 class Module:

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from jax.lax import DotAlgorithmPreset
 
-from jax_nano import _epilogues, _fusions, _hlo, _lowering, _native, _report, _shapes, _views
+from jax_nano import _epilogues, _fusions, _hlo, _inner_products, _lowering, _native, _report, _shapes, _views
 from jax_nano import _jax_compat as compat
 from jax_nano._hlo import Body, Computation, Instruction, Module
 from jax_nano._lowering import Choice
@@ -70,7 +70,11 @@ def rewrite(module: Module) -> list[_report.Product]:
     def declined(computation: Computation) -> str | None:
         return _SMALL if computation.id in in_one_function else why_not
 
-    why = _fusions.take_out(module, lambda where, *dot: declined(where) or _declines(*dot))
+    def declines(where: Computation, dot: Instruction, sources: Sequence[_fusions.Source]) -> str | None:
+        return declined(where) or _declines(dot, sources)
+
+    _inner_products.restore(module, declines)
+    why = _fusions.take_out(module, declines)
     fused, matched = module.fused(), set[int]()
     for computation in module.computations:
         if computation.id in fused:  # a fusion is looked at as a whole, where it stands
