@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from jax_nano._cost import ELEMENT_BYTES
+from jax_nano._cost import element_bytes
 from jax_nano._shapes import Labels
 
 # Multiply-adds of one product. XLA emits small ones inline: in float32 up to 7x7x7 (0.09 us against 0.37; 8x8x8: 0.53),
@@ -93,19 +93,19 @@ def declines(
     if k == 1:
         return "an outer product"
     work = m * n * k
-    element_bytes = [ELEMENT_BYTES[x] for x in dtypes]
+    widths = [element_bytes(x) for x in dtypes]
     if 1 in (m, n):
         matrix, dtype = (labels.rhs, dtypes[1]) if m == 1 else (labels.lhs, dtypes[0])
         if m == n:
-            dtype = max(dtypes, key=lambda x: ELEMENT_BYTES[x])
+            dtype = max(dtypes, key=element_bytes)
         stored = [x for x in matrix if _count([sizes[x]]) != 1]
         along_k = stored[-1] in labels.contracting
         serves = _vector_serves(work, k, dtype, along_k=along_k, alone=m == n, batched=batch > 1)
         return None if serves else "a product with a vector: XLA's loops are as fast"
     shallow = k <= SHALLOW_K and SHALLOW_MIN_RESULT <= m * n < math.inf and n not in SHALLOW_SHORT_ROWS
-    if batch == 1 and shallow and min(element_bytes) >= 4:
+    if batch == 1 and shallow and min(widths) >= 4:
         return f"sums of {k} terms: XLA writes the result as fast"
-    single = MIN_SINGLE if max(element_bytes) == 4 else MIN_SINGLE_OTHER
+    single = MIN_SINGLE if max(widths) == 4 else MIN_SINGLE_OTHER
     least = single if batch == 1 else MIN_BATCHED
     return f"too small: {work} multiply-adds of at least {least}" if work < least else None
 
@@ -121,7 +121,7 @@ def _vector_serves(elements: float, k: float, dtype: str, *, along_k: bool, alon
     """
     if batched and not alone and elements >= VECTOR_BATCHED:
         return True
-    width = ELEMENT_BYTES[dtype]
+    width = element_bytes(dtype)
     if width <= 2:
         across = VECTOR_NARROW_ACROSS_K if dtype == "bfloat16" else VECTOR_OTHERS_ACROSS_K
         return elements >= (VECTOR_NARROW_ALONG_K if along_k else across)
