@@ -22,6 +22,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo as _stablehlo
 from jax.interpreters import mlir, xla
 
+from jax_nano import _cost_analysis as _cost_analysis  # importing it teaches XLA's analysis about our calls
 from jax_nano import _gate, _native, _report, _shapes, _sharding, _signatures
 from jax_nano import _jax_compat as compat
 from jax_nano._primitive import dot_general_p as dot_general_p

@@ -20,6 +20,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_nano import _activations, _einsum, _linear, _native, _shapes
+from jax_nano import _tables as _tables  # importing it enters the primitives in JAX's tables
 from jax_nano import _jax_compat as compat
 from jax_nano._jax_compat import OutSharding
 from jax_nano._linear_lowering import linear_p as linear_p  # importing primitives from here registers their lowerings
