@@ -3,8 +3,8 @@
 XLA's cost analysis asks nobody about a custom call: it takes -1 operations and -1 bytes for each, in a lowered program
 and in a compiled one, and there is no attribute by which a call could tell (JAX 0.10 to 0.12: a product of 256^3 has
 -1.0 flops). So `Lowered.cost_analysis()` and `Compiled.cost_analysis()`, and with them what flax's tabulate prints, are
-made to ask about a copy of the program with dots in the places of our calls. A program without calls is analysed as it is.
-What XLA itself does stays: the body of a loop counts once, however often it runs.
+made to ask about a copy of the program with dots in the places of our calls. A program without calls is analysed as it
+is. What XLA itself does stays: the body of a loop counts once, however often it runs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def with_dots(serialized: bytes) -> bytes | None:
 
 def labels_of(backend_config: bytes) -> Labels:
     """The labels among the attributes of a call, as XLA prints them."""
-    found = {name.decode(): tuple(map(int, re.findall(rb"\d+", text))) for name, text in _LABELS.findall(backend_config)}
+    found = {
+        name.decode(): tuple(map(int, re.findall(rb"\d+", text))) for name, text in _LABELS.findall(backend_config)
+    }
     return Labels(found["lhs"], found["rhs"], found["out"])
 
 

@@ -18,11 +18,9 @@ import jax
 from jax import Array
 from jax._src import compiler, core, dispatch, source_info_util, stages, xla_bridge
 from jax._src.dtypes import check_and_canonicalize_user_dtype
-from jax._src.interpreters import ad, batching, mlir
+from jax._src.interpreters import ad, batching, mlir, pxla
 from jax._src.interpreters import partial_eval as pe
-from jax._src.interpreters import pxla
 from jax._src.lax.lax import _convert_element_type, canonicalize_precision, get_algorithm_compute_types
-from jax._src.lib import _jax as jaxlib_client
 from jax._src.lib import version as jaxlib_version
 from jax._src.numpy.util import ensure_arraylike_tuple
 from jax._src.sharding_impls import canonicalize_sharding as _canonicalize_sharding
@@ -64,6 +62,7 @@ __all__ = [
     "require_devices",
     "require_hlo_transformations",
     "retry_failed_compilations",
+    "set_frontend_attributes",
     "sharding_for_vmap",
     "treat_as_dot_general",
     "untransposed",
@@ -300,6 +299,16 @@ def attributes_of(operation: Any) -> dict[str, Any]:
     return {name: operation.attributes[name] for name in names}
 
 
+def set_frontend_attributes(operation: Any, attributes: Mapping[str, str]) -> None:
+    """Adds to what XLA passes on with an operation or a module without looking at it."""
+    name = "mhlo.frontend_attributes"
+    with operation.context:
+        known = attributes_of(operation).get(name)
+        merged = {} if known is None else {x.name: x.attr for x in known}
+        merged.update({key: ir.StringAttr.get(value) for key, value in attributes.items()})
+        operation.attributes[name] = ir.DictAttr.get(merged)
+
+
 def lowering_platforms(ctx: mlir.LoweringRuleContext) -> tuple[str, ...]:
     """The platforms that the current equation is lowered for.
 
@@ -356,13 +365,7 @@ def mark_lowered_modules(attributes: Callable[[], Mapping[str, str]]) -> None:
     def lower_and_mark(*args: Any, **kwargs: Any) -> Any:
         result = lower(*args, **kwargs)
         if "cpu" in kwargs["platforms"] and (marks := attributes()):
-            operation = result.module.operation
-            with operation.context:
-                name = "mhlo.frontend_attributes"
-                known = attributes_of(operation).get(name)
-                merged = {} if known is None else {x.name: x.attr for x in known}
-                merged.update({key: ir.StringAttr.get(value) for key, value in marks.items()})
-                operation.attributes[name] = ir.DictAttr.get(merged)
+            set_frontend_attributes(result.module.operation, marks)
         return result
 
     mlir.lower_jaxpr_to_module = lower_and_mark
@@ -410,9 +413,12 @@ def analyse_costs_of(substitute: Callable[[bytes], bytes | None]) -> None:
     def analysed(client: Any, module: Any) -> Any:
         if client.platform != "cpu" or (other := substitute(module.as_serialized_hlo_module_proto())) is None:
             return None
-        return jaxlib_client.hlo_module_cost_analysis(client, type(module).from_serialized_hlo_module_proto(other))
+        return analyse(client, type(module).from_serialized_hlo_module_proto(other))
 
-    lowered, compiled = pxla.MeshComputation.cost_analysis, stages.Executable.cost_analysis
+    analyse = importlib.import_module("jax._src.lib")._jax.hlo_module_cost_analysis
+    lowering: Any = pxla.MeshComputation
+    executable: Any = stages.Executable
+    lowered, compiled = lowering.cost_analysis, executable.cost_analysis
 
     @functools.wraps(lowered)
     def of_lowered(self: Any) -> Any:
@@ -421,9 +427,9 @@ def analyse_costs_of(substitute: Callable[[bytes], bytes | None]) -> None:
     @functools.wraps(compiled)
     def of_compiled(self: Any) -> Any:
         result = compiled(self)
-        executable = self.xla_extension_executable()
-        modules = executable.hlo_modules() if executable is not None else ()
-        return (analysed(executable.client, modules[0]) if len(modules) == 1 else None) or result
+        loaded = self.xla_extension_executable()
+        modules: list[Any] = loaded.hlo_modules() if loaded is not None else []
+        return (analysed(loaded.client, modules[0]) if len(modules) == 1 else None) or result
 
-    pxla.MeshComputation.cost_analysis = of_lowered
-    stages.Executable.cost_analysis = of_compiled
+    lowering.cost_analysis = of_lowered
+    executable.cost_analysis = of_compiled

@@ -124,6 +124,7 @@ def _custom_call(
         out_labels=np.asarray(labels.out, np.int64),
         algorithm=signature.algorithm,
     )
+    compat.set_frontend_attributes(out.owner, {_native.BUILD: _native.build()})
     if static:
         cache[key] = compat.attributes_of(out.owner)
     return out

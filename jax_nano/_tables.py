@@ -34,7 +34,12 @@ def _dimension_numbers(params: dict[str, Any]) -> _shapes.DimensionNumbers:
 
 def _like_dot_general(params: dict[str, Any]) -> dict[str, Any]:
     """The parameters of either primitive with those that lax.dot_general has."""
-    return {"preferred_element_type": None, "out_sharding": None, **params, "dimension_numbers": _dimension_numbers(params)}
+    return {
+        "preferred_element_type": None,
+        "out_sharding": None,
+        **params,
+        "dimension_numbers": _dimension_numbers(params),
+    }
 
 
 def _cost_of_product(rule: Any, ctx: Any, *args: Any, **params: Any) -> Any:
@@ -111,9 +116,7 @@ def enter() -> None:
     ad.primitive_transposes[linear_p] = _transpose_linear
     for primitive in (dot_general_p, linear_p):
         compat.treat_as_dot_general(primitive, _like_dot_general)
-    compat.when_tables_exist(
-        checkify=_checkify, jet=_jet, sparse=_sparse, roofline=_roofline, cost_estimate=_pallas
-    )
+    compat.when_tables_exist(checkify=_checkify, jet=_jet, sparse=_sparse, roofline=_roofline, cost_estimate=_pallas)
 
 
 enter()
