@@ -101,7 +101,7 @@ def __dir__() -> list[str]:
 
 
 def _register(_: object) -> None:
-    importlib.import_module("jax_nano._native").register_if_built()
+    importlib.import_module("jax_nano._native")  # which may be what imports jax, and then registers when it goes on
 
 
 _imports.when_imported("jax", _register)

@@ -2,10 +2,13 @@
 
 On x86-64 Linux a missing extension is an error with a remedy, never a silent fallback. On any other
 platform there is none to find, and every product takes lax's own lowering.
+
+Importing this module registers the targets, unless there is no extension: that is an error where something needs it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import platform
@@ -65,14 +68,6 @@ def register() -> None:
     runtime()
 
 
-def register_if_built() -> None:
-    """`register`, for an import: there a missing extension is no error yet, but where a function needs it."""
-    try:
-        register()
-    except ImportError:
-        return
-
-
 @cache
 def build() -> str:
     """The release, and a digest of what it was built from: programs compiled by two builds are never equal.
@@ -97,3 +92,7 @@ def supports(lhs_dtype: str, rhs_dtype: str, out_dtype: str, algorithm: str = "d
     """Whether a kernel for these dtypes runs on this CPU, on the target that was selected."""
     native = runtime()
     return native is not None and bool(native.supports(lhs_dtype, rhs_dtype, out_dtype, algorithm))
+
+
+with contextlib.suppress(ImportError):
+    register()

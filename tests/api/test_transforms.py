@@ -222,7 +222,7 @@ def test_a_policy_that_names_our_primitives(remat3: bool, rng: np.random.Generat
     named = lambda primitive, *_, **__: primitive in ours  # noqa: E731
     assert count_products("jax_nano_dot_general", jax_nano.matmul, named, *args) == 3
     layer = partial(jax_nano.linear, activation="sigmoid")
-    assert count_products("jax_nano_linear", layer, named, *args) == 1
+    assert count_products("jax_nano_linear", layer, named, *args) == 1 + remat3
 
 
 def test_policies_of_earlier_releases(rng: np.random.Generator) -> None:
@@ -238,8 +238,12 @@ def test_policies_of_earlier_releases(rng: np.random.Generator) -> None:
 def test_checkpoint_policies_of_linear(policy: str, remat3: bool, rng: np.random.Generator) -> None:
     args = arrays(rng, (8, 16), (16, 24))
     layer = partial(jax_nano.linear, activation="sigmoid")
+    # The newer checkpoint takes derivatives of what is computed again, and this one's slope is its result's.
     again = policy == "nothing_saveable"
-    assert count_products("jax_nano_linear", layer, POLICIES[policy], *args) == 1 + again
+    found = count_products("jax_nano_linear", layer, POLICIES[policy], *args)
+    assert found == 1 + again or (remat3 and found == 2)
+    plain = count_products("jax_nano_linear", jax_nano.linear, POLICIES[policy], *args)
+    assert plain == 1 + (policy == "nothing_saveable")
 
 
 def test_python_threads(rng: np.random.Generator) -> None:
