@@ -103,9 +103,7 @@ def _unmatched(module: Module, matched: Collection[int], why: Mapping[int, str])
                 yield _left(module, dot.metadata.op_name or dot.name, dot, arrays, reason)
 
 
-def _left(
-    module: Module, source: str, dot: Instruction, arrays: Sequence[Instruction], why: str
-) -> _report.Product:
+def _left(module: Module, source: str, dot: Instruction, arrays: Sequence[Instruction], why: str) -> _report.Product:
     """A product that stays as it is, as HLO counts its dimensions."""
     labels = _labels_of(dot, *(len(x.shape.dimensions) for x in arrays[:2]))
     a, b, c = (_report.Array(_hlo.dtype_name(x.shape), tuple(x.shape.dimensions)) for x in arrays)
