@@ -147,7 +147,7 @@ def test_models_are_measured_in_every_setting(tmp_path):
     (path,) = tmp_path.glob("*.json")
     rows = json.loads(path.read_text())["rows"]
     assert {row["setting"] for row in rows} == {"YNNPACK", "no YNNPACK"}
-    assert {row["model"] for row in rows} == {"equinox mlp training", "kalman filter"}
+    assert {row["name"] for row in rows} == {"equinox mlp training", "kalman filter"}
     for row in rows:
         assert not row["skipped"]
         assert len(row["plain"]) == len(row["accelerated"]) == 2
