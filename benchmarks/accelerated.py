@@ -1,4 +1,4 @@
-"""Programs compiled with and without `jax_nano.accelerate()`: their samples, how they are measured, compared and kept."""
+"""Programs compiled with and without `jax_nano.accelerate()`: their samples, how they are compared and kept."""
 
 from __future__ import annotations
 

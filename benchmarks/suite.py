@@ -104,7 +104,7 @@ def _measure(name: str, settings: Sequence[Setting], rounds: int, *, quick: bool
     left = sum(count for _, count in found) - ours
     times = 1 if quick else max(1, math.ceil(_SAMPLE_SECONDS / _seconds(once, 1, accelerated=False)))
     candidates = {
-        kind: lambda on=on: _seconds(once, times, accelerated=on)  # type: ignore[misc]
+        kind: lambda on=on: _seconds(once, times, accelerated=on)
         for kind, on in (("plain", False), ("accelerated", True))
     }
     for setting in settings:

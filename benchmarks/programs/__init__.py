@@ -110,9 +110,7 @@ PROGRAMS: Mapping[str, Program] = MappingProxyType(
             {"batch": 2, "tokens": 12, "heads": 2, "width": 8, "count": 1},
             {"batch": 2, "tokens": 256, "heads": 8, "width": 64, "count": 4},
         ),
-        "softmax regression": Program(
-            "regression", "softmax", {"rows": 64, "batch": 16}, {"rows": 8192, "batch": 128}
-        ),
+        "softmax regression": Program("regression", "softmax", {"rows": 64, "batch": 16}, {"rows": 8192, "batch": 128}),
         "k-means": Program(
             "kmeans",
             "cluster",
