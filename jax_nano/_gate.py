@@ -36,13 +36,13 @@ SHALLOW_SHORT_ROWS: Final = range(6, 33)
 
 # Products with a vector, by the bytes of the matrix. XLA reads what lies in L3 as fast as we do, and small ones need no
 # call (1x64x64: 0.23 us against 0.41). Ours are faster from memory (1x4096x4096 float32: 3.4 ms against 2.1, along K
-# 41 against 2.8; float64 the same), along K within L2 (512x512: 19 us against 13; float64 256x256: 12.8 against 7.5),
-# and across K where float32 is beyond it (1x1024x1024: 62 us against 59; float64: 155 against 157). Of long sums in L3,
+# 41 against 2.8; float64 the same), and along K within L2 (512x512: 19 us against 13; float64 256x256: 12.8 against
+# 7.5). Across K there is nothing to gain (1x1024x1024: 62 us against 59; float64: 155 against 157), in loops something
+# to lose (four of 4 MB: 0.83 times XLA's speed on one core, 0.72 on two; AMD Zen 3, JAX 0.10.2). Of long sums in L3,
 # two cores take 1.2 to 2.8 times less, one 0.94 to 1.5 times (64x8192: 32 us against 33, two cores 36 and 19).
 VECTOR_FROM_MEMORY: Final = 16 << 20
 VECTOR_ALONG_K: Final = (256 << 10, 1 << 20)
 VECTOR_LONG_K: Final = 4096
-VECTOR_ACROSS_K_FLOAT32: Final = (1 << 20) + 1
 # Narrow elements XLA converts first. Multiply-adds: along K from 256x256 on (bfloat16: 2.9 us against 1.9; 64x64: 0.24
 # against 0.42), across K from 128x128 (0.84 against 0.66), of bytes and float16 from 16x16 on (0.60 us against 0.25,
 # 0.94 against 0.44; 64x64 of float16: 2.0 against 0.48).
@@ -128,10 +128,8 @@ def _vector_serves(elements: float, k: float, dtype: str, *, along_k: bool, alon
     size = elements * width
     if alone or size >= VECTOR_FROM_MEMORY:
         return elements == math.inf or not alone
-    if along_k:
-        least, most = VECTOR_ALONG_K
-        return least <= size and (size <= most or k >= VECTOR_LONG_K)
-    return width == 4 and size >= VECTOR_ACROSS_K_FLOAT32
+    least, most = VECTOR_ALONG_K
+    return along_k and least <= size and (size <= most or k >= VECTOR_LONG_K)
 
 
 def _count(sizes: Iterable[Any]) -> float:

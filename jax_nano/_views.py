@@ -74,11 +74,15 @@ def sources(module: Module, body: Body, view: View, products: Collection[int]) -
 
 def _narrower(module: Module, body: Body, loop: Instruction, products: Collection[int]) -> np.dtype | None:
     """The dtype of a loop that ends before its last conversion, if it can."""
-    dtype = before_conversion(module, loop)
-    if dtype is None or body.is_awaited(loop) or not _only_for(products, body, loop):
-        return None
-    can_end = _aliasing.updated_operands(module, loop, _end_before_conversion(module, loop)) is not None
-    return dtype if can_end else None
+    can_end = ends_by_widening(module, body, loop) and _only_for(products, body, loop)
+    return before_conversion(module, loop) if can_end else None
+
+
+def ends_by_widening(module: Module, body: Body, instruction: Instruction) -> bool:
+    """Whether an instruction is a loop that `narrow` can let end before its last operation."""
+    if before_conversion(module, instruction) is None or body.is_awaited(instruction):
+        return False
+    return _aliasing.updated_operands(module, instruction, _end_before_conversion(module, instruction)) is not None
 
 
 def narrow(module: Module, body: Body, fusion: Instruction) -> Instruction:
@@ -140,7 +144,7 @@ def _source(module: Module, body: Body, view: View) -> View | None:
     if len(instruction.operand_ids) != 1 or instruction.control_predecessor_ids:
         return None
     (operand,) = body.operands(instruction)
-    moves = _moves(module, instruction)
+    moves = moves_of(module, instruction)
     if moves is None or (instruction.opcode != "bitcast" and not _aliasing.keeps_its_value(module, body, operand)):
         return None
     return through(moves, view, operand)
@@ -258,7 +262,7 @@ def _copy(module: Module, body: Body, view: View) -> View | None:
     if len(users) != 1 or instruction.control_predecessor_ids or body.is_awaited(instruction):
         return None
     (user,) = users
-    moves = _moves(module, user)
+    moves = moves_of(module, user)
     if moves is None or list(user.operand_ids) != [instruction.id] or user.control_predecessor_ids:
         return None
     if user.opcode != "bitcast" and not _aliasing.has_memory_of_its_own(module, body, user):
@@ -276,7 +280,7 @@ def _copy(module: Module, body: Body, view: View) -> View | None:
     return here._replace(instruction=user, dtype=values)
 
 
-def _moves(module: Module, instruction: Instruction) -> Sequence[Instruction] | None:
+def moves_of(module: Module, instruction: Instruction) -> Sequence[Instruction] | None:
     """The operations on the way from an instruction's operand to its result, if it is a copy of some kind."""
     if instruction.opcode in MOVES:
         return [instruction]
