@@ -1,0 +1,191 @@
+"""One program, run plainly and accelerated, and judged by float64."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+import jax_nano
+from jax_nano import _accelerate, _gate, _lowering, _report
+
+from . import arbiter
+from .program import DEVICES, Program
+
+MARGIN: Final = 2.0
+"""Of the largest deviation that noise made of an element."""
+FLOOR: Final = 0.25
+"""An element may be as lucky as to be moved by none of the draws: this part of what the worst one is moved by."""
+
+
+@dataclass
+class Outcome:
+    """What became of a program."""
+
+    failure: str = ""
+    """What is wrong with the accelerated program; nothing if it is right."""
+    sort: str = ""
+    """"compile", "values", "warning"..., by which a smaller program is known to fail in the same way."""
+    skipped: str = ""
+    """Why it says nothing, if it does not."""
+    plain_wrong: str = ""
+    """What is wrong with XLA's own result."""
+    calls: int = 0
+    declined: int = 0
+    epilogues: int = 0
+    unjudged: float = 0.0
+    """The share of elements which rounding may make anything."""
+    times: dict[str, float] = field(default_factory=dict)
+
+
+@contextmanager
+def gate(on: bool) -> Iterator[None]:
+    """The decline gate set, as it is when choices are made."""
+    before = _gate.enabled
+    _set_gate(on)
+    try:
+        yield
+    finally:
+        _set_gate(before)
+
+
+def _set_gate(on: bool) -> None:
+    if _gate.enabled != on:
+        _gate.enabled = on
+        _lowering.choose.cache_clear()
+
+
+def check(program: Program, *, against_float64: bool = True) -> Outcome:
+    """Runs a program both ways, in the gate's present setting."""
+    with jax.enable_x64(program.x64):
+        return _check(program, against_float64)
+
+
+def _check(program: Program, against_float64: bool) -> Outcome:
+    outcome = Outcome()
+    try:
+        want = _run(program)
+    except Exception as error:
+        outcome.skipped = f"plain: {type(error).__name__}: {error}"
+        return outcome
+    _report.clear_report()
+    if hasattr(_accelerate._hook, "_failed"):
+        _accelerate._hook._failed = False  # each failure is to be reported, not the first alone
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            with jax_nano.accelerate():
+                got = _run(program)
+        except Exception as error:
+            outcome.failure, outcome.sort = f"{type(error).__name__}: {error}"[:2000], "error"
+            return outcome
+    for product, count in _report.products():
+        outcome.calls += count * (product.declined is None)
+        outcome.declined += count * (product.declined is not None)
+        outcome.epilogues += count * bool(product.epilogue)
+    said = [str(x.message) for x in caught if "jax_nano" in str(x.message)]
+    if said:
+        outcome.failure, outcome.sort = said[0][:2000], "warning"
+        return outcome
+    judgements = _judge(program) if against_float64 else [None] * len(want)
+    unjudged = total = 0
+    for i, (x, y, judgement) in enumerate(zip(want, got, judgements, strict=True)):
+        name = program.results[i].name
+        if (x.shape, x.dtype, x.weak_type) != (y.shape, y.dtype, y.weak_type):
+            outcome.failure, outcome.sort = f"{name}: {y.dtype}{y.shape} instead of {x.dtype}{x.shape}", "type"
+            return outcome
+        if not y.sharding.is_equivalent_to(x.sharding, x.ndim):
+            outcome.failure, outcome.sort = f"{name}: {y.sharding} instead of {x.sharding}", "sharding"
+            return outcome
+        plain, ours = (np.asarray(v) for v in (x, y))
+        if judgement is None:
+            continue
+        unjudged += int(np.isinf(judgement.spread).sum())
+        total += judgement.spread.size
+        if text := _wrong(plain, None, judgement):
+            outcome.plain_wrong = f"{name}: {text}"
+        if text := _wrong(ours, plain, judgement):
+            outcome.failure, outcome.sort = f"{name}: {text}", "values"
+            return outcome
+    outcome.unjudged = unjudged / max(total, 1)
+    return outcome
+
+
+def _run(program: Program) -> Sequence[jax.Array]:
+    fun = program.function()
+    # LLVM's optimisations take most of the time, and change nothing of which operation writes where.
+    options = {"xla_backend_optimization_level": 0}
+    if program.mode == "pmap":
+        run = jax.pmap(fun, **program.options)
+    else:
+        run = jax.jit(fun, compiler_options=options, **program.options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+        results = run(*program.values())
+    return jax.block_until_ready(results)
+
+
+def _judge(program: Program) -> list[arbiter.Judgement]:
+    """By a program without devices: what each of them does is one element of a batch."""
+    fun: Callable[..., Any] = program.function(sharded=_batched)
+    if program.mode == "pmap":
+        fun = jax.vmap(fun, program.options["in_axes"], axis_name="d")
+    plain = program if program.mode != "sharded" else _on_one_device(program)
+    return arbiter.evaluate(fun, plain.values(), program.seed)
+
+
+def _on_one_device(program: Program) -> Program:
+    from dataclasses import replace
+
+    return replace(program, mode="jit")
+
+
+def _batched(fun: Callable[..., Any], specs: Sequence[Any], out: Any) -> Callable[..., Any]:
+    """What shard_map over the first dimension computes."""
+
+    def run(*args: Any) -> Any:
+        parts = [x.reshape(DEVICES, -1, *x.shape[1:]) if tuple(s) else x for x, s in zip(args, specs, strict=True)]
+        axes = tuple(0 if tuple(s) else None for s in specs)
+        result = jax.vmap(fun, axes, axis_name="d")(*parts)
+        return result.reshape(-1, *result.shape[2:]) if tuple(out) else result[0]
+
+    return run
+
+
+def _wrong(got: np.ndarray, plain: np.ndarray | None, judgement: arbiter.Judgement) -> str:
+    """What is wrong with an array, if anything. It may be what XLA makes of it where that is not finite."""
+    value, spread = judgement
+    if not jnp.issubdtype(got.dtype, jnp.floating):
+        apart = np.abs(got.astype(np.float64) - value.astype(np.float64))
+        wrong = apart > MARGIN * spread
+        allowed = MARGIN * spread
+        wide = got
+    else:
+        info = ml_dtypes.finfo(got.dtype)
+        wide, value = got.astype(np.float64), value.astype(np.float64)
+        finite = spread[np.isfinite(spread)]
+        allowed = MARGIN * spread + FLOOR * finite.max(initial=0) + float(info.eps) * np.abs(value) + float(info.tiny)
+        with np.errstate(invalid="ignore"):
+            apart = np.abs(wide - value)
+            same = (wide == value) | (np.isnan(wide) & np.isnan(value)) | np.isinf(spread)
+            overflows = np.isinf(wide) & (np.abs(value) + allowed >= float(info.max) * (1 - float(info.eps)))
+            overflows &= np.sign(wide) == np.sign(value)
+            wrong = ~(same | overflows | (apart <= allowed))
+            if plain is not None:
+                other = plain.astype(np.float64)
+                wrong &= ~((np.isnan(other) & np.isnan(wide)) | (np.isinf(other) & (other == wide)))
+                near = np.abs(wide - other) <= 0.5 * allowed  # the plain one may be off by as much as the bound
+                wrong &= ~near
+    if not wrong.any():
+        return ""
+    at = tuple(int(i) for i in np.argwhere(wrong)[0])
+    text = f"{int(wrong.sum())} of {wrong.size} elements of {got.dtype}{list(got.shape)} are wrong; {list(at)} is {got[at]}"
+    text += f", exactly {value[at]} +- {np.broadcast_to(allowed, wide.shape)[at]:.3g}"
+    return text + (f", {plain[at]} without acceleration" if plain is not None else "")
