@@ -67,14 +67,20 @@ def _work(arguments: argparse.Namespace) -> int:
         seed, setting = line.split()
         program = generator.generate(int(seed), kinds)
         with check.gate(setting == "on"):
-            outcome = check.check(program)
+            try:
+                outcome = check.check(program)
+            except Exception as error:  # of the arbiter
+                outcome = check.Outcome(skipped=f"{type(error).__name__}: {error}")
             said: dict[str, Any] = {"kind": program.kind, **vars(outcome)}
             if outcome.failure or outcome.plain_wrong:
                 small = program
                 if outcome.failure and not arguments.no_shrink:
 
                     def fails(smaller: Any, sort: str = outcome.sort) -> bool:
-                        return check.check(smaller).sort == sort
+                        try:
+                            return check.check(smaller, plain=False).sort == sort
+                        except Exception:  # it has become no program
+                            return False
 
                     small = shrink.shrink(program, fails)
                     said["failure"] = check.check(small).failure or outcome.failure

@@ -96,8 +96,8 @@ class _Machine:
 
     def _equation(self, equation: Any, operands: list[Values]) -> Sequence[Values]:
         name, params = equation.primitive.name, equation.params
-        if (special := getattr(self, f"_{name}", None)) is not None:
-            return special(operands, **params)
+        if name in ("cond", "scan", "while"):
+            return {"cond": self._cond, "scan": self._scan, "while": self._while}[name](operands, **params)
         for key in ("call_jaxpr", "jaxpr", "fun_jaxpr"):
             if key in params:
                 return self.closed(params[key], operands)
@@ -445,7 +445,7 @@ _RULES: Final[dict[str, Callable[..., Any]]] = {
             "max": np.maximum, "min": np.minimum, "exp": np.exp, "exp2": np.exp2, "log": np.log, "log1p": np.log1p,
             "expm1": np.expm1, "tanh": np.tanh, "sin": np.sin, "cos": np.cos, "sqrt": np.sqrt,
             "rsqrt": lambda x: 1 / np.sqrt(x), "cbrt": np.cbrt, "logistic": scipy.special.expit, "erf": scipy.special.erf,
-            "erfc": scipy.special.erfc, "pow": np.power, "square": np.square, "not": np.invert, "and": np.bitwise_and,
+            "erfc": scipy.special.erfc, "pow": np.power, "square": np.square, "one_minus_square": lambda x: 1 - x * x, "not": np.invert, "and": np.bitwise_and,
             "or": np.bitwise_or, "xor": np.bitwise_xor, "is_finite": np.isfinite, "floor": np.floor, "rem": np.fmod,
         }.items()
     },

@@ -112,7 +112,7 @@ class _Generator:
         rng = self.rng
         for _ in range(int(rng.integers(1, 4))):
             self.argument(self.shape(int(rng.choice([1, 2, 3, 4], p=[0.1, 0.55, 0.25, 0.1]))), self.some_dtype())
-        self.fill(self.top, int(rng.integers(2, 5 if self.kind in ("loops", "transforms") else 7)))
+        self.fill(self.top, int(rng.integers(1, 4 if self.kind in ("loops", "transforms", "decoding") else 5)))
         results = self._results()
         return Program(
             self.seed, self.kind, tuple(self._donations(results)), tuple(self.top.statements), results, self.mode, self.x64
@@ -414,7 +414,7 @@ class _Generator:
         y = self.product(scope) if self.chance(0.4) else self.matmul(scope)
         if y is None or not y.is_float or not y.ndim:
             return
-        scale = self.choose(_ODD_SCALES if self.chance(0.04) else _SCALES)
+        scale = self.choose(_ODD_SCALES if self.chance(0.12) else _SCALES)
         if self.chance(0.3):
             size = y.size * min(abs(float(scale)), 1e4) if math.isfinite(float(scale)) else math.inf
             y = self.emit(scope, f"{{0}} * {scale}", [y], y.shape, y.dtype, size)
@@ -739,7 +739,7 @@ class _Generator:
 
     def inside(self, scope: _Scope, params: Sequence[Value]) -> _Scope:
         inner = _Scope(scope, params)
-        self.fill(inner, int(self.rng.integers(1, 3 if self.kind != "small" else 2)))
+        self.fill(inner, 1 if scope.depth or self.chance(0.7) else 2)
         return inner
 
     def renamed(self, x: Value, shape: tuple[int, ...] | None = None) -> Value:
