@@ -170,7 +170,7 @@ class _Machine:
             (contracting, _), _ = params["dimension_numbers"]
             terms = math.prod(operands[0].shape[i] for i in contracting)
             bound = bound + _relative(terms, acc) * _dot([np.abs(x) for x in operands], params, None)
-        elif name in ("reduce_sum", "cumsum"):
+        elif name in ("reduce_sum", "cumsum", "psum"):
             terms = operands[0].size // max(result.size, 1)
             bound = bound + _relative(terms, eps) * _RULES[name]([np.abs(operands[0])], params, equation.outvars[0].aval)
         elif name in ("scatter-add", "scatter_add"):
@@ -427,6 +427,7 @@ _RULES: Final[dict[str, Callable[..., Any]]] = {
     "scatter-mul": lambda x, p, out: _scatter(x, p, np.multiply),
     "scatter_mul": lambda x, p, out: _scatter(x, p, np.multiply),
     "iota": _iota,
+    "psum": lambda x, p, out: np.sum(x[0], tuple(p["axes"])),
     "select_n": _select,
     "clamp": lambda x, p, out: np.minimum(np.maximum(x[1], x[0]), x[2]),
     "reduce_sum": _axes_reduced(np.sum),

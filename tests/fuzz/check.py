@@ -76,8 +76,8 @@ def check(program: Program, *, plain: bool | None = None) -> Outcome:
 def _accelerated(program: Program, *, plain: bool) -> Outcome:
     outcome = Outcome()
     _report.clear_report()
-    if hasattr(_accelerate._hook, "_failed"):
-        _accelerate._hook._failed = False  # each failure is to be reported, not the first alone
+    failures: list[str] = getattr(_accelerate._hook, "failures", [])
+    failures.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -95,7 +95,8 @@ def _accelerated(program: Program, *, plain: bool) -> Outcome:
         outcome.calls += count * (product.declined is None)
         outcome.declined += count * (product.declined is not None)
         outcome.epilogues += count * bool(product.epilogue)
-    said = [str(x.message) for x in caught if "jax_nano" in str(x.message)]
+    said = [*failures, *(str(x.message) for x in caught if "jax_nano" in str(x.message))]
+    failures.clear()
     if said:
         outcome.failure, outcome.sort = said[0][:2000], "warning"
         return outcome

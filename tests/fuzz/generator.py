@@ -125,7 +125,8 @@ class _Generator:
         read |= {x.name for s in _all(self.top.statements) for b in s.bodies for x in b.results}
         sinks = [x for x in made if x.name not in read][-6:]
         others = [x for x in made if x.name in read]
-        extra = [others[i] for i in self.rng.permutation(len(others))[: self.rng.integers(0, 3)]]
+        count = int(self.rng.choice([0, 1, 2], p=[0.6, 0.25, 0.15]))
+        extra = [others[i] for i in self.rng.permutation(len(others))[:count]]
         results = [*sinks, *extra] or [self.top.values[-1]]
         self.rng.shuffle(results)
         return tuple(results)
@@ -414,20 +415,23 @@ class _Generator:
         y = self.product(scope) if self.chance(0.4) else self.matmul(scope)
         if y is None or not y.is_float or not y.ndim:
             return
-        scale = self.choose(_ODD_SCALES if self.chance(0.12) else _SCALES)
-        if self.chance(0.3):
+        odd = self.chance(0.08)
+        if odd or self.chance(0.3):
+            scale = self.choose(_ODD_SCALES if odd else _SCALES)
             size = y.size * min(abs(float(scale)), 1e4) if math.isfinite(float(scale)) else math.inf
             y = self.emit(scope, f"{{0}} * {scale}", [y], y.shape, y.dtype, size)
+            if odd and self.chance(0.6):
+                return
         if self.chance(0.5):
             other = y.dtype if self.chance(0.85) else self.choose(FLOATS)
             b = self.need(scope, y.shape[-1:], other, 0.5)
             text = "{0} + {1}" if other == y.dtype else f"{{0}} + {{1}}.astype(jnp.{y.dtype})"
             y = self.emit(scope, text, [y, b], y.shape, y.dtype, y.size + 0.5)
-        if self.chance(0.25):
+        if self.chance(0.1):
             y = self.convert(scope, y)
-        if self.chance(0.65):
+        if self.chance(0.6):
             y = self.activation(scope, y)
-        if self.chance(0.3):
+        if self.chance(0.25):
             r = self.need(scope, y.shape, y.dtype)
             y = self.emit(scope, "{0} + {1}", [y, r], y.shape, y.dtype, y.size + r.size)
         if self.chance(0.2):
@@ -435,7 +439,7 @@ class _Generator:
 
     def activation(self, scope: _Scope, y: Value) -> Value:
         y = self.tame(scope, y)
-        text = self.choose(_ACTIVATIONS[:_COMMON] if self.chance(0.7) else _ACTIVATIONS)
+        text = self.choose(_ACTIVATIONS[:_COMMON] if self.chance(0.75) else _ACTIVATIONS)
         size = y.size**2 if text == "{0} * {0}" else y.size
         return self.emit(scope, text, [y], y.shape, y.dtype, size)
 
