@@ -97,11 +97,22 @@ def _work(arguments: argparse.Namespace) -> int:
 class _Worker(threading.Thread):
     """Feeds one process, and starts another one when it dies."""
 
-    def __init__(self, work: Queue[tuple[int, str]], done: Queue[dict[str, Any] | None], kinds: str, *flags: str) -> None:
+    def __init__(
+        self, work: Queue[tuple[int, str]], done: Queue[dict[str, Any] | None], kinds: str, *flags: str
+    ) -> None:
         super().__init__(daemon=True)
         self._work, self._done = work, done
         package = __spec__.parent
-        self._command = [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", package, "--worker", "--kinds", kinds, *flags]
+        self._command = [
+            sys.executable,
+            *(["-P"] if sys.flags.safe_path else []),
+            "-m",
+            package,
+            "--worker",
+            "--kinds",
+            kinds,
+            *flags,
+        ]
         self._process: subprocess.Popen[str] | None = None
 
     def run(self) -> None:

@@ -85,7 +85,9 @@ class _Machine:
         def read(x: Any) -> Values:
             if isinstance(x, Literal):
                 dtype = x.aval.dtype
-                return [_wide(np.asarray(x.val).astype(dtype) if _is_float(dtype) else np.asarray(x.val, dtype))] * (1 + DRAWS)
+                return [_wide(np.asarray(x.val).astype(dtype) if _is_float(dtype) else np.asarray(x.val, dtype))] * (
+                    1 + DRAWS
+                )
             return values[x]
 
         for equation in jaxpr.eqns:
@@ -172,7 +174,9 @@ class _Machine:
             bound = bound + _relative(terms, acc) * _dot([np.abs(x) for x in operands], params, None)
         elif name in ("reduce_sum", "cumsum", "psum"):
             terms = operands[0].size // max(result.size, 1)
-            bound = bound + _relative(terms, eps) * _RULES[name]([np.abs(operands[0])], params, equation.outvars[0].aval)
+            bound = bound + _relative(terms, eps) * _RULES[name](
+                [np.abs(operands[0])], params, equation.outvars[0].aval
+            )
         elif name in ("scatter-add", "scatter_add"):
             x, i, y = operands
             sizes = _scatter([np.abs(x), i, np.abs(y)], params, np.add)
@@ -313,7 +317,11 @@ def _gather(operands: Sequence[Array], params: Any, out: Any) -> Array:
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     batch_out = [i for i in range(len(out.shape)) if i not in numbers.offset_dims]
     fill = params["fill_value"]
-    fill = (np.nan if np.issubdtype(x.dtype, np.floating) else np.iinfo(x.dtype).max if x.dtype.kind == "u" else 0) if fill is None else fill
+    fill = (
+        (np.nan if np.issubdtype(x.dtype, np.floating) else np.iinfo(x.dtype).max if x.dtype.kind == "u" else 0)
+        if fill is None
+        else fill
+    )
     if fill == 0 and x.dtype.kind == "i" and params["fill_value"] is None:
         fill = np.iinfo(x.dtype).min
     result = np.empty(out.shape, x.dtype)
@@ -324,7 +332,11 @@ def _gather(operands: Sequence[Array], params: Any, out: Any) -> Array:
         for d, b in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True):
             start[d] = place[b]
         inside = all(0 <= s <= n - size for s, n, size in zip(start, x.shape, sizes, strict=True))
-        part = x[_starts(start, x.shape, sizes)] if inside or "FILL" not in _mode(params) else np.full(sizes, fill, x.dtype)
+        part = (
+            x[_starts(start, x.shape, sizes)]
+            if inside or "FILL" not in _mode(params)
+            else np.full(sizes, fill, x.dtype)
+        )
         part = part.reshape([n for d, n in enumerate(sizes) if d not in gone])
         at: list[Any] = [slice(None)] * len(out.shape)
         for d, i in zip(batch_out, place, strict=True):
@@ -400,10 +412,6 @@ def _elementwise(fun: Callable[..., Any]) -> Callable[..., Array]:
     return lambda operands, params, out: np.asarray(fun(*operands)).astype(_storage(out.dtype))
 
 
-def _erf_inv(x: Array) -> Array:
-    return scipy.special.erfinv(x)
-
-
 _RULES: Final[dict[str, Callable[..., Any]]] = {
     "dot_general": _dot,
     "broadcast_in_dim": _broadcast_in_dim,
@@ -445,8 +453,9 @@ _RULES: Final[dict[str, Callable[..., Any]]] = {
             "add": np.add, "add_any": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative, "abs": np.abs,
             "max": np.maximum, "min": np.minimum, "exp": np.exp, "exp2": np.exp2, "log": np.log, "log1p": np.log1p,
             "expm1": np.expm1, "tanh": np.tanh, "sin": np.sin, "cos": np.cos, "sqrt": np.sqrt,
-            "rsqrt": lambda x: 1 / np.sqrt(x), "cbrt": np.cbrt, "logistic": scipy.special.expit, "erf": scipy.special.erf,
-            "erfc": scipy.special.erfc, "pow": np.power, "square": np.square, "one_minus_square": lambda x: 1 - x * x, "not": np.invert, "and": np.bitwise_and,
+            "rsqrt": lambda x: 1 / np.sqrt(x), "cbrt": np.cbrt, "logistic": scipy.special.expit,
+            "erf": scipy.special.erf, "erfc": scipy.special.erfc, "pow": np.power, "square": np.square,
+            "one_minus_square": lambda x: 1 - x * x, "not": np.invert, "and": np.bitwise_and,
             "or": np.bitwise_or, "xor": np.bitwise_xor, "is_finite": np.isfinite, "floor": np.floor, "rem": np.fmod,
         }.items()
     },

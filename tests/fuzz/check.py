@@ -32,7 +32,7 @@ class Outcome:
     failure: str = ""
     """What is wrong with the accelerated program; nothing if it is right."""
     sort: str = ""
-    """"compile", "values", "warning"..., by which a smaller program is known to fail in the same way."""
+    """By which a smaller program is known to fail in the same way."""
     skipped: str = ""
     """Why it says nothing, if it does not."""
     plain_wrong: str = ""
@@ -69,8 +69,7 @@ def check(program: Program, *, plain: bool | None = None) -> Outcome:
     all of the time.
     """
     with jax.enable_x64(program.x64):
-        outcome = _accelerated(program, plain=program.seed % 4 == 0 if plain is None else plain)
-    return outcome
+        return _accelerated(program, plain=program.seed % 4 == 0 if plain is None else plain)
 
 
 def _accelerated(program: Program, *, plain: bool) -> Outcome:
@@ -98,7 +97,7 @@ def _accelerated(program: Program, *, plain: bool) -> Outcome:
     said = [*failures, *(str(x.message) for x in caught if "jax_nano" in str(x.message))]
     failures.clear()
     if said:
-        outcome.failure, outcome.sort = said[0][:2000], "warning"
+        outcome.failure, outcome.sort = said[0][:2000], f"warning: {said[0][:90]}"
         return outcome
     judgements = _judge(program)
     unjudged = sum(int(np.isinf(x.spread).sum()) for x in judgements)
@@ -188,6 +187,7 @@ def _wrong(got: np.ndarray, plain: np.ndarray | None, judgement: arbiter.Judgeme
     if not wrong.any():
         return ""
     at = tuple(int(i) for i in np.argwhere(wrong)[0])
-    text = f"{int(wrong.sum())} of {wrong.size} elements of {got.dtype}{list(got.shape)} are wrong; {list(at)} is {got[at]}"
+    text = f"{int(wrong.sum())} of {wrong.size} elements of {got.dtype}{list(got.shape)} are wrong"
+    text += f"; {list(at)} is {got[at]}"
     text += f", exactly {value[at]} +- {np.broadcast_to(allowed, wide.shape)[at]:.3g}"
     return text + (f", {plain[at]} without acceleration" if plain is not None else "")

@@ -112,10 +112,16 @@ class _Generator:
         rng = self.rng
         for _ in range(int(rng.integers(1, 4))):
             self.argument(self.shape(int(rng.choice([1, 2, 3, 4], p=[0.1, 0.55, 0.25, 0.1]))), self.some_dtype())
-        self.fill(self.top, int(rng.integers(1, 4 if self.kind in ("loops", "transforms", "decoding") else 5)))
+        self.fill(self.top, int(rng.integers(1, 4 if self.kind in ("loops", "transforms", "decoding") else 6)))
         results = self._results()
         return Program(
-            self.seed, self.kind, tuple(self._donations(results)), tuple(self.top.statements), results, self.mode, self.x64
+            self.seed,
+            self.kind,
+            tuple(self._donations(results)),
+            tuple(self.top.statements),
+            results,
+            self.mode,
+            self.x64,
         ).without_dead_code()
 
     def _results(self) -> tuple[Value, ...]:
@@ -138,7 +144,9 @@ class _Generator:
         types = {x.type for x in results}
         chance = {True: 0.7, False: 0.1}
         return [
-            Argument(x.value, x.number, x.fill, x.limit, bool(self.rng.random() < chance[x.value.type in types]), x.mapped)
+            Argument(
+                x.value, x.number, x.fill, x.limit, bool(self.rng.random() < chance[x.value.type in types]), x.mapped
+            )
             for x in self.arguments
         ]
 
@@ -194,7 +202,9 @@ class _Generator:
         found = [x for x in scope.visible() if test(x)]
         if not found:
             return None
-        back = min(int(self.rng.geometric(0.4)), len(found)) if self.chance(0.85) else self.rng.integers(1, len(found) + 1)
+        back = (
+            min(int(self.rng.geometric(0.4)), len(found)) if self.chance(0.85) else self.rng.integers(1, len(found) + 1)
+        )
         return self.tame(scope, found[-int(back)])
 
     def array(self, scope: _Scope, least: int = 2, most: int = 5) -> Value:
@@ -214,7 +224,7 @@ class _Generator:
     def emit(
         self, scope: _Scope, text: str, operands: Sequence[Value], shape: Sequence[int], dtype: str, size: float = 1.0
     ) -> Value:
-        value = Value(self.name(), tuple(int(x) for x in shape), dtype, size)
+        value = Value(self.name(), tuple(int(x) for x in shape), dtype, max(float(size), 1e-6))
         scope.statements.append(Statement((value,), text, tuple(operands)))
         scope.values.append(value)
         return value
@@ -244,7 +254,8 @@ class _Generator:
 
     def product(self, scope: _Scope) -> Value | None:
         forms = (
-            (3.0, self.matmul), (2.0, self.dot_general), (2.0, self.einsum), (1.2, self.with_vector), (1.0, self.batched),
+            (3.0, self.matmul), (2.0, self.dot_general), (2.0, self.einsum), (1.2, self.with_vector),
+            (1.0, self.batched),
             (0.6, self.with_itself), (0.8, self.of_bytes), (0.5, self.of_two_dtypes), (0.5, self.custom),
         )  # fmt: skip
         p = np.array([x for x, _ in forms])
@@ -294,10 +305,17 @@ class _Generator:
     def dot_general(self, scope: _Scope) -> Value:
         x = self.array(scope, 1, 4)
         batch, contracting, free = self._numbers(x)
-        free_sizes = [min(self.dim(), 16) if i else self.dim() for i in range(int(self.rng.choice([0, 1, 2], p=[0.15, 0.7, 0.15])))]
+        free_sizes = [
+            min(self.dim(), 16) if i else self.dim()
+            for i in range(int(self.rng.choice([0, 1, 2], p=[0.15, 0.7, 0.15])))
+        ]
         while math.prod(free_sizes) * x.count > MAX_WORK:
             free_sizes[0] = max(1, free_sizes[0] // 2)
-        labels = [*(("b", i) for i in batch), *(("k", i) for i in contracting), *(("n", i) for i in range(len(free_sizes)))]
+        labels = [
+            *(("b", i) for i in batch),
+            *(("k", i) for i in contracting),
+            *(("n", i) for i in range(len(free_sizes))),
+        ]
         order = [labels[i] for i in self.rng.permutation(len(labels))]
         sizes = tuple(free_sizes[i] if kind == "n" else x.shape[i] for kind, i in order)
         if math.prod(sizes) > MAX_COUNT:
@@ -308,14 +326,22 @@ class _Generator:
             (tuple(contracting), tuple(order.index(("k", i)) for i in contracting)),
             (tuple(batch), tuple(order.index(("b", i)) for i in batch)),
         )
-        shape = [*(x.shape[i] for i in batch), *(x.shape[i] for i in free), *(s for (t, _), s in zip(order, sizes, strict=True) if t == "n")]
+        shape = [
+            *(x.shape[i] for i in batch),
+            *(x.shape[i] for i in free),
+            *(s for (t, _), s in zip(order, sizes, strict=True) if t == "n"),
+        ]
         if math.prod(shape) > MAX_COUNT:
             return self.matmul(scope)
         preferred, dtype = self.result(x.dtype)
         swapped = self.chance(0.3)
         if swapped:
             numbers = tuple((b, a) for a, b in numbers)  # type: ignore[assignment]
-            shape = [*(x.shape[i] for i in batch), *(s for (t, _), s in zip(order, sizes, strict=True) if t == "n"), *(x.shape[i] for i in free)]
+            shape = [
+                *(x.shape[i] for i in batch),
+                *(s for (t, _), s in zip(order, sizes, strict=True) if t == "n"),
+                *(x.shape[i] for i in free),
+            ]
         text = f"lax.dot_general({{0}}, {{1}}, {numbers}{preferred})"
         return self.emit(scope, text, [y, x] if swapped else [x, y], shape, dtype, x.size * math.sqrt(k) * 0.5)
 
@@ -381,7 +407,9 @@ class _Generator:
             if self.chance(0.5):
                 s = self.need(scope, (n,), x.dtype, 0.01)
                 text = f"{{0}} @ ({{1}}.astype(jnp.{x.dtype}) * {{2}})"
-                return self.emit(scope, text, [x, w, s], (*x.shape[:-1], n), x.dtype, x.size * 70 * s.size * math.sqrt(k))
+                return self.emit(
+                    scope, text, [x, w, s], (*x.shape[:-1], n), x.dtype, x.size * 70 * s.size * math.sqrt(k)
+                )
             text = f"({{0}} @ {{1}}.astype(jnp.{x.dtype})) * 0.01"
             return self.emit(scope, text, [x, w], (*x.shape[:-1], n), x.dtype, x.size * math.sqrt(k))
         a = self.pick(scope, lambda x: x.dtype == "int8" and x.ndim >= 1) or self.argument(self.shape(2), "int8")
@@ -394,7 +422,9 @@ class _Generator:
         if form == 2:
             return self.emit(scope, text, [a, w], shape, "int32")
         y = self.emit(scope, text, [a, w], shape, "int32")
-        return self.emit(scope, f"{{0}}.astype(jnp.{self.dtype}) * 1e-3", [y], shape, self.dtype, 5 * math.sqrt(a.shape[-1]))
+        return self.emit(
+            scope, f"{{0}}.astype(jnp.{self.dtype}) * 1e-3", [y], shape, self.dtype, 5 * math.sqrt(a.shape[-1])
+        )
 
     def of_two_dtypes(self, scope: _Scope) -> Value:
         x = self.array(scope)
@@ -564,7 +594,9 @@ class _Generator:
             b = self.need(scope, x.shape[axis : axis + 1], x.dtype)
             spread = ", ".join(":" if i == axis else "None" for i in range(x.ndim))
             operation = self.choose(("+", "*", "-"))
-            self.emit(scope, f"{{0}} {operation} {{1}}[{spread}]", [x, b], x.shape, x.dtype, (x.size + 1) * (b.size + 1))
+            self.emit(
+                scope, f"{{0}} {operation} {{1}}[{spread}]", [x, b], x.shape, x.dtype, (x.size + 1) * (b.size + 1)
+            )
 
     def reduction(self, scope: _Scope) -> None:
         """Often of a product, with something between."""
@@ -575,14 +607,17 @@ class _Generator:
         keep = self.chance(0.3)
         reduced = () if axis is None else tuple(n for i, n in enumerate(x.shape) if i != axis + x.ndim)
         if keep:
-            reduced = (1,) * x.ndim if axis is None else tuple(1 if i == axis + x.ndim else n for i, n in enumerate(x.shape))
+            reduced = (
+                (1,) * x.ndim if axis is None else tuple(1 if i == axis + x.ndim else n for i, n in enumerate(x.shape))
+            )
         terms = x.count if axis is None else x.shape[axis]
         how = f"axis={axis}, keepdims={keep}"
         text, size = [
             (f"jnp.sum({{0}}, {how})", x.size * terms), (f"jnp.mean({{0}}, {how})", x.size),
             (f"jnp.max({{0}}, {how})", 3 * x.size), (f"jnp.mean({{0}} ** 2, {how})", x.size**2),
             (f"jnp.sum({{0}} * {{0}}, {how})", x.size**2 * terms), (f"jax.nn.logsumexp({{0}}, {how})", 3 * x.size),
-            (f"jnp.sqrt(jnp.sum({{0}} ** 2, {how}) + 0.1)", x.size * math.sqrt(terms)), (f"jnp.min({{0}}, {how})", 3 * x.size),
+            (f"jnp.sqrt(jnp.sum({{0}} ** 2, {how}) + 0.1)", x.size * math.sqrt(terms)),
+            (f"jnp.min({{0}}, {how})", 3 * x.size),
             (f"jnp.sum(jnp.tanh({{0}}), {how})", math.sqrt(terms)), (f"jnp.var({{0}}, {how})", x.size**2 + 1),
         ][self.rng.integers(10)]  # fmt: skip
         self.emit(scope, text, [x], reduced, x.dtype, size)
@@ -637,7 +672,9 @@ class _Generator:
                 starts = starts[axis : axis + 1]
             else:
                 text = ", ".join(f"{{{i + 2}}}" for i in range(x.ndim))
-            return self.emit(scope, f"lax.dynamic_update_slice({{0}}, {{1}}, ({text},))", [x, b, *starts], x.shape, x.dtype, x.size)
+            return self.emit(
+                scope, f"lax.dynamic_update_slice({{0}}, {{1}}, ({text},))", [x, b, *starts], x.shape, x.dtype, x.size
+            )
         if form == 2:
             i, b = self.index(scope, x.shape[0]), self.part(scope, x.shape[1:], x.dtype)
             how = self.choose(("set", "add", "multiply"))
@@ -645,7 +682,14 @@ class _Generator:
         if form == 3 and x.ndim > 1:
             shape = (x.shape[0], *x.shape[2:])
             i, b = self.index(scope, x.shape[1]), self.part(scope, shape, x.dtype)
-            return self.emit(scope, f"{{0}}.at[:, {{1}}].{self.choose(('set', 'add'))}({{2}})", [x, i, b], x.shape, x.dtype, x.size + b.size)
+            return self.emit(
+                scope,
+                f"{{0}}.at[:, {{1}}].{self.choose(('set', 'add'))}({{2}})",
+                [x, i, b],
+                x.shape,
+                x.dtype,
+                x.size + b.size,
+            )
         if form == 4:
             m = int(self.rng.integers(1, 5))
             i, b = self._places(m, x.shape[0]), self.part(scope, (m, *x.shape[1:]), x.dtype)
@@ -654,12 +698,22 @@ class _Generator:
         shape = tuple(size if i == axis else m for i, m in enumerate(x.shape))
         b = self.part(scope, shape, x.dtype)
         part = ", ".join(f"{start}:{start + size}" if i == axis else ":" for i in range(x.ndim))
-        return self.emit(scope, f"{{0}}.at[{part}].{self.choose(('set', 'add', 'set'))}({{1}})", [x, b], x.shape, x.dtype, x.size + b.size)
+        return self.emit(
+            scope,
+            f"{{0}}.at[{part}].{self.choose(('set', 'add', 'set'))}({{1}})",
+            [x, b],
+            x.shape,
+            x.dtype,
+            x.size + b.size,
+        )
 
     def part(self, scope: _Scope, shape: tuple[int, ...], dtype: str) -> Value:
         """What is written: one of this type, or cut out of something larger."""
+
         def holds(x: Value) -> bool:
-            return x.dtype == dtype and x.ndim == len(shape) and all(n >= s for n, s in zip(x.shape, shape, strict=True))
+            return (
+                x.dtype == dtype and x.ndim == len(shape) and all(n >= s for n, s in zip(x.shape, shape, strict=True))
+            )
 
         larger = self.pick(scope, holds) if shape and self.chance(0.7) else None
         if larger is None:
@@ -708,7 +762,9 @@ class _Generator:
                 text = f"{{0}}.at[:, {{2}}].set({{1}}.reshape({(b, h, d)}))"
                 made.append(self.emit(scope, text, [kept, y, i], kept.shape, self.dtype, y.size))
         q, keys, values = made
-        s = self.emit(scope, 'jnp.einsum("bhd,bthd->bht", {0}, {1})', [q, keys], (b, h, t), self.dtype, q.size * math.sqrt(d))
+        s = self.emit(
+            scope, 'jnp.einsum("bhd,bthd->bht", {0}, {1})', [q, keys], (b, h, t), self.dtype, q.size * math.sqrt(d)
+        )
         s = self.tame(scope, s)
         text = f"jnp.where(jnp.arange({t}) <= {{1}}, {{0}}, -1e4)"
         s = self.emit(scope, text, [s, i], s.shape, self.dtype)
@@ -812,7 +868,9 @@ class _Generator:
         body = Block((i, tuple(carry)), tuple(inner.statements), tuple(following), returns)
         first = ", ".join(f"{{{j}}}" for j in range(len(start)))
         after = [self.renamed(x) for x in start]
-        text = f"lax.fori_loop(0, {int(self.rng.integers(1, 6))}, {{f0}}, ({first},))" + ("[0]" if len(start) == 1 else "")
+        text = f"lax.fori_loop(0, {int(self.rng.integers(1, 6))}, {{f0}}, ({first},))" + (
+            "[0]" if len(start) == 1 else ""
+        )
         scope.statements.append(Statement(tuple(after), text, tuple(start), (body,)))
         scope.values += after
 
@@ -883,7 +941,10 @@ class _Generator:
         scope.values += after
 
     def remat(self, scope: _Scope) -> None:
-        self.called(scope, self.choose(("jax.checkpoint({})", "jax.checkpoint({}, policy=jax.checkpoint_policies.dots_saveable)")))
+        self.called(
+            scope,
+            self.choose(("jax.checkpoint({})", "jax.checkpoint({}, policy=jax.checkpoint_policies.dots_saveable)")),
+        )
 
     def inner_jit(self, scope: _Scope) -> None:
         self.called(scope, "jax.jit({})")
@@ -945,7 +1006,8 @@ class _Generator:
             given.append(y)
             axes.append(0 if y.shape[0] == n and y.ndim > 1 else -1)
         params = [
-            self.renamed(v, v.shape if a < 0 else v.shape[:a] + v.shape[a + 1 :]) for v, a in zip(given, axes, strict=True)
+            self.renamed(v, v.shape if a < 0 else v.shape[:a] + v.shape[a + 1 :])
+            for v, a in zip(given, axes, strict=True)
         ]
         inner = self.inside(scope, params)
         made = [v for v in inner.values if v not in params and v.count * n <= MAX_COUNT]
@@ -974,7 +1036,10 @@ class _Generator:
         if self.chance(0.6):
             given.append(self.need(scope, (x.shape[-1], self.columns(x.count)), x.dtype, 0.5))
             specs.append("P()")
-        params = [self.renamed(v, (v.shape[0] // 4, *v.shape[1:]) if s != "P()" else v.shape) for v, s in zip(given, specs, strict=True)]
+        params = [
+            self.renamed(v, (v.shape[0] // 4, *v.shape[1:]) if s != "P()" else v.shape)
+            for v, s in zip(given, specs, strict=True)
+        ]
         inner = _Scope(None, params)  # sees nothing else
         count = len(self.arguments)
         self.fill_closed(inner)
@@ -1002,7 +1067,9 @@ class _Generator:
         x = inner.values[0]
         if len(inner.values) > 1:
             w = inner.values[1]
-            x = self.emit(inner, "{0} @ {1}", [x, w], (*x.shape[:-1], w.shape[-1]), x.dtype, x.size * math.sqrt(w.shape[0]) * 0.5)
+            x = self.emit(
+                inner, "{0} @ {1}", [x, w], (*x.shape[:-1], w.shape[-1]), x.dtype, x.size * math.sqrt(w.shape[0]) * 0.5
+            )
         x = self.activation(inner, x)
         if self.chance(0.5):
             x = self.with_itself(inner)

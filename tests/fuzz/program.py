@@ -212,14 +212,14 @@ class Program:
     def function(self, **names: Any) -> Callable[..., tuple[jax.Array, ...]]:
         """The function; `names` replace what the prelude defines."""
         space: dict[str, Any] = {}
-        exec(compile(PRELUDE, "prelude", "exec"), space)  # noqa: S102
+        exec(compile(PRELUDE, "prelude", "exec"), space)
         space.update(names)
-        exec(compile(self.definition, f"program {self.seed}", "exec"), space)  # noqa: S102
+        exec(compile(self.definition, f"program {self.seed}", "exec"), space)
         return space["program"]
 
     def values(self) -> list[Any]:
         """Fresh arrays for its arguments."""
-        made = [eval(x.text(self.seed, self.mode), {"np": np, "jnp": jnp}) for x in self.arguments]  # noqa: S307
+        made = [eval(x.text(self.seed, self.mode), {"np": np, "jnp": jnp}) for x in self.arguments]
         if self.mode != "sharded":
             return made
         mesh = jax.make_mesh((DEVICES,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -233,8 +233,10 @@ class Program:
     def without_dead_code(self) -> Program:
         """Without statements whose values nothing reads, and arguments that nothing reads."""
         statements, used = _live(self.statements, {x.name for x in self.results})
-        kept = tuple(x for x in self.arguments if x.value.name in used)
-        return replace(self, statements=statements, arguments=kept or self.arguments[:1])
+        kept = tuple(x for x in self.arguments if x.value.name in used) or self.arguments[:1]
+        if self.mode == "pmap" and not any(x.mapped for x in kept):
+            kept = (replace(kept[0], mapped=True), *kept[1:])
+        return replace(self, statements=statements, arguments=kept)
 
 
 def _live(statements: Sequence[Statement], used: set[str]) -> tuple[tuple[Statement, ...], set[str]]:

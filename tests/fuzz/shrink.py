@@ -71,7 +71,9 @@ def _all(statements: Sequence[Statement]) -> list[Statement]:
 
 
 def _mapped(
-    statements: Sequence[Statement], change: Callable[[Statement], Sequence[Statement]], rename: Callable[[Value], Value]
+    statements: Sequence[Statement],
+    change: Callable[[Statement], Sequence[Statement]],
+    rename: Callable[[Value], Value],
 ) -> tuple[Statement, ...]:
     """Statements in all depths, changed, and their operands renamed."""
     found = []

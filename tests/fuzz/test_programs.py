@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import pytest
+
 from fuzz import check, generator
 
 SEEDS = range(0, 240, 12)
