@@ -108,8 +108,8 @@ class _Machine:
         out = equation.outvars[0].aval
         if name in _COMPARISONS:
             return [self._compare(_COMPARISONS[name], name in ("eq", "ne"), *operands, same=_same(equation))]
-        if name == "sign":
-            return [self._sign(operands[0])]
+        if name in ("sign", "round"):
+            return [self._sign(operands[0]) if name == "sign" else self._round(operands[0])]
         rule = _RULES.get(name)
         if rule is None:
             raise NotImplementedError(f"the arbiter does not know {name}")
@@ -160,6 +160,15 @@ class _Machine:
         if not near.any():
             return results
         return [results[0], *(np.where(near, 1.0 if i % 2 else -1.0, y) for i, y in enumerate(results[1:]))]
+
+    def _round(self, x: Values) -> Values:
+        results = self._each(np.round, [x])
+        spread = self._spread(x)
+        below = np.floor(x[0])
+        near = (np.abs(x[0] - below - 0.5) <= _NEAR * spread) & (spread > 0)
+        if not near.any():
+            return results
+        return [results[0], *(np.where(near, below + i % 2, y) for i, y in enumerate(results[1:]))]
 
     def _bound(self, equation: Any, operands: list[Array], result: Array) -> Array:
         """Of the error of one operation."""

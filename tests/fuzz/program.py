@@ -139,7 +139,7 @@ class Argument:
         if self.fill == "index":
             return f"jnp.asarray(np.asarray({rng}.integers(0, {self.limit}, {shape}), jnp.{value.dtype}))"
         if not value.is_float:
-            least, most = (-128, 128) if value.dtype == "int8" else (-50, 50)
+            least, most = {"int8": (-128, 128), "uint8": (0, 256)}.get(value.dtype, (0, 50))
             return f"jnp.asarray(np.asarray({rng}.integers({least}, {most}, {shape}), jnp.{value.dtype}))"
         return f"jnp.asarray(np.asarray({value.size:.3g} * {rng}.standard_normal({shape}), jnp.{value.dtype}))"
 
