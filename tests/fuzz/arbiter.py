@@ -443,6 +443,8 @@ _RULES: Final[dict[str, Callable[..., Any]]] = {
     "scatter_add": lambda x, p, out: _scatter(x, p, np.add),
     "scatter-mul": lambda x, p, out: _scatter(x, p, np.multiply),
     "scatter_mul": lambda x, p, out: _scatter(x, p, np.multiply),
+    "empty": lambda x, p, out: np.zeros(out.shape, _storage(out.dtype)),
+    "empty2": lambda x, p, out: np.zeros(out.shape, _storage(out.dtype)),
     "iota": _iota,
     "psum": lambda x, p, out: np.sum(x[0], tuple(p["axes"])),
     "select_n": _select,
