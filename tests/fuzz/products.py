@@ -11,7 +11,7 @@ from .drawing import FLOATS, MAX_COUNT, MAX_WORK, Drawing, Scope
 from .program import Value
 
 _SCALES: Final = ("0.5", "0.125", "3", "1.7", "-1", "1e-3", "0.1", "2")
-_ODD_SCALES: Final = ("inf", "nan", "-inf", "1e5", "7e4", "1e-30", "0.0", "1e30")
+_ODD_SCALES: Final = ("inf", "nan", "-inf", "1e5", "7e4", "1e-30", "0.0")
 
 
 class Products(Drawing):
