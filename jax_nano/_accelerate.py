@@ -111,7 +111,8 @@ def _rewritten(serialized: bytes) -> bytes | None:
         return None
     program_shape = module.program_shape()
     products = _rewrite.rewrite(module)
-    changed = module.serialized() if any(x.declined is None for x in products) else None
+    is_changed = module.is_changed or any(x.declined is None for x in products)
+    changed = module.serialized() if is_changed else None
     try:
         if changed is not None:
             _verify.check(module, program_shape)

@@ -73,6 +73,11 @@ INLINE: Any = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
 # Whether a module that an HLO transformation changed keeps its donated arguments (JAX issue 40280).
 KEEPS_DONATION: bool = jaxlib_version >= (0, 11, 1)
 
+# Whether YNNPACK, where a product and what follows it are one fusion, gets wrong what is beyond the first 32768 columns of
+# the product: jaxlib 0.10.2 does, for [3, 3] x [40000, 3] along the last dimensions, then squared and summed; 0.12.0
+# does not. In between it was not tried.
+MISCOUNTS_LARGE_FUSED_DOTS: bool = jaxlib_version < (0, 12, 0)
+
 # Renamed in 0.10.1. Casts an operand that is replicated over a manual mesh axis to one that varies over it
 # where the other operand varies; its transpose is the psum of the gradient of a replicated weight.
 match_varying_axes: Callable[..., Any] = (

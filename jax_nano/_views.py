@@ -61,16 +61,24 @@ def sources(module: Module, body: Body, view: View, products: Collection[int]) -
       view: of an operand of one of the products.
       products: ids of the instructions that may become calls.
     """
-    found = [view]
-    while (source := _source(module, body, found[-1])) is not None:
-        found.append(source)
-    last = found[-1].instruction
-    dtype = before_conversion(module, last)
-    if dtype is None or body.is_awaited(last) or not _only_for(products, body, last):
-        return found
-    if _aliasing.updated_operands(module, last, _end_before_conversion(module, last)) is None:
-        return found
-    return [*found, found[-1]._replace(dtype=dtype)]
+    found: list[View] = []
+    here: View | None = view
+    while here is not None:
+        found.append(here)
+        dtype = _narrower(module, body, here.instruction, products)
+        if dtype is not None:
+            found.append(here._replace(dtype=dtype))
+        here = _source(module, body, here)
+    return found
+
+
+def _narrower(module: Module, body: Body, loop: Instruction, products: Collection[int]) -> np.dtype | None:
+    """The dtype of a loop that ends before its last conversion, if it can."""
+    dtype = before_conversion(module, loop)
+    if dtype is None or body.is_awaited(loop) or not _only_for(products, body, loop):
+        return None
+    can_end = _aliasing.updated_operands(module, loop, _end_before_conversion(module, loop)) is not None
+    return dtype if can_end else None
 
 
 def narrow(module: Module, body: Body, fusion: Instruction) -> Instruction:
