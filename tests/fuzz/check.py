@@ -161,9 +161,9 @@ def _batched(fun: Callable[..., Any], specs: Sequence[Any], out: Any) -> Callabl
 
 
 def _wrong(got: np.ndarray, plain: np.ndarray | None, judgement: arbiter.Judgement) -> str:
-    """What is wrong with an array, if anything, where XLA's own is right or is something else that is wrong.
+    """What is wrong with an array, if anything, in elements that XLA itself gets right.
 
-    It may be what XLA makes of it where that is not finite, or where the two agree: XLA has faults of its own.
+    Without `plain`, in any. XLA has faults of its own, and may overflow on the way to what is finite.
     """
     allowed = _allowed(got.dtype, judgement)
     wrong = _wrong_elements(got, judgement, allowed)
