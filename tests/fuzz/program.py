@@ -6,7 +6,7 @@ Every value has a name of its own in the whole program, so a body of a loop may 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -155,7 +155,6 @@ class Program:
     results: tuple[Value, ...]
     mode: str = "jit"
     x64: bool = False
-    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def block(self) -> Block:

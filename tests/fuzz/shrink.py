@@ -39,6 +39,10 @@ def _smaller(program: Program) -> Iterator[Program]:
     for i in range(len(results)):
         if len(results) > 1:
             yield replace(program, results=results[:i] + results[i + 1 :]).without_dead_code()
+    if len(results) == 1:
+        for x in program.statements:
+            if results[0] not in x.targets:
+                yield replace(program, results=x.targets[:1]).without_dead_code()
     if any(x.donated for x in program.arguments):
         yield replace(program, arguments=tuple(replace(x, donated=False) for x in program.arguments))
         if sum(x.donated for x in program.arguments) > 1:
