@@ -37,7 +37,7 @@ test: $(STAMPS)/test  ## set up and run the tests
 	$(BIN)/pytest --numprocesses $(JOBS) $(ARGS)
 
 fuzz: $(STAMPS)/test  ## run random programs with and without acceleration (ARGS="--programs 1000 --gate both")
-	PYTHONPATH=tests $(BIN)/python -P -m fuzz $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -P -m fuzz --jobs $(JOBS) $(ARGS)
 
 lint: $(STAMPS)/test  ## check style, formatting and types
 	scripts/lint $(BIN)

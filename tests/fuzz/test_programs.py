@@ -7,7 +7,7 @@ import pytest
 
 from fuzz import check, generator
 
-SEEDS = range(0, 240, 12)
+SEEDS = range(0, 300, 12)
 
 
 @pytest.mark.parametrize("first", SEEDS)
