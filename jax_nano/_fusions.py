@@ -22,7 +22,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 
-from jax_nano import _hlo, _machine
+from jax_nano import _gate, _hlo, _machine
 from jax_nano import _jax_compat as compat
 from jax_nano._hlo import Body, Computation, Instruction, Module
 
@@ -45,6 +45,14 @@ _ELEMENTS_PER_THREAD: Final = 1 << 15
 # The elements of a dimension that YNNPACK gets right where it is faulty.
 _MOST_COUNTED: Final = 1 << 15
 
+# A library computes a large result in parts, each of which is still in a cache when what follows reads it. What a call
+# writes goes through memory, and that must be worth it. Parts of XLA's speed, one core (Zen 3, November 2026), softmax
+# and a sum of squares on JAX 0.10.2, the same on 0.12: 2048x1024 of K = 64 0.73, 0.74, 0.74, 0.68, 2048x512 0.72, 0.93,
+# 0.81, 0.91, 2048x1024 of K = 256 1.11, 1.32, 1.09, 1.17, of K = 512 1.20, 1.89, 1.41, 1.43; twelve times 128x128 of
+# K = 64, as a part of attention, 1.07 and 1.00.
+_LARGE_RESULT: Final = 1 << 20
+_SHORT_SUMS: Final = 128
+
 
 class Source(NamedTuple):
     """What an operand of a product is made of, inside its fusion: moves that lose nothing, each on the one before."""
@@ -55,6 +63,7 @@ class Source(NamedTuple):
 
 Declines: TypeAlias = Callable[[Computation, Instruction, Sequence[Source]], str | None]
 """Why no kernel takes a dot with these operands, in a fusion of that computation, or None."""
+_DeclinesHere: TypeAlias = Callable[[Instruction, Sequence[Source]], str | None]
 
 
 def take_out(module: Module, declines: Declines) -> dict[int, str]:
@@ -91,14 +100,14 @@ class _Fusion:
         self._root: Instruction = self._by_id[self._computation.root_id]
         self._is_changed = False
 
-    def take_out(self, dots: Sequence[Instruction], declines: Declines) -> None:
+    def take_out(self, dots: Sequence[Instruction], declines: _DeclinesHere) -> None:
         """Takes out those of its dots that it can; says why for each of the others."""
         fixed = self._why_fixed()
         for dot in dots:  # operands come before their users
             if dot.id not in self._by_id:  # it was taken out with a value that another one reads
                 continue
             sources, reason = self._sources(dot, declines)
-            reason = reason or fixed
+            reason = reason or fixed or self._why_not_worth(dot)
             if reason is None and self._root.opcode == "tuple" and dot.id in self._root.operand_ids:
                 reason = "its fusion returns it beside other results"
             if reason is not None and not (fixed is None and self._is_computed_wrongly(dot)):
@@ -119,6 +128,17 @@ class _Fusion:
             return "its fusion updates an array in place"
         return None
 
+    def _why_not_worth(self, dot: Instruction) -> str | None:
+        """Why a product is better left where it is though a kernel would take it."""
+        if not _gate.enabled or dot.id == self._root.id:
+            return None
+        lhs = self._by_id[dot.operand_ids[0]]
+        terms = math.prod(lhs.shape.dimensions[i] for i in dot.dot_dimension_numbers.lhs_contracting_dimensions)
+        size = math.prod(dot.shape.dimensions) * _hlo.DTYPES[dot.shape.element_type].itemsize
+        if size < _LARGE_RESULT or terms >= _SHORT_SUMS:
+            return None
+        return f"sums of {terms} terms: what follows reads the {size >> 20} MiB in a cache where XLA computes both"
+
     def _is_computed_wrongly(self, dot: Instruction) -> bool:
         """Whether XLA's library may give wrong values of what is computed from a dot in the same fusion."""
         return (
@@ -133,7 +153,7 @@ class _Fusion:
         others = (x for x in self._by_id.values() if x.id != dot.id)
         return dot.id != self._root.id or any(x.opcode not in (*_MOVES, "parameter") for x in others)
 
-    def _sources(self, dot: Instruction, declines: Declines) -> tuple[Sequence[Source], str | None]:
+    def _sources(self, dot: Instruction, declines: _DeclinesHere) -> tuple[Sequence[Source], str | None]:
         """What to make a dot's operands of, or why not to take it out."""
         candidates = [before_moves(self._by_id, self._by_id[number]) for number in dot.operand_ids]
         reasons = []

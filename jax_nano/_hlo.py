@@ -292,6 +292,12 @@ class Module:
         """Numbers of the parameters whose memory results may take over."""
         self.is_changed = False
         """Whether there are other computations than before."""
+        self.only_read: dict[int, frozenset[int]] = {}
+        """Of each loop, by its id, the elements that nothing writes; see `_carried`."""
+
+    def copy(self) -> Module:
+        """The same module once more, to try something on."""
+        return Module(self._proto.SerializeToString())
 
     @property
     def name(self) -> str:
@@ -322,6 +328,11 @@ class Module:
         shapes = {x.id: x.shape for x in entry.instructions}
         numbers = (entry.root_id, *(number for _, number in parameters))
         return [_Shape.FromString(shapes[number].SerializeToString()) for number in numbers]
+
+    def remove(self, computation: Computation) -> None:
+        """Takes out a computation that nothing calls any more."""
+        del self._by_id[computation.id]
+        self._proto.computations.remove(computation)
 
     def called_from(self, is_caller: Callable[[Instruction], bool]) -> set[int]:
         """Ids of the computations that some instructions call, and of those that these call in turn."""
@@ -420,6 +431,13 @@ class Body:
         self._next = 1 + max(self._by_id)  # an id holds that of the computation in its upper half
         self._removed: set[int] = set()
 
+    def __getitem__(self, number: int) -> Instruction:
+        return self._by_id[number]
+
+    @property
+    def parameters(self) -> list[Instruction]:
+        return [x for x in self._instructions if x.opcode == "parameter"]
+
     def operands(self, instruction: Instruction) -> list[Instruction]:
         return [self._by_id[x] for x in instruction.operand_ids]
 
@@ -454,6 +472,21 @@ class Body:
         """A new instruction: a row-major array, converted."""
         new = self.bitcast(operand, dtype, tuple(operand.shape.dimensions))
         new.opcode = "convert"
+        return new
+
+    def like(self, model: Instruction, operands: Sequence[Instruction], near: Instruction) -> Instruction:
+        """A new instruction: what `model` does, which may stand in another computation, with operands of this one.
+
+        `near` is one of this computation's, after which it is named: names are unique in a module.
+        """
+        new = self._add(near, model.opcode)
+        number, name = new.id, new.name
+        new.CopyFrom(model)
+        new.id, new.name = number, name
+        del new.control_predecessor_ids[:], new.operand_ids[:]
+        for x in operands:
+            new.operand_ids.append(x.id)
+            self._users[x.id].append(number)
         return new
 
     def copy_operand(self, instruction: Instruction, position: int) -> None:

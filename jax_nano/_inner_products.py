@@ -18,7 +18,7 @@ import numpy as np
 
 from jax_nano import _aliasing, _fusions, _hlo
 from jax_nano._fusions import Source
-from jax_nano._hlo import Body, Computation, Instruction, Module
+from jax_nano._hlo import Body, Instruction, Module
 
 _SUMS: Final = ("reduce", "reduce-window")
 

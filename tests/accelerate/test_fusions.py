@@ -165,6 +165,75 @@ def test_what_stays_in_a_fusion_has_its_own_reason(gate: None) -> None:
     assert "left to XLA: too small: 64 multiply-adds" in jax_nano.report()
 
 
+@pytest.mark.parametrize("gate", [True], indirect=True)
+@pytest.mark.parametrize(("terms", "calls"), [(64, 0), (256, 1)])
+def test_large_results_of_short_sums_stay(gate: None, terms: int, calls: int, rng: np.random.Generator) -> None:
+    """XLA has each part of the result in a cache when it reads it again."""
+    del gate
+    x, w = arrays(rng, (1024, terms), (terms, 512))
+    _, ours = counted(lambda x, w: jax.nn.softmax(x @ w), x, w)
+    assert len(ours) == calls
+    assert ("sums of 64 terms: what follows reads the 2 MiB in a cache" in jax_nano.report()) == (not calls)
+
+
+INTEGERS: Final[dict[str, tuple[Program, Any, Any]]] = {
+    "vectors": (lambda a, b: jnp.vdot(a, b, preferred_element_type=jnp.int32), (np.int8, 70000), (np.int8, 70000)),
+    "a row and a column": (lambda a, b: lax.dot(a[None], b[:, None], preferred_element_type=jnp.int32),)
+    + ((np.int8, 70000),) * 2,
+    "bytes in, bytes out": (jnp.vdot, (np.int8, 70000), (np.int8, 70000)),
+    "different signs": (
+        lambda a, b: jnp.vdot(a, b, preferred_element_type=jnp.int32),
+        (np.uint8, 70000),
+        (np.int8, 70000),
+    ),
+    "several": (
+        lambda a, b: jnp.einsum("bi,bi->b", a, b, preferred_element_type=jnp.int32),
+        (np.int8, (3, 70000)),
+        (np.int8, (3, 70000)),
+    ),
+    "in a loop that changes one": (
+        lambda a, b: lax.fori_loop(
+            0, 3, lambda _, c: c + jnp.vdot(c, b, preferred_element_type=jnp.int32).astype(c.dtype), a
+        ),
+        (np.int8, 70000),
+        (np.int8, 70000),
+    ),
+    "a sum that does not begin with zero": (
+        lambda a, b: lax.reduce(a.astype(np.int32) * b.astype(np.int32), np.int32(7), lax.add, (0,)),
+        (np.int8, 70000),
+        (np.int8, 70000),
+    ),
+    "the largest product": (
+        lambda a, b: (a.astype(np.int32) * b.astype(np.int32)).max(),
+        (np.int8, 70000),
+        (np.int8, 70000),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_products_of_integer_vectors(name: str, rng: np.random.Generator) -> None:
+    """XLA multiplies and adds up in steps: there is no dot in its program."""
+    fun, *operands = INTEGERS[name]
+    args = [rng.integers(0 if t == np.uint8 else -128, 128, shape).astype(t) for t, shape in operands]
+    plain = jax.jit(fun).lower(*args).compile()
+    jax_nano.clear_report()
+    with jax_nano.accelerate():
+        accelerated = jax.jit(fun).lower(*args).compile()
+    np.testing.assert_array_equal(accelerated(*args), plain(*args))
+    is_product = name in list(INTEGERS)[:5]
+    assert ("1 products compiled, 1 run on kernels" in jax_nano.report()) == is_product
+    assert ("reduce-window" in accelerated.as_text()) != is_product
+
+
+def test_weights_of_bytes_are_converted_once(rng: np.random.Generator) -> None:
+    """To bfloat16, which a kernel reads, and not to float32 from there."""
+    x, scale = arrays(rng, (1, 512), (1, 512), dtype=BF16)
+    w = rng.integers(-128, 128, (512, 512)).astype(np.int8)
+    _, ours = counted(lambda x, w, s: (x @ w.astype(BF16)) * s, x, w, scale, rtol=1e-2)
+    assert [[array.dtype for array in product.arrays[:2]] for product in ours] == [["bfloat16", "bfloat16"]]
+
+
 def test_a_fusion_keeps_its_sum() -> None:
     """A loop of XLA's takes two to five times as long for it as YNNPACK."""
     args = (np.ones((64, 64), np.float32),) * 2
