@@ -181,6 +181,9 @@ class _Machine:
             (contracting, _), _ = params["dimension_numbers"]
             terms = math.prod(operands[0].shape[i] for i in contracting)
             bound = bound + _relative(terms, acc) * _dot([np.abs(x) for x in operands], params, None)
+        elif name == "conv_general_dilated":
+            terms = operands[1].size // operands[1].shape[params["dimension_numbers"].rhs_spec[0]]
+            bound = bound + _relative(terms, acc) * _convolved([np.abs(x) for x in operands], params, None)
         elif name in ("reduce_sum", "cumsum", "psum"):
             terms = operands[0].size // max(result.size, 1)
             bound = bound + _relative(terms, eps) * _RULES[name](
@@ -253,6 +256,31 @@ def _dot(operands: Sequence[Array], params: Any, out: Any) -> Array:
     if out is None or _is_float(out.dtype):
         return product
     return product.astype(np.int64).astype(out.dtype)  # sums of integers this small are exact; conversions wrap
+
+
+def _convolved(operands: Sequence[Array], params: Any, out: Any) -> Array:
+    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+    x, w = np.transpose(operands[0], numbers.lhs_spec), np.transpose(operands[1], numbers.rhs_spec)
+    assert params["batch_group_count"] == 1
+
+    def dilated(x: Array, by: Sequence[int]) -> Array:
+        spaced = np.zeros((*x.shape[:2], *((n - 1) * d + 1 for n, d in zip(x.shape[2:], by, strict=True))))
+        spaced[(slice(None), slice(None), *(slice(None, None, d) for d in by))] = x
+        return spaced
+
+    x, w = dilated(x, params["lhs_dilation"]), dilated(w, params["rhs_dilation"])
+    x = np.pad(x, [(0, 0), (0, 0), *((max(a, 0), max(b, 0)) for a, b in params["padding"])])
+    cut = [slice(max(-a, 0), n - max(-b, 0)) for (a, b), n in zip(params["padding"], x.shape[2:], strict=True)]
+    x = x[(slice(None), slice(None), *cut)]
+    axes = tuple(range(2, x.ndim))
+    windows = np.lib.stride_tricks.sliding_window_view(x, w.shape[2:], axes)
+    windows = windows[(slice(None), slice(None), *(slice(None, None, s) for s in params["window_strides"]))]
+    inner = tuple(range(x.ndim, 2 * x.ndim - 2))
+    parts = []
+    for part, kernel in zip(np.split(windows, groups, 1), np.split(w, groups, 0), strict=True):
+        product = np.tensordot(part, kernel, ((1, *inner), (1, *axes)))  # batch, space, features
+        parts.append(np.moveaxis(product, -1, 1))
+    return np.transpose(np.concatenate(parts, 1), np.argsort(numbers.out_spec))
 
 
 def _axes_reduced(fun: Callable[..., Array]) -> Callable[..., Array]:
@@ -423,6 +451,7 @@ def _elementwise(fun: Callable[..., Any]) -> Callable[..., Array]:
 
 _RULES: Final[dict[str, Callable[..., Any]]] = {
     "dot_general": _dot,
+    "conv_general_dilated": _convolved,
     "broadcast_in_dim": _broadcast_in_dim,
     "convert_element_type": _convert,
     "reduce_precision": _convert,

@@ -26,12 +26,16 @@ _WEIGHTS: Final[dict[str, dict[str, float]]] = {
     "updates": {"update": 5, "product": 3, "elementwise": 2, "move": 1.5, "layer": 1, "loop": 0.7},
     "loops": {"loop": 3, "product": 2, "layer": 1.5, "elementwise": 1, "move": 1, "update": 1},
     "small": {"loop": 3, "product": 2.5, "layer": 1, "elementwise": 1, "nested": 1, "move": 1},
-    "reductions": {"product": 3, "reduction": 4, "norm": 2, "attention": 1.5, "elementwise": 1, "move": 1},
-    "transforms": {"nested": 3, "layer": 2, "product": 1.5, "elementwise": 1, "move": 1, "reduction": 1},
+    "reductions": {
+        "product": 3, "reduction": 4, "norm": 2, "attention": 1.5, "convolution": 0.8, "elementwise": 1, "move": 1,
+    },
+    "transforms": {
+        "nested": 3, "layer": 2, "product": 1.5, "elementwise": 1, "move": 1, "reduction": 1, "convolution": 0.3,
+    },
     "decoding": {"cache": 2.5, "layer": 2, "norm": 1, "loop": 1, "product": 1, "move": 0.7},
     "mixed": {
         "layer": 2, "product": 2, "move": 2, "elementwise": 1.5, "reduction": 1, "norm": 0.5, "update": 1.5,
-        "loop": 1, "nested": 1.5, "attention": 0.4, "cache": 0.4,
+        "loop": 1, "nested": 1.5, "attention": 0.4, "cache": 0.4, "convolution": 0.3,
     },
     "parallel": {"layer": 2, "product": 2, "move": 1, "reduction": 1, "nested": 0.5, "sharded": 1.5, "update": 0.7},
 }  # fmt: skip
@@ -94,6 +98,7 @@ class _Generator(Functions):
             "layer": self.layer, "product": self.product, "elementwise": self.elementwise, "move": self.move,
             "norm": self.norm, "reduction": self.reduction, "update": self.update, "loop": self.loop,
             "nested": self.nested, "attention": self.attention, "cache": self.cache, "sharded": self.over_devices,
+            "convolution": self.convolution,
         }  # fmt: skip
         names = [x for x in weights if scope.depth < 2 or x not in ("loop", "nested", "sharded")]
         p = np.array([weights[x] for x in names])

@@ -224,6 +224,35 @@ class Products(Drawing):
         w = self.need(scope, (k, n), x.dtype, 0.5)
         return self.emit(scope, "custom({0}, {1})", [x, w], (*x.shape[:-1], n), x.dtype, x.size * math.sqrt(k) * 0.5)
 
+    def convolution(self, scope: Scope) -> None:
+        """Of an image, or of what has four dimensions, and mostly a dense layer after it."""
+        x = self.pick(scope, lambda x: x.is_float and x.ndim == 4 and min(x.shape) > 0) if self.chance(0.4) else None
+        if x is None:
+            n, h, w = (min(max(self.dim(), 1), most) for most in (4, 12, 12))
+            x = self.need(scope, (n, h, w, int(self.rng.integers(1, 5))), self.dtype)
+        size, features, stride = (
+            int(self.rng.integers(1, 4)),
+            int(self.rng.integers(1, 9)),
+            int(self.rng.integers(1, 3)),
+        )
+        if x.count * features * size**2 > MAX_WORK or x.count * features > MAX_COUNT:
+            return
+        w = self.need(scope, (size, size, x.shape[3], features), x.dtype, 0.5)
+        shape = (x.shape[0], *(-(-s // stride) for s in x.shape[1:3]), features)
+        text = (
+            f'lax.conv_general_dilated({{0}}, {{1}}, ({stride}, {stride}), "SAME",'
+            ' dimension_numbers=("NHWC", "HWIO", "NHWC"))'
+        )
+        y = self.emit(scope, text, [x, w], shape, x.dtype, x.size * size * math.sqrt(x.shape[3]) * 0.5)
+        if self.chance(0.5):
+            y = self.activation(scope, y)
+        if self.chance(0.7):
+            flat = (shape[0], math.prod(shape[1:]))
+            y = self.emit(scope, f"{{0}}.reshape({flat})", [y], flat, y.dtype, y.size)
+            v = self.need(scope, (flat[1], self.columns(y.count)), y.dtype, 0.2)
+            text = "{0} @ {1}"
+            self.emit(scope, text, [y, v], (flat[0], v.shape[1]), y.dtype, y.size * math.sqrt(flat[1]) * 0.2)
+
     def layer(self, scope: Scope) -> None:
         """A product, and what may become a part of its call."""
         y = self.product(scope) if self.chance(0.4) else self.matmul(scope)
