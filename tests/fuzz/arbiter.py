@@ -25,7 +25,7 @@ Array = np.ndarray
 Values = list[Array]
 """One value in all evaluations, the exact one first. Where there is no noise all are the same object."""
 
-DRAWS: Final = 4
+DRAWS: Final = 6
 _NEAR: Final = 3.0
 """Two values are nearly equal if they differ by no more than this many times what noise made of them."""
 

@@ -121,6 +121,8 @@ class Arrays(Products):
         if self.chance(0.5):
             self.product(scope)
         x = self.array(scope, 1)
+        if not x.count:
+            return
         axis = int(self.rng.integers(-x.ndim, 0)) if self.chance(0.8) else None
         keep = self.chance(0.3)
         reduced = () if axis is None else tuple(n for i, n in enumerate(x.shape) if i != axis + x.ndim)
@@ -142,6 +144,8 @@ class Arrays(Products):
 
     def norm(self, scope: Scope) -> None:
         x = self.array(scope, 1)
+        if not x.count:
+            return
         form = self.rng.integers(4)
         if form == 0:
             axis = int(self.rng.integers(-x.ndim, 0))
@@ -157,7 +161,7 @@ class Arrays(Products):
             self.emit(scope, "jax.nn.log_softmax({0})", [x], x.shape, x.dtype, 2 * x.size)
 
     def attention(self, scope: Scope) -> None:
-        b, q, k, h, d = (min(self.dim(), most) for most in (3, 40, 40, 4, 64))
+        b, q, k, h, d = (max(1, min(self.dim(), most)) for most in (3, 40, 40, 4, 64))
         x, y, z = (self.need(scope, (b, n, h, d), self.dtype) for n in (q, k, k))
         s = self.emit(scope, 'jnp.einsum("bqhd,bkhd->bhqk", {0}, {1})', [x, y], (b, h, q, k), self.dtype, math.sqrt(d))
         if self.chance(0.5):

@@ -21,7 +21,7 @@ from .program import DEVICES, Program
 
 MARGIN: Final = 2.0
 """Of the largest deviation that noise made of an element."""
-FLOOR: Final = 0.4
+FLOOR: Final = 0.6
 """An element may be as lucky as to be moved by none of the draws: this part of what the worst one is moved by."""
 
 

@@ -98,14 +98,14 @@ class Updates(Arrays):
 
     def cache(self, scope: Scope) -> None:
         """Attention of one position over a cache that is written first."""
-        b, t, h, d = (min(self.dim(), most) for most in (3, 70, 4, 64))
+        b, t, h, d = (max(1, min(self.dim(), most)) for most in (3, 70, 4, 64))
         width = h * d
         keys, values = (self.need(scope, (b, t, h, d), self.dtype, reuse=0.5) for _ in range(2))
         x = self.need(scope, (b, width), self.dtype)
         i = self.index(scope, t)
         made = []
         for kept in (None, keys, values):
-            w = self.need(scope, (width, width), self.dtype, max(width, 1) ** -0.5, reuse=0.3)
+            w = self.need(scope, (width, width), self.dtype, width**-0.5, reuse=0.3)
             y = self.emit(scope, "{0} @ {1}", [x, w], (b, width), self.dtype, x.size)
             if kept is None:
                 made.append(self.emit(scope, f"{{0}}.reshape({(b, h, d)})", [y], (b, h, d), self.dtype, y.size))
