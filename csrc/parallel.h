@@ -114,7 +114,7 @@ struct ForkJoin {
   // A helper's share. It stands by for as long as the call took: waiting never costs more than it could save.
   template <typename Run>
   standby::Help Assist(size_t thread, Run* run) {
-    standby::LeaveCpu(caller_cpu, [&] { return IsDone(); });
+    standby::LeaveCpu(caller_cpu);
     const unsigned modes = _mm_getcsr();
     _mm_setcsr(caller_modes);
     const int64_t ran = Drain(thread, run);

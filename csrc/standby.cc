@@ -19,7 +19,8 @@ constexpr int kPauses = 16;  // between two looks at the clock
 // Looks are 1 us apart; interrupts of the kernel and of a hypervisor take some us, another thread at least as long as
 // it takes to switch to it and back.
 constexpr std::chrono::microseconds kDisturbance{20};
-// From a CPU where another thread runs a yield takes as long as that one's turn, so these are milliseconds.
+// Where the caller runs, a yield takes as long as its turn: these are milliseconds, in which the scheduler balances its
+// queues. Where the caller sleeps it takes no time, and nor do these.
 constexpr int kYields = 8;
 
 // Where one thread waits; on its stack.
@@ -62,7 +63,7 @@ class Room {
   bool Hand(const Job& job) {
     if (waiting() == 0) return false;
     const std::lock_guard lock(mutex_);
-    const int here = sched_getcpu();
+    const int here = sharing::SharesEveryCall() ? -1 : sched_getcpu();
     // The one that came last: its caches are warmest. One that has yielded this very CPU waits for the caller.
     for (size_t i = taken_.load(std::memory_order_relaxed); i-- > 0;) {
       Seat* const seat = seats_[i];
@@ -167,8 +168,8 @@ Waited SpinUntil(sharing::Duration patience, bool leave, const std::function<boo
   }
 }
 
-void LeaveCpu(int cpu, const std::function<bool()>& is_over) {
-  for (int i = 0; i < kYields && sched_getcpu() == cpu && !is_over(); ++i) sched_yield();
+void LeaveCpu(int cpu) {
+  for (int i = 0; i < kYields && sched_getcpu() == cpu; ++i) sched_yield();
 }
 
 }  // namespace jax_nano::standby

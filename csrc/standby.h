@@ -44,8 +44,8 @@ enum class Waited { kDone, kTooLong, kDisturbed };
 // took it.
 Waited SpinUntil(sharing::Duration patience, bool leave, const std::function<bool()>& is_done);
 
-// Lets other threads have the CPU until the scheduler has moved the calling thread away from this one, or `is_over`.
-void LeaveCpu(int cpu, const std::function<bool()>& is_over);
+// Lets other threads have this CPU until the scheduler has moved the calling thread to another, for a bounded time.
+void LeaveCpu(int cpu);
 
 }  // namespace jax_nano::standby
 
