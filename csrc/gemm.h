@@ -27,8 +27,8 @@ void RunItem(const Plan& plan, const Buffers& buffers, void* sums, int64_t item)
 // Adds the sums of the pieces of k, in an order of their own, and finishes the result.
 void AddPieces(const Plan& plan, const Buffers& buffers, void* sums);
 
-// A plan for all threads of a pool and one for the caller alone, as a split adds some percent to a short call. Both give
-// the same bits.
+// A plan for all threads of a pool and one for the caller alone, as a split adds some percent to a short call. Both
+// give the same bits.
 struct Plans {
   Plans(Plan for_pool, Plan for_caller) : shared(std::move(for_pool)), alone(std::move(for_caller)) {}
   Plans(Plan for_pool, Plan for_caller, sharing::Duration expected)

@@ -424,17 +424,23 @@ NB_MODULE(_runtime, m) {
   m.def("workspace_bytes", &WorkspaceHighWater);
   m.def("handed_jobs", &standby::HandedJobs);
   nb::class_<sharing::Pace>(m, "Pace")
-      .def("__init__", [](sharing::Pace* self, int64_t guess) { new (self) sharing::Pace(Ns(guess)); }, "guess"_a)
+      .def(
+          "__init__", [](sharing::Pace* self, int64_t guess) { new (self) sharing::Pace(Ns(guess)); }, "guess"_a)
       .def_prop_ro("alone", [](const sharing::Pace& self) { return self.alone().count(); })
       .def("saw", [](sharing::Pace& self, int64_t alone) { self.Saw(Ns(alone)); }, "alone"_a);
   nb::class_<sharing::Ledger>(m, "Ledger")
       .def(nb::init<>())
-      .def("may_wake", [](sharing::Ledger& self, int64_t wanted, int64_t alone,
-                          int64_t now) { return self.MayWake(wanted, Ns(alone), At(now)); },
-           "wanted"_a, "alone"_a, "now"_a)
-      .def("is_open", [](const sharing::Ledger& self, int64_t now) { return self.Open(At(now)); }, "now"_a)
+      .def(
+          "may_wake",
+          [](sharing::Ledger& self, int64_t wanted, int64_t alone, int64_t now) {
+            return self.MayWake(wanted, Ns(alone), At(now));
+          },
+          "wanted"_a, "alone"_a, "now"_a)
+      .def(
+          "is_open", [](const sharing::Ledger& self, int64_t now) { return self.Open(At(now)); }, "now"_a)
       .def("paid", &sharing::Ledger::Paid)
-      .def("lost", [](sharing::Ledger& self, int64_t now) { self.Lost(At(now)); }, "now"_a)
+      .def(
+          "lost", [](sharing::Ledger& self, int64_t now) { self.Lost(At(now)); }, "now"_a)
       .def_prop_ro("losses", &sharing::Ledger::losses);
   m.def("share_every_call", &sharing::ShareEveryCall, "on"_a);
 }

@@ -66,8 +66,7 @@ class Share {
 // through: so a call that is repeated finds most of its operands and of its result where the last one left them, in
 // the same core's caches.
 struct ForkJoin {
-  ForkJoin(int64_t n, int64_t threads, sharing::Time now)
-      : items(n), begin(now), shares(static_cast<size_t>(threads)) {
+  ForkJoin(int64_t n, int64_t threads, sharing::Time now) : items(n), begin(now), shares(static_cast<size_t>(threads)) {
     for (int64_t t = 0; t < threads; ++t) {
       shares[static_cast<size_t>(t)].Set(n * t / threads, n * (t + 1) / threads);
     }

@@ -79,8 +79,8 @@ class Ledger {
 // The one of this process.
 Ledger& TheLedger();
 
-// For tests, whose machine may be busy: from now on, or no longer, all calls wake all helpers, which stand by for as long
-// as they ever may.
+// For tests, whose machine may be busy: from now on, or no longer, all calls wake all helpers, which stand by for as
+// long as they ever may.
 void ShareEveryCall(bool on);
 bool SharesEveryCall();
 
