@@ -4,33 +4,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <iterator>
+
 namespace jax_nano {
 namespace {
-
-constexpr std::array<std::string_view, static_cast<size_t>(Feature::kCount)> kFeatureNames = {
-    "avx",
-    "avx2",
-    "bmi1",
-    "bmi2",
-    "f16c",
-    "fma",
-    "lzcnt",
-    "movbe",
-    "avx512f",
-    "avx512bw",
-    "avx512cd",
-    "avx512dq",
-    "avx512vl",
-    "avx512_bf16",
-    "avx512_vnni",
-    "avx512_fp16",
-    "avx_vnni",
-    "amx_tile",
-    "amx_bf16",
-    "amx_int8",
-    "amx_permission",
-    "microcoded_vdpbf16ps",
-};
 
 // State components that the operating system saves (XCR0): without them an instruction set that CPUID
 // reports still faults.
@@ -43,17 +20,10 @@ constexpr Caches kDefaultCaches = {32 << 10, 256 << 10, 8 << 20};
 
 bool Bit(uint32_t word, int bit) { return (word >> bit) & 1; }
 
-// A bit in CPUID's answer, and the feature that it announces.
-struct FeatureBit {
-  int reg;  // 0 eax, 1 ebx, 2 ecx, 3 edx
-  int bit;
-  Feature feature;
-};
-
-void AddFrom(const std::array<uint32_t, 4>& regs, std::initializer_list<FeatureBit> bits, Features& out) {
-  for (const FeatureBit& b : bits) {
-    if (Bit(regs[static_cast<size_t>(b.reg)], b.bit)) out.Add(b.feature);
-  }
+// CPUID's answer; zeros where the CPU knows no such leaf.
+std::array<uint32_t, 4> Answer(const CpuQueries& cpu, uint32_t leaf, uint32_t subleaf) {
+  const bool known = leaf <= cpu.cpuid(leaf & 0x80000000, 0)[0] && (subleaf == 0 || subleaf <= cpu.cpuid(leaf, 0)[0]);
+  return known ? cpu.cpuid(leaf, subleaf) : std::array<uint32_t, 4>{0, 0, 0, 0};
 }
 
 CpuQueries HostQueries() {
@@ -81,7 +51,7 @@ std::string_view FeatureName(Feature feature) { return kFeatureNames[static_cast
 
 std::vector<std::string_view> NamesOf(const Features& features) {
   std::vector<std::string_view> names;
-  for (size_t i = 0; i < kFeatureNames.size(); ++i) {
+  for (size_t i = 0; i < std::size(kFeatureNames); ++i) {
     if (features.Has(static_cast<Feature>(i))) names.push_back(kFeatureNames[i]);
   }
   return names;
@@ -91,42 +61,32 @@ Features DetectFeatures(const CpuQueries& cpu) {
   using F = Feature;
   Features out;
   const uint32_t max_leaf = cpu.cpuid(0, 0)[0];
-  const std::array<uint32_t, 4> one = cpu.cpuid(1, 0);
   constexpr int kOsxsave = 27;
-  if (max_leaf < 7 || !Bit(one[2], kOsxsave)) return out;
+  if (max_leaf < 7 || !Bit(cpu.cpuid(1, 0)[2], kOsxsave)) return out;
   const uint64_t xcr0 = cpu.xcr0();
   if ((xcr0 & kXcr0Avx) != kXcr0Avx) return out;
 
-  const std::array<uint32_t, 4> seven = cpu.cpuid(7, 0);
-  const std::array<uint32_t, 4> seven_one = seven[0] >= 1 ? cpu.cpuid(7, 1) : std::array<uint32_t, 4>{0, 0, 0, 0};
-  AddFrom(one, {{2, 28, F::kAvx}, {2, 12, F::kFma}, {2, 29, F::kF16c}, {2, 22, F::kMovbe}}, out);
-  AddFrom(seven, {{1, 5, F::kAvx2}, {1, 3, F::kBmi1}, {1, 8, F::kBmi2}}, out);
-  AddFrom(seven_one, {{0, 4, F::kAvxVnni}}, out);
-  if (cpu.cpuid(0x80000000, 0)[0] >= 0x80000001) {
-    AddFrom(cpu.cpuid(0x80000001, 0), {{2, 5, F::kLzcnt}}, out);
+  const auto is_saved = [&](SavedState state) {
+    switch (state) {
+      case SavedState::kAvx:
+        return true;
+      case SavedState::kAvx512:
+        return (xcr0 & kXcr0Avx512) == kXcr0Avx512;
+      case SavedState::kAmx:
+        // CPUID and XCR0 may offer tiles that have no palette (seen under a hypervisor: oneDNN issue 5801), where the
+        // first tile instruction faults.
+        return (xcr0 & kXcr0Amx) == kXcr0Amx && Answer(cpu, 0x1d, 0)[0] >= 1;
+    }
+    return false;
+  };
+  for (const FeatureBit& b : kFeatureBits) {
+    if (is_saved(b.state) && Bit(Answer(cpu, b.leaf, b.subleaf)[b.reg], b.bit)) out.Add(b.feature);
   }
 
-  if ((xcr0 & kXcr0Avx512) == kXcr0Avx512) {
-    AddFrom(seven,
-            {{1, 16, F::kAvx512f},
-             {1, 30, F::kAvx512bw},
-             {1, 28, F::kAvx512cd},
-             {1, 17, F::kAvx512dq},
-             {1, 31, F::kAvx512vl},
-             {2, 11, F::kAvx512Vnni},
-             {3, 23, F::kAvx512Fp16}},
-            out);
-    AddFrom(seven_one, {{0, 5, F::kAvx512Bf16}}, out);
-    constexpr uint32_t kGenu = 0x756e6547;  // "GenuineIntel" begins so
-    if (out.Has(F::kAvx512Bf16) && cpu.cpuid(0, 0)[1] == kGenu) out.Add(F::kMicrocodedBf16Dot);
-  }
-
-  // CPUID and XCR0 may offer tiles that have no palette (seen under a hypervisor: oneDNN issue 5801),
-  // where the first tile instruction faults. And Linux hands them out on request only.
-  if ((xcr0 & kXcr0Amx) == kXcr0Amx && max_leaf >= 0x1d && cpu.cpuid(0x1d, 0)[0] >= 1) {
-    AddFrom(seven, {{3, 24, F::kAmxTile}, {3, 22, F::kAmxBf16}, {3, 25, F::kAmxInt8}}, out);
-    if (out.Has(F::kAmxTile) && cpu.request_amx()) out.Add(F::kAmxPermission);
-  }
+  constexpr uint32_t kGenu = 0x756e6547;  // "GenuineIntel" begins so
+  if (out.Has(F::kAvx512Bf16) && cpu.cpuid(0, 0)[1] == kGenu) out.Add(F::kMicrocodedVdpbf16ps);
+  // Linux hands tiles out on request only.
+  if (out.Has(F::kAmxTile) && cpu.request_amx()) out.Add(F::kAmxPermission);
   return out;
 }
 

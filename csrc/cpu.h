@@ -8,34 +8,9 @@
 #include <string_view>
 #include <vector>
 
-namespace jax_nano {
+#include "spec.h"
 
-// Every feature that some target asks for. Order and names: kFeatureNames in cpu.cc.
-enum class Feature : uint8_t {
-  kAvx,
-  kAvx2,
-  kBmi1,
-  kBmi2,
-  kF16c,
-  kFma,
-  kLzcnt,
-  kMovbe,
-  kAvx512f,
-  kAvx512bw,
-  kAvx512cd,
-  kAvx512dq,
-  kAvx512vl,
-  kAvx512Bf16,
-  kAvx512Vnni,
-  kAvx512Fp16,
-  kAvxVnni,
-  kAmxTile,
-  kAmxBf16,
-  kAmxInt8,
-  kAmxPermission,      // the operating system lets this process use the tile registers
-  kMicrocodedBf16Dot,  // vdpbf16ps is there, but slower than widening to f32 (Xeons)
-  kCount
-};
+namespace jax_nano {
 
 std::string_view FeatureName(Feature feature);
 
@@ -43,10 +18,9 @@ std::string_view FeatureName(Feature feature);
 class Features {
  public:
   constexpr Features() = default;
-  constexpr Features(std::initializer_list<Feature> list) {
-    for (Feature f : list) Add(f);
-  }
-  constexpr void Add(Feature f) { bits_ |= uint64_t{1} << static_cast<unsigned>(f); }
+  constexpr Features(std::initializer_list<Feature> list) : bits_(FeatureSet(list)) {}
+  constexpr explicit Features(uint64_t bits) : bits_(bits) {}
+  constexpr void Add(Feature f) { bits_ |= FeatureSet({f}); }
   constexpr bool Has(Feature f) const { return (bits_ >> static_cast<unsigned>(f)) & 1; }
   constexpr bool HasAll(Features other) const { return (other.bits_ & ~bits_) == 0; }
   constexpr Features operator|(Features other) const { return Features(bits_ | other.bits_); }
@@ -54,7 +28,6 @@ class Features {
   constexpr bool empty() const { return bits_ == 0; }
 
  private:
-  constexpr explicit Features(uint64_t bits) : bits_(bits) {}
   uint64_t bits_ = 0;
 };
 

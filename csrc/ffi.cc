@@ -3,14 +3,14 @@
 //
 // "jax_nano_dot_general" (lhs, rhs) -> out: a product of two dense row-major arrays.
 //
-//   abi         int64     kFfiAbi
+//   abi         int64     kFfiAbi (spec.h)
 //   lhs_labels, rhs_labels, out_labels   int64[]   one label for each dimension (contraction.h)
 //   algorithm   string    a DotAlgorithm preset, or "default"
 //
 // "jax_nano_linear" (lhs, rhs[, bias][, residual]) -> out: activation(scale * product + bias) + residual, computed in
 // float32 and rounded to out's dtype once. out's dtype is float32, bfloat16 or float16. The same attributes, and
 //
-//   activation  string    "none", "relu", "gelu_tanh", "gelu_erf", "silu", "tanh" or "sigmoid"
+//   activation  string    one of kActivations (spec.h)
 //   scale       float32
 //   bias        int64     1: the third operand is the bias, of out's dtype and one dimension, out's last one, which
 //                         must not be a batch dimension
@@ -41,31 +41,14 @@ namespace {
 
 namespace ffi = xla::ffi;
 
+static_assert(HasXlasNumbers<ffi::DataType>());
+
 std::string DTypeName(ffi::DataType dtype) {
-  switch (dtype) {
-    case ffi::DataType::F32:
-      return "float32";
-    case ffi::DataType::F64:
-      return "float64";
-    case ffi::DataType::BF16:
-      return "bfloat16";
-    case ffi::DataType::F16:
-      return "float16";
-    case ffi::DataType::S8:
-      return "int8";
-    case ffi::DataType::U8:
-      return "uint8";
-    case ffi::DataType::S16:
-      return "int16";
-    case ffi::DataType::U16:
-      return "uint16";
-    case ffi::DataType::S32:
-      return "int32";
-    case ffi::DataType::U32:
-      return "uint32";
-    default:
-      return "dtype#" + std::to_string(static_cast<int>(dtype));
+  const int number = static_cast<int>(dtype);
+  for (const DType& x : kDTypes) {
+    if (x.number == number) return std::string(x.name);
   }
+  return "dtype#" + std::to_string(number);
 }
 
 // What a plan was made for: the three buffers' dtypes and dimensions, and the number of threads.
@@ -134,18 +117,12 @@ ffi::ErrorOr<std::unique_ptr<DotState>> Instantiate(int64_t abi, Int64s lhs_labe
   return state;
 }
 
-constexpr std::pair<std::string_view, Activation> kActivations[] = {
-    {"none", Activation::kNone},        {"relu", Activation::kRelu}, {"gelu_tanh", Activation::kGeluTanh},
-    {"gelu_erf", Activation::kGeluErf}, {"silu", Activation::kSilu}, {"tanh", Activation::kTanh},
-    {"sigmoid", Activation::kSigmoid},
-};
-
 ffi::ErrorOr<std::unique_ptr<DotState>> InstantiateLinear(int64_t abi, Int64s lhs_labels, Int64s rhs_labels,
                                                           Int64s out_labels, std::string_view algorithm,
                                                           std::string_view activation, float scale, int64_t bias,
                                                           int64_t residual) {
   const auto known = std::find_if(std::begin(kActivations), std::end(kActivations),
-                                  [&](const auto& entry) { return entry.first == activation; });
+                                  [&](const auto& entry) { return entry.name == activation; });
   if (known == std::end(kActivations)) {
     return ffi::Unexpected(
         ffi::Error::InvalidArgument("jax_nano linear: unknown activation " + std::string(activation)));
@@ -153,7 +130,7 @@ ffi::ErrorOr<std::unique_ptr<DotState>> InstantiateLinear(int64_t abi, Int64s lh
   auto state = Instantiate(abi, lhs_labels, rhs_labels, out_labels, algorithm);
   if (!state.has_value()) return state;
   (*state)->bias = bias != 0;
-  (*state)->epilogue = {known->second, scale, nullptr, residual != 0, 0};
+  (*state)->epilogue = {known->activation, scale, nullptr, residual != 0, 0};
   return state;
 }
 

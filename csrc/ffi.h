@@ -10,9 +10,6 @@ struct XLA_FFI_Error;
 
 namespace jax_nano {
 
-// The version of the custom call's attributes: part of every exported program and cache entry.
-inline constexpr int64_t kFfiAbi = 1;
-
 XLA_FFI_Error* DotInstantiate(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* DotExecute(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* LinearInstantiate(XLA_FFI_CallFrame* frame);

@@ -82,8 +82,7 @@ void AddRows(int64_t m, int64_t n, const void* x, const void* y, int64_t rs_sums
 }
 
 auto* AdderOf(const KernelInfo& kernel) {
-  const std::string_view acc = kernel.acc;
-  return acc == "float32" ? AddRows<float> : acc == "float64" ? AddRows<double> : AddRows<uint32_t>;
+  return WithAdderOf(kernel.acc, [](auto zero) { return &AddRows<decltype(zero)>; });
 }
 
 }  // namespace

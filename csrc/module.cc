@@ -12,6 +12,7 @@
 #include <chrono>
 #include <cstring>
 #include <stdexcept>
+#include <type_traits>
 
 #include "cpu.h"
 #include "ffi.h"
@@ -42,8 +43,8 @@ nb::dict Registrations() {
     return d;
   };
   nb::dict out;
-  out["jax_nano_dot_general"] = stages(&DotInstantiate, &DotExecute);
-  out["jax_nano_linear"] = stages(&LinearInstantiate, &LinearExecute);
+  out[kDotGeneralCall] = stages(&DotInstantiate, &DotExecute);
+  out[kLinearCall] = stages(&LinearInstantiate, &LinearExecute);
   return out;
 }
 
@@ -95,25 +96,7 @@ bool Supports(std::string_view lhs, std::string_view rhs, std::string_view out, 
 
 nb::dict KernelDict(const KernelInfo& k) {
   nb::dict d;
-  d["name"] = k.name;
-  d["target"] = k.target;
-  d["lhs"] = k.lhs;
-  d["rhs"] = k.rhs;
-  d["acc"] = k.acc;
-  d["out"] = k.out;
-  d["mr"] = k.mr;
-  d["nr"] = k.nr;
-  d["kr"] = k.kr;
-  d["a_panel_bytes"] = k.a_panel_bytes;
-  d["b_panel_bytes"] = k.b_panel_bytes;
-  d["b_header_bytes"] = k.b_header_bytes;
-  d["algorithm"] = k.algorithm;
-  d["direct_a"] = k.direct_a;
-  d["direct_b"] = k.direct_b;
-  d["inner"] = k.inner;
-  d["sweep"] = k.sweep;
-  d["narrow"] = k.narrow;
-  d["epilogue"] = k.epilogue;
+  ForEachField(k, [&](const char* name, const auto& field) { d[name] = field; });
   return d;
 }
 
@@ -339,45 +322,24 @@ void RunOne(const KernelInfo& kernel, GemmArgs x) {
 void CallKernel(std::string_view kernel_name, const nb::dict& fields) {
   const KernelInfo& kernel = KernelNamed(kernel_name);
   size_t used = 0;
-  const auto get = [&](const char* name, int64_t otherwise) {
-    if (!fields.contains(name)) return otherwise;
-    ++used;
-    return nb::cast<int64_t>(fields[name]);
-  };
-  const auto pointer = [&](const char* name) { return reinterpret_cast<void*>(get(name, 0)); };
   GemmArgs x = {};
-  x.a = pointer("a");
-  x.b = pointer("b");
-  x.c = pointer("c");
-  x.a_pack = pointer("a_pack");
-  x.b_pack = pointer("b_pack");
-  x.partial = pointer("partial");
-  x.m = get("m", 0);
-  x.n = get("n", 0);
-  x.k = get("k", 0);
-  x.rsa = get("rsa", x.k);
-  x.csa = get("csa", 1);
-  x.rsb = get("rsb", x.n);
-  x.csb = get("csb", 1);
-  x.rsc = get("rsc", x.n);
-  x.rs_partial = get("rs_partial", 0);
-  x.batch = get("batch", 1);
-  x.bsa = get("bsa", 0);
-  x.bsb = get("bsb", 0);
-  x.bsc = get("bsc", 0);
-  x.accumulate = get("accumulate", 0);
-  x.more = get("more", 0);
-  x.inner = get("inner", 0);
-  x.sweep = get("sweep", 0);
-  x.ahead = get("ahead", 0);
+  x.csa = x.csb = x.batch = 1;
+  ForEachField(x, [&]<typename T>(const char* name, T& field) {
+    if (!fields.contains(name)) return;
+    ++used;
+    const auto given = nb::cast<int64_t>(fields[name]);
+    if constexpr (std::is_pointer_v<T>) {
+      field = reinterpret_cast<T>(given);
+    } else {
+      field = given;
+    }
+  });
+  if (!fields.contains("rsa")) x.rsa = x.k;
+  if (!fields.contains("rsb")) x.rsb = x.n;
+  if (!fields.contains("rsc")) x.rsc = x.n;
   const bool blocked = !x.inner && !x.sweep;
-  x.pack_a = get("pack_a", blocked && !ReadsA(kernel, x));
-  x.pack_b = get("pack_b", blocked && !kernel.direct_b);
-  x.mc = get("mc", 0);
-  x.kc = get("kc", 0);
-  x.nc = get("nc", 0);
-  x.panel = get("panel", 0);
-  x.epilogue = static_cast<const Epilogue*>(pointer("epilogue"));
+  if (!fields.contains("pack_a")) x.pack_a = blocked && !ReadsA(kernel, x);
+  if (!fields.contains("pack_b")) x.pack_b = blocked && !kernel.direct_b;
   if (used != fields.size()) throw std::invalid_argument("unknown field among the arguments");
   const nb::gil_scoped_release release;
   RunOne(kernel, x);

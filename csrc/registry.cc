@@ -1,8 +1,6 @@
 #include "registry.h"
 
-#include <array>
 #include <iterator>
-#include <utility>
 
 // manifest.inc has one JAX_NANO_KERNEL(...) line per generated kernel. It is read twice: once to declare
 // the symbols, once to fill the table.
@@ -18,11 +16,6 @@ constexpr KernelInfo kKernels[] = {
 #include "manifest.inc"
 #undef JAX_NANO_KERNEL
     {},  // an array may not be empty, a build without kernels (another architecture) may
-};
-
-constexpr std::pair<std::string_view, int64_t> kElementBytes[] = {
-    {"float32", 4}, {"float64", 8}, {"bfloat16", 2}, {"float16", 2}, {"int8", 1},
-    {"uint8", 1},   {"int16", 2},   {"uint16", 2},   {"int32", 4},   {"uint32", 4},
 };
 
 }  // namespace
@@ -45,8 +38,8 @@ const KernelInfo* FindKernel(std::string_view name) {
 }
 
 int64_t ElementBytes(std::string_view dtype) {
-  for (const auto& [name, bytes] : kElementBytes) {
-    if (name == dtype) return bytes;
+  for (const DType& x : kDTypes) {
+    if (x.name == dtype) return x.bytes;
   }
   return 0;
 }

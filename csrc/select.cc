@@ -1,7 +1,9 @@
 #include "select.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
+#include <iterator>
 #include <optional>
 #include <stdexcept>
 #include <utility>
@@ -13,18 +15,14 @@ namespace {
 
 using F = Feature;
 
-// The levels as the psABI defines them: LLVM may use every instruction of the level, so all are required.
-constexpr Features kV3 = {F::kAvx, F::kAvx2, F::kBmi1, F::kBmi2, F::kF16c, F::kFma, F::kLzcnt, F::kMovbe};
-constexpr Features kV4 = kV3 | Features{F::kAvx512f, F::kAvx512bw, F::kAvx512cd, F::kAvx512dq, F::kAvx512vl};
-
-constexpr Target kTargets[] = {
-    {"amx", kV4 | Features{F::kAmxTile, F::kAmxBf16, F::kAmxInt8, F::kAmxPermission}},
-    {"avx512_bf16", kV4 | Features{F::kAvx512Bf16}, {F::kMicrocodedBf16Dot}},
-    {"avx512_vnni", kV4 | Features{F::kAvx512Vnni}},
-    {"x86-64-v4", kV4},
-    {"avx_vnni", kV3 | Features{F::kAvxVnni}},
-    {"x86-64-v3", kV3},
-};
+// Best first.
+constexpr auto kSelectable = [] {
+  std::array<Target, std::size(kTargets)> out;
+  for (size_t i = 0; i < out.size(); ++i) {
+    out[i] = {kTargets[i].name, Features(kTargets[i].required), Features(kTargets[i].shunned)};
+  }
+  return out;
+}();
 
 std::string Join(const std::vector<std::string_view>& words) {
   std::string out;
@@ -42,15 +40,10 @@ std::string WhyUnsupported(const Features& cpu, const Target& target) {
   return "this CPU lacks " + Join(NamesOf(missing));
 }
 
-// Integers wrap around, so a result has the same bits whichever of the two its dtype is.
-constexpr std::pair<std::string_view, std::string_view> kSameBits[] = {
-    {"int8", "uint8"}, {"int16", "uint16"}, {"int32", "uint32"}};
-
-// The integer dtype of the same size and the other sign; "" for any other dtype.
+// The integer dtype of the same size and the other sign, in which a result has the same bits; "" for any other dtype.
 std::string_view OtherSign(std::string_view dtype) {
-  for (const auto& [with_sign, without] : kSameBits) {
-    if (dtype == with_sign) return without;
-    if (dtype == without) return with_sign;
+  for (const DType& x : kDTypes) {
+    if (x.name == dtype) return x.other_sign;
   }
   return "";
 }
@@ -62,11 +55,11 @@ bool Compiled(const Target& target) {
 
 }  // namespace
 
-std::span<const Target> Targets() { return kTargets; }
+std::span<const Target> Targets() { return kSelectable; }
 
 std::vector<TargetStatus> DescribeTargets(const Features& cpu) {
   std::vector<TargetStatus> out;
-  for (const Target& t : kTargets) {
+  for (const Target& t : kSelectable) {
     TargetStatus s = {&t, Compiled(t), cpu.HasAll(t.required), ""};
     if (!s.supported) {
       s.why = WhyUnsupported(cpu, t);

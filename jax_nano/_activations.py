@@ -20,7 +20,7 @@ FUNCTIONS: Final[dict[str, Callable[[Array], Array]]] = {
     "tanh": jnp.tanh,
     "sigmoid": jax.nn.sigmoid,
 }
-"""By the names that the custom call knows them by."""
+"""By the spec's names."""
 
 SLOPES_OF_RESULT: Final[dict[str, Callable[[Array], Array]]] = {
     "tanh": lambda y: 1 - y * y,

@@ -8,19 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from jax_nano import _cost, _machine
+from jax_nano import _cost, _machine, _spec
 from jax_nano._shapes import Labels
 
-SHORT: Final = {
-    "f32": "float32",
-    "f64": "float64",
-    "f16": "float16",
-    "bf16": "bfloat16",
-    "i8": "int8",
-    "u8": "uint8",
-    "i16": "int16",
-    "i32": "int32",
-}
+SHORT: Final = {x.short: x.name for x in _spec.DTYPES.values()}
 LAYOUTS: Final = ("NN", "NT", "TN", "TT")
 
 

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
+from jax_nano import _spec
+
 Instruction: TypeAlias = Any
 """An HloInstructionProto."""
 Computation: TypeAlias = Any
@@ -121,20 +123,9 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
     "Entry": {"key": (1, "string"), "value": (2, "string")},
 }
 
-# PrimitiveType, as far as kernels or numbers around them need it.
-DTYPES: Final = {
-    2: np.dtype(np.int8),
-    3: np.dtype(np.int16),
-    4: np.dtype(np.int32),
-    6: np.dtype(np.uint8),
-    7: np.dtype(np.uint16),
-    8: np.dtype(np.uint32),
-    10: np.dtype(np.float16),
-    11: np.dtype(np.float32),
-    12: np.dtype(np.float64),
-    16: np.dtype(jnp.bfloat16),
-}
-BFLOAT16: Final = DTYPES[16]
+DTYPES: Final = {x.number: np.dtype(getattr(jnp, x.name)) for x in _spec.DTYPES.values()}
+"""By PrimitiveType, as far as kernels or numbers around them need it."""
+BFLOAT16: Final = np.dtype(jnp.bfloat16)
 NAMES: Final = {dtype: dtype.name for dtype in DTYPES.values()}  # which NumPy makes up each time
 ELEMENT_TYPES: Final = {dtype: number for number, dtype in DTYPES.items()}
 

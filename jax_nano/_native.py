@@ -21,15 +21,15 @@ from typing import Final
 
 import jax
 
-TARGET_NAME: Final = "jax_nano_dot_general"
-LINEAR_TARGET_NAME: Final = "jax_nano_linear"
+from jax_nano import _spec
+
+TARGET_NAME: Final = _spec.DOT_GENERAL_CALL
+LINEAR_TARGET_NAME: Final = _spec.LINEAR_CALL
+ABI: Final = _spec.FFI_ABI
 
 # The frontend attribute of a call that names the build which made it. The handlers do not read it, so what one build
 # exported is run by another.
 BUILD: Final = "jax_nano.build"
-
-# Version of the attributes of the FFI call.
-ABI: Final = 1
 
 
 @cache
@@ -88,7 +88,7 @@ def build() -> str:
     return f"{version} {digest.hexdigest()[:12]}"
 
 
-def supports(lhs_dtype: str, rhs_dtype: str, out_dtype: str, algorithm: str = "default") -> bool:
+def supports(lhs_dtype: str, rhs_dtype: str, out_dtype: str, algorithm: str = _spec.DEFAULT_ALGORITHM) -> bool:
     """Whether a kernel for these dtypes runs on this CPU, on the target that was selected."""
     native = runtime()
     return native is not None and bool(native.supports(lhs_dtype, rhs_dtype, out_dtype, algorithm))

@@ -15,6 +15,7 @@ import numpy as np
 from jax.lax import DotAlgorithm, DotAlgorithmPreset
 
 from jax_nano import _jax_compat as compat
+from jax_nano import _spec
 
 Precision: TypeAlias = Any
 """What canonicalize_precision returns: None, a pair of lax.Precision, or a DotAlgorithm(Preset)."""
@@ -22,7 +23,7 @@ Precision: TypeAlias = Any
 Supports: TypeAlias = Callable[[str, str, str, str], bool]
 """Whether there is a kernel for names of dtypes (lhs, rhs, out) and an algorithm."""
 
-DEFAULT: Final = "default"
+DEFAULT: Final = _spec.DEFAULT_ALGORITHM
 _BFLOAT16: Final = np.dtype(jnp.bfloat16)
 _FLOAT32: Final = np.dtype(np.float32)
 _INT32: Final = np.dtype(np.int32)
@@ -31,9 +32,7 @@ _INT32: Final = np.dtype(np.int32)
 _ALGORITHMS: Final = {
     DotAlgorithmPreset.F32_F32_F32: DEFAULT,
     DotAlgorithmPreset.F64_F64_F64: DEFAULT,
-    DotAlgorithmPreset.BF16_BF16_F32: "BF16_BF16_F32",
-    DotAlgorithmPreset.BF16_BF16_F32_X3: "BF16_BF16_F32_X3",
-    DotAlgorithmPreset.BF16_BF16_F32_X6: "BF16_BF16_F32_X6",
+    **{DotAlgorithmPreset[name]: name for name in _spec.ALGORITHMS},
 }
 
 # The most products of bytes whose sum int32 holds: 255 * 255 * 2**15 < 2**31.

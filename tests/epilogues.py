@@ -11,20 +11,20 @@ import ml_dtypes
 import numpy as np
 import reference
 import scipy.special
-from kernel_abi import EPILOGUE
 from numpy.typing import NDArray
 
-NAMES = ("none", "relu", "gelu_tanh", "gelu_erf", "silu", "tanh", "sigmoid")
-"""In the order of the header's Activation, of which the first is 1."""
+from jax_nano import _spec
+
+NAMES = _spec.ACTIVATIONS
 
 _KINDS = {"Activation": ctypes.c_int64, "double": ctypes.c_double, "int64_t": ctypes.c_int64}
 TINY = 2.0**-126  # the smallest normal float32
 
 
 class Struct(ctypes.Structure):
-    """csrc/kernel_abi.h's Epilogue."""
+    """The spec's Epilogue."""
 
-    _fields_ = [(name, _KINDS.get(kind, ctypes.c_void_p)) for kind, name in EPILOGUE]
+    _fields_ = [(x.name, _KINDS.get(x.c_type, ctypes.c_void_p)) for x in _spec.EPILOGUE]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Epilogue:
         has = self.residual is not None
         assert not has or (self.residual.shape == c.shape and self.residual.strides == c.strides)
         return Struct(
-            activation=1 + NAMES.index(self.activation),
+            activation=_spec.activation_code(self.activation),
             scale=self.scale,
             bias=None if self.bias is None else self.bias.ctypes.data,
             has_residual=has,

@@ -139,7 +139,7 @@ def tanh(x: Value) -> Value:
     return ir.with_sign_of(ir.select(ir.compare(size, "<", ir.like(x, TANH_SMALL)), small, large), x)
 
 
-ACTIVATIONS: Final[dict[str, Callable[[Value], Value]]] = {
+FUNCTIONS: Final[dict[str, Callable[[Value], Value]]] = {
     "none": identity,
     "relu": relu,
     "gelu_tanh": gelu_tanh,
@@ -148,7 +148,7 @@ ACTIVATIONS: Final[dict[str, Callable[[Value], Value]]] = {
     "tanh": tanh,
     "sigmoid": sigmoid,
 }
-"""By name, in the order of Activation in csrc/kernel_abi.h, where 0 stands for no epilogue at all."""
+"""By the spec's names."""
 
 
 def _gated(x: Value, part: Callable[[Value], Value]) -> Value:

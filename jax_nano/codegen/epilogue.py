@@ -20,13 +20,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from jax_nano import _spec
+from jax_nano._spec import names
+
 from . import ir
-from .activation import ACTIVATIONS
+from .activation import FUNCTIONS
 from .ir import I64, Ptr, Size, Value
 from .microkernel import MORE
 
-EPILOGUE = ("activation", "scale", "bias", "has_residual", "residual_offset")
-"""The fields of Epilogue in the order of csrc/kernel_abi.h; each has 8 bytes."""
+EPILOGUE = names(_spec.EPILOGUE)
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,9 @@ class Epilogue:
 
         old, bias, residual = sources
         x = ir.fma(ir.add_vectors(sums, load(old)), factor, load(bias))
-        cases = [partial(lambda f: [f(x)], f) for f in ACTIVATIONS.values()]
-        (y,) = ir.switch(activation, cases, first=1, like=[x])
+        first, *_ = (_spec.activation_code(name) for name in _spec.ACTIVATIONS)
+        cases = [partial(lambda f: [f(x)], FUNCTIONS[name]) for name in _spec.ACTIVATIONS]
+        (y,) = ir.switch(activation, cases, first=first, like=[x])
         return ir.convert(ir.add_vectors(y, load(residual)), self.acc, self.out)
 
 

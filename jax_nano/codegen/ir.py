@@ -17,6 +17,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir._mlir_libs import _jax_mlir_ext
 from jaxlib.mlir.dialects import arith, func, llvm, scf, vector
 
+from jax_nano._spec import DTYPES
+
 __all__ = [
     "I64",
     "Module",
@@ -191,40 +193,18 @@ def _i32_attr(x: int) -> ir.Attribute:
 # --- types ----------------------------------------------------------------------------------------------------
 
 
+_WORDS = {"ptr": "!llvm.ptr", "i64": "i64", "int64": "i64"}
+"""MLIR types of what is no dtype of a kernel; each has 8 bytes."""
+
+
 def type_of(name: str) -> ir.Type:
-    """The MLIR type of a NumPy / ml_dtypes dtype name, or "ptr", "i64"."""
-    match name:
-        case "float32":
-            return ir.F32Type.get()
-        case "float64":
-            return ir.F64Type.get()
-        case "float16":
-            return ir.F16Type.get()
-        case "int8" | "uint8":
-            return ir.IntegerType.get_signless(8)
-        case "int16" | "uint16" | "bfloat16":  # bf16 is stored and moved as bits; `convert` knows what they mean
-            return ir.IntegerType.get_signless(16)
-        case "int32" | "uint32":
-            return ir.IntegerType.get_signless(32)
-        case "int64" | "i64":
-            return ir.IntegerType.get_signless(64)
-        case "ptr":
-            return llvm.PointerType.get()
-    raise ValueError(f"no MLIR type for {name!r}")
+    """The MLIR type in memory of a dtype of the spec, or "ptr", "i64", "int64"."""
+    return ir.Type.parse(_WORDS.get(name) or DTYPES[name].mlir)
 
 
 def elem_bytes(name: str) -> int:
-    return {
-        "ptr": 8,
-        "i64": 8,
-        "float64": 8,
-        "float32": 4,
-        "int32": 4,
-        "int64": 8,
-        "bfloat16": 2,
-        "float16": 2,
-        "int16": 2,
-    }.get(name, 1)
+    """What an element takes in memory."""
+    return 8 if name in _WORDS else DTYPES[name].bytes
 
 
 def vec(n: int, elem: ir.Type) -> ir.VectorType:
@@ -415,21 +395,25 @@ def convert(v: Value, source: str, target: str) -> Value:
         return bits_as(arith.shli(wide, _constant_like(16, wide)), "float32")
     if source == "float32" and target == "bfloat16":
         return _round_to_bf16(v)
-    floats = {"float16": 2, "float32": 4, "float64": 8}
     ty = _with_element(v, type_of(target))
-    if source in floats and target in floats:
-        return arith.extf(ty, v) if floats[target] > floats[source] else arith.truncf(ty, v)
+    if _has_arithmetic(source) and _has_arithmetic(target):
+        return arith.extf(ty, v) if elem_bytes(target) > elem_bytes(source) else arith.truncf(ty, v)
     if _is_integer(source) and _is_integer(target):
         if elem_bytes(target) < elem_bytes(source):
             return arith.trunci(ty, v)
         if elem_bytes(target) == elem_bytes(source):
             return v
-        return arith.extui(ty, v) if source.startswith("u") else arith.extsi(ty, v)
+        return arith.extui(ty, v) if DTYPES[source].kind == "uint" else arith.extsi(ty, v)
     raise ValueError(f"no conversion from {source} to {target}")
 
 
+def _has_arithmetic(dtype: str) -> bool:
+    """Whether LLVM converts this dtype of real numbers, which it does not where we move it as bits."""
+    return DTYPES[dtype].kind == "float" and DTYPES[dtype].mlir.startswith("f")
+
+
 def _is_integer(dtype: str) -> bool:
-    return dtype.startswith(("int", "uint"))
+    return DTYPES[dtype].kind != "float"
 
 
 def _round_to_bf16(v: Value) -> Value:

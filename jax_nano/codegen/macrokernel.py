@@ -25,6 +25,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from jax_nano import _spec
+from jax_nano._spec import names
+
 from . import ir
 from .amx_microkernel import AmxMicrokernel, AmxTileRow
 from .epilogue import Epilogue, Landing
@@ -48,16 +51,7 @@ from .target import Target
 from .tile import Tile, stream_tile
 from .walks import A_WALKS, LINE, Walk
 
-GEMM_ARGS = (
-    *("a", "b", "c", "a_pack", "b_pack", "partial"),
-    *("m", "n", "k"),
-    *("rsa", "csa", "rsb", "csb", "rsc", "rs_partial"),
-    *("batch", "bsa", "bsb", "bsc"),
-    *("accumulate", "more", "pack_a", "pack_b", "inner", "sweep", "ahead"),
-    *("mc", "kc", "nc", "panel"),
-    "epilogue",
-)
-"""The fields of GemmArgs in the order of csrc/kernel_abi.h; each has 8 bytes."""
+GEMM_ARGS = names(_spec.GEMM_ARGS)
 
 
 UNHURRIED_STEPS = 256

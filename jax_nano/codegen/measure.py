@@ -18,6 +18,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from jax_nano._spec import FEATURES
+
 from .inspect_asm import Loop
 from .target import Target
 from .toolchain import ToolchainError
@@ -28,16 +30,6 @@ _ITERATIONS = 32  # of a loop whose constant strides walk through at most 16 KiB
 _BUFFER_BYTES = 64 << 10
 _PEAK_COPIES = 8  # of a step's products in the loop that runs nothing else
 
-_FLAGS = {
-    "x86-64-v3": {"avx2", "fma", "f16c", "bmi1", "bmi2"},
-    "x86-64-v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
-    "avx_vnni": {"avx2", "fma", "avx_vnni"},
-    "avx512_vnni": {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"},
-    "avx512_bf16": {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"},
-}
-"""What /proc/cpuinfo must say for a target's loops to run. Tiles are not measured: their configuration is not in the
-loop."""
-
 
 def cpu_name() -> str:
     """This machine's CPU, as it calls itself."""
@@ -46,9 +38,13 @@ def cpu_name() -> str:
 
 
 def can_run(target: Target) -> bool:
-    """Whether this machine has the instructions of a target whose loops can be measured."""
+    """Whether this machine has the instructions of a target whose loops can be measured.
+
+    Those of tiles cannot: the configuration of the tiles is not in the loop.
+    """
+    needed = {FEATURES[x].linux or x for x in target.requires}
     flags = re.search(r"^flags\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
-    return target.name in _FLAGS and flags is not None and set(flags[1].split()) >= _FLAGS[target.name]
+    return not target.tiles and flags is not None and needed <= set(flags[1].split())
 
 
 def share_of_peak(loop: Loop, steps: int, products: str) -> float:

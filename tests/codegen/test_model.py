@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import re
 
-import kernel_abi
 import numpy as np
 import pytest
 
-from jax_nano import _runtime
+from jax_nano import _runtime, _spec
 from jax_nano.codegen import checks, ir, manifest, tile, walks
 from jax_nano.codegen.catalog import Kernel, find, kernels
-from jax_nano.codegen.macrokernel import GEMM_ARGS
 from jax_nano.codegen.microkernel import walks_of
 from jax_nano.codegen.target import TARGETS
 from jax_nano.codegen.transpose import transpose
 
 KERNELS = list(kernels())
-VECTOR_KERNELS = [k for k in KERNELS if k.target.name != "amx"]
+VECTOR_KERNELS = [k for k in KERNELS if not k.target.tiles]
 every_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=[k.name for k in KERNELS])
 
 
@@ -61,23 +59,16 @@ class TestTiles:
 
 
 class TestContract:
-    def test_arguments_are_the_headers(self):
-        assert kernel_abi.FIELDS == GEMM_ARGS
-
-    def test_every_argument_has_eight_bytes(self):
-        """The generated code and call_many read GemmArgs as a row of 64-bit words."""
-        assert {kind for kind, _ in kernel_abi.GEMM_ARGS} == {"const void*", "void*", "int64_t", "const Epilogue*"}
-
     @every_kernel
-    def test_manifest_entries_are_the_headers(self, kernel):
+    def test_manifest_entries_are_the_specs(self, kernel):
         symbol, *names = manifest.entry(kernel)
         assert symbol == "symbol"
-        *fields, last = kernel_abi.KERNEL_INFO
-        assert names == [name for _, name in fields]
-        assert last == ("GemmFn", "fn")
+        *fields, last = _spec.KERNEL_INFO
+        assert names == [x.name for x in fields]
+        assert (last.c_type, last.name) == ("GemmFn", "fn")
         types = {"const char*": str, "int32_t": int, "bool": bool}
-        for kind, name in fields:
-            assert type(manifest.entry(kernel)[name]) is types[kind], name
+        for x in fields:
+            assert type(manifest.entry(kernel)[x.name]) is types[x.c_type], x.name
 
     def test_the_build_contains_the_catalog(self):
         built = {k["name"]: k for k in _runtime.kernels()}
@@ -216,8 +207,3 @@ def test_transpose(monkeypatch, lanes, elem):
     monkeypatch.setattr(ir, "shuffle", shuffle)
     block = np.arange(lanes * lanes).reshape(lanes, lanes)
     assert np.array_equal(np.array(transpose(list(block), elem)), block.T)
-
-
-def test_targets_are_those_of_csrc():
-    """Names are matched as text between the generator and csrc/select.cc."""
-    assert {k.target.name for k in KERNELS} <= {t["name"] for t in _runtime.targets()}

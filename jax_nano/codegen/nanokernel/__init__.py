@@ -3,14 +3,20 @@
 :class:`Family` is what an instruction family must say about itself (one file per family beside this one);
 :func:`step` composes any family's operations in the order that keeps every accumulator in a register.
 
+Each of those files also says, in a function ``kernels(target)``, which signatures it serves on the targets that name it
+in the spec, and with which instructions.
+
 A K step consumes ``kr`` values of K. In a packed panel they lie side by side and form one *unit*: one f32, one f64,
 or 32 bits that hold two bf16 or four int8. A microkernel moves units and never looks inside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from jax_nano._spec import DEFAULT_ALGORITHM, Signature, Target
 
 from ..ir import Value, convert
 from ..tile import Tile
@@ -72,6 +78,28 @@ class Family(Protocol):
     def narrowed(self, sums: Sequence[Value], out: str) -> list[Value]:
         """Sums that lie side by side as elements of C: as many vectors, or fewer and longer ones."""
         ...
+
+
+class Served(NamedTuple):
+    """A signature that a nanokernel serves.
+
+    Attributes:
+      signature: dtypes of A, B and C.
+      family: the instructions.
+      why: the reason for them, for people.
+      algorithm: the DotAlgorithm preset that is computed.
+    """
+
+    signature: Signature
+    family: Family
+    why: str
+    algorithm: str = DEFAULT_ALGORITHM
+
+
+def served(target: Target) -> Iterator[Served]:
+    """What the nanokernels of a target serve."""
+    for name in target.nanokernels:
+        yield from importlib.import_module(f"{__name__}.{name}").kernels(target)
 
 
 class VectorFamily:

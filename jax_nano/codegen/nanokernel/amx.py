@@ -16,13 +16,17 @@ The tile type of LLVM's dialect is used as it is. MLIR's amx dialect would add m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from jaxlib.mlir import ir as mlir
 
+from jax_nano import _spec
+from jax_nano._spec import DTYPES, Signature, Target
+
 from .. import ir
-from .bf16_parts import part_of
+from . import Served
+from .bf16_parts import ALGORITHMS, part_of
 
 ROWS = 16  # of a tile
 UNITS = 16  # in a row of a tile
@@ -58,7 +62,7 @@ class AmxDot:
     @classmethod
     def of_bytes(cls, a: str, b: str) -> AmxDot:
         """For any signs: there is an instruction for each combination."""
-        signs = "".join("u" if x == "uint8" else "s" for x in (a, b))
+        signs = "".join("u" if DTYPES[x].kind == "uint" else "s" for x in (a, b))
         return cls(f"tdpb{signs}d", "int32", 4, a, b)
 
     @property
@@ -102,3 +106,16 @@ def _shape() -> list[ir.Value]:
 
 def _intrinsic(name: str, args: list[ir.Value]) -> ir.Value:
     return ir.call_intrinsic(f"llvm.x86.{name}.internal", mlir.Type.parse("!llvm.x86_amx"), args)
+
+
+def kernels(target: Target) -> Iterator[Served]:
+    """Products of bf16, the algorithms that name it, and every signature of bytes."""
+    for out in ("float32", "bfloat16"):
+        why = "tdpbf16ps: 16 times the products of vfmadd231"
+        yield Served(Signature("bfloat16", "bfloat16", out), AmxDot.of_bf16(), why)
+    for algorithm, parts in ALGORITHMS.items():
+        why = f"{len(parts)} tdpbf16ps on bf16 parts of f32"
+        yield Served(Signature("float32", "float32", "float32"), AmxDot.of_bf16(parts), why, algorithm)
+    for signature in _spec.signatures("int32"):
+        family = AmxDot.of_bytes(signature.a, signature.b)
+        yield Served(signature, family, f"{family.instruction}: takes these signs as they are")

@@ -7,14 +7,16 @@ A sum that is rounded to bf16 is treated likewise (VCVTNE2PS2BF16).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from jaxlib.mlir import ir as mlir
 
+from jax_nano._spec import Signature, Target
+
 from .. import ir
-from . import VectorFamily
-from .bf16_parts import part_of
+from . import Served, VectorFamily
+from .bf16_parts import ALGORITHMS, part_of
 
 
 @dataclass(frozen=True)
@@ -51,3 +53,14 @@ class Bf16Dot(VectorFamily):
             elements = ir.call_intrinsic(name, ir.vec(lanes, mlir.BF16Type.get()), [*higher, lower])
             narrow.append(ir.bitcast(elements, lanes, out))
         return narrow
+
+
+def kernels(target: Target) -> Iterator[Served]:
+    """Products of bf16, and the algorithms that name it."""
+    bits = target.vector_bits
+    for out in ("float32", "bfloat16"):
+        why = "vdpbf16ps: twice the products of vfmadd231 on Zen 4 and 5; microcoded on Xeons, which have AMX instead"
+        yield Served(Signature("bfloat16", "bfloat16", out), Bf16Dot(bits), why)
+    for algorithm, parts in ALGORITHMS.items():
+        why = f"{len(parts)} vdpbf16ps on bf16 parts of f32"
+        yield Served(Signature("float32", "float32", "float32"), Bf16Dot(bits, parts), why, algorithm)

@@ -6,15 +6,16 @@ f32's 24 significant bits, so three parts hold an f32 exactly unless it is near 
 
 from __future__ import annotations
 
+from jax_nano import _spec
+
 from .. import ir
 
 FINITE = 3
 """The number of part 0 without Inf and NaN, which are zero: Inf times the rest of 1.0, zero, must add no NaN."""
 
 ALGORITHMS: dict[str, tuple[tuple[int, int], ...]] = {
-    "BF16_BF16_F32": ((0, 0),),
-    "BF16_BF16_F32_X3": ((1, FINITE), (FINITE, 1), (0, 0)),
-    "BF16_BF16_F32_X6": ((1, 1), (2, FINITE), (FINITE, 2), (1, FINITE), (FINITE, 1), (0, 0)),
+    name: tuple((a or (FINITE if b else 0), b or (FINITE if a else 0)) for a, b in pairs)
+    for name, pairs in _spec.ALGORITHMS.items()
 }
 """Products of parts for each algorithm, small ones first. Only the last one sees Inf and NaN."""
 

@@ -6,11 +6,15 @@ float operands are widened, which is exact, on their way into the panels or regi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from jax_nano import _spec
+from jax_nano._spec import DTYPES, Signature, Target
+
 from .. import ir
-from . import VectorFamily
-from .bf16_parts import part_of
+from . import Served, VectorFamily
+from .bf16_parts import ALGORITHMS, part_of
 
 
 @dataclass(frozen=True)
@@ -52,3 +56,14 @@ class Fma(VectorFamily):
 
     def product(self, a: ir.Value, b: ir.Value, acc: ir.Value) -> ir.Value:
         return ir.fma(a, b, acc)
+
+
+def kernels(target: Target) -> Iterator[Served]:
+    """Every signature of real numbers and every algorithm: other targets' kernels replace some of them."""
+    for signature in _spec.signatures("float32", "float64"):
+        acc = DTYPES[signature.out].accumulator
+        widened = "" if signature.a == signature.b == acc else ", widened on the way in"
+        yield Served(signature, Fma(acc), f"one vfmadd231 a vector and K value{widened}")
+    for algorithm, parts in ALGORITHMS.items():
+        why = f"{len(parts)} vfmadd231 on bf16 parts: no faster than f32, the numbers that a bf16 unit gives"
+        yield Served(Signature("float32", "float32", "float32"), Fma("float32", parts, splits=True), why, algorithm)

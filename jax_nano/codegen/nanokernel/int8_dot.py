@@ -6,10 +6,14 @@ signs. With VNNI, ``vpdpbusd`` takes four bytes at once, but only unsigned by si
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from jax_nano import _spec
+from jax_nano._spec import Target
+
 from .. import ir
-from . import VectorFamily
+from . import Served, VectorFamily
 
 
 @dataclass(frozen=True)
@@ -94,3 +98,18 @@ class Int8Vnni(VectorFamily):
     def correction(self, b: ir.Value, acc: ir.Value) -> ir.Value:
         """``acc - 128 * (sum of the unit's four bytes of b)``."""
         return ir.subtract(acc, self.product(self.shift(), b, ir.zeros(self.bits // 32, "int32")))
+
+
+def kernels(target: Target) -> Iterator[Served]:
+    """Every signature of bytes."""
+    bits, has_vnni = target.vector_bits, {"avx_vnni", "avx512_vnni"} & set(target.requires)
+    for signature in _spec.signatures("int32"):
+        signed_a = signature.a == "int8"
+        if not has_vnni:
+            yield Served(signature, Int8Widened(bits), "vpmaddwd on pairs of i16: exact where vpmaddubsw saturates")
+        elif signature.b == "int8":
+            shifted = ", A shifted by 128 and the sums over B taken off" if signed_a else ""
+            yield Served(signature, Int8Vnni(bits, signed_a), f"vpdpbusd on quads of bytes{shifted}")
+        else:
+            why = "vpdpwssd on pairs of i16: vpdpbusd takes no unsigned B"
+            yield Served(signature, Int8Widened(bits, vnni=True), why)

@@ -1,0 +1,438 @@
+"""The facts that the kernels' generator, the C++ runtime and the Python package share, each stated here alone.
+
+Dtypes, activations, algorithms, CPU features, targets, signatures, and the contract between generated kernels, runtime
+and XLA. The package and `jax_nano.codegen` import this module; what C++ needs of it the build writes into `spec.h`
+(codegen/header.py). It is plain Python and not generated itself, so it can be read, type-checked and imported from the
+source tree as it is, and no copy of it can be out of date. To be importable everywhere it imports nothing but the
+standard library, and no part of jax_nano.
+
+Functions that stand for a fact (the arithmetic of an activation, the instructions of a nanokernel) are found by its
+name where they are implemented.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final, Literal, NamedTuple, TypeAlias
+
+# --- dtypes ---------------------------------------------------------------------------------------------------
+
+
+class DType(NamedTuple):
+    """A dtype that operands, results or sums of kernels may have.
+
+    Attributes:
+      name: NumPy's or ml_dtypes' name for it.
+      short: the name in names of kernels and on the command line.
+      xla: the name in XLA's PrimitiveType and in the FFI's DataType.
+      number: its number in both.
+      kind: whether it holds real numbers, integers, or integers without sign.
+      bytes: of one element.
+      mlir: the MLIR type of an element in memory. bfloat16 is moved as bits: x86-64-v3 has no instruction for it.
+      accumulator: the dtype in which products with results of this dtype are summed.
+      adds_as: for accumulators, the C++ type in which the runtime adds sums: integers wrap around.
+    """
+
+    name: str
+    short: str
+    xla: str
+    number: int
+    kind: Literal["float", "int", "uint"]
+    bytes: int
+    mlir: str
+    accumulator: str
+    adds_as: str = ""
+
+
+DTYPES: Final[dict[str, DType]] = {
+    x.name: x
+    for x in (
+        DType("float32", "f32", "F32", 11, "float", 4, "f32", "float32", adds_as="float"),
+        DType("float64", "f64", "F64", 12, "float", 8, "f64", "float64", adds_as="double"),
+        DType("float16", "f16", "F16", 10, "float", 2, "f16", "float32"),
+        DType("bfloat16", "bf16", "BF16", 16, "float", 2, "i16", "float32"),
+        DType("int8", "i8", "S8", 2, "int", 1, "i8", "int32"),
+        DType("int16", "i16", "S16", 3, "int", 2, "i16", "int32"),
+        DType("int32", "i32", "S32", 4, "int", 4, "i32", "int32", adds_as="uint32_t"),
+        DType("uint8", "u8", "U8", 6, "uint", 1, "i8", "int32"),
+        DType("uint16", "u16", "U16", 7, "uint", 2, "i16", "int32"),
+        DType("uint32", "u32", "U32", 8, "uint", 4, "i32", "int32"),
+    )
+}
+
+
+def of_other_sign(dtype: DType) -> DType | None:
+    """The integer dtype of the same size with a sign if this one has none, without if it has; None for others.
+
+    Integers wrap around, so a result has the same bits whichever of the two its dtype is.
+    """
+    other = {"int": "uint", "uint": "int"}.get(dtype.kind)
+    return next((x for x in DTYPES.values() if x.kind == other and x.bytes == dtype.bytes), None)
+
+
+class Signature(NamedTuple):
+    """Names of the dtypes of A, B and C."""
+
+    a: str
+    b: str
+    out: str
+
+
+SIGNATURES: Final = (
+    Signature("float32", "float32", "float32"),
+    Signature("bfloat16", "bfloat16", "float32"),
+    Signature("bfloat16", "bfloat16", "bfloat16"),
+    Signature("float16", "float16", "float32"),
+    Signature("float16", "float16", "float16"),
+    Signature("float32", "bfloat16", "float32"),
+    Signature("bfloat16", "float32", "float32"),
+    Signature("float32", "float16", "float32"),
+    Signature("float16", "float32", "float32"),
+    Signature("float64", "float64", "float64"),
+    # Exact in int32; a narrower C takes the low bits, as jnp does.
+    Signature("int8", "int8", "int32"),
+    Signature("int8", "int8", "int8"),
+    Signature("uint8", "uint8", "int32"),
+    Signature("uint8", "uint8", "uint8"),
+    Signature("int8", "uint8", "int32"),
+    Signature("int8", "uint8", "int16"),
+    Signature("uint8", "int8", "int32"),
+    Signature("uint8", "int8", "int16"),
+)
+"""The products that kernels compute, on every CPU; those of dtypes between them convert on the way."""
+
+
+def signatures(*accumulators: str) -> list[Signature]:
+    """Those that are summed in one of these dtypes."""
+    return [x for x in SIGNATURES if DTYPES[x.out].accumulator in accumulators]
+
+
+# --- algorithms -----------------------------------------------------------------------------------------------
+
+DEFAULT_ALGORITHM: Final = "default"
+"""No DotAlgorithm: operands as they are, summed in their accumulator."""
+
+ALGORITHMS: Final[dict[str, tuple[tuple[int, int], ...]]] = {
+    "BF16_BF16_F32": ((0, 0),),
+    "BF16_BF16_F32_X3": ((1, 0), (0, 1), (0, 0)),
+    "BF16_BF16_F32_X6": ((1, 1), (2, 0), (0, 2), (1, 0), (0, 1), (0, 0)),
+}
+"""By the names of DotAlgorithmPreset: which bfloat16 parts of float32 operands are multiplied, in the order in which
+the products are summed. Part 0 is the operand rounded, part 1 its rest rounded, part 2 what is left then."""
+
+# --- activations ----------------------------------------------------------------------------------------------
+
+ACTIVATIONS: Final = ("none", "relu", "gelu_tanh", "gelu_erf", "silu", "tanh", "sigmoid")
+"""What an epilogue may apply, by the names that calls have for them."""
+
+
+def activation_code(name: str) -> int:
+    """Its number in `Epilogue`; 0 stands for no epilogue at all."""
+    return 1 + ACTIVATIONS.index(name)
+
+
+# --- CPU features and targets ---------------------------------------------------------------------------------
+
+
+class Feature(NamedTuple):
+    """Something that a target may ask of a CPU.
+
+    Attributes:
+      name: the public name.
+      leaf, subleaf, register, bit: where CPUID announces it; no register: csrc/cpu.cc finds out in another way.
+      state: the registers that the operating system must save for it to be usable.
+      linux: its name in /proc/cpuinfo, if that is another one.
+    """
+
+    name: str
+    leaf: int = 0
+    subleaf: int = 0
+    register: Literal["", "eax", "ebx", "ecx", "edx"] = ""
+    bit: int = 0
+    state: Literal["avx", "avx512", "amx"] = "avx"
+    linux: str = ""
+
+
+FEATURES: Final[dict[str, Feature]] = {
+    x.name: x
+    for x in (
+        Feature("avx", 1, 0, "ecx", 28),
+        Feature("avx2", 7, 0, "ebx", 5),
+        Feature("bmi1", 7, 0, "ebx", 3),
+        Feature("bmi2", 7, 0, "ebx", 8),
+        Feature("f16c", 1, 0, "ecx", 29),
+        Feature("fma", 1, 0, "ecx", 12),
+        Feature("lzcnt", 0x80000001, 0, "ecx", 5, linux="abm"),
+        Feature("movbe", 1, 0, "ecx", 22),
+        Feature("avx512f", 7, 0, "ebx", 16, "avx512"),
+        Feature("avx512bw", 7, 0, "ebx", 30, "avx512"),
+        Feature("avx512cd", 7, 0, "ebx", 28, "avx512"),
+        Feature("avx512dq", 7, 0, "ebx", 17, "avx512"),
+        Feature("avx512vl", 7, 0, "ebx", 31, "avx512"),
+        Feature("avx512_bf16", 7, 1, "eax", 5, "avx512"),
+        Feature("avx512_vnni", 7, 0, "ecx", 11, "avx512"),
+        Feature("avx512_fp16", 7, 0, "edx", 23, "avx512"),
+        Feature("avx_vnni", 7, 1, "eax", 4),
+        Feature("amx_tile", 7, 0, "edx", 24, "amx"),
+        Feature("amx_bf16", 7, 0, "edx", 22, "amx"),
+        Feature("amx_int8", 7, 0, "edx", 25, "amx"),
+        Feature("amx_permission"),  # the operating system lets this process use the tile registers
+        Feature("microcoded_vdpbf16ps"),  # it is there, but slower than widening to float32 (Xeons)
+    )
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One instruction-set level that kernels are compiled for.
+
+    Objects are cached under a kernel's repr, its target's included (codegen/cache.py): what does not decide machine
+    code stays out of it.
+
+    Attributes:
+      name: the public name, also the suffix of every kernel of this target.
+      mcpu: LLVM's CPU name.
+      features: LLVM features on top of ``mcpu``.
+      vector_bits: width of a vector register.
+      vector_registers: architectural vector registers.
+      fma_per_cycle, loads_per_cycle: full-width issue rates that the tile model weighs against each other; the
+        smallest among the CPUs that the target serves well.
+      masked_bytes: the smallest element of which masked vectors can be loaded and stored.
+      cores: the CPU cores for which ``report`` judges its loops (codegen/target.py).
+      nanokernels: the files of codegen/nanokernel/ that serve it.
+      requires: the CPU features without which it cannot run.
+      shunned: with one of these features the CPU runs the target, but lower ones are faster.
+      tiles: whether products are of AMX tiles instead of vectors.
+    """
+
+    name: str
+    mcpu: str
+    features: tuple[str, ...]
+    vector_bits: int
+    vector_registers: int
+    fma_per_cycle: int
+    loads_per_cycle: int
+    masked_bytes: int
+    cores: tuple[str, ...]
+    nanokernels: tuple[str, ...] = field(repr=False)
+    requires: tuple[str, ...] = field(repr=False)
+    shunned: tuple[str, ...] = field(default=(), repr=False)
+    tiles: bool = field(default=False, repr=False)
+
+    def lanes(self, elem_bytes: int) -> int:
+        """Vector lanes of an element size in bytes."""
+        return self.vector_bits // 8 // elem_bytes
+
+    def masks(self, elem_bytes: int) -> bool:
+        """Whether vectors of elements of this size can be masked."""
+        return elem_bytes >= self.masked_bytes
+
+
+# The levels as the psABI defines them: LLVM may use every instruction of the level, so all are required.
+_V3: Final = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "lzcnt", "movbe")
+_V4: Final = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+
+TARGETS: Final[dict[str, Target]] = {
+    t.name: t
+    for t in (
+        Target(
+            name="x86-64-v3",
+            mcpu="x86-64-v3",
+            features=(),
+            vector_bits=256,
+            vector_registers=16,
+            fma_per_cycle=2,
+            loads_per_cycle=2,
+            masked_bytes=4,
+            cores=("znver3", "znver4", "skylake"),
+            nanokernels=("fma", "int8_dot"),
+            requires=_V3,
+        ),
+        Target(
+            name="avx_vnni",
+            mcpu="x86-64-v3",
+            features=("+avxvnni",),
+            vector_bits=256,
+            vector_registers=16,
+            fma_per_cycle=2,
+            loads_per_cycle=2,
+            masked_bytes=4,
+            cores=("alderlake",),
+            nanokernels=("int8_dot",),
+            requires=(*_V3, "avx_vnni"),
+        ),
+        Target(
+            name="x86-64-v4",
+            mcpu="x86-64-v4",
+            # LLVM splits 512-bit code into 256-bit halves for generic x86-64-v4 unless told otherwise.
+            features=("-prefer-256-bit",),
+            vector_bits=512,
+            vector_registers=32,
+            fma_per_cycle=2,
+            loads_per_cycle=2,
+            masked_bytes=1,
+            cores=("znver4", "skylake-avx512", "sapphirerapids"),
+            nanokernels=("fma", "int8_dot"),
+            requires=_V4,
+        ),
+        Target(
+            name="avx512_vnni",
+            mcpu="x86-64-v4",
+            features=("+avx512vnni", "-prefer-256-bit"),
+            vector_bits=512,
+            vector_registers=32,
+            fma_per_cycle=2,
+            loads_per_cycle=2,
+            masked_bytes=1,
+            cores=("znver4", "icelake-server", "sapphirerapids"),
+            nanokernels=("int8_dot",),
+            requires=(*_V4, "avx512_vnni"),
+        ),
+        Target(
+            name="avx512_bf16",
+            mcpu="x86-64-v4",
+            features=("+avx512bf16", "-prefer-256-bit"),
+            vector_bits=512,
+            vector_registers=32,
+            fma_per_cycle=2,
+            loads_per_cycle=2,
+            masked_bytes=1,
+            cores=("znver4",),
+            nanokernels=("bf16_dot",),
+            requires=(*_V4, "avx512_bf16"),
+            shunned=("microcoded_vdpbf16ps",),
+        ),
+        Target(
+            name="amx",
+            mcpu="x86-64-v4",
+            features=("+amx-tile", "+amx-bf16", "+amx-int8", "-prefer-256-bit"),
+            vector_bits=512,
+            vector_registers=32,
+            fma_per_cycle=2,
+            loads_per_cycle=2,
+            masked_bytes=1,
+            cores=("sapphirerapids",),
+            nanokernels=("amx",),
+            requires=(*_V4, "amx_tile", "amx_bf16", "amx_int8", "amx_permission"),
+            tiles=True,
+        ),
+    )
+}
+"""By name. Of those that a CPU can run the last one that has a kernel for a signature computes it."""
+
+# --- the contract with XLA ------------------------------------------------------------------------------------
+
+FFI_ABI: Final = 1
+"""The version of the custom calls' attributes: part of every exported program and of compilation caches."""
+
+DOT_GENERAL_CALL: Final = "jax_nano_dot_general"
+LINEAR_CALL: Final = "jax_nano_linear"
+"""The names under which XLA finds the calls (csrc/ffi.cc)."""
+
+# --- the contract between kernels and runtime -----------------------------------------------------------------
+
+# fmt: off
+CType: TypeAlias = Literal[
+    "bool", "double", "int32_t", "int64_t", "Activation", "GemmFn",
+    "void*", "const void*", "const char*", "const Epilogue*",
+]
+# fmt: on
+
+
+class Field(NamedTuple):
+    """One of a struct's fields, which stand in memory in the order of their tuple."""
+
+    c_type: CType
+    name: str
+    comment: str = ""
+
+
+WORD_BYTES: Final = 8
+"""What each field of `GEMM_ARGS` and `EPILOGUE` takes: kernels read them by position."""
+
+GEMM_ARGS: Final = (
+    Field("const void*", "a"),
+    Field("const void*", "b"),
+    Field("void*", "c"),
+    Field("void*", "a_pack", "workspace for packed A, 64-byte aligned, PackedABytes(); unused unless pack_a"),
+    Field("void*", "b_pack", "workspace for packed B, 64-byte aligned, PackedBBytes(); unused unless pack_b"),
+    Field(
+        "void*", "partial", "unfinished sums of a narrow kernel, else unused: m rows of accumulators, rs_partial apart"
+    ),
+    Field("int64_t", "m", "m, n, k: any may be 0; k == 0 stores zeros (or leaves C alone when accumulating)"),
+    Field("int64_t", "n"),
+    Field("int64_t", "k"),
+    Field("int64_t", "rsa", "A: stride between rows (m)"),
+    Field("int64_t", "csa", "A: stride between columns (k)"),
+    Field("int64_t", "rsb", "B: stride between rows (k)"),
+    Field("int64_t", "csb", "B: stride between columns (n); 1 unless pack_b"),
+    Field("int64_t", "rsc", "C: stride between rows (m)"),
+    Field("int64_t", "rs_partial", "partial: stride between rows, at least n rounded up to nr"),
+    Field("int64_t", "batch", "number of products, at least 1"),
+    Field("int64_t", "bsa", "bsa, bsb, bsc: strides between products"),
+    Field("int64_t", "bsb"),
+    Field("int64_t", "bsc"),
+    Field("int64_t", "accumulate", "1: add to the sums so far: C, or `partial` of a narrow kernel; 0: neither is read"),
+    Field("int64_t", "more", "1: the sum over k is not finished by this call: a narrow kernel leaves it in `partial`"),
+    Field("int64_t", "pack_a", "1: copy blocks of A into the workspace (required unless ReadsA of plan.h)"),
+    Field("int64_t", "pack_b", "1: copy blocks of B into the workspace (required unless direct_b and csb == 1)"),
+    Field(
+        "int64_t",
+        "inner",
+        "1: the inner-product path (KernelInfo::inner; k whole, csa == 1 and rsb == 1 unless pack_a, pack_b: then a "
+        "copy along k of the operand goes to the workspace)",
+    ),
+    Field("int64_t", "sweep", "1: the sweep path (KernelInfo::sweep; csb == 1, nothing packed; `partial` if narrow)"),
+    Field("int64_t", "ahead", "1: these two paths fetch what they read next: it lies in memory, not in a cache"),
+    Field("int64_t", "mc", "cache blocking; a multiple of panel or below it"),
+    Field("int64_t", "kc", "a multiple of kr"),
+    Field("int64_t", "nc", "a multiple of nr"),
+    Field("int64_t", "panel", "rows of A that are multiplied at once, at most mr; mr if pack_a, unless csa == 1"),
+    Field("const Epilogue*", "epilogue", "applied when the sum over k is finished; null: C is the sum"),
+)
+"""The argument of a generated kernel (csrc/kernel_abi.h)."""
+
+EPILOGUE: Final = (
+    Field("Activation", "activation"),
+    Field("double", "scale", "rounded to the accumulator's type"),
+    Field("const void*", "bias", "n elements; null: none"),
+    Field("int64_t", "has_residual", "1: there is a residual"),
+    Field(
+        "int64_t", "residual_offset", "bytes from an element of C to that of the residual, which has the same strides"
+    ),
+)
+"""What becomes of finished sums (csrc/kernel_abi.h)."""
+
+KERNEL_INFO: Final = (
+    Field("const char*", "name", 'e.g. "gemm_f32_f32_f32_f32_14x32_x86-64-v4"'),
+    Field("const char*", "target", 'e.g. "x86-64-v4"'),
+    Field("const char*", "lhs", "lhs, rhs, acc, out: dtypes by name"),
+    Field("const char*", "rhs"),
+    Field("const char*", "acc"),
+    Field("const char*", "out"),
+    Field("const char*", "algorithm", 'DotAlgorithm preset that it computes, or "default"'),
+    Field("int32_t", "mr", "mr x nr: register tile"),
+    Field("int32_t", "nr"),
+    Field("int32_t", "kr", "K values that are packed side by side"),
+    Field("int32_t", "a_panel_bytes", "bytes of packed A for one element of A"),
+    Field("int32_t", "b_panel_bytes", "and of packed B"),
+    Field("int32_t", "b_header_bytes", "bytes in front of each packed column of B"),
+    Field(
+        "bool", "direct_a", "whether A can be read where it lies; if kr > 1, where csa is 1 and kr divides k and rsa"
+    ),
+    Field("bool", "direct_b", "whether B can, if its columns are 1 apart"),
+    Field("bool", "inner", "whether it has an inner-product path"),
+    Field("bool", "sweep", "whether it has a path for few rows of A and a row-major B"),
+    Field("bool", "narrow", "whether C cannot hold unfinished sums: these live in GemmArgs::partial"),
+    Field("bool", "epilogue", "whether it takes GemmArgs::epilogue"),
+    Field("GemmFn", "fn"),
+)
+"""One generated GEMM: a target and a signature, with every microkernel behind it. The manifest gives all but `fn`."""
+
+PACK_SLACK_BYTES: Final = 8192
+"""Packing stores whole vectors, so a packed block may be overrun by less than this."""
+
+
+def names(fields: tuple[Field, ...]) -> tuple[str, ...]:
+    """The names of a struct's fields in their order."""
+    return tuple(x.name for x in fields)
