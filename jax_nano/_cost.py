@@ -14,12 +14,12 @@ from typing import Final
 
 import jax.numpy as jnp
 
+from jax_nano import _spec
+
 # Multiply-adds that one core starts in a cycle with registers as operands: two vector instructions, each with
 # one accumulator a lane and `kr` K values a lane; a tile instruction, 16 x 16 sums over 64 bytes of K in 16
 # cycles. Cores that execute 512-bit instructions in two halves start one (AMD's Zen 4).
 VECTORS_PER_CYCLE: Final = 2
-VECTOR_BYTES: Final = {"x86-64-v3": 32, "avx_vnni": 32, "x86-64-v4": 64, "avx512_vnni": 64, "avx512_bf16": 64}
-TILE_TARGET: Final = "amx"
 TILE_BYTES_PER_CYCLE: Final = 16 * 16 * 64 // 16
 
 # Bytes a cycle that one core reads in long runs, typical of servers since 2019. (Memory: an EPYC with Zen 3
@@ -27,7 +27,7 @@ TILE_BYTES_PER_CYCLE: Final = 16 * 16 * 64 // 16
 BYTES_PER_CYCLE: Final = {"L1": 64.0, "L2": 32.0, "L3": 20.0, "memory": 13.0}
 
 # Products of rounded parts that stand for one product of a DotAlgorithm.
-PARTS: Final = {"BF16_BF16_F32_X3": 3, "BF16_BF16_F32_X6": 6}
+PARTS: Final = {name: len(pairs) for name, pairs in _spec.ALGORITHMS.items()}
 
 
 @cache
@@ -47,7 +47,7 @@ class Product:
     lhs: str
     rhs: str
     out: str
-    algorithm: str = "default"
+    algorithm: str = _spec.DEFAULT_ALGORITHM
 
     @property
     def multiply_adds(self) -> int:
@@ -105,9 +105,10 @@ def cost(product: Product, kernel_target: str, acc: str, kr: int, caches: dict[s
 
 def multiply_adds_per_cycle(target: str, acc: str, kr: int, operand: str, *, halves: bool) -> float:
     """The peak of one core for kernels of this target."""
-    if target == TILE_TARGET:
+    facts = _spec.TARGETS[target]
+    if facts.tiles:
         return TILE_BYTES_PER_CYCLE / (1 if element_bytes(operand) == 1 else 2)
-    width = VECTOR_BYTES[target]
+    width = facts.vector_bits // 8
     vectors = VECTORS_PER_CYCLE / (2 if halves and width == 64 else 1)
     return vectors * width / element_bytes(acc) * kr
 

@@ -74,8 +74,8 @@ def parse_dtypes(text: str) -> tuple[str, str, str]:
             return left, right, SHORT[out]
     except KeyError as error:
         raise BadRequest(f"--dtype {text}: {error.args[0]!r} is none of {', '.join(SHORT)}") from None
-    if "int" in left:
-        return left, right, "int32"
+    if _spec.DTYPES[left].kind != "float":
+        return left, right, _spec.DTYPES[left].accumulator
     return left, right, max(left, right, key=_cost.element_bytes)
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from jax_nano import _cost, _explain, _gate, _machine, _runtime
+from jax_nano import _cost, _explain, _gate, _machine, _runtime, _spec
 from jax_nano.__main__ import main
 
 CACHES = {"l1d": 32 << 10, "l2": 1 << 20, "l3": 32 << 20}
@@ -250,7 +250,7 @@ def test_large_squares_are_bound_by_the_units_and_vectors_by_memory() -> None:
 )
 def test_peaks(target: str, acc: str, kr: int, operand: str, per_cycle: int) -> None:
     assert _cost.multiply_adds_per_cycle(target, acc, kr, operand, halves=False) == per_cycle
-    split = 2 if _cost.VECTOR_BYTES.get(target) == 64 else 1
+    split = 2 if _spec.TARGETS[target].vector_bits == 512 and not _spec.TARGETS[target].tiles else 1
     assert _cost.multiply_adds_per_cycle(target, acc, kr, operand, halves=True) == per_cycle / split
 
 

@@ -37,7 +37,7 @@ def entry(kernel: Kernel) -> dict[str, Any]:
         "narrow": ir.elem_bytes(kernel.out) < ir.elem_bytes(family.acc),
         "epilogue": kernel.gemm.epilogue is not None,
     }
-    return {"symbol": kernel.symbol} | {x.name: facts[x.name] for x in _spec.KERNEL_INFO if x.name in facts}
+    return {"symbol": kernel.symbol} | {x.name: facts[x.name] for x in _spec.KERNEL_INFO if x.c_type != "GemmFn"}
 
 
 def write(kernels: Sequence[Kernel], objects: Sequence[Path], out: Path) -> None:
