@@ -122,7 +122,15 @@ the products are summed. Part 0 is the operand rounded, part 1 its rest rounded,
 
 # --- activations ----------------------------------------------------------------------------------------------
 
-ACTIVATIONS: Final = ("none", "relu", "gelu_tanh", "gelu_erf", "silu", "tanh", "sigmoid")
+ACTIVATIONS: Final = (
+    "none",
+    "relu",
+    "gelu_tanh",
+    "gelu_erf",
+    "silu",
+    "tanh",
+    "sigmoid",
+)
 """What an epilogue may apply, by the names that calls have for them."""
 
 

@@ -205,6 +205,15 @@ def kernels(target: Target) -> Iterator[Served]:
 '''
 
 
+def _insert(path: Path, table: str, closing: str, text: str) -> None:
+    """Adds a last entry to a table of a file."""
+    lines = path.read_text().splitlines(keepends=True)
+    start = next(i for i, line in enumerate(lines) if line.startswith(table))
+    end = next(i for i in range(start, len(lines)) if lines[i].strip() == closing)
+    lines.insert(end, f"{text}\n")
+    path.write_text("".join(lines))
+
+
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the package, to which the above was added: in the spec, and where it is implemented."""
@@ -213,19 +222,11 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for extension in PACKAGE.glob("_runtime*.so"):
         (package / extension.name).symlink_to(extension)
-    lines = (package / "_spec.py").read_text().splitlines(keepends=True)
     for name, text in ADDED.items():
-        start = next(i for i, line in enumerate(lines) if line.startswith(name))
-        if name == "ACTIVATIONS: ":
-            lines[start] = lines[start].replace(")\n", f", {text})\n")
-            continue
-        closing = next(i for i in range(start, len(lines)) if lines[i].strip() == ")")
-        lines.insert(closing, text + "\n")
-    (package / "_spec.py").write_text("".join(lines))
+        _insert(package / "_spec.py", name, ")", text)
     (package / "codegen" / "nanokernel" / "int64_product.py").write_text(NANOKERNEL)
     for file, function in (("codegen/activation.py", "ir.multiply(x, x)"), ("_activations.py", "x * x")):
-        with (package / file).open("a") as source:
-            source.write(f'\n\nFUNCTIONS["square"] = lambda x: {function}\n')
+        _insert(package / file, "FUNCTIONS: ", "}", f'    "square": lambda x: {function},')
     return folder
 
 
