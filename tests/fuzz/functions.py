@@ -230,7 +230,9 @@ class Functions(Updates):
     def jvp(self, scope: Scope) -> None:
         given = self.carried(scope)[:1]
         tangent = self.need(scope, given[0].shape, given[0].dtype)
+        self.forward, before = True, self.forward
         body = self.scalar_function(scope, given)
+        self.forward = before
         results = (self.renamed(body.results[0]), self.renamed(body.results[0]))
         scope.statements.append(Statement(results, "jax.jvp({f0}, ({0},), ({1},))", (given[0], tangent), (body,)))
         scope.values += results

@@ -219,6 +219,8 @@ class Products(Drawing):
         return self.emit(scope, "{0} @ {1}", [x, w], (*x.shape[:-1], n), dtype, x.size * math.sqrt(k) * 0.5)
 
     def custom(self, scope: Scope) -> Value:
+        if self.forward:
+            return self.matmul(scope)
         x = self.array(scope)
         k, n = x.shape[-1], self.columns(x.count)
         w = self.need(scope, (k, n), x.dtype, 0.5)
