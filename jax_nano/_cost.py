@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Final
 
-import jax.numpy as jnp
+import ml_dtypes  # which gives NumPy the names of narrow dtypes; JAX itself must not be imported yet by `run`
+import numpy as np
 
 # Multiply-adds that one core starts in a cycle with registers as operands: two vector instructions, each with
 # one accumulator a lane and `kr` K values a lane; a tile instruction, 16 x 16 sums over 64 bytes of K in 16
@@ -33,7 +34,7 @@ PARTS: Final = {"BF16_BF16_F32_X3": 3, "BF16_BF16_F32_X6": 6}
 @cache
 def element_bytes(dtype: str) -> int:
     """What an element takes in memory, for the name of any dtype that JAX has."""
-    return jnp.dtype(dtype).itemsize
+    return np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
 
 
 @dataclass(frozen=True)
