@@ -79,7 +79,8 @@ def _explain_product(runtime: Any, args: argparse.Namespace) -> int:
     if args.threads < 1:
         raise ValueError(f"--threads {args.threads}: expected at least 1")
     asked = _explain.request(args.sizes, args.dtype, args.layout, args.batch)
-    declined = _gate.declines(asked.labels, *asked.shapes, dtypes=asked.dtypes[:2])
+    target = args.target or runtime.selected_target() or ""
+    declined = _gate.declines(asked.labels, *asked.shapes, dtypes=asked.dtypes[:2], target=target)
     text = _explain.explain(
         runtime, asked, threads=args.threads, algorithm=args.algorithm, target=args.target, declined=declined
     )

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Final
 
-import jax.numpy as jnp
+import ml_dtypes  # which gives NumPy the names of narrow dtypes; JAX itself must not be imported yet by `run`
+import numpy as np
 
 from jax_nano import _spec
 
@@ -33,7 +34,7 @@ PARTS: Final = {name: len(pairs) for name, pairs in _spec.ALGORITHMS.items()}
 @cache
 def element_bytes(dtype: str) -> int:
     """What an element takes in memory, for the name of any dtype that JAX has."""
-    return jnp.dtype(dtype).itemsize
+    return np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
+from jax_nano import _spec
 from jax_nano._cost import element_bytes
 from jax_nano._shapes import Labels
 
@@ -42,6 +43,9 @@ SHALLOW_SHORT_ROWS: Final = range(6, 33)
 # two cores take 1.2 to 2.8 times less, one 0.94 to 1.5 times (64x8192: 32 us against 33, two cores 36 and 19).
 VECTOR_FROM_MEMORY: Final = 16 << 20
 VECTOR_ALONG_K: Final = (256 << 10, 1 << 20)
+# With vectors of 32 bytes later (Zen 3, float32: 500x200 13.4 us against 16.4, 512x256 20.6 against 23.7, 512x512 40.3
+# against 33.8).
+VECTOR_ALONG_K_AVX2_FLOAT32: Final = 1 << 20
 VECTOR_LONG_K: Final = 4096
 # Narrow elements XLA converts first. Multiply-adds: along K from 256x256 on (bfloat16: 2.9 us against 1.9; 64x64: 0.24
 # against 0.42), across K from 128x128 (0.84 against 0.66), of bytes and float16 from 16x16 on (0.60 us against 0.25,
@@ -74,6 +78,7 @@ def declines(
     *,
     dtypes: tuple[str, str] = ("float32", "float32"),
     any_size: bool = False,
+    target: str = "",
 ) -> str | None:
     """Why a product stays with XLA, or None.
 
@@ -81,6 +86,7 @@ def declines(
       labels, lhs_shape, rhs_shape: the product.
       dtypes: of each operand's elements.
       any_size: XLA would compute something else.
+      target: that of the kernels.
     """
     if not enabled or any_size:
         return None
@@ -100,7 +106,8 @@ def declines(
             dtype = max(dtypes, key=element_bytes)
         stored = [x for x in matrix if _count([sizes[x]]) != 1]
         along_k = stored[-1] in labels.contracting
-        serves = _vector_serves(work, k, dtype, along_k=along_k, alone=m == n, batched=batch > 1)
+        avx2 = target in _spec.TARGETS and _spec.TARGETS[target].vector_bits == 256
+        serves = _vector_serves(work, k, dtype, along_k=along_k, alone=m == n, batched=batch > 1, avx2=avx2)
         return None if serves else "a product with a vector: XLA's loops are as fast"
     shallow = k <= SHALLOW_K and SHALLOW_MIN_RESULT <= m * n < math.inf and n not in SHALLOW_SHORT_ROWS
     if batch == 1 and shallow and min(widths) >= 4:
@@ -110,7 +117,9 @@ def declines(
     return f"too small: {work} multiply-adds of at least {least}" if work < least else None
 
 
-def _vector_serves(elements: float, k: float, dtype: str, *, along_k: bool, alone: bool, batched: bool) -> bool:
+def _vector_serves(
+    elements: float, k: float, dtype: str, *, along_k: bool, alone: bool, batched: bool, avx2: bool
+) -> bool:
     """Whether a kernel is faster for a vector and a matrix of so many elements of this dtype.
 
     Args:
@@ -118,6 +127,7 @@ def _vector_serves(elements: float, k: float, dtype: str, *, along_k: bool, alon
       along_k: the matrix is contiguous along the dimension that is summed over.
       alone: it is a vector itself.
       batched: there are several of them.
+      avx2: kernels have vectors of 32 bytes.
     """
     if batched and not alone and elements >= VECTOR_BATCHED:
         return True
@@ -129,6 +139,8 @@ def _vector_serves(elements: float, k: float, dtype: str, *, along_k: bool, alon
     if alone or size >= VECTOR_FROM_MEMORY:
         return elements == math.inf or not alone
     least, most = VECTOR_ALONG_K
+    if avx2 and dtype == "float32":
+        least = VECTOR_ALONG_K_AVX2_FLOAT32
     return along_k and least <= size and (size <= most or k >= VECTOR_LONG_K)
 
 

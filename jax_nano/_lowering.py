@@ -64,7 +64,7 @@ def choose(
     # XLA computes the algorithms that round operands in plain float32: they go to a kernel at any size.
     rounds = signature.algorithm != _signatures.DEFAULT
     operands = dtypes[0].name, dtypes[1].name
-    declined = _gate.declines(labels, lhs_shape, rhs_shape, dtypes=operands, any_size=rounds)
+    declined = _gate.declines(labels, lhs_shape, rhs_shape, dtypes=operands, any_size=rounds, target=_native.target())
     return Choice(labels, None if declined else signature, declined)
 
 

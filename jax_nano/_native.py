@@ -88,6 +88,12 @@ def build() -> str:
     return f"{version} {digest.hexdigest()[:12]}"
 
 
+def target() -> str:
+    """The target that was selected for this CPU; "" if there is none."""
+    native = runtime()
+    return "" if native is None else str(native.selected_target())
+
+
 def supports(lhs_dtype: str, rhs_dtype: str, out_dtype: str, algorithm: str = _spec.DEFAULT_ALGORITHM) -> bool:
     """Whether a kernel for these dtypes runs on this CPU, on the target that was selected."""
     native = runtime()

@@ -190,7 +190,8 @@ def test_einsum_steps() -> None:
         ("mk,k->m", (200, 200), (200,), "vector"),
         ("mk,k->m", (256, 256), (256,), None),
         ("mk,k->m", (1024, 1024), (1024,), "vector"),
-        ("km,k->m", (1024, 1024), (1024,), None),
+        ("km,k->m", (1024, 1024), (1024,), "vector"),
+        ("km,k->m", (4096, 1024), (4096,), None),
         ("mk,k->m", (4096, 1024), (1024,), None),
         ("k,k->", (2**24,), (2**24,), "vector"),
         ("k,k->", (4096,), (4096,), "vector"),
@@ -205,6 +206,17 @@ def test_gate(subscripts: str, lhs: tuple, rhs: tuple, why: str | None, monkeypa
     assert (reason is None) if why is None else (why in reason)
     monkeypatch.setattr(_gate, "enabled", False)
     assert _gate.declines(labels, lhs, rhs) is None
+
+
+def test_where_vectors_are_short_products_along_k_go_to_kernels_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gate, "enabled", True)
+    labels = _shapes.einsum_labels(["mk", "k"], "m", ((256, 256), (256,)))
+    for size, dtype, target, declined in (
+        *((256, "float32", "x86-64-v3", True), (512, "float32", "x86-64-v3", False)),
+        *((256, "float32", "x86-64-v4", False), (256, "float64", "x86-64-v3", False)),
+    ):
+        why = _gate.declines(labels, (size, size), (size,), dtypes=(dtype, dtype), target=target)
+        assert (why is not None) == declined
 
 
 def test_the_gate_lets_large_vectors_of_narrow_elements_through(monkeypatch: pytest.MonkeyPatch) -> None:
