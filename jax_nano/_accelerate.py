@@ -41,7 +41,8 @@ class _Hook:
         self._lock = threading.Lock()
         self._installed = False
         self._registered = False
-        self._failed = False
+        self.failures: list[str] = []
+        """What was reported: programs that run without acceleration because something went wrong, and why."""
 
     def install(self) -> None:
         """Raises RuntimeError where this is not possible."""
@@ -61,6 +62,7 @@ class _Hook:
                     " other functions work with this version"
                 ) from None
             compat.mark_lowered_modules(_mark)
+            compat.retry_failed_compilations(MARK, _report.recorded, self._not_compiled)
             self._installed = True
 
     def register(self) -> None:
@@ -78,15 +80,21 @@ class _Hook:
         try:
             return _rewritten(serialized)
         except Exception as error:  # of whatever kind: a program that XLA can compile must run
-            self._report(error)
+            self._failed("it could not be rewritten", error)
             return None
 
-    def _report(self, error: Exception) -> None:
+    def _not_compiled(self, program: str, before: _report.Recorded, error: Exception) -> None:
+        _report.withdraw(program, before, "XLA did not compile the program with our calls")
+        self._failed(f"XLA did not compile {program} with our calls", error)
+
+    def _failed(self, what: str, error: Exception) -> None:
+        """Says once that programs run without acceleration."""
+        text = f"jax_nano.accelerate failed, and the program runs without it: {what}: {error!r}"
         with self._lock:
-            if self._failed:
-                return
-            self._failed = True
-        text = f"jax_nano.accelerate failed, and the program runs without it: {error!r} (reported once)"
+            known = text in self.failures
+            self.failures.append(text)
+        if known:
+            return
         _log.debug(text, exc_info=error)
         try:
             warnings.warn(text, RuntimeWarning, stacklevel=1)
@@ -96,15 +104,24 @@ class _Hook:
 
 def _rewritten(serialized: bytes) -> bytes | None:
     """The module with its products rewritten, None if it stays as it is."""
-    from jax_nano import _hlo, _rewrite  # only where there is something to do: they need protobuf
+    from jax_nano import _hlo, _rewrite, _verify  # only where there is something to do: they need protobuf
 
     module = _hlo.Module(serialized)
     if module.attribute(MARK) is None:
         return None
+    program_shape = module.program_shape()
     products = _rewrite.rewrite(module)
-    for product in products:
-        _report.add(product)
-    return module.serialized() if any(x.declined is None for x in products) else None
+    changed = module.serialized() if any(x.declined is None for x in products) else None
+    try:
+        if changed is not None:
+            _verify.check(module, program_shape)
+    except _verify.Invalid:
+        products = [x._replace(declined="the rewritten program was not valid", epilogue="") for x in products]
+        raise
+    finally:
+        for product in products:
+            _report.add(product)
+    return changed
 
 
 _hook: Final = _Hook()

@@ -16,7 +16,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 
-from jax_nano import _hlo, _report, _views
+from jax_nano import _aliasing, _hlo, _report, _views
 from jax_nano._hlo import BFLOAT16, Body, Instruction, Module
 from jax_nano._views import View
 
@@ -180,7 +180,7 @@ def epilogue_of(module: Module, body: Body, out: View) -> Found | None:
     array = _hlo.array_of(fusion.shape)
     if array is None or _rows(fusion) is None or _rows(fusion) != _rows(product):
         return None
-    if not _views.is_its_own(module, body, fusion):
+    if not _aliasing.has_memory_of_its_own(module, body, fusion):
         return None
     ours = [n for n, x in enumerate(body.operands(fusion)) if x.id == product.id]
     dtype = _views.before_conversion(module, fusion) or array.dtype
@@ -289,7 +289,9 @@ def _matched(
             if graph.node(term).name == "array" and term != product:
                 (number,) = graph.node(term).operands
                 residual = _views.before_widening(body, operands[number], found.dtype)
-                if residual is not None and (residual is operands[number] or _views.stays(module, body, residual)):
+                if residual is not None and (
+                    residual is operands[number] or _aliasing.keeps_its_value(module, body, residual)
+                ):
                     candidates.append((rest, residual))
     candidates.append((whole, None))
     affine = [(y, *parts) for y in range(len(graph)) if (parts := _affine(graph, y, product)) is not None]

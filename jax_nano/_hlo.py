@@ -11,7 +11,7 @@ messages that are only passed on as bytes, which is the same on the wire.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -66,6 +66,7 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
         "comparison_direction": (63, "string"),
         "precision_config": (51, "PrecisionConfig"),
         "constrain_layout": (56, "bool"),
+        "frontend_attributes": (68, "FrontendAttributes"),
         "operand_shapes_with_layout": (57, "*Shape"),
         "output_operand_aliasing": (74, "*bytes"),
         "custom_call_api_version": (77, "int32"),
@@ -74,6 +75,7 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
     "Shape": {
         "element_type": (2, "int32"),
         "dimensions": (3, "*int64"),
+        "tuple_shapes": (4, "*Shape"),
         "layout": (5, "Layout"),
         "is_dynamic_dimension": (6, "*bool"),
     },
@@ -185,6 +187,17 @@ def _array_of(serialized: bytes) -> Array | None:
     return Array(dtype, dims, major_to_minor, physical, major_to_minor == tuple(range(len(dims))))
 
 
+def same_shape(x: Any, y: Any) -> bool:
+    """Whether two Shapes have the same dtype, sizes and order of dimensions in memory, element by element if tuples."""
+    if x.tuple_shapes or y.tuple_shapes:
+        pairs = zip(x.tuple_shapes, y.tuple_shapes, strict=False)
+        return len(x.tuple_shapes) == len(y.tuple_shapes) and all(same_shape(*pair) for pair in pairs)
+    if x.element_type != y.element_type or x.dimensions != y.dimensions:
+        return False
+    orders = x.layout.minor_to_major, y.layout.minor_to_major
+    return not all(orders) or orders[0] == orders[1]
+
+
 def set_array(shape: Any, dtype: np.dtype, dims: Sequence[int]) -> None:
     """Makes a Shape that of an array in row-major order."""
     shape.Clear()
@@ -192,6 +205,16 @@ def set_array(shape: Any, dtype: np.dtype, dims: Sequence[int]) -> None:
     shape.dimensions.extend(dims)
     shape.is_dynamic_dimension.extend([False] * len(dims))
     shape.layout.minor_to_major.extend(range(len(dims) - 1, -1, -1))
+
+
+def attribute(message: Any, key: str) -> str | None:
+    """A frontend attribute of a module or an instruction."""
+    return next((entry.value for entry in message.frontend_attributes.map if entry.key == key), None)
+
+
+def is_one_function(instruction: Instruction) -> bool:
+    """Whether XLA compiles all that an instruction calls, loops too, into one function: no call can stand in it."""
+    return instruction.opcode == "call" and attribute(instruction, "xla_cpu_small_call") == "true"
 
 
 def scalar(constant: Instruction) -> float:
@@ -235,9 +258,26 @@ class Module:
         """The computation with this id."""
         return self._by_id[number]
 
+    def program_shape(self) -> list[Any]:
+        """Copies of the shapes of the program's result and of its parameters in order."""
+        entry = self.computation(self.entry_id)
+        parameters = sorted((x.parameter_number, x.id) for x in entry.instructions if x.opcode == "parameter")
+        shapes = {x.id: x.shape for x in entry.instructions}
+        numbers = (entry.root_id, *(number for _, number in parameters))
+        return [_Shape.FromString(shapes[number].SerializeToString()) for number in numbers]
+
+    def called_from(self, is_caller: Callable[[Instruction], bool]) -> set[int]:
+        """Ids of the computations that some instructions call, and of those that these call in turn."""
+        found: set[int] = set()
+        for computation in reversed(self._proto.computations):  # callers stand behind those that they call
+            for instruction in computation.instructions:
+                if computation.id in found or is_caller(instruction):
+                    found.update(instruction.called_computation_ids)
+        return found
+
     def attribute(self, key: str) -> str | None:
         """A frontend attribute of the module."""
-        return next((entry.value for entry in self._proto.frontend_attributes.map if entry.key == key), None)
+        return attribute(self._proto, key)
 
     def serialized(self) -> bytes:
         """The module, without the computations that nothing calls any more."""
@@ -253,7 +293,7 @@ class Module:
 
 
 class Body:
-    """The instructions of one computation by id, in an order in which operands come before their users."""
+    """The instructions of one computation by id."""
 
     def __init__(self, module: Module, computation: Computation) -> None:
         self.is_entry = computation.id == module.entry_id
@@ -266,8 +306,6 @@ class Body:
                 self._users[number].append(x.id)
         self._awaited = {number for x in self._instructions for number in x.control_predecessor_ids}
         self._next = 1 + max(self._by_id)  # an id holds that of the computation in its upper half
-        # Sorted by these, the instructions are in order again: new ones stand just before an old one.
-        self._place: dict[int, tuple[int, int]] = {x.id: (i, 0) for i, x in enumerate(self._instructions)}
         self._removed: set[int] = set()
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
@@ -281,20 +319,30 @@ class Body:
         """Whether something else than its users needs it: another instruction's control dependency, or the caller."""
         return instruction.id in self._awaited or instruction.id == self.root.id
 
-    def bitcast(self, operand: Instruction, dtype: np.dtype, dims: Sequence[int], before: Instruction) -> Instruction:
+    def bitcast(self, operand: Instruction, dtype: np.dtype, dims: Sequence[int]) -> Instruction:
         """A new instruction: the same memory as `operand`, seen as a row-major array."""
-        new = self._add(operand, (self._place[before.id][0], -1))
+        new = self._add(operand, "bitcast")
         new.operand_ids.append(operand.id)
         self._users[operand.id].append(new.id)
         set_array(new.shape, dtype, dims)
         return new
 
-    def converted(self, operand: Instruction, dtype: np.dtype, before: Instruction) -> Instruction:
+    def converted(self, operand: Instruction, dtype: np.dtype) -> Instruction:
         """A new instruction: a row-major array, converted."""
-        dims = tuple(operand.shape.dimensions)
-        new = self.bitcast(operand, dtype, dims, before)
+        new = self.bitcast(operand, dtype, tuple(operand.shape.dimensions))
         new.opcode = "convert"
         return new
+
+    def copy_operand(self, instruction: Instruction, position: int) -> None:
+        """Gives an instruction a copy of one of its operands instead, in memory that nothing else uses."""
+        operand = self.operands(instruction)[position]
+        new = self._add(operand, "copy")
+        new.operand_ids.append(operand.id)
+        new.shape.CopyFrom(operand.shape)
+        self._users[operand.id].append(new.id)
+        instruction.operand_ids[position] = new.id
+        self._users[operand.id].remove(instruction.id)
+        self._users[new.id].append(instruction.id)
 
     def narrow(self, module: Module, fusion: Instruction) -> Instruction:
         """Takes the conversion of its result out of a fusion, as `convert_result` does."""
@@ -325,7 +373,7 @@ class Body:
 
     def _insert_result(self, instruction: Instruction, opcode: str) -> Instruction:
         """Puts an operation between an instruction, which is returned, and its users: it has the old message."""
-        new = self._add(instruction, (self._place[instruction.id][0], -1))
+        new = self._add(instruction, opcode)
         number, name = new.id, new.name
         new.CopyFrom(instruction)
         new.id, new.name = number, name
@@ -342,13 +390,12 @@ class Body:
         self._users[new.id].append(number)
         return new
 
-    def _add(self, like: Instruction, place: tuple[int, int]) -> Instruction:
+    def _add(self, like: Instruction, opcode: str) -> Instruction:
         number = self._next
         self._next += 1
-        new = self._instructions.add(id=number, name=f"{like.name}.jax_nano.{number & 0xFFFFFFFF}", opcode="bitcast")
+        new = self._instructions.add(id=number, name=f"{like.name}.jax_nano.{number & 0xFFFFFFFF}", opcode=opcode)
         self._by_id[number] = new
         self._users[number] = []
-        self._place[number] = place
         return new
 
     def set_operands(self, instruction: Instruction, operands: Sequence[Instruction]) -> None:
@@ -370,9 +417,26 @@ class Body:
                 self._release(operand, number)
 
     def commit(self) -> None:
-        """Brings the instructions in order, and removes those without a user."""
+        """Removes what has no user any more, and brings the rest in an order in which operands come before users.
+
+        The order is that of before, as far as that is possible: a new instruction stands before its first user.
+        """
+        place: dict[int, int] = {}
+        expanded: set[int] = set()
+        waiting = [x.id for x in reversed(self._instructions) if x.id not in self._removed]
+        while waiting:
+            x = self._by_id[waiting[-1]]
+            first = [i for i in (*x.operand_ids, *x.control_predecessor_ids) if i not in place]
+            if x.id in place or not first:
+                place.setdefault(x.id, len(place))
+                waiting.pop()
+            elif not expanded.isdisjoint(first):
+                raise ValueError(f"{x.name} needs its own result")
+            else:
+                expanded.add(x.id)
+                waiting += reversed(first)
         instructions = self._instructions
-        instructions.sort(key=lambda x: self._place[x.id])
         for i in reversed(range(len(instructions))):
             if instructions[i].id in self._removed:
                 del instructions[i]
+        instructions.sort(key=lambda x: place[x.id])

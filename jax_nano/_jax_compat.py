@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import jax
 from jax import Array
-from jax._src import core, dispatch, source_info_util, xla_bridge
+from jax._src import compiler, core, dispatch, source_info_util, xla_bridge
 from jax._src.dtypes import check_and_canonicalize_user_dtype
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.lax.lax import _convert_element_type, canonicalize_precision, get_algorithm_compute_types
@@ -56,6 +56,7 @@ __all__ = [
     "register_hlo_transformation",
     "require_devices",
     "require_hlo_transformations",
+    "retry_failed_compilations",
     "sharding_for_vmap",
     "untransposed",
 ]
@@ -264,3 +265,36 @@ def mark_lowered_modules(attributes: Callable[[], Mapping[str, str]]) -> None:
         return result
 
     mlir.lower_jaxpr_to_module = lower_and_mark
+
+
+def retry_failed_compilations(
+    mark: str, begin: Callable[[], Any], failed: Callable[[str, Any, Exception], None]
+) -> None:
+    """From now on, where XLA fails to compile a module with this frontend attribute, compile it again without.
+
+    If that succeeds, `failed` is called with the program's name, what `begin` returned before the first attempt and the
+    error. If it does not, the program's own error is raised. JAX has no public way to do this.
+    """
+    compile_and_load = compiler.backend_compile_and_load
+
+    @functools.wraps(compile_and_load)
+    def compile_or_retry(backend: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+        operation, name = module.operation, "mhlo.frontend_attributes"
+        marked = attributes_of(operation).get(name)
+        if marked is None or all(x.name != mark for x in marked):
+            return compile_and_load(backend, module, *args, **kwargs)
+        before = begin()
+        try:
+            return compile_and_load(backend, module, *args, **kwargs)
+        except Exception as error:
+            first = error
+        with operation.context:
+            operation.attributes[name] = ir.DictAttr.get({x.name: x.attr for x in marked if x.name != mark})
+        try:
+            executable = compile_and_load(backend, module, *args, **kwargs)
+        finally:
+            operation.attributes[name] = marked
+        failed(ir.StringAttr(operation.attributes["sym_name"]).value, before, first)
+        return executable
+
+    compiler.backend_compile_and_load = compile_or_retry

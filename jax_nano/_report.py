@@ -10,7 +10,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 from jax_nano import _explain, _machine, _native
 from jax_nano import _jax_compat as compat
@@ -50,6 +50,28 @@ def add(product: Product) -> None:
         _products[product] += 1
     if verbose:
         print(f"jax_nano: {_line(product)}", file=sys.stderr, flush=True)
+
+
+Recorded: TypeAlias = Counter[Product]
+"""How often each product has been compiled."""
+
+
+def recorded() -> Recorded:
+    """What was compiled so far."""
+    with _lock:
+        return _products.copy()
+
+
+def withdraw(program: str, before: Recorded, why: str) -> None:
+    """Says of a program's products that were recorded since that XLA computes them after all."""
+    with _lock:
+        for product, count in list(_products.items()):
+            new = count - before[product]
+            if product.program == program and product.declined is None and new > 0:
+                _products[product] -= new
+                _products[product._replace(declined=why, epilogue="")] += new
+        for product in [x for x, count in _products.items() if count == 0]:
+            del _products[product]
 
 
 def products() -> list[tuple[Product, int]]:

@@ -43,6 +43,8 @@ _ALGORITHMS: Final[dict[int, Precision]] = {
 # training step with 22 MB ran at 0.85 of XLA's speed, GPT-2's with 1.5 GB at 0.46.
 _MOST_DONATED: Final = 16 << 20
 
+_SMALL: Final = "part of a small loop that XLA compiles into one function, in which no call can stand"
+
 
 class Operand(NamedTuple):
     """An operand of a dot: which operand of the fusion around it this is, after what moves."""
@@ -69,7 +71,7 @@ def rewrite(module: Module) -> list[_report.Product]:
         if instruction.opcode == "fusion"
         for number in instruction.called_computation_ids
     }
-    products, declined = [], _why_not(module)
+    products, why_not, in_one_function = [], _why_not(module), module.called_from(_hlo.is_one_function)
     for computation in module.computations:
         if computation.id in fused:  # a fusion is looked at as a whole, where it stands
             continue
@@ -79,6 +81,7 @@ def rewrite(module: Module) -> list[_report.Product]:
         found = [(x, dot) for x in computation.instructions if (dot := _dot_of(module, body, x)) is not None]
         if found:
             readers = {instruction.id for instruction, _ in found}
+            declined = _SMALL if computation.id in in_one_function else why_not
             products += [_rewrite(module, body, instruction, dot, readers, declined) for instruction, dot in found]
             body.commit()
     return products
@@ -252,21 +255,19 @@ def _call(
     if epilogue is not None and not epilogue.is_nothing:
         target = _native.LINEAR_TARGET_NAME
         if (bias := epilogue.bias) is not None:
-            bias = bias if _hlo.dtype_of(bias) == out.dtype else body.converted(bias, out.dtype, before=out.instruction)
+            bias = bias if _hlo.dtype_of(bias) == out.dtype else body.converted(bias, out.dtype)
             inputs.append(View(bias, out.dtype, out.sizes[-1:], out.labels[-1:]))
         if epilogue.residual is not None:
             inputs.append(out._replace(instruction=epilogue.residual))
         attributes["activation"] = f'"{epilogue.activation}"'
-        attributes["scale"] = f"{epilogue.scale:.9e} : f32"
+        attributes["scale"] = _float32(epilogue.scale)
         attributes["bias"] = f"{int(epilogue.bias is not None)} : i64"
         attributes["residual"] = f"{int(epilogue.residual is not None)} : i64"
     for name, dims in zip(("lhs", "rhs", "out"), labels, strict=True):
         attributes[f"{name}_labels"] = _dense(dims)
 
     call = out.instruction
-    operands = [
-        x.instruction if x.is_its_shape else body.bitcast(x.instruction, x.dtype, x.sizes, before=call) for x in inputs
-    ]
+    operands = [x.instruction if x.is_its_shape else body.bitcast(x.instruction, x.dtype, x.sizes) for x in inputs]
     body.set_operands(call, operands)
     if not out.is_its_shape:
         call = body.bitcast_result(call, out.dtype, out.sizes)
@@ -283,7 +284,14 @@ def _call(
 def _narrowed(module: Module, body: Body, view: View) -> View:
     """A view of an instruction that has its dtype."""
     instruction = _views.before_widening(body, view.instruction, view.dtype)
-    return view._replace(instruction=instruction or body.narrow(module, view.instruction))
+    return view._replace(instruction=instruction or _views.narrow(module, body, view.instruction))
+
+
+def _float32(value: float) -> str:
+    """A number as MLIR's text, bit for bit: decimal digits have no infinities and no NaN."""
+    with np.errstate(over="ignore"):
+        bits = int(np.float32(value).view(np.uint32))
+    return f"0x{bits:08X} : f32"
 
 
 @cache

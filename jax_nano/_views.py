@@ -12,21 +12,12 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from jax_nano import _hlo, _shapes
+from jax_nano import _aliasing, _hlo, _shapes
 from jax_nano._hlo import Body, Instruction, Module
 from jax_nano._shapes import Dims
 
 # Operations that change neither values, but for rounding them, nor which element is which.
 MOVES: Final = frozenset(("bitcast", "convert", "copy", "transpose"))
-
-# Operations that read their operands, and neither overwrite them nor pass them on. Elementwise ones stand in fusions.
-_READERS: Final = frozenset(
-    (
-        *("broadcast", "concatenate", "convert", "convolution", "copy", "dot", "dynamic-slice", "gather", "pad"),
-        *("reduce", "reduce-window", "slice", "transpose"),
-    )
-)
-_IN_PLACE: Final = frozenset(("dynamic-update-slice", "scatter"))
 
 
 class View(NamedTuple):
@@ -77,7 +68,27 @@ def sources(module: Module, body: Body, view: View, products: Collection[int]) -
     dtype = before_conversion(module, last)
     if dtype is None or body.is_awaited(last) or not _only_for(products, body, last):
         return found
+    if _aliasing.updated_operands(module, last, _end_before_conversion(module, last)) is None:
+        return found
     return [*found, found[-1]._replace(dtype=dtype)]
+
+
+def narrow(module: Module, body: Body, fusion: Instruction) -> Instruction:
+    """Lets a loop end before its last operation, a conversion; returns the loop, all users of which are converted to.
+
+    Where it then updates an operand in place, that is a copy: others may still read the operand.
+    """
+    updated = _aliasing.updated_operands(module, fusion, _end_before_conversion(module, fusion))
+    assert updated is not None  # or `sources` had not offered it
+    for position in updated:
+        body.copy_operand(fusion, position)
+    return body.narrow(module, fusion)
+
+
+def _end_before_conversion(module: Module, fusion: Instruction) -> Instruction:
+    computation = module.computation(fusion.called_computation_ids[0])
+    by_id = {x.id: x for x in computation.instructions}
+    return by_id[by_id[computation.root_id].operand_ids[0]]
 
 
 def before_conversion(module: Module, instruction: Instruction) -> np.dtype | None:
@@ -122,7 +133,7 @@ def _source(module: Module, body: Body, view: View) -> View | None:
         return None
     (operand,) = body.operands(instruction)
     moves = _moves(module, instruction)
-    if moves is None or (instruction.opcode != "bitcast" and not stays(module, body, operand)):
+    if moves is None or (instruction.opcode != "bitcast" and not _aliasing.keeps_its_value(module, body, operand)):
         return None
     return through(moves, view, operand)
 
@@ -196,7 +207,7 @@ def _copy(module: Module, body: Body, view: View) -> View | None:
     moves = _moves(module, user)
     if moves is None or list(user.operand_ids) != [instruction.id] or user.control_predecessor_ids:
         return None
-    if user.opcode != "bitcast" and not is_its_own(module, body, user):
+    if user.opcode != "bitcast" and not _aliasing.has_memory_of_its_own(module, body, user):
         return None
     here, values = view, view.dtype
     for move in moves:
@@ -230,64 +241,3 @@ def chain(by_id: Mapping[int, Instruction], last: Instruction) -> tuple[Instruct
         moves.append(last)
         last = by_id[last.operand_ids[0]]
     return last, moves[::-1]
-
-
-def stays(module: Module, body: Body, instruction: Instruction) -> bool:
-    """Whether an array may be read later than it is now: nothing writes another value into its buffer.
-
-    XLA has settled already which operations work in place, and ordered them after all who read; a new reader has no
-    place in that order. So an array qualifies that only readers use, and that is no loop's variable nor donated.
-    """
-    if not all(_reads(module, body, instruction, user) for user in body.users(instruction)):
-        return False
-    if instruction.opcode == "bitcast":
-        return stays(module, body, body.operands(instruction)[0])
-    if instruction.opcode == "parameter":
-        return body.is_entry and instruction.parameter_number not in module.donated
-    if instruction.opcode != "get-tuple-element":
-        return True
-    (source,) = body.operands(instruction)
-    index = instruction.tuple_index
-    for other in body.users(source):  # other names of the same array
-        if other.opcode != "get-tuple-element":
-            return False
-        if other.tuple_index == index and not all(_reads(module, body, other, user) for user in body.users(other)):
-            return False
-    if source.opcode != "parameter":
-        return True
-    if body.is_entry:
-        return source.parameter_number not in module.donated
-    root = body.root
-    return root.opcode == "tuple" and index < len(root.operand_ids) and root.operand_ids[index] == instruction.id
-
-
-def is_its_own(module: Module, body: Body, instruction: Instruction) -> bool:
-    """Whether no other value lies in an instruction's buffer, so that a call may write it while it reads its operands.
-
-    XLA has settled already which values have one buffer: those of a loop's variable, of a donated argument and the
-    result that takes it over. It found the old value dead when the new one is computed; but a call in the place of what
-    follows a product still reads what the product does.
-    """
-    users = body.users(instruction)
-    is_result = instruction.id == body.root.id or any(user.opcode == "tuple" for user in users)
-    if is_result and not (body.is_entry and not module.donated):
-        return False
-    return all(
-        is_its_own(module, body, user) if user.opcode == "bitcast" else _reads(module, body, instruction, user)
-        for user in users
-    )
-
-
-def _reads(module: Module, body: Body, instruction: Instruction, user: Instruction) -> bool:
-    if user.opcode in _READERS:
-        return True
-    if user.opcode == "tuple":
-        return user.id == body.root.id
-    if user.opcode == "bitcast":
-        return all(_reads(module, body, user, x) for x in body.users(user))
-    if user.opcode == "custom-call":
-        return not user.output_operand_aliasing
-    if user.opcode != "fusion" or user.output_operand_aliasing:
-        return False
-    fused = module.computation(user.called_computation_ids[0])
-    return not any(x.opcode in _IN_PLACE for x in fused.instructions)

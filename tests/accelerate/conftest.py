@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jax_nano
-from jax_nano import _gate
+from jax_nano import _accelerate, _gate
 
 jax.config.update("jax_num_cpu_devices", 4)
 _gate.enabled = False
@@ -30,3 +30,14 @@ def accelerated() -> Iterator[None]:
     """The whole test in a scope of its own."""
     with jax_nano.accelerate():
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_failures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No program may silently run without acceleration, unless the test is about that."""
+    failures = _accelerate._hook.failures
+    failures.clear()
+    yield
+    if "expects_failure" not in request.keywords:
+        assert not failures
+    failures.clear()
