@@ -3,7 +3,8 @@
 The arrows point one way:
 
     __main__ -> measure -> worker (one process a peer) -> peers/ -> native/*.c
-             -> report, plots, compare, overheads, models
+             -> report, plots, compare, overheads
+             -> models, suite -> accelerated
     cases, operands, machine: data that all of them read
 """
 

@@ -9,7 +9,8 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -17,6 +18,9 @@ from benchmarks import ROOT, machine
 from benchmarks.cases import DTYPES, SUITES, select
 from benchmarks.peers import PEERS
 from benchmarks.report import Results, Section
+
+if TYPE_CHECKING:
+    from benchmarks.accelerated import Row
 
 # Measured beside the products, each by a module of its name with a function `report`.
 _BESIDE = {
@@ -73,13 +77,15 @@ def _parser() -> argparse.ArgumentParser:
         beside.set_defaults(command=_measure_beside, name=name)
         beside.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
 
-    models = commands.add_parser("models", help="steps of whole models, accelerated, beside plain XLA")
+    models = _program_parser(commands, "models", "steps of whole models, accelerated, beside plain XLA")
     models.set_defaults(command=_models)
-    models.add_argument("--quick", action="store_true", help="tiny models, few repetitions: proves that it works")
-    models.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="models whose name has a TEXT")
-    models.add_argument("--rounds", type=int, default=9, help="samples of each program (default: 9)")
-    models.add_argument("--merge", nargs="+", type=pathlib.Path, metavar="JSON", help="one table of earlier runs")
-    models.add_argument("--out", type=pathlib.Path, default=ROOT / "results", help="(default: results/)")
+
+    programs = _program_parser(commands, "programs", "small programs as users write them, beside plain XLA")
+    programs.set_defaults(command=_programs)
+    programs.add_argument("--cores", nargs="+", default=["1", "all"], metavar="N", help="(default: 1 all)")
+    programs.add_argument(
+        "--busy", nargs="+", choices=("no", "yes"), default=["no", "yes"], help="beside a busy process (default: both)"
+    )
 
     linear = commands.add_parser("linear", help="layers with an epilogue, beside a product and XLA's operations")
     linear.set_defaults(command=_linear)
@@ -91,13 +97,35 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _program_parser(commands: Any, name: str, what: str) -> argparse.ArgumentParser:
+    """A command that measures whole programs, accelerated and not."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=what)
+    parser.set_defaults(name=name)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, few repetitions: proves that it works")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="those whose name has a TEXT")
+    parser.add_argument("--rounds", type=int, default=9, help="samples of each (default: 9)")
+    parser.add_argument("--merge", nargs="+", type=pathlib.Path, metavar="JSON", help="one table of earlier runs")
+    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "results", help="(default: results/)")
+    return parser
+
+
+def _cores(texts: Sequence[str]) -> tuple[int, ...] | None:
+    """Numbers of cores, each once; None if this process may not use as many."""
+    available = len(machine.cpus())
+    cores = [available if text == "all" else int(text) for text in texts]
+    return tuple(dict.fromkeys(cores)) if all(1 <= count <= available for count in cores) else None
+
+
+def _no_such_cores() -> int:
+    return _complain(f"--cores: this process may use 1 to {len(machine.cpus())}")
+
+
 def _run(args: argparse.Namespace) -> int:
     from benchmarks import measure
 
-    available = len(machine.cpus())
-    cores = [available if text == "all" else int(text) for text in args.cores]
-    if not all(1 <= count <= available for count in cores):
-        return _complain(f"--cores: this process may use 1 to {available}")
+    cores = _cores(args.cores)
+    if cores is None:
+        return _no_such_cores()
     suite = "quick" if args.quick else args.suite
     cases = select(suite, args.only, args.dtype, args.group)
     if not cases:
@@ -106,7 +134,7 @@ def _run(args: argparse.Namespace) -> int:
     plan = measure.Plan(
         cases=tuple(cases),
         peers=measure.default_peers(args.peers),
-        cores=tuple(dict.fromkeys(cores)),
+        cores=cores,
         caches=tuple(args.cache or (["warm"] if args.quick else ["warm", "cold"])),
         rounds=min(args.rounds, 5) if args.quick else args.rounds,
         sample_seconds=min(args.sample_ms, 10) / 1e3 if args.quick else args.sample_ms / 1e3,
@@ -189,17 +217,39 @@ def _beside(name: str, *, quick: bool) -> Section:
 def _models(args: argparse.Namespace) -> int:
     from benchmarks import models
 
+    rounds = 2 if args.quick else args.rounds
+    rows = models.run(args.only, rounds=rounds, quick=args.quick)
+    return _measure_programs(args, rows, models.markdown, "no model is called that; see examples/zoo")
+
+
+def _programs(args: argparse.Namespace) -> int:
+    from benchmarks import suite
+
+    cores = _cores(args.cores)
+    if cores is None:
+        return _no_such_cores()
+    settings = [suite.Setting(count, busy == "yes") for count in cores for busy in dict.fromkeys(args.busy)]
+    rows = suite.run(args.only, settings, rounds=2 if args.quick else args.rounds, quick=args.quick)
+    return _measure_programs(args, rows, suite.markdown, "no program is called that; see benchmarks/programs")
+
+
+def _measure_programs(
+    args: argparse.Namespace, measured: Iterator[Row], markdown: Callable[[list[Row]], str], none: str
+) -> int:
+    """Keeps rows as they are measured, and writes a table of them; or one of earlier rows."""
+    from benchmarks import accelerated
+
     if args.merge:
-        print(models.markdown(models.load(args.merge)))
+        print(markdown(accelerated.load(args.merge)))
         return 0
-    path = args.out / f"{time.strftime('%Y-%m-%dT%H%M%S')}-models.json"
+    path = args.out / f"{time.strftime('%Y-%m-%dT%H%M%S')}-{args.name}.json"
     rows = []
-    for row in models.run(args.only, rounds=2 if args.quick else args.rounds, quick=args.quick):
+    for row in measured:
         rows.append(row)
-        models.save(rows, path)  # kept, whatever becomes of the rest
+        accelerated.save(rows, path)  # kept, whatever becomes of the rest
     if not rows:
-        return _complain("no model is called that; see examples/zoo")
-    text = models.markdown(rows)
+        return _complain(none)
+    text = markdown(rows)
     path.with_suffix(".md").write_text(text)
     print(text)
     print("written:", *(_relative(item) for item in (path, path.with_suffix(".md"))), sep="\n  ")

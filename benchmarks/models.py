@@ -7,58 +7,28 @@ devices.
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
 import json
-import os
-import pathlib
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
 from zoo import MODELS, Workload
 from zoo.compiled import dots, products, worth_a_call
 
 import jax_nano
-from benchmarks import ROOT, machine
+from benchmarks import machine
+from benchmarks.accelerated import Row, check, rows_of
 from benchmarks.pairs import interleave
 from benchmarks.peers import PEERS
 from benchmarks.report import table
 
 _SETTINGS: dict[str, Mapping[str, str]] = {"YNNPACK": {}, "no YNNPACK": PEERS["jnp-eigen"].env}
 _SAMPLE_SECONDS = 0.25
-_TRUST = 16
-"""Units in the last place, relative to the whole result, that two programs of a model may be apart. The tests are
-stricter: this finds a result that is wrong, and a time that means nothing."""
-
-_EPS = {2: 2**-7, 4: 2**-23}  # of bfloat16 and float32
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """Samples of one model in one setting of XLA: seconds a step, one sample a round; or why there are none."""
-
-    model: str
-    setting: str
-    plain: tuple[float, ...] = ()
-    accelerated: tuple[float, ...] = ()
-    compile_seconds: tuple[float, float] = (0, 0)  # plain, accelerated
-    products: int = 0  # of the accelerated program that are ours
-    left: int = 0  # those that XLA computes
-    missed: int = 0  # of these, worth a call: fused by XLA with what is not understood
-    skipped: str = ""
-
-    @property
-    def times_faster(self) -> float:
-        """The median over the rounds, in each of which both ran seconds apart."""
-        return statistics.median(x / y for x, y in zip(self.plain, self.accelerated, strict=True))
 
 
 def run(only: Sequence[str], *, rounds: int, quick: bool) -> Iterator[Row]:
@@ -69,40 +39,15 @@ def run(only: Sequence[str], *, rounds: int, quick: bool) -> Iterator[Row]:
             for devices in sorted({MODELS[name].devices for name in names}):
                 mine = [name for name in names if MODELS[name].devices == devices]
                 order = json.dumps({"models": mine, "devices": devices, "rounds": rounds, "quick": quick})
-                child = subprocess.Popen(
-                    [sys.executable, "-m", "benchmarks.models", setting, order],
-                    cwd=ROOT,
-                    env=os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2", **env},
-                    stdout=subprocess.PIPE,
-                    text=True,
-                )
-                assert child.stdout is not None
-                for line in child.stdout:
-                    row = _row(json.loads(line))
-                    progress.set_description(row.model[:24].ljust(24))
+                for row in rows_of("benchmarks.models", [setting, order], env):
+                    progress.set_description(row.name[:24].ljust(24))
                     progress.update()
                     yield row
-                if child.wait():
-                    raise RuntimeError(f"the process that measured {mine} failed: exit status {child.returncode}")
-
-
-def save(rows: Iterable[Row], path: pathlib.Path) -> None:
-    """Writes JSON that `load` reads."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    data = {"started": now, "machine": machine.describe(), "rows": [dataclasses.asdict(row) for row in rows]}
-    path.write_text(json.dumps(data, indent=1))
-
-
-def load(paths: Iterable[pathlib.Path]) -> list[Row]:
-    """Rows of several runs; of a model measured twice, the later one."""
-    rows = [_row(each) for path in paths for each in json.loads(path.read_text())["rows"]]
-    return list({(row.model, row.setting): row for row in rows}.values())
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """A line for each model."""
-    by_setting = {setting: {row.model: row for row in rows if row.setting == setting} for setting in _SETTINGS}
+    by_setting = {setting: {row.name: row for row in rows if row.setting == setting} for setting in _SETTINGS}
     body: list[tuple[str, ...]] = []
     skipped: dict[str, str] = {}
     for name, model in MODELS.items():
@@ -127,11 +72,6 @@ def markdown(rows: Sequence[Row]) -> str:
     header = ("model", "ms a step", *ratios, "goal", "met", "products that are ours", "compile time over XLA's")
     text = f"{machine.describe()['cpu']}, {len(machine.cpus())} CPUs, JAX {jax.__version__}\n\n{table(header, body)}"
     return text + "".join(f"\nLeft out: {name}: {why}\n" for name, why in skipped.items())
-
-
-def _row(fields: dict[str, Any]) -> Row:
-    values: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
-    return Row(**values)
 
 
 # --- the process that measures ------------------------------------------------------------------
@@ -178,7 +118,7 @@ def _measure(name: str, setting: str, rounds: int, *, quick: bool) -> Row:
     ours, missed = products(text), worth_a_call(text, model.element_bytes)
     if missed and not ours and "left to XLA: " not in jax_nano.report():  # without saying why
         raise RuntimeError(f"{name}: acceleration failed: {len(missed)} products are XLA's that are worth a call")
-    _check(name, accelerated.step(), plain.step(), _EPS[model.element_bytes])
+    check(name, accelerated.step(), plain.step(), model.element_bytes)
     seconds = plain.sample()
     if not quick:
         plain.steps = accelerated.steps = max(1, round(_SAMPLE_SECONDS / seconds))
@@ -195,27 +135,13 @@ def _measure(name: str, setting: str, rounds: int, *, quick: bool) -> Row:
     )
 
 
-def _check(name: str, got: Any, want: Any, eps: float) -> None:
-    """RuntimeError if two results differ by more than rounding of the model's numbers: a loss has wider ones."""
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        difference, whole = (np.linalg.norm(np.asarray(each, np.float64).ravel()) for each in (_minus(x, y), y))
-        if not difference <= _TRUST * eps * whole:
-            raise RuntimeError(
-                f"{name}: the accelerated result is WRONG: {difference:.2e} from one of size {whole:.2e}"
-            )
-
-
-def _minus(x: jax.Array, y: jax.Array) -> np.ndarray[Any, np.dtype[Any]]:
-    return np.asarray(x, np.float64) - np.asarray(y, np.float64)
-
-
 def _child(setting: str, order: str) -> None:
     options = json.loads(order)
     if options["devices"] > 1:
         jax.config.update("jax_num_cpu_devices", options["devices"])
     for name in options["models"]:
         row = _measure(name, setting, options["rounds"], quick=options["quick"])
-        print(json.dumps(dataclasses.asdict(row)), flush=True)
+        row.send()
         jax.clear_caches()
 
 

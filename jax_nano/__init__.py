@@ -2,13 +2,16 @@
 
 `jax_nano.matmul` and its relatives stand in for those of `jax.numpy` and `jax.lax`. Names are loaded when
 they are first used, so that importing the package costs nothing and `jax_nano.codegen` works without the
-compiled extension.
+compiled extension. The import does one thing more: once JAX is there too, XLA knows jax_nano's calls, so that a
+process can run programs that were exported or pickled by another one.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from jax_nano import _imports
 
 if TYPE_CHECKING:
     from jax_nano import checkpoint_policies as checkpoint_policies
@@ -95,3 +98,10 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, "__version__"})
+
+
+def _register(_: object) -> None:
+    importlib.import_module("jax_nano._native")  # which may be what imports jax, and then registers when it goes on
+
+
+_imports.when_imported("jax", _register)

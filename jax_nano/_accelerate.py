@@ -9,22 +9,34 @@ process. A program compiled with the switch on is never taken for one compiled w
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import ContextDecorator
-from importlib import metadata
-from typing import Any, Final
+from typing import Any, Final, ParamSpec, TypeVar, overload
 
 import jax
+import numpy as np
 
+from jax_nano import _cost_analysis as _cost_analysis  # importing it teaches XLA's analysis about our calls
 from jax_nano import _gate, _native, _report
 from jax_nano import _jax_compat as compat
 
 MARK: Final = "jax_nano.accelerate"
 _VARIABLE: Final = "JAX_NANO_ACCELERATE"
-_SWITCH: Final = {"1": True, "on": True, "0": False, "off": False, "": False}
+_SWITCH: Final = {
+    **dict.fromkeys(("1", "on", "true", "yes"), True),
+    **dict.fromkeys(("0", "off", "false", "no", ""), False),
+}
+
+# Functions whose call only makes an object, in which their body then runs.
+_RUN_LATER: Final = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _log = logging.getLogger("jax_nano")
 
@@ -111,7 +123,8 @@ def _rewritten(serialized: bytes) -> bytes | None:
         return None
     program_shape = module.program_shape()
     products = _rewrite.rewrite(module)
-    changed = module.serialized() if any(x.declined is None for x in products) else None
+    is_changed = module.is_changed or any(x.declined is None for x in products)
+    changed = module.serialized() if is_changed else None
     try:
         if changed is not None:
             _verify.check(module, program_shape)
@@ -135,14 +148,7 @@ def _mark() -> dict[str, str]:
     native = _native.runtime()
     assert native is not None
     gate = "on" if _gate.enabled else "off"
-    return {MARK: f"{_version()}, abi {_native.ABI}, {native.selected_target()}, gate {gate}"}
-
-
-def _version() -> str:
-    try:
-        return metadata.version("jax_nano")
-    except metadata.PackageNotFoundError:  # run from a build folder
-        return "unreleased"
+    return {MARK: f"{_native.build()}, abi {_native.ABI}, {native.selected_target()}, gate {gate}"}
 
 
 class Scope(ContextDecorator):
@@ -151,6 +157,13 @@ class Scope(ContextDecorator):
     def __init__(self, on: bool) -> None:
         self._on = on
         self._context: Any = None
+
+    def __call__(self, func: Callable[_P, _R]) -> Callable[_P, _R]:  # type: ignore[override]  # keeps its type
+        if any(is_one(func) for is_one in _RUN_LATER):
+            raise TypeError(
+                f"jax_nano.accelerate cannot wrap {func!r}, whose body runs after the call: enter the scope in there"
+            )
+        return super().__call__(func)
 
     def __enter__(self) -> None:
         if self._context is not None:
@@ -178,8 +191,9 @@ class Accelerate:
 
         jax_nano.accelerate.enable()       # in the whole process, until disable()
 
-    or `JAX_NANO_ACCELERATE=1` in the environment. `with accelerate(False):` makes an exception. The innermost scope
-    of a thread decides; without one, what `enable` or `disable` said last; else the environment.
+    or `@jax_nano.accelerate` before a function, or `JAX_NANO_ACCELERATE=1` in the environment.
+    `with accelerate(False):` makes an exception. The innermost scope of a thread decides; without one, what `enable` or
+    `disable` said last; else the environment.
 
     What counts is the moment when a program is lowered, that is when a jitted function is first called with new
     shapes or in a new setting. Compiled programs are kept for each setting, so switching costs nothing the second time.
@@ -189,9 +203,28 @@ class Accelerate:
         # Part of the key of JAX's caches. None stands for what the environment says, which never changes.
         self._switch = jax.make_user_context(None)
 
-    def __call__(self, on: bool = True) -> Scope:
-        """A scope in which the calling thread accelerates programs, or with `on=False` does not."""
-        return Scope(on)
+    @overload
+    def __call__(self, on: bool = True) -> Scope: ...
+
+    @overload
+    def __call__(self, on: Callable[_P, _R]) -> Callable[_P, _R]: ...
+
+    def __call__(self, on: Any = True) -> Any:
+        """A scope in which the calling thread accelerates programs, or with `on=False` does not.
+
+        Given a function, as by `@accelerate` without parentheses, it returns one that runs in such a scope.
+
+        Raises:
+          TypeError: `on` is neither True, False nor a function, or one whose body would run after the scope.
+        """
+        if isinstance(on, bool | np.bool_):
+            return Scope(bool(on))
+        if callable(on) and not isinstance(on, type):
+            return Scope(True)(on)
+        raise TypeError(
+            f"jax_nano.accelerate takes True, False or a function, got {on!r}; for the whole process there are"
+            " accelerate.enable() and accelerate.disable()"
+        )
 
     @property
     def enabled(self) -> bool:
@@ -233,13 +266,13 @@ class Accelerate:
 
 def _read_environment() -> bool:
     value = os.environ.get(_VARIABLE, "").strip().lower()
-    if value not in _SWITCH:
-        raise ValueError(f"{_VARIABLE}={value}: expected one of {', '.join(filter(None, _SWITCH))}")
-    if not _SWITCH[value]:
+    if not _SWITCH.get(value, True):
         return False
     try:
+        if value not in _SWITCH:
+            raise ValueError(f"expected one of {', '.join(filter(None, _SWITCH))}")
         _hook.install()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # a program that knows nothing of jax_nano must run
         warnings.warn(f"{_VARIABLE}={value} has no effect: {error}", RuntimeWarning, stacklevel=2)
         return False
     return True

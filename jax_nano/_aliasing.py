@@ -45,7 +45,7 @@ def keeps_its_value(module: Module, body: Body, instruction: Instruction) -> boo
     XLA has ordered operations that work in place after all who read what they overwrite; a new reader has no place in
     that order. So an array qualifies that only readers use, and that is no loop's variable nor donated.
     """
-    if not all(_reads(module, body, instruction, user) for user in body.users(instruction)):
+    if not all(only_reads(module, body, instruction, user) for user in body.users(instruction)):
         return False
     if instruction.opcode == "bitcast":
         return keeps_its_value(module, body, body.operands(instruction)[0])
@@ -58,7 +58,7 @@ def keeps_its_value(module: Module, body: Body, instruction: Instruction) -> boo
     for other in body.users(source):  # other names of the same array
         if other.opcode != "get-tuple-element":
             return False
-        if other.tuple_index == index and not all(_reads(module, body, other, user) for user in body.users(other)):
+        if other.tuple_index == index and not all(only_reads(module, body, other, user) for user in body.users(other)):
             return False
     if source.opcode != "parameter":
         return True
@@ -82,7 +82,7 @@ def has_memory_of_its_own(module: Module, body: Body, instruction: Instruction) 
     return all(
         has_memory_of_its_own(module, body, user)
         if user.opcode == "bitcast"
-        else _reads(module, body, instruction, user)
+        else only_reads(module, body, instruction, user)
         for user in users
     )
 
@@ -109,14 +109,14 @@ def _behind_views(by_id: Mapping[int, Instruction], instruction: Instruction) ->
     return instruction
 
 
-def _reads(module: Module, body: Body, instruction: Instruction, user: Instruction) -> bool:
+def only_reads(module: Module, body: Body, instruction: Instruction, user: Instruction) -> bool:
     """Whether a user only reads an array."""
     if user.opcode in _READERS:
         return True
     if user.opcode == "tuple":
-        return user.id == body.root.id
+        return user.id == body.root.id or _is_only_carried(module, body, instruction, user)
     if user.opcode == "bitcast":
-        return all(_reads(module, body, user, x) for x in body.users(user))
+        return all(only_reads(module, body, user, x) for x in body.users(user))
     if user.opcode == "custom-call":
         return not user.output_operand_aliasing
     if user.opcode != "fusion" or user.output_operand_aliasing:
@@ -137,3 +137,12 @@ def _updated_parameters(by_id: Mapping[int, Instruction], end: Instruction) -> l
     updated = [_behind_views(by_id, by_id[i]) for i in end.operand_ids]
     updated = updated[:1] if end.opcode == "dynamic-update-slice" else updated
     return [x.parameter_number for x in updated if x.opcode == "parameter"]
+
+
+def _is_only_carried(module: Module, body: Body, instruction: Instruction, state: Instruction) -> bool:
+    """Whether a tuple is nothing but the initial state of loops that do not write what it holds of an instruction."""
+    held = {i for i, number in enumerate(state.operand_ids) if number == instruction.id}
+    loops = body.users(state)
+    return bool(loops) and all(
+        loop.opcode == "while" and held <= module.only_read.get(loop.id, frozenset()) for loop in loops
+    )

@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
-ELEMENT_BYTES: Final = {
-    **dict.fromkeys(("int8", "uint8"), 1),
-    **dict.fromkeys(("float16", "bfloat16", "int16"), 2),
-    **dict.fromkeys(("float32", "int32"), 4),
-    "float64": 8,
-}
+import jax.numpy as jnp
 
 # Multiply-adds that one core starts in a cycle with registers as operands: two vector instructions, each with
 # one accumulator a lane and `kr` K values a lane; a tile instruction, 16 x 16 sums over 64 bytes of K in 16
@@ -32,6 +28,12 @@ BYTES_PER_CYCLE: Final = {"L1": 64.0, "L2": 32.0, "L3": 20.0, "memory": 13.0}
 
 # Products of rounded parts that stand for one product of a DotAlgorithm.
 PARTS: Final = {"BF16_BF16_F32_X3": 3, "BF16_BF16_F32_X6": 6}
+
+
+@cache
+def element_bytes(dtype: str) -> int:
+    """What an element takes in memory, for the name of any dtype that JAX has."""
+    return jnp.dtype(dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,9 @@ class Product:
     @property
     def bytes(self) -> int:
         """Each operand read once and the result written once."""
-        a = self.m * self.k * ELEMENT_BYTES[self.lhs]
-        b = self.k * self.n * ELEMENT_BYTES[self.rhs]
-        c = self.m * self.n * ELEMENT_BYTES[self.out]
+        a = self.m * self.k * element_bytes(self.lhs)
+        b = self.k * self.n * element_bytes(self.rhs)
+        c = self.m * self.n * element_bytes(self.out)
         return self.batch * (a + b + c)
 
 
@@ -104,10 +106,10 @@ def cost(product: Product, kernel_target: str, acc: str, kr: int, caches: dict[s
 def multiply_adds_per_cycle(target: str, acc: str, kr: int, operand: str, *, halves: bool) -> float:
     """The peak of one core for kernels of this target."""
     if target == TILE_TARGET:
-        return TILE_BYTES_PER_CYCLE / (1 if ELEMENT_BYTES[operand] == 1 else 2)
+        return TILE_BYTES_PER_CYCLE / (1 if element_bytes(operand) == 1 else 2)
     width = VECTOR_BYTES[target]
     vectors = VECTORS_PER_CYCLE / (2 if halves and width == 64 else 1)
-    return vectors * width / ELEMENT_BYTES[acc] * kr
+    return vectors * width / element_bytes(acc) * kr
 
 
 def level_of(size_bytes: int, caches: dict[str, int]) -> str:

@@ -23,8 +23,8 @@ class Step(NamedTuple):
 def steps(subscripts: Any, operands: Sequence[Any], optimize: Any, out_sharding: Any) -> tuple[Step, ...] | None:
     """The contractions of an expression; None if it is to be left to jnp.einsum as a whole.
 
-    That is: errors, so that they are JAX's own; operands in the form of alternating arrays and lists;
-    symbolic sizes and an out_sharding where there is more than one contraction.
+    That is: errors, so that they are JAX's own; operands in the form of alternating arrays and lists; an object that
+    finds paths; symbolic sizes and an out_sharding where there is more than one contraction.
     """
     if not isinstance(subscripts, str):
         return None
@@ -32,6 +32,8 @@ def steps(subscripts: Any, operands: Sequence[Any], optimize: Any, out_sharding:
         return None
     shapes = tuple(x.shape for x in operands)
     path = tuple(optimize) if isinstance(optimize, list) else optimize
+    if not isinstance(path, str | bool | tuple):
+        return None
     if any(not isinstance(size, int) for shape in shapes for size in shape) and len(shapes) > 2:
         return None
     try:
@@ -43,7 +45,7 @@ def steps(subscripts: Any, operands: Sequence[Any], optimize: Any, out_sharding:
 
 @lru_cache(maxsize=1024)
 def _steps(subscripts: str, shapes: tuple[tuple[int, ...], ...], optimize: Any) -> tuple[Step, ...]:
-    if len(shapes) == 2:
+    if len(shapes) == 2 and not isinstance(optimize, tuple):
         names, output, _ = opt_einsum.parser.parse_einsum_input((subscripts, *shapes), shapes=True)
         labels = _shapes.einsum_labels(names.split(","), output, shapes)
         if labels is not None:
@@ -54,6 +56,8 @@ def _steps(subscripts: str, shapes: tuple[tuple[int, ...], ...], optimize: Any) 
     left = list(shapes)
     found = []
     for taken, _, expression, *_ in info.contraction_list:
+        if len(taken) > 2:
+            raise ValueError("JAX contracts no more than two operands at a time")
         inputs, output = expression.split("->")
         names = inputs.split(",")
         taken_shapes = [left.pop(i) for i in taken]

@@ -85,7 +85,7 @@ def parse_dtypes(text: str) -> tuple[str, str, str]:
         raise BadRequest(f"--dtype {text}: {error.args[0]!r} is none of {', '.join(SHORT)}") from None
     if "int" in left:
         return left, right, "int32"
-    return left, right, max(left, right, key=_cost.ELEMENT_BYTES.__getitem__)
+    return left, right, max(left, right, key=_cost.element_bytes)
 
 
 def parse_product(texts: Sequence[str]) -> tuple[int, int, int]:

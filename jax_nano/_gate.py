@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from jax_nano._cost import ELEMENT_BYTES
+from jax_nano._cost import element_bytes
 from jax_nano._shapes import Labels
 
 # Multiply-adds of one product. XLA emits small ones inline: in float32 up to 7x7x7 (0.09 us against 0.37; 8x8x8: 0.53),
@@ -36,13 +36,13 @@ SHALLOW_SHORT_ROWS: Final = range(6, 33)
 
 # Products with a vector, by the bytes of the matrix. XLA reads what lies in L3 as fast as we do, and small ones need no
 # call (1x64x64: 0.23 us against 0.41). Ours are faster from memory (1x4096x4096 float32: 3.4 ms against 2.1, along K
-# 41 against 2.8; float64 the same), along K within L2 (512x512: 19 us against 13; float64 256x256: 12.8 against 7.5),
-# and across K where float32 is beyond it (1x1024x1024: 62 us against 59; float64: 155 against 157). Of long sums in L3,
+# 41 against 2.8; float64 the same), and along K within L2 (512x512: 19 us against 13; float64 256x256: 12.8 against
+# 7.5). Across K there is nothing to gain (1x1024x1024: 62 us against 59; float64: 155 against 157), in loops something
+# to lose (four of 4 MB: 0.83 times XLA's speed on one core, 0.72 on two; AMD Zen 3, JAX 0.10.2). Of long sums in L3,
 # two cores take 1.2 to 2.8 times less, one 0.94 to 1.5 times (64x8192: 32 us against 33, two cores 36 and 19).
 VECTOR_FROM_MEMORY: Final = 16 << 20
 VECTOR_ALONG_K: Final = (256 << 10, 1 << 20)
 VECTOR_LONG_K: Final = 4096
-VECTOR_ACROSS_K_FLOAT32: Final = (1 << 20) + 1
 # Narrow elements XLA converts first. Multiply-adds: along K from 256x256 on (bfloat16: 2.9 us against 1.9; 64x64: 0.24
 # against 0.42), across K from 128x128 (0.84 against 0.66), of bytes and float16 from 16x16 on (0.60 us against 0.25,
 # 0.94 against 0.44; 64x64 of float16: 2.0 against 0.48).
@@ -93,19 +93,19 @@ def declines(
     if k == 1:
         return "an outer product"
     work = m * n * k
-    element_bytes = [ELEMENT_BYTES[x] for x in dtypes]
+    widths = [element_bytes(x) for x in dtypes]
     if 1 in (m, n):
         matrix, dtype = (labels.rhs, dtypes[1]) if m == 1 else (labels.lhs, dtypes[0])
         if m == n:
-            dtype = max(dtypes, key=lambda x: ELEMENT_BYTES[x])
+            dtype = max(dtypes, key=element_bytes)
         stored = [x for x in matrix if _count([sizes[x]]) != 1]
         along_k = stored[-1] in labels.contracting
         serves = _vector_serves(work, k, dtype, along_k=along_k, alone=m == n, batched=batch > 1)
         return None if serves else "a product with a vector: XLA's loops are as fast"
     shallow = k <= SHALLOW_K and SHALLOW_MIN_RESULT <= m * n < math.inf and n not in SHALLOW_SHORT_ROWS
-    if batch == 1 and shallow and min(element_bytes) >= 4:
+    if batch == 1 and shallow and min(widths) >= 4:
         return f"sums of {k} terms: XLA writes the result as fast"
-    single = MIN_SINGLE if max(element_bytes) == 4 else MIN_SINGLE_OTHER
+    single = MIN_SINGLE if max(widths) == 4 else MIN_SINGLE_OTHER
     least = single if batch == 1 else MIN_BATCHED
     return f"too small: {work} multiply-adds of at least {least}" if work < least else None
 
@@ -121,17 +121,15 @@ def _vector_serves(elements: float, k: float, dtype: str, *, along_k: bool, alon
     """
     if batched and not alone and elements >= VECTOR_BATCHED:
         return True
-    width = ELEMENT_BYTES[dtype]
+    width = element_bytes(dtype)
     if width <= 2:
         across = VECTOR_NARROW_ACROSS_K if dtype == "bfloat16" else VECTOR_OTHERS_ACROSS_K
         return elements >= (VECTOR_NARROW_ALONG_K if along_k else across)
     size = elements * width
     if alone or size >= VECTOR_FROM_MEMORY:
         return elements == math.inf or not alone
-    if along_k:
-        least, most = VECTOR_ALONG_K
-        return least <= size and (size <= most or k >= VECTOR_LONG_K)
-    return width == 4 and size >= VECTOR_ACROSS_K_FLOAT32
+    least, most = VECTOR_ALONG_K
+    return along_k and least <= size and (size <= most or k >= VECTOR_LONG_K)
 
 
 def _count(sizes: Iterable[Any]) -> float:

@@ -43,6 +43,7 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
     "Computation": {
         "name": (1, "string"),
         "instructions": (2, "*Instruction"),
+        "program_shape": (4, "ProgramShape"),
         "id": (5, "int64"),
         "root_id": (6, "int64"),
     },
@@ -56,6 +57,7 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
         "fusion_kind": (11, "string"),
         "tuple_index": (13, "int64"),
         "dimensions": (14, "*int64"),
+        "window": (15, "Window"),
         "custom_call_target": (28, "string"),
         "dot_dimension_numbers": (30, "DotDimensionNumbers"),
         "id": (35, "int64"),
@@ -72,6 +74,17 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
         "custom_call_api_version": (77, "int32"),
         "dot_sparsity": (86, "*bytes"),
     },
+    "Window": {"dimensions": (1, "*WindowDimension")},
+    "WindowDimension": {
+        "size": (1, "int64"),
+        "stride": (2, "int64"),
+        "padding_low": (3, "int64"),
+        "padding_high": (4, "int64"),
+        "window_dilation": (5, "int64"),
+        "base_dilation": (6, "int64"),
+        "window_reversal": (7, "bool"),
+    },
+    "ProgramShape": {"parameters": (1, "*Shape"), "result": (2, "Shape"), "parameter_names": (3, "*string")},
     "Shape": {
         "element_type": (2, "int32"),
         "dimensions": (3, "*int64"),
@@ -93,7 +106,17 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
     },
     "PrecisionConfig": {"operand_precision": (1, "*int32"), "algorithm": (2, "int32")},
     "Metadata": {"op_name": (2, "string")},
-    "Literal": {"f32s": (8, "*float"), "f16s": (11, "bytes"), "bf16s": (13, "bytes")},
+    "Literal": {
+        "u8s": (3, "bytes"),
+        "s32s": (4, "*int32"),
+        "u32s": (6, "*uint32"),
+        "f32s": (8, "*float"),
+        "f16s": (11, "bytes"),
+        "bf16s": (13, "bytes"),
+        "s8s": (15, "bytes"),
+        "u16s": (16, "bytes"),
+        "s16s": (17, "bytes"),
+    },
     "FrontendAttributes": {"map": (1, "*Entry")},
     "Entry": {"key": (1, "string"), "value": (2, "string")},
 }
@@ -217,6 +240,29 @@ def is_one_function(instruction: Instruction) -> bool:
     return instruction.opcode == "call" and attribute(instruction, "xla_cpu_small_call") == "true"
 
 
+def become_parameter(instruction: Instruction, parameter_number: int) -> None:
+    """Makes an instruction of a fused computation a parameter of the same shape."""
+    _become(instruction, "parameter")
+    instruction.parameter_number = parameter_number
+
+
+def become_bitcast(instruction: Instruction) -> None:
+    """Makes an instruction a bitcast of its operand."""
+    operands = list(instruction.operand_ids)
+    _become(instruction, "bitcast")
+    instruction.operand_ids.extend(operands)
+
+
+def _become(instruction: Instruction, opcode: str) -> None:
+    old = type(instruction)()
+    old.CopyFrom(instruction)
+    instruction.Clear()
+    instruction.id, instruction.name, instruction.opcode = old.id, old.name, opcode
+    instruction.shape.CopyFrom(old.shape)
+    instruction.metadata.CopyFrom(old.metadata)
+    instruction.control_predecessor_ids.extend(old.control_predecessor_ids)
+
+
 def scalar(constant: Instruction) -> float:
     """The value of a constant without dimensions, of float32, bfloat16 or float16."""
     literal = _Literal.FromString(constant.literal)
@@ -224,6 +270,15 @@ def scalar(constant: Instruction) -> float:
         if stored:
             return float(np.frombuffer(stored, dtype)[0])
     return literal.f32s[0]
+
+
+def integer(constant: Instruction) -> int | None:
+    """The value of a constant without dimensions, of an integer dtype in `DTYPES`."""
+    literal, dtype = _Literal.FromString(constant.literal), dtype_of(constant)
+    stored = getattr(literal, f"{dtype.kind.replace('i', 's')}{8 * dtype.itemsize}s", None)
+    if not stored:
+        return None
+    return int(np.frombuffer(stored, dtype)[0] if isinstance(stored, bytes) else stored[0])
 
 
 class Module:
@@ -235,6 +290,14 @@ class Module:
         taken_over = (*self._proto.input_output_alias.entries, *self._proto.buffer_donor.entries)
         self.donated = frozenset(entry.parameter_number for entry in taken_over)
         """Numbers of the parameters whose memory results may take over."""
+        self.is_changed = False
+        """Whether there are other computations than before."""
+        self.only_read: dict[int, frozenset[int]] = {}
+        """Of each loop, by its id, the elements that nothing writes; see `_carried`."""
+
+    def copy(self) -> Module:
+        """The same module once more, to try something on."""
+        return Module(self._proto.SerializeToString())
 
     @property
     def name(self) -> str:
@@ -266,6 +329,11 @@ class Module:
         numbers = (entry.root_id, *(number for _, number in parameters))
         return [_Shape.FromString(shapes[number].SerializeToString()) for number in numbers]
 
+    def remove(self, computation: Computation) -> None:
+        """Takes out a computation that nothing calls any more."""
+        del self._by_id[computation.id]
+        self._proto.computations.remove(computation)
+
     def called_from(self, is_caller: Callable[[Instruction], bool]) -> set[int]:
         """Ids of the computations that some instructions call, and of those that these call in turn."""
         found: set[int] = set()
@@ -274,6 +342,61 @@ class Module:
                 if computation.id in found or is_caller(instruction):
                     found.update(instruction.called_computation_ids)
         return found
+
+    def fused(self) -> frozenset[int]:
+        """Ids of the computations that are bodies of fusions."""
+        return frozenset(
+            number
+            for computation in self._proto.computations
+            for instruction in computation.instructions
+            if instruction.opcode == "fusion"
+            for number in instruction.called_computation_ids
+        )
+
+    def copy_of(
+        self, computation: Computation, parts: Sequence[Instruction], root: Instruction
+    ) -> tuple[Computation, dict[int, int]]:
+        """A new fused computation of some of another one's instructions, and their new ids by the old ones.
+
+        Its parameters are numbered in the order of `parts`.
+        """
+        computations = self._proto.computations
+        number = 1 + max(x.id for x in computations)
+        new = computations.add()
+        new.CopyFrom(computation)
+        del new.instructions[:]
+        new.id, new.name = number, f"{computation.name}.jax_nano.{number}"
+        ids: dict[int, int] = {}
+        count = 0
+        for i, x in enumerate(parts):
+            copied = new.instructions.add()
+            copied.CopyFrom(x)
+            copied.id = ids[x.id] = number << 32 | i
+            copied.name = f"{x.name}.jax_nano.{number}.{i}"
+            copied.operand_ids[:] = [ids[operand] for operand in x.operand_ids]
+            if x.opcode == "parameter":
+                copied.parameter_number = count
+                count += 1
+        new.root_id = ids[root.id]
+        self.set_parameters(new)
+        self._by_id[number] = new
+        self.is_changed = True
+        # It calls what the other one does, and is called from where that one is called.
+        place = {x.id: (i, 0) for i, x in enumerate(computations)}
+        place[number] = (place[computation.id][0], 1)
+        computations.sort(key=lambda x: place[x.id])
+        return new, ids
+
+    def set_parameters(self, computation: Computation) -> None:
+        """Says of a computation what it takes and gives, after its parameters were changed."""
+        parameters = sorted(
+            (x for x in computation.instructions if x.opcode == "parameter"), key=lambda x: x.parameter_number
+        )
+        computation.ClearField("program_shape")
+        shape = computation.program_shape
+        shape.parameters.extend(x.shape for x in parameters)
+        shape.parameter_names.extend(x.name for x in parameters)
+        shape.result.CopyFrom(next(x.shape for x in computation.instructions if x.id == computation.root_id))
 
     def attribute(self, key: str) -> str | None:
         """A frontend attribute of the module."""
@@ -308,6 +431,13 @@ class Body:
         self._next = 1 + max(self._by_id)  # an id holds that of the computation in its upper half
         self._removed: set[int] = set()
 
+    def __getitem__(self, number: int) -> Instruction:
+        return self._by_id[number]
+
+    @property
+    def parameters(self) -> list[Instruction]:
+        return [x for x in self._instructions if x.opcode == "parameter"]
+
     def operands(self, instruction: Instruction) -> list[Instruction]:
         return [self._by_id[x] for x in instruction.operand_ids]
 
@@ -327,10 +457,36 @@ class Body:
         set_array(new.shape, dtype, dims)
         return new
 
+    def fusion(self, computation: Computation, operands: Sequence[Instruction], value: Instruction) -> Instruction:
+        """A new fusion, of a kind that is still to be set, that computes what `value` was in another one."""
+        new = self._add(value, "fusion")
+        new.shape.CopyFrom(value.shape)
+        new.metadata.CopyFrom(value.metadata)
+        new.called_computation_ids.append(computation.id)
+        for x in operands:
+            new.operand_ids.append(x.id)
+            self._users[x.id].append(new.id)
+        return new
+
     def converted(self, operand: Instruction, dtype: np.dtype) -> Instruction:
         """A new instruction: a row-major array, converted."""
         new = self.bitcast(operand, dtype, tuple(operand.shape.dimensions))
         new.opcode = "convert"
+        return new
+
+    def like(self, model: Instruction, operands: Sequence[Instruction], near: Instruction) -> Instruction:
+        """A new instruction: what `model` does, which may stand in another computation, with operands of this one.
+
+        `near` is one of this computation's, after which it is named: names are unique in a module.
+        """
+        new = self._add(near, model.opcode)
+        number, name = new.id, new.name
+        new.CopyFrom(model)
+        new.id, new.name = number, name
+        del new.control_predecessor_ids[:], new.operand_ids[:]
+        for x in operands:
+            new.operand_ids.append(x.id)
+            self._users[x.id].append(number)
         return new
 
     def copy_operand(self, instruction: Instruction, position: int) -> None:

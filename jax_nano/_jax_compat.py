@@ -8,31 +8,36 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import jax
 from jax import Array
-from jax._src import compiler, core, dispatch, source_info_util, xla_bridge
+from jax._src import compiler, core, dispatch, source_info_util, stages, xla_bridge
 from jax._src.dtypes import check_and_canonicalize_user_dtype
-from jax._src.interpreters import ad, batching, mlir
+from jax._src.interpreters import ad, batching, mlir, pxla
+from jax._src.interpreters import partial_eval as pe
 from jax._src.lax.lax import _convert_element_type, canonicalize_precision, get_algorithm_compute_types
 from jax._src.lib import version as jaxlib_version
 from jax._src.numpy.util import ensure_arraylike_tuple
 from jax._src.sharding_impls import canonicalize_sharding as _canonicalize_sharding
 from jax._src.util import canonicalize_axis
 from jax.extend.core import Primitive
-from jax.extend.core.primitives import transpose_p
+from jax.extend.core.primitives import dot_general_p, transpose_p
 from jax.extend.mlir import ir
 from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_nano._imports import when_imported
 
 __all__ = [
     "INLINE",
     "KEEPS_DONATION",
     "OutSharding",
     "TooOld",
+    "analyse_costs_of",
     "attributes_of",
     "batch_sharding",
     "canonicalize_axes",
@@ -57,8 +62,11 @@ __all__ = [
     "require_devices",
     "require_hlo_transformations",
     "retry_failed_compilations",
+    "set_frontend_attributes",
     "sharding_for_vmap",
+    "treat_as_dot_general",
     "untransposed",
+    "when_tables_exist",
 ]
 
 # An equation's source is the line that called us, as it is for JAX's own functions.
@@ -72,6 +80,11 @@ INLINE: Any = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
 
 # Whether a module that an HLO transformation changed keeps its donated arguments (JAX issue 40280).
 KEEPS_DONATION: bool = jaxlib_version >= (0, 11, 1)
+
+# Whether YNNPACK, where a product and what follows it are one fusion, gets wrong what is beyond the first 32768 columns
+# of the product: jaxlib 0.10.2 does, for [3, 3] x [40000, 3] along the last dimensions, then squared and summed; 0.12.0
+# does not. In between it was not tried.
+MISCOUNTS_LARGE_FUSED_DOTS: bool = jaxlib_version < (0, 12, 0)
 
 # Renamed in 0.10.1. Casts an operand that is replicated over a manual mesh axis to one that varies over it
 # where the other operand varies; its transpose is the psum of the gradient of a replicated weight.
@@ -174,6 +187,93 @@ def define_bilinear(primitive: Primitive, product: Callable[..., Array], *transp
     ad.primitive_linearizations[primitive] = linearize
 
 
+# Modules of JAX with a table over primitives, by what jax_nano calls them.
+_TABLES: Final = {
+    "checkify": "jax._src.checkify",
+    "jet": "jax.experimental.jet",
+    "sparse": "jax.experimental.sparse.transform",
+    "roofline": "jax.experimental.roofline.rooflines",
+    "cost_estimate": "jax._src.pallas.cost_estimate",
+}
+
+
+def when_tables_exist(**actions: Callable[[Any], None]) -> None:
+    """Calls each action with the module of JAX that holds the table, when that has been imported."""
+    for name, action in actions.items():
+        when_imported(_TABLES[name], action)
+
+
+def treat_as_dot_general(primitive: Primitive, like: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Lets the policies of jax.checkpoint take a primitive for lax.dot_general, whoever wrote them.
+
+    Args:
+      primitive: of one result. Where a policy would recompute lax.dot_general, it is asked about `primitive` as well.
+      like: gives the primitive's parameters those that lax.dot_general has.
+    """
+
+    def decide(policy: Callable[..., Any], avals: Sequence[Any], params: dict[str, Any]) -> Any:
+        case = pe.ensure_enum(policy(dot_general_p, *avals[:2], **like(params)))
+        return pe.ensure_enum(policy(primitive, *avals, **params)) if isinstance(case, pe.RecomputeType) else case
+
+    def partial_eval(policy: Any, unknown: Sequence[bool], instantiated: Sequence[bool], eqn: Any) -> tuple[Any, ...]:
+        missing = [x for x, here in zip(eqn.invars, instantiated, strict=True) if isinstance(x, core.Var) and not here]
+        if any(unknown):
+            return None, eqn, [True], [True], missing
+        avals = [x.aval for x in eqn.invars]
+        case = decide(policy, avals, eqn.params)
+        if isinstance(case, pe.SaveableType):
+            return eqn, None, [False], [False], []
+        if isinstance(case, pe.RecomputeType):
+            return eqn, eqn.replace(), [False], [True], missing
+        # One equation that computes and copies, one that copies back.
+        there, back = (core.mem_kind_to_space(kind) for kind in (case.dst, case.src))
+
+        def compute(*operands: Array) -> tuple[Array, Array]:
+            out = primitive.bind(*operands, **eqn.params)
+            return out, jax.device_put(out, there)
+
+        (known,) = jax.make_jaxpr(jax.jit(compute))(*avals).eqns
+        kept = known.outvars[1]
+        (staged,) = jax.make_jaxpr(jax.jit(lambda x: jax.device_put(x, back)))(kept.aval).eqns
+        known = known.replace(invars=eqn.invars, outvars=[*eqn.outvars, kept])
+        return known, staged.replace(invars=[kept], outvars=eqn.outvars), [False], [True], [kept]
+
+    pe.partial_eval_jaxpr_custom_rules[primitive] = partial_eval
+    _define_remat(primitive, decide)
+
+
+def _define_remat(primitive: Primitive, decide: Callable[..., Any]) -> None:
+    """The same for the newer jax.checkpoint (the flag jax_remat3), in the form that this release of it asks for."""
+    try:
+        from jax._src.ad_checkpoint import primal_left_tangent_right
+        from jax._src.interpreters import remat
+    except ImportError:
+        return
+    theirs = remat.rules.get(dot_general_p)
+    if theirs is None:
+        return
+    takes_trace = next(iter(inspect.signature(theirs).parameters)) == "trace"
+
+    def rule(trace_or_policy: Any, *operands: Array, **params: Any) -> tuple[Any, ...]:
+        compute = functools.partial(primitive.bind, **params)
+        out = compute(*operands)
+        policy = trace_or_policy.policy if takes_trace else trace_or_policy
+        case = pe.Recompute if policy is None else decide(policy, [jax.typeof(x) for x in operands], params)
+        if isinstance(case, pe.RecomputeType):
+            return (out, (), lambda _, *xs: compute(*xs)) if takes_trace else (out, compute)
+        if not takes_trace:
+            return out, lambda *xs: primal_left_tangent_right(out, compute(*xs))
+        kept = out = remat.reduce_precision(out)
+        fetch: Callable[[Any], Any] = lambda x: x  # noqa: E731
+        if isinstance(case, pe.Offloadable):
+            there, back = (core.mem_kind_to_space(kind) for kind in (case.dst, case.src))
+            kept = jax.device_put(out, there)
+            fetch = functools.partial(jax.device_put, device=back)
+        return out, kept, lambda kept, *xs: primal_left_tangent_right(fetch(kept), compute(*xs))
+
+    remat.rules[primitive] = rule
+
+
 def require_devices(primitive: Primitive) -> None:
     """Let the lowering rule see the device assignment, which custom_partitioning needs.
 
@@ -197,6 +297,16 @@ def attributes_of(operation: Any) -> dict[str, Any]:
     """The attributes of an IR operation; jaxlib's mapping of them iterates over names, or over pairs."""
     names = (getattr(item, "name", item) for item in operation.attributes)
     return {name: operation.attributes[name] for name in names}
+
+
+def set_frontend_attributes(operation: Any, attributes: Mapping[str, str]) -> None:
+    """Adds to what XLA passes on with an operation or a module without looking at it."""
+    name = "mhlo.frontend_attributes"
+    with operation.context:
+        known = attributes_of(operation).get(name)
+        merged = {} if known is None else {x.name: x.attr for x in known}
+        merged.update({key: ir.StringAttr.get(value) for key, value in attributes.items()})
+        operation.attributes[name] = ir.DictAttr.get(merged)
 
 
 def lowering_platforms(ctx: mlir.LoweringRuleContext) -> tuple[str, ...]:
@@ -255,13 +365,7 @@ def mark_lowered_modules(attributes: Callable[[], Mapping[str, str]]) -> None:
     def lower_and_mark(*args: Any, **kwargs: Any) -> Any:
         result = lower(*args, **kwargs)
         if "cpu" in kwargs["platforms"] and (marks := attributes()):
-            operation = result.module.operation
-            with operation.context:
-                name = "mhlo.frontend_attributes"
-                known = attributes_of(operation).get(name)
-                merged = {} if known is None else {x.name: x.attr for x in known}
-                merged.update({key: ir.StringAttr.get(value) for key, value in marks.items()})
-                operation.attributes[name] = ir.DictAttr.get(merged)
+            set_frontend_attributes(result.module.operation, marks)
         return result
 
     mlir.lower_jaxpr_to_module = lower_and_mark
@@ -298,3 +402,34 @@ def retry_failed_compilations(
         return executable
 
     compiler.backend_compile_and_load = compile_or_retry
+
+
+def analyse_costs_of(substitute: Callable[[bytes], bytes | None]) -> None:
+    """From now on, cost_analysis() of lowered and compiled programs is that of what `substitute` makes of their HLO.
+
+    Where it returns None, and on other platforms than CPUs, the analysis is of the program itself.
+    """
+
+    def analysed(client: Any, module: Any) -> Any:
+        if client.platform != "cpu" or (other := substitute(module.as_serialized_hlo_module_proto())) is None:
+            return None
+        return analyse(client, type(module).from_serialized_hlo_module_proto(other))
+
+    analyse = importlib.import_module("jax._src.lib")._jax.hlo_module_cost_analysis
+    lowering: Any = pxla.MeshComputation
+    executable: Any = stages.Executable
+    lowered, compiled = lowering.cost_analysis, executable.cost_analysis
+
+    @functools.wraps(lowered)
+    def of_lowered(self: Any) -> Any:
+        return analysed(self.compile_args["backend"], self.hlo().as_hlo_module()) or lowered(self)
+
+    @functools.wraps(compiled)
+    def of_compiled(self: Any) -> Any:
+        result = compiled(self)
+        loaded = self.xla_extension_executable()
+        modules: list[Any] = loaded.hlo_modules() if loaded is not None else []
+        return (analysed(loaded.client, modules[0]) if len(modules) == 1 else None) or result
+
+    lowering.cost_analysis = of_lowered
+    executable.cost_analysis = of_compiled

@@ -66,6 +66,7 @@ def _custom_call(
         bias=np.int64(epilogue.bias),
         residual=np.int64(epilogue.residual),
     )
+    compat.set_frontend_attributes(out.owner, {_native.BUILD: _native.build()})
     return out
 
 

@@ -22,6 +22,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo as _stablehlo
 from jax.interpreters import mlir, xla
 
+from jax_nano import _cost_analysis as _cost_analysis  # importing it teaches XLA's analysis about our calls
 from jax_nano import _gate, _native, _report, _shapes, _sharding, _signatures
 from jax_nano import _jax_compat as compat
 from jax_nano._primitive import dot_general_p as dot_general_p
@@ -123,6 +124,7 @@ def _custom_call(
         out_labels=np.asarray(labels.out, np.int64),
         algorithm=signature.algorithm,
     )
+    compat.set_frontend_attributes(out.owner, {_native.BUILD: _native.build()})
     if static:
         cache[key] = compat.attributes_of(out.owner)
     return out

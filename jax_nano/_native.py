@@ -2,14 +2,20 @@
 
 On x86-64 Linux a missing extension is an error with a remedy, never a silent fallback. On any other
 platform there is none to find, and every product takes lax's own lowering.
+
+Importing this module registers the targets, unless there is no extension: that is an error where something needs it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib
 import platform
 import sys
 from functools import cache
+from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Final
 
@@ -18,7 +24,11 @@ import jax
 TARGET_NAME: Final = "jax_nano_dot_general"
 LINEAR_TARGET_NAME: Final = "jax_nano_linear"
 
-# Version of the attributes of the FFI call. It is part of the key of the persistent compilation cache.
+# The frontend attribute of a call that names the build which made it. The handlers do not read it, so what one build
+# exported is run by another.
+BUILD: Final = "jax_nano.build"
+
+# Version of the attributes of the FFI call.
 ABI: Final = 1
 
 
@@ -50,18 +60,39 @@ def runtime() -> ModuleType | None:
 
 
 def register() -> None:
-    """Register jax_nano's FFI targets with XLA.
-
-    Using any function of jax_nano does this by itself. Call it in a process that only runs programs made
-    elsewhere: ones that `jax.export` deserialized, or compiled ones that were pickled.
+    """Register jax_nano's FFI targets with XLA, as `import jax_nano` has done if it could.
 
     Raises:
-      ImportError: on x86-64 Linux, if the extension was not built.
+      ImportError: on x86-64 Linux, if the extension was not built or does not load.
     """
     runtime()
+
+
+@cache
+def build() -> str:
+    """The release, and a digest of what it was built from: programs compiled by two builds are never equal.
+
+    XLA's handler of a call, and what becomes of an accelerated program, differ from build to build while the program
+    that JAX lowers stays the same; so the key of the persistent compilation cache must hold this.
+    """
+    try:
+        version = metadata.version("jax_nano")
+    except metadata.PackageNotFoundError:  # run from a build folder
+        version = "unreleased"
+    digest = hashlib.sha256()
+    folder = Path(__file__).parent
+    native = runtime()
+    files = [*sorted(folder.glob("*.py")), *([Path(str(native.__file__))] if native else [])]
+    for file in files:
+        digest.update(file.read_bytes())
+    return f"{version} {digest.hexdigest()[:12]}"
 
 
 def supports(lhs_dtype: str, rhs_dtype: str, out_dtype: str, algorithm: str = "default") -> bool:
     """Whether a kernel for these dtypes runs on this CPU, on the target that was selected."""
     native = runtime()
     return native is not None and bool(native.supports(lhs_dtype, rhs_dtype, out_dtype, algorithm))
+
+
+with contextlib.suppress(ImportError):
+    register()

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 
 
 def initialize() -> None:
     """Accelerates the process if the environment says so, and else does nothing."""
     if os.environ.get("JAX_NANO_ACCELERATE"):
-        importlib.import_module("jax_nano._accelerate")  # which reads what the variable says
+        try:
+            importlib.import_module("jax_nano._accelerate")  # which reads what the variable says
+        except (ImportError, ValueError) as error:  # JAX would print where it was raised, and go on
+            text = f"JAX_NANO_ACCELERATE has no effect: {error}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)

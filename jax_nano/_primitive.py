@@ -3,6 +3,8 @@
 `out_perm` lets one product store its result in any order of dimensions: a gradient in the layout of its
 operand, a vmapped product with the batch in front. Where lax adds a transpose, this primitive needs none.
 Shape, dtype, weak type, sharding and varying axes come from lax's own rules, as do the errors.
+
+Operands that reach a rule may be Python's numbers, as `jax.grad(f)(1.5)` passes them: they have no shape of their own.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
@@ -140,7 +143,7 @@ def _transpose_lhs(
     out_sharding: NamedSharding | None,
 ) -> Array:
     del out_sharding
-    labels = _shapes.labels_of(dimension_numbers, out_perm, lhs.aval.ndim, rhs.ndim)
+    labels = _shapes.labels_of(dimension_numbers, out_perm, lhs.aval.ndim, np.ndim(rhs))
     return _cotangent(g, rhs, lhs.aval, _shapes.lhs_cotangent(labels), precision, preferred_element_type)
 
 
@@ -156,7 +159,7 @@ def _transpose_rhs(
     out_sharding: NamedSharding | None,
 ) -> Array:
     del out_sharding
-    labels = _shapes.labels_of(dimension_numbers, out_perm, lhs.ndim, rhs.aval.ndim)
+    labels = _shapes.labels_of(dimension_numbers, out_perm, np.ndim(lhs), rhs.aval.ndim)
     return _cotangent(lhs, g, rhs.aval, _shapes.rhs_cotangent(labels), precision, preferred_element_type)
 
 
@@ -176,13 +179,12 @@ def _batch(
         out = bind(lhs, rhs, dimension_numbers, out_perm=out_perm, out_sharding=out_sharding, **params)
         return out, None
     # Under vmap nothing has looked at the dimension numbers yet.
-    unbatched = (
+    unbatched = [
         ShapedArray(x.shape if dim is None else _shapes.remove_index(x.shape, dim), x.dtype)
-        for x, dim in zip(args, dims, strict=True)
-    )
+        for x, dim in zip(map(jax.typeof, args), dims, strict=True)
+    ]
     lax_dot_general_p.abstract_eval(*unbatched, dimension_numbers=dimension_numbers, out_sharding=None, **params)
-    lhs_ndim, rhs_ndim = lhs.ndim - (lhs_dim is not None), rhs.ndim - (rhs_dim is not None)
-    labels = _shapes.labels_of(dimension_numbers, out_perm, lhs_ndim, rhs_ndim)
+    labels = _shapes.labels_of(dimension_numbers, out_perm, *(x.ndim for x in unbatched))
     if out_sharding is not None:
         out_sharding = compat.sharding_for_vmap(axis_data, out_sharding, 0)
     out = bind_labels(lhs, rhs, _shapes.batched(labels, lhs_dim, rhs_dim), out_sharding=out_sharding, **params)

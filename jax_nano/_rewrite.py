@@ -11,16 +11,28 @@ Whatever is not understood stays as it was. What has no kernel stays too, and so
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Final, NamedTuple
 
 import numpy as np
 from jax.lax import DotAlgorithmPreset
 
-from jax_nano import _epilogues, _hlo, _lowering, _native, _report, _shapes, _views
+from jax_nano import (
+    _epilogues,
+    _fusions,
+    _hlo,
+    _inner_products,
+    _loops,
+    _lowering,
+    _native,
+    _report,
+    _shapes,
+    _views,
+)
 from jax_nano import _jax_compat as compat
-from jax_nano._hlo import Body, Instruction, Module
+from jax_nano._hlo import Body, Computation, Instruction, Module
 from jax_nano._lowering import Choice
 from jax_nano._shapes import Dims, Labels
 from jax_nano._signatures import Precision
@@ -44,6 +56,7 @@ _ALGORITHMS: Final[dict[int, Precision]] = {
 _MOST_DONATED: Final = 16 << 20
 
 _SMALL: Final = "part of a small loop that XLA compiles into one function, in which no call can stand"
+_UNREADABLE: Final = "no kernel reads this dtype or layout"
 
 
 class Operand(NamedTuple):
@@ -64,14 +77,20 @@ class Dot(NamedTuple):
 
 def rewrite(module: Module) -> list[_report.Product]:
     """Turns the products of a module into calls; returns what became of each."""
-    fused = {
-        number
-        for computation in module.computations
-        for instruction in computation.instructions
-        if instruction.opcode == "fusion"
-        for number in instruction.called_computation_ids
-    }
     products, why_not, in_one_function = [], _why_not(module), module.called_from(_hlo.is_one_function)
+
+    def declined(computation: Computation) -> str | None:
+        return _SMALL if computation.id in in_one_function else why_not
+
+    def declines(where: Computation, dot: Instruction, sources: Sequence[_fusions.Source]) -> str | None:
+        return declined(where) or _declines(dot, sources)
+
+    _inner_products.restore(module, declines)
+    why = _fusions.take_out(module, declines)
+    if why_not is None:
+        _loops.carry_narrow_arrays(module, module.fused(), _calls_in)
+        in_one_function = module.called_from(_hlo.is_one_function)
+    fused, matched = module.fused(), set[int]()
     for computation in module.computations:
         if computation.id in fused:  # a fusion is looked at as a whole, where it stands
             continue
@@ -81,10 +100,44 @@ def rewrite(module: Module) -> list[_report.Product]:
         found = [(x, dot) for x in computation.instructions if (dot := _dot_of(module, body, x)) is not None]
         if found:
             readers = {instruction.id for instruction, _ in found}
-            declined = _SMALL if computation.id in in_one_function else why_not
-            products += [_rewrite(module, body, instruction, dot, readers, declined) for instruction, dot in found]
+            matched.update(dot.dot.id for _, dot in found)
+            reason = declined(computation)
+            products += [_rewrite(module, body, instruction, dot, readers, reason) for instruction, dot in found]
             body.commit()
-    return products
+    return [*products, *_unmatched(module, matched, why)]
+
+
+def _unmatched(module: Module, matched: Collection[int], why: Mapping[int, str]) -> Iterator[_report.Product]:
+    """The products that nothing was tried with, for the report."""
+    for computation in module.computations:
+        by_id = {x.id: x for x in computation.instructions}
+        for dot in computation.instructions:
+            if dot.opcode == "dot" and dot.id not in matched:
+                arrays = (*(by_id[x] for x in dot.operand_ids), dot)
+                reason = why.get(dot.id) or _fusions.left_in(computation, dot)
+                yield _left(module, dot.metadata.op_name or dot.name, dot, arrays, reason)
+
+
+def _left(module: Module, source: str, dot: Instruction, arrays: Sequence[Instruction], why: str) -> _report.Product:
+    """A product that stays as it is, as HLO counts its dimensions."""
+    labels = _labels_of(dot, *(len(x.shape.dimensions) for x in arrays[:2]))
+    a, b, c = (_report.Array(_hlo.dtype_name(x.shape), tuple(x.shape.dimensions)) for x in arrays)
+    return _report.Product(module.name, source, (a, b, c), labels, "default", why)
+
+
+def _declines(dot: Instruction, sources: Sequence[_fusions.Source]) -> str | None:
+    """Why no kernel takes a dot in a fusion, of operands that are made of these, if none does."""
+    arrays = [x.moves[-1] if x.moves else x.instruction for x in sources]
+    labels = _labels_of(dot, *(len(x.shape.dimensions) for x in arrays))
+    seen = [View.of(*pair) for pair in zip((*arrays, dot), labels, strict=True)]
+    given = [
+        None if view is None else _views.through(x.moves, view, x.instruction)
+        for view, x in zip(seen, sources, strict=False)
+    ]
+    lhs, rhs, out = *given, seen[2]
+    if lhs is None or rhs is None or out is None:
+        return _UNREADABLE
+    return _choose(dot, lhs, rhs, out).declined
 
 
 def _why_not(module: Module) -> str | None:
@@ -93,6 +146,53 @@ def _why_not(module: Module) -> str | None:
     if donated <= _MOST_DONATED:
         return None
     return f"this jaxlib would not reuse the {donated >> 20} MiB that the program donates; 0.11.1 and newer do"
+
+
+def _calls_in(module: Module, computation: Computation) -> dict[int, _loops.Call]:
+    """The products of a computation that would become calls, by id."""
+    if not any(x.opcode in ("dot", "fusion") for x in computation.instructions):
+        return {}
+    body = Body(module, computation)
+    found = [(x, dot) for x in computation.instructions if (dot := _dot_of(module, body, x)) is not None]
+    readers, calls = {instruction.id for instruction, _ in found}, {}
+    for instruction, dot in found:
+        seen = _seen(body, instruction, dot)
+        call = None if seen.views is None else _best(module, body, dot.dot, seen.dtypes, *seen.views, readers)
+        if call is not None:
+            lhs, rhs, _ = call.views
+            labels = call.choice.labels
+            sizes = labels.sizes(lhs.sizes, rhs.sizes)
+            m, n, batch = (math.prod(sizes[x] for x in y) for y in (labels.lhs_free, labels.rhs_free, labels.batch))
+            calls[instruction.id] = _loops.Call(
+                {lhs.instruction.id, rhs.instruction.id},
+                math.prod(sizes.values()),
+                is_vector=1 in (m, n) and batch == 1,
+                is_narrow=min(lhs.dtype.itemsize, rhs.dtype.itemsize) < 4,
+            )
+    return calls
+
+
+class Seen(NamedTuple):
+    """What a product reads and writes, as it stands in a module."""
+
+    arrays: list[Instruction]  # as the dot sees them
+    dtypes: tuple[np.dtype, ...]  # of these; the dot may convert what it is given
+    views: tuple[View, View, View] | None  # None if one of them is no array that kernels read
+
+
+def _seen(body: Body, instruction: Instruction, found: Dot) -> Seen:
+    dot, *operands = found
+    labels = _labels_of(dot, *(len(x.array.shape.dimensions) for x in operands))
+    arrays = [*(x.array for x in operands), instruction]
+    *views, out = (View.of(*pair) for pair in zip(arrays, labels, strict=True))
+    dtypes = tuple(view.dtype for view in (*views, out) if view is not None)
+    lhs, rhs = (
+        None if view is None else _views.through(x.moves, view, body.operands(instruction)[x.position])
+        for view, x in zip(views, operands, strict=True)
+    )
+    if lhs is None or rhs is None or out is None:
+        return Seen(arrays, dtypes, None)
+    return Seen(arrays, dtypes, (lhs, rhs, out))
 
 
 def _dot_of(module: Module, body: Body, instruction: Instruction) -> Dot | None:
@@ -125,21 +225,12 @@ def _rewrite(
     products: Collection[int],
     declined: str | None,
 ) -> _report.Product:
-    dot, *operands = found
-    labels = _labels_of(dot, *(len(x.array.shape.dimensions) for x in operands))
-    arrays = [*(x.array for x in operands), instruction]
-    seen = [View.of(*pair) for pair in zip(arrays, labels, strict=True)]
+    dot = found.dot
+    arrays, dtypes, views = _seen(body, instruction, found)
     source = instruction.metadata.op_name or instruction.name
-    given = [
-        None if view is None else _views.through(x.moves, view, body.operands(instruction)[x.position])
-        for view, x in zip(seen, operands, strict=False)
-    ]
-    lhs, rhs, out = *given, seen[2]
-    if lhs is None or rhs is None or out is None:
-        a, b, c = (_report.Array(_hlo.dtype_name(x.shape), tuple(x.shape.dimensions)) for x in arrays)
-        why = "no kernel reads this dtype or layout"
-        return _report.Product(module.name, source, (a, b, c), labels, "default", why)
-    dtypes = tuple(view.dtype for view in seen if view is not None)
+    if views is None:
+        return _left(module, source, dot, arrays, _UNREADABLE)
+    lhs, rhs, out = views
     call = None if declined else _best(module, body, dot, dtypes, lhs, rhs, out, products)
     if call is None:
         choice, epilogue = _choose(dot, lhs, rhs, out), None

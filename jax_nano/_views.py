@@ -61,16 +61,28 @@ def sources(module: Module, body: Body, view: View, products: Collection[int]) -
       view: of an operand of one of the products.
       products: ids of the instructions that may become calls.
     """
-    found = [view]
-    while (source := _source(module, body, found[-1])) is not None:
-        found.append(source)
-    last = found[-1].instruction
-    dtype = before_conversion(module, last)
-    if dtype is None or body.is_awaited(last) or not _only_for(products, body, last):
-        return found
-    if _aliasing.updated_operands(module, last, _end_before_conversion(module, last)) is None:
-        return found
-    return [*found, found[-1]._replace(dtype=dtype)]
+    found: list[View] = []
+    here: View | None = view
+    while here is not None:
+        found.append(here)
+        dtype = _narrower(module, body, here.instruction, products)
+        if dtype is not None:
+            found.append(here._replace(dtype=dtype))
+        here = _source(module, body, here)
+    return found
+
+
+def _narrower(module: Module, body: Body, loop: Instruction, products: Collection[int]) -> np.dtype | None:
+    """The dtype of a loop that ends before its last conversion, if it can."""
+    can_end = ends_by_widening(module, body, loop) and _only_for(products, body, loop)
+    return before_conversion(module, loop) if can_end else None
+
+
+def ends_by_widening(module: Module, body: Body, instruction: Instruction) -> bool:
+    """Whether an instruction is a loop that `narrow` can let end before its last operation."""
+    if before_conversion(module, instruction) is None or body.is_awaited(instruction):
+        return False
+    return _aliasing.updated_operands(module, instruction, _end_before_conversion(module, instruction)) is not None
 
 
 def narrow(module: Module, body: Body, fusion: Instruction) -> Instruction:
@@ -132,7 +144,7 @@ def _source(module: Module, body: Body, view: View) -> View | None:
     if len(instruction.operand_ids) != 1 or instruction.control_predecessor_ids:
         return None
     (operand,) = body.operands(instruction)
-    moves = _moves(module, instruction)
+    moves = moves_of(module, instruction)
     if moves is None or (instruction.opcode != "bitcast" and not _aliasing.keeps_its_value(module, body, operand)):
         return None
     return through(moves, view, operand)
@@ -159,12 +171,8 @@ def _before(move: Instruction, operand: Instruction, view: View) -> View | None:
         return None
     if _keeps_memory_order(move, source, result):
         return view._replace(instruction=operand, dtype=source.dtype)
-    labels = view.logical_labels()
-    if labels is None:
-        return None
-    if move.opcode == "transpose":
-        labels = _shapes.before_transpose(labels, tuple(move.dimensions))
-    return View.of(operand, labels)
+    dims = tuple(move.dimensions) if move.opcode == "transpose" else tuple(range(len(result.dims)))
+    return _reordered(view, operand, _shapes.inverse(dims))
 
 
 def _after(move: Instruction, view: View) -> View | None:
@@ -173,10 +181,60 @@ def _after(move: Instruction, view: View) -> View | None:
         return None
     if _keeps_memory_order(move, source, result):
         return view._replace(instruction=move, dtype=result.dtype)
+    return _reordered(view, move, tuple(move.dimensions if move.opcode == "transpose" else range(len(source.dims))))
+
+
+def _reordered(view: View, instruction: Instruction, order: Dims) -> View | None:
+    """The view of another array with the same elements; None if it cannot be told.
+
+    A dimension of the view may be several of the arrays': attention's heads and their width are one to a product. They
+    must then lie side by side in both, in the same order.
+
+    Args:
+      view: of an array.
+      instruction: makes the other array, whose dimension i is dimension order[i] of the first one.
+      order: of the dimensions as HLO counts them.
+    """
     labels = view.logical_labels()
-    if labels is None:
+    if labels is not None:
+        return View.of(instruction, _shapes.permute(labels, order))
+    before, after = _hlo.array_of(view.instruction.shape), _hlo.array_of(instruction.shape)
+    parts = None if before is None else _parts(view.sizes, before.physical)
+    if before is None or after is None or parts is None:
         return None
-    return View.of(move, _shapes.permute(labels, tuple(move.dimensions)) if move.opcode == "transpose" else labels)
+    position = _shapes.inverse(before.major_to_minor)  # in memory, of each dimension as HLO counts them
+    rest = [x for i in after.major_to_minor if (x := position[order[i]]) in parts]
+    found = [i for i, size in enumerate(view.sizes) if size == 1]
+    while rest:
+        dim = parts[rest[0]]
+        together = [x for x in parts if parts[x] == dim]
+        if rest[: len(together)] != together:
+            return None
+        found.append(dim)
+        del rest[: len(together)]
+    sizes, labels = (_shapes.permute(x, tuple(found)) for x in (view.sizes, view.labels))
+    return View(instruction, after.dtype, sizes, labels)
+
+
+def _parts(sizes: Dims, physical: Dims) -> dict[int, int] | None:
+    """Of each dimension in memory that is longer than 1, the dimension of a view of these sizes that it is a part of.
+
+    None if one of them is a part of several.
+    """
+    parts: dict[int, int] = {}
+    dims = (i for i, size in enumerate(sizes) if size != 1)
+    dim, rest = -1, 1
+    for i, size in enumerate(physical):
+        if size == 1:
+            continue
+        if rest == 1:
+            dim = next(dims)
+            rest = sizes[dim]
+        if size == 0 or rest % size:
+            return None
+        rest //= size
+        parts[i] = dim
+    return parts
 
 
 def _keeps_memory_order(move: Instruction, source: _hlo.Array, result: _hlo.Array) -> bool:
@@ -204,7 +262,7 @@ def _copy(module: Module, body: Body, view: View) -> View | None:
     if len(users) != 1 or instruction.control_predecessor_ids or body.is_awaited(instruction):
         return None
     (user,) = users
-    moves = _moves(module, user)
+    moves = moves_of(module, user)
     if moves is None or list(user.operand_ids) != [instruction.id] or user.control_predecessor_ids:
         return None
     if user.opcode != "bitcast" and not _aliasing.has_memory_of_its_own(module, body, user):
@@ -222,7 +280,7 @@ def _copy(module: Module, body: Body, view: View) -> View | None:
     return here._replace(instruction=user, dtype=values)
 
 
-def _moves(module: Module, instruction: Instruction) -> Sequence[Instruction] | None:
+def moves_of(module: Module, instruction: Instruction) -> Sequence[Instruction] | None:
     """The operations on the way from an instruction's operand to its result, if it is a copy of some kind."""
     if instruction.opcode in MOVES:
         return [instruction]

@@ -21,6 +21,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_nano import _activations, _einsum, _linear, _native, _shapes
 from jax_nano import _jax_compat as compat
+from jax_nano import _tables as _tables  # importing it enters the primitives in JAX's tables
 from jax_nano._jax_compat import OutSharding
 from jax_nano._linear_lowering import linear_p as linear_p  # importing primitives from here registers their lowerings
 from jax_nano._lowering import dot_general_p as dot_general_p
@@ -512,7 +513,7 @@ def export_checks() -> list[DisabledSafetyCheck]:
 
     jax.export refuses custom calls that it does not know. The attributes of ours carry a version number,
     and every later jax_nano runs, or refuses by a clear error, a program that an earlier one exported.
-    The process that runs such a program must have called `jax_nano.register` or used the package.
+    The process that runs such a program must have imported jax_nano, before or after JAX, and need do no more.
     """
     from jax.export import DisabledSafetyCheck
 

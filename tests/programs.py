@@ -30,6 +30,11 @@ def ops(fun: Callable[..., Any], *args: Any) -> Counter[str]:
     return found + ours - Counter({"custom-call": ours.total()})
 
 
+def dots_of(text: str) -> int:
+    """How many products XLA computes in a compiled program, those inside of fusions included."""
+    return len(re.findall(r" dot\(", _METADATA.sub("", text)))
+
+
 def outcome(fun: Callable[..., Any], *args: Any) -> tuple[Any, tuple[type, str] | None]:
     """(result, None), or (None, the error's type and text without what names the function)."""
     try:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.xdist_group("benchmarks")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks takes it off again, so that jax_nano is the installed one
 
-from benchmarks import operands  # noqa: E402
+from benchmarks import machine, operands  # noqa: E402
 from benchmarks.cases import DTYPES, matmul, select  # noqa: E402
 from benchmarks.native import why_not  # noqa: E402
 from benchmarks.peers.in_jax import loop_of, product  # noqa: E402
@@ -147,7 +147,7 @@ def test_models_are_measured_in_every_setting(tmp_path):
     (path,) = tmp_path.glob("*.json")
     rows = json.loads(path.read_text())["rows"]
     assert {row["setting"] for row in rows} == {"YNNPACK", "no YNNPACK"}
-    assert {row["model"] for row in rows} == {"equinox mlp training", "kalman filter"}
+    assert {row["name"] for row in rows} == {"equinox mlp training", "kalman filter"}
     for row in rows:
         assert not row["skipped"]
         assert len(row["plain"]) == len(row["accelerated"]) == 2
@@ -157,8 +157,45 @@ def test_models_are_measured_in_every_setting(tmp_path):
     assert again.stdout.strip() == path.with_suffix(".md").read_text().strip()
 
 
-def test_models_refuses_names_that_no_model_has():
-    assert run("models", "--quick", "--only", "no such model").returncode == 2
+@pytest.mark.parametrize("command", ["models", "programs"])
+def test_names_that_nothing_has_are_refused(command):
+    assert run(command, "--quick", "--only", "no such name").returncode == 2
+
+
+def test_every_program_runs_accelerated_and_is_checked(tmp_path):
+    from benchmarks.programs import PROGRAMS
+
+    done = run("programs", "--quick", "--cores", "1", "--busy", "no", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.json")
+    rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
+    assert rows.keys() == PROGRAMS.keys()
+    for row in rows.values():
+        assert not row["skipped"]
+        assert row["products"] + row["left"] > 0
+        assert len(row["plain"]) == len(row["accelerated"]) == 2
+    text = path.with_suffix(".md").read_text()
+    assert all(f"| {name} " in text for name in [*PROGRAMS, "lowest", "geometric mean"])
+
+
+def test_programs_are_measured_in_every_setting(tmp_path):
+    done = run("programs", "--quick", "--only", "nnls", "--cores", "1", "all", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.json")
+    cores = {1: "1 core", len(machine.cpus()): f"{len(machine.cpus())} cores"}
+    wanted = [f"{cores[count]}{busy}" for count in sorted(cores) for busy in ("", ", busy")]
+    assert [row["setting"] for row in json.loads(path.read_text())["rows"]] == wanted
+
+
+def test_a_wrong_result_of_a_program_is_found():
+    from benchmarks.accelerated import check
+
+    right = {"loss": np.float32(1), "weights": np.linspace(-1, 1, 100, dtype=np.float32)}
+    wrong = {**right, "weights": right["weights"] * np.float32(1.001)}
+    check("it", right, right, 4)
+    with pytest.raises(RuntimeError, match="WRONG"):
+        check("it", wrong, right, 4)
+    check("it", wrong, right, 2)  # within bfloat16's rounding
 
 
 @pytest.mark.parametrize("wrong", [["--only", "no such product"], ["--cores", "0"], ["--cores", "100000"]])

@@ -97,12 +97,12 @@ def training(*, tokens: int, batch: int, vocabulary: int, learning_rate: float =
     return Workload(step, state, text(batch, tokens + 1, vocabulary))
 
 
-def decoding(*, tokens: int, filled: int, vocabulary: int, **sizes: int) -> Workload:
-    """The next token's scores after `filled` tokens, in bfloat16; the state is the cache, and the tokens so far."""
-    model = GPT(vocabulary, tokens=tokens, dtype=jnp.bfloat16, **sizes)
+def decoding(*, tokens: int, filled: int, vocabulary: int, dtype: Any = jnp.bfloat16, **sizes: int) -> Workload:
+    """The next token's scores after `filled` tokens; the state is the cache, and the tokens so far."""
+    model = GPT(vocabulary, tokens=tokens, dtype=jnp.dtype(dtype), **sizes)
     for block in model.blocks:
         attention = block.attention
-        attention.init_cache((1, tokens, attention.in_features), jnp.bfloat16)
+        attention.init_cache((1, tokens, attention.in_features), jnp.dtype(dtype))
     graph, cache, weights = nnx.split(model, nnx.Cache, ...)
 
     def step(state: Any, weights: Any) -> tuple[Any, jax.Array]:

@@ -109,6 +109,14 @@ LAYOUTS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
     "scores": (partial(jnp.einsum, "bqhd,bkhd->bhqk"), [(2, 9, 3, 17), (2, 7, 3, 17)]),
     "values": (partial(jnp.einsum, "bhqk,bkhd->bqhd"), [(2, 3, 9, 7), (2, 7, 3, 17)]),
     "contracted twice": (partial(jnp.einsum, "abc,cbd->da"), [(5, 6, 7), (7, 6, 9)]),
+    # XLA merges dimensions that belong together, and leaves those of size 1, around its transposes.
+    "scores of one": (partial(jnp.einsum, "bqhd,bkhd->bhqk"), [(1, 9, 3, 17), (1, 7, 3, 17)]),
+    "values of one": (partial(jnp.einsum, "bhqk,bkhd->bqhd"), [(1, 3, 9, 7), (1, 7, 3, 17)]),
+    "gradient of weights": (partial(jnp.einsum, "btf,btg->fg"), [(1, 40, 24), (1, 40, 32)]),
+    "gradient of weights, a batch": (partial(jnp.einsum, "btf,btg->fg"), [(2, 20, 24), (2, 20, 32)]),
+    "into heads": (partial(jnp.einsum, "btf,fhd->bthd"), [(2, 9, 24), (24, 3, 8)]),
+    "gradient of weights into heads": (partial(jnp.einsum, "bthd,btf->fhd"), [(2, 9, 3, 8), (2, 9, 24)]),
+    "gradient out of heads": (partial(jnp.einsum, "btf,hdf->bthd"), [(2, 9, 24), (3, 8, 24)]),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,40 @@ def test_a_decorator_scopes_every_call() -> None:
 
     assert state(2) == [True, True, True]
     assert not jax_nano.accelerate.enabled
+
+
+def test_a_decorator_without_parentheses() -> None:
+    @jax_nano.accelerate
+    def state(depth: int, *, more: int = 0) -> list[bool]:
+        """Says what it is."""
+        return [jax_nano.accelerate.enabled, *(state(depth - 1, more=more) if depth else [more == 3])]
+
+    assert state(1, more=3) == [True, True, True]
+    assert (state.__name__, state.__doc__) == ("state", "Says what it is.")
+    assert state.__wrapped__(0) == [False, False]  # type: ignore[attr-defined]
+    fun = jax.jit(lambda a: jnp.sin(a @ a))
+    np.testing.assert_allclose(jax_nano.accelerate(fun)(A), fun(A), rtol=1e-5)
+    assert jax_nano.accelerate(lambda: which(fun, A))() == "product"
+    assert not jax_nano.accelerate.enabled
+
+
+@pytest.mark.parametrize("bad", ["off", "on", 1, 0, None, 2.5, [], int, {}, A], ids=lambda x: type(x).__name__)
+def test_what_is_neither_a_switch_nor_a_function(bad: object) -> None:
+    with pytest.raises(TypeError, match="takes True, False or a function"):
+        jax_nano.accelerate(bad)  # type: ignore[call-overload]
+    assert not jax_nano.accelerate.enabled
+
+
+def test_functions_whose_body_runs_later() -> None:
+    def generate() -> Iterator[int]:
+        yield 1
+
+    async def wait() -> None: ...
+
+    for function in (generate, wait):
+        for decorate in (jax_nano.accelerate, jax_nano.accelerate()):
+            with pytest.raises(TypeError, match="runs after the call"):
+                decorate(function)
 
 
 def test_a_scope_is_entered_once() -> None:
@@ -126,16 +161,42 @@ def test_enable_and_disable_are_for_the_process() -> None:
     )
 
 
-@pytest.mark.parametrize("value", ["1", "0", None])
+@pytest.mark.parametrize("value", ["1", "True", "YES", "on", "0", "false", "No", "off", "", None])
 def test_the_environment(value: str | None) -> None:
+    on = value in ("1", "True", "YES", "on")
     run_python(
         f"""
         import jax, numpy as np, jax_nano
         a = np.ones((16, 16), np.float32)
         jax_nano.accelerate
-        assert ("jax_nano" in jax.jit(lambda a: a @ a).lower(a).compile().as_text()) is {value == "1"}
+        assert ("jax_nano" in jax.jit(lambda a: a @ a).lower(a).compile().as_text()) is {on}
         jax_nano.accelerate.disable()
         assert "jax_nano" not in jax.jit(lambda a: a @ a).lower(a).compile().as_text()
         """,
         env=None if value is None else {"JAX_NANO_ACCELERATE": value},
     )
+
+
+@pytest.mark.parametrize(
+    "env", [{"JAX_NANO_ACCELERATE": "maybe"}, {"JAX_NANO_ACCELERATE": "1", "JAX_NANO_GATE": "maybe"}], ids=str
+)
+def test_what_the_environment_says_wrong_is_a_warning(env: dict[str, str]) -> None:
+    """In a program that knows nothing of jax_nano, whose plugin JAX calls: in words, and it runs."""
+    said = run_python(
+        """
+        import warnings
+        from jax_nano import _plugin
+        import jax, jax.numpy as jnp
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _plugin.initialize()
+        (warning,) = caught
+        assert "=maybe" in str(warning.message) and "expected one of" in str(warning.message), warning
+        x = jnp.ones((8, 8))
+        assert (x @ x == 8).all()
+        assert "jax_nano" not in jax.jit(lambda x: x @ x).lower(x).compile().as_text()
+        print(warning.category.__name__)
+        """,
+        env=env,
+    )
+    assert said.strip() == "RuntimeWarning"

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import opt_einsum
 import pytest
 import reference
 from programs import outcome
@@ -121,6 +122,24 @@ def test_einsum_in_its_other_forms(rng: np.random.Generator) -> None:
     ours = partial(jax_nano.einsum, preferred_element_type=jnp.float32)
     theirs = partial(jnp.einsum, preferred_element_type=jnp.float32)
     compare(ours, theirs, "ij,jk,kl", *(x.astype(jnp.bfloat16) for x in (a, b, c)))
+
+
+OPTIMIZE = [
+    *("auto", "optimal", "greedy", "branch-1", "branch-2", "branch-all", "auto-hq", "dp", "eager", "nonsense", ""),
+    *(True, False, None, 1, 2.5, opt_einsum.BranchBound()),
+    *([], (), [()], [0], [(0,)], [(0, 1)], [(1, 0)], ((0, 1),), [[0, 1]], [(0, 1), (0, 1)], ((1, 2), (0, 1))),
+    *([(0, 2), (0, 1)], [(0, 1, 2)], [(2, 1, 0)], [(0, 1), (0, 1), (0, 1)], [(0, 3), (0, 1)], [(-1, 0), (0, 1)]),
+    *(["einsum_path", (0, 1), (0, 1)], [(0, 0), (0, 1)]),
+]
+
+
+@pytest.mark.parametrize("optimize", OPTIMIZE, ids=str)
+def test_every_kind_of_optimize(optimize: Any, rng: np.random.Generator) -> None:
+    """Paths of two and three operands, as jnp reads them: the same result, or the same error."""
+    arrays = [integers(rng, shape) for shape in ((3, 4), (4, 5), (5, 2))]
+    for subscripts, count in (("ij,jk,kl->li", 3), ("ij,jk->ki", 2), ("ij->ji", 1)):
+        ours, theirs = (partial(m.einsum, subscripts, optimize=optimize) for m in (jax_nano, jnp))
+        compare(ours, theirs, *arrays[:count])
 
 
 def test_dot_general_fits_jnps_hook(rng: np.random.Generator) -> None:

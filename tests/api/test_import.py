@@ -32,6 +32,21 @@ def test_importing_does_no_work() -> None:
     )
 
 
+def test_importing_registers_the_calls_once_there_is_jax() -> None:
+    for order in ("import jax_nano, jax", "import jax, jax_nano"):
+        run_python(
+            f"""
+            import sys
+            {order}
+            assert "jax_nano._runtime" in sys.modules
+            assert "jax_nano._primitive" not in sys.modules and "google.protobuf" not in sys.modules
+            jax.config.update("jax_num_cpu_devices", 3)  # refused once there is a backend
+            assert jax.device_count() == 3
+            assert jax.__spec__.loader is jax.__loader__ and "jax_nano" not in type(jax.__loader__).__module__
+            """
+        )
+
+
 def test_using_does_not_start_a_backend() -> None:
     run_python(
         """

@@ -15,13 +15,13 @@ from jax import export
 from programs import run_python
 
 import jax_nano
+from jax_nano import _native
 
 F32 = jnp.float32
 LOAD = """
 import sys
 import jax, jax.numpy as jnp, numpy as np, jax_nano
 from jax import export
-jax_nano.register()
 exported = export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
 data = np.load(sys.argv[2])
 a, b = data["a"], data["b"]
@@ -148,7 +148,8 @@ def test_without_the_package_a_program_says_what_is_missing(tmp_path: Path, rng:
         *specs("9, 17", "17, 25")
     )
     run_python(
-        LOAD.replace("jax_nano.register()", "")
+        # Where the package is installed, JAX calls its plugin, and with that knows the calls.
+        LOAD.replace(", jax_nano", "").replace("import sys", "import sys; sys.modules['jax_nano'] = None", 1)
         + """
 try:
     exported.call(a, b)
@@ -161,24 +162,93 @@ else:
     )
 
 
+def test_a_pickled_or_exported_program_needs_the_import_only(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Before JAX or after it, and no function of jax_nano."""
+    exported = export.export(jax.jit(jax_nano.matmul), disabled_checks=jax_nano.export_checks())(
+        *specs("9, 17", "17, 25")
+    )
+    files = save(tmp_path, exported, *arrays(rng, (9, 17), (17, 25)))
+    for order in ("import jax_nano, jax", "import jax; import jax.numpy; import jax_nano"):
+        run_python(
+            order
+            + LOAD.replace(", jax_nano", "")
+            + """
+assert not jax._src.xla_bridge.backends_are_initialized()
+np.testing.assert_allclose(exported.call(a, b), a @ b, rtol=1e-4, atol=1e-4)
+assert "jax_nano.api" not in sys.modules
+""",
+            *files,
+        )
+
+
 CACHED = """
 import sys
 import jax, jax.numpy as jnp, numpy as np, jax_nano
+from jax_nano import _native
+if len(sys.argv) > 2:  # as another build would say
+    _native.build = lambda: sys.argv[2]
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if "cache_hits" in event else None)
 jax.config.update("jax_compilation_cache_dir", sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 a, b = np.arange(9 * 170, dtype=np.float32).reshape(9, 170) % 7, np.ones((170, 25), np.float32)
-got = jax.jit(lambda a, b: jnp.sin(jax_nano.matmul(a, b)))(a, b)
-np.testing.assert_allclose(got, np.sin(a @ b), rtol=1e-4, atol=1e-4)
-print(len(hits))
+programs = [
+    lambda a, b: jnp.sin(jax_nano.matmul(a, b)),
+    lambda a, b: jnp.sin(jax_nano.linear(a, b)),
+    jax_nano.accelerate(lambda a, b: jnp.sin(a @ b)),
+]
+for i, program in enumerate(programs):
+    hits.clear()
+    call = jax_nano.accelerate(i == 2)(jax.jit(program))
+    np.testing.assert_allclose(call(a, b), np.sin(a @ b), rtol=1e-4, atol=1e-4)
+    print(len(hits), end=" ")
 """
 
 
 def test_persistent_cache_across_processes(tmp_path: Path) -> None:
-    assert run_python(CACHED, str(tmp_path)).strip() == "0"
-    assert int(run_python(CACHED, str(tmp_path))) >= 1
+    assert run_python(CACHED, str(tmp_path)).split() == ["0"] * 3
+    assert run_python(CACHED, str(tmp_path)).split() == ["1"] * 3
+
+
+def test_builds_share_no_entry_of_the_persistent_cache(tmp_path: Path) -> None:
+    first, second = "0.1.0 0123456789ab", "0.1.0 ba9876543210"
+    assert run_python(CACHED, str(tmp_path), first).split() == ["0"] * 3
+    assert run_python(CACHED, str(tmp_path), second).split() == ["0"] * 3
+    assert run_python(CACHED, str(tmp_path), first).split() == ["1"] * 3
+
+
+def test_the_build_is_told_from_what_it_was_built_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version, digest = _native.build().split()
+    assert version == jax_nano.__version__
+    assert len(digest) == 12
+    monkeypatch.setattr(_native, "__file__", str(tmp_path / "_native.py"))
+    texts = ["", "a = 1", "a = 2"]
+    found = []
+    for text in texts:
+        (tmp_path / "_native.py").write_text(text)
+        found.append(_native.build.__wrapped__())
+    assert len({*found, _native.build()}) == 4
+    assert _native.build.__wrapped__() == found[-1]
+
+
+def test_another_build_runs_what_one_exported(tmp_path: Path, rng: np.random.Generator) -> None:
+    """The name of the build is in the program, and is not looked at."""
+    exported = export.export(jax.jit(jax_nano.matmul), disabled_checks=jax_nano.export_checks())(
+        *specs("9, 17", "17, 25")
+    )
+    assert _native.build() in exported.mlir_module()
+    a, b = arrays(rng, (9, 17), (17, 25))
+    run_python(
+        LOAD
+        + """
+from jax_nano import _native
+_native.build = lambda: "99.9 000000000000"
+both = jax.jit(lambda a, b: exported.call(a, b) + jax_nano.matmul(a, b))
+np.testing.assert_allclose(both(a, b), 2 * (a @ b), rtol=1e-4, atol=1e-4)
+""",
+        *save(tmp_path, exported, a, b),
+    )
 
 
 def test_pickled_executable(tmp_path: Path) -> None:

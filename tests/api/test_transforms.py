@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -164,28 +165,85 @@ def count_products(name: str, matmul: Callable[..., Any], policy: Any, *args: ja
     return str(program).count(f"= {name}[")
 
 
-POLICIES = ["nothing_saveable", "everything_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
+JAXS = jax.checkpoint_policies
+POLICIES: dict[str, Callable[..., Any]] = {
+    **{
+        name: getattr(JAXS, name)
+        for name in (
+            "nothing_saveable",
+            "everything_saveable",
+            "dots_saveable",
+            "checkpoint_dots",
+            "dots_with_no_batch_dims_saveable",
+        )
+    },
+    "offload": JAXS.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    "composed": JAXS.save_from_both_policies(JAXS.dots_saveable, JAXS.save_only_these_names("x")),
+    "somebody's own": lambda primitive, *_, **__: primitive is jax.extend.core.primitives.dot_general_p,
+    "of dimension numbers": lambda primitive, *_, **params: params.get("dimension_numbers") == (((1,), (0,)), ((), ())),
+}
+
+
+@pytest.fixture(params=[False, True], ids=["", "remat3"])
+def remat3(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """The flag that chooses between JAX's two checkpoints."""
+    before = jax.config.jax_remat3
+    jax.config.update("jax_remat3", request.param)
+    yield request.param
+    jax.config.update("jax_remat3", before)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("batch", [(), (2,)])
-def test_checkpoint_policies(policy: str, batch: tuple[int, ...], rng: np.random.Generator) -> None:
-    """Ours save of our products what JAX's save of lax's, and leave lax's alone."""
+def test_checkpoint_policies(policy: str, batch: tuple[int, ...], remat3: bool, rng: np.random.Generator) -> None:
+    """JAX's own, and others that know lax.dot_general only, save of our products what they save of lax's."""
     args = arrays(rng, (*batch, 8, 8), (*batch, 8, 8))
-    theirs = getattr(jax.checkpoint_policies, policy)
-    want = count_products("dot_general", jnp.matmul, theirs, *args)
-    assert want == 3 + (policy == "nothing_saveable" or (policy.startswith("dots_with") and bool(batch)))
-    ours = getattr(jax_nano.checkpoint_policies, policy, theirs)
-    assert count_products("jax_nano_dot_general", jax_nano.matmul, ours, *args) == want
-    assert count_products("dot_general", jnp.matmul, ours, *args) == want
+    chosen = POLICIES[policy]
+    saves = policy != "nothing_saveable" and not (batch and policy in NOT_BATCHED)
+    assert count_products("jax_nano_dot_general", jax_nano.matmul, chosen, *args) == 3 + (not saves)
+    want = count_products("dot_general", jnp.matmul, chosen, *args)
+    # The newer checkpoint of 0.10 asks of lax's products only the policies that it knows.
+    assert want == 3 + (not saves) or (remat3 and want == 4)
+    fun = jax.checkpoint(lambda a, b: jnp.sin(jax_nano.matmul(a, b)), policy=chosen)
+    got, exact = (
+        jax.jit(jax.grad(lambda a, b, f=f: f(a, b).sum(), (0, 1)))(*args)
+        for f in (fun, lambda a, b: jnp.sin(jnp.matmul(a, b)))
+    )
+    for x, y in zip(got, exact, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+
+
+NOT_BATCHED = {"dots_with_no_batch_dims_saveable", "offload", "of dimension numbers"}
+
+
+def test_a_policy_that_names_our_primitives(remat3: bool, rng: np.random.Generator) -> None:
+    args = arrays(rng, (8, 8), (8, 8))
+    ours = {jax_nano.dot_general_p, jax_nano.linear_p}
+    named = lambda primitive, *_, **__: primitive in ours  # noqa: E731
+    assert count_products("jax_nano_dot_general", jax_nano.matmul, named, *args) == 3
+    layer = partial(jax_nano.linear, activation="sigmoid")
+    assert count_products("jax_nano_linear", layer, named, *args) == 1 + remat3
+
+
+def test_policies_of_earlier_releases(rng: np.random.Generator) -> None:
+    args = arrays(rng, (8, 8), (8, 8))
+    ours = jax_nano.checkpoint_policies
+    for policy in (ours.dots_saveable, ours.extend(JAXS.dots_saveable), ours.checkpoint_dots_with_no_batch_dims):
+        assert count_products("jax_nano_dot_general", jax_nano.matmul, policy, *args) == 3
+        assert count_products("dot_general", jnp.matmul, policy, *args) == 3
+    assert callable(ours.offload_dot_with_no_batch_dims("device", "pinned_host"))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_checkpoint_policies_of_linear(policy: str, rng: np.random.Generator) -> None:
+def test_checkpoint_policies_of_linear(policy: str, remat3: bool, rng: np.random.Generator) -> None:
     args = arrays(rng, (8, 16), (16, 24))
-    ours = getattr(jax_nano.checkpoint_policies, policy, getattr(jax.checkpoint_policies, policy))
     layer = partial(jax_nano.linear, activation="sigmoid")
-    assert count_products("jax_nano_linear", layer, ours, *args) == 1 + (policy == "nothing_saveable")
+    # The newer checkpoint takes derivatives of what is computed again, and this one's slope is its result's.
+    again = policy == "nothing_saveable"
+    found = count_products("jax_nano_linear", layer, POLICIES[policy], *args)
+    assert found == 1 + again or (remat3 and found == 2)
+    plain = count_products("jax_nano_linear", jax_nano.linear, POLICIES[policy], *args)
+    assert plain == 1 + (policy == "nothing_saveable")
 
 
 def test_python_threads(rng: np.random.Generator) -> None:

@@ -1,0 +1,85 @@
+"""Acts when a module is imported, without importing it: what belongs to JAX's experimental parts waits for their users.
+
+Nothing but the standard library, because `import jax_nano` comes here before it knows whether there is a JAX.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, Final, TypeAlias
+
+Action: TypeAlias = Callable[[ModuleType], None]
+
+
+def when_imported(name: str, action: Action) -> None:
+    """Calls `action` with the module of that name: now if it has been imported, else when it will have been.
+
+    What the action raises is a RuntimeWarning: the import is somebody else's and goes on.
+    """
+    module = sys.modules.get(name)
+    spec = getattr(module, "__spec__", None)
+    if module is not None and not getattr(spec, "_initializing", False):
+        _act(module, [action])
+        return
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+    _finder.waiting.setdefault(name, []).append(action)
+
+
+def _act(module: ModuleType, actions: Sequence[Action]) -> None:
+    for action in actions:
+        try:
+            action(module)
+        except Exception as error:
+            text = f"jax_nano does not take part in {module.__name__}: {error!r}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+class _Finder(MetaPathFinder):
+    """Finds what is waited for by the other finders, and lets its loader act afterwards."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, list[Action]] = {}
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        actions = self.waiting.pop(name, None)
+        if actions is None:
+            return None
+        spec = importlib.util.find_spec(name)  # which does not find us again
+        if spec is None or spec.loader is None:
+            self.waiting[name] = actions
+            return spec
+        spec.loader = _Loader(spec.loader, actions)
+        return spec
+
+
+class _Loader(Loader):
+    """A module's own loader, and actions after it."""
+
+    def __init__(self, loader: Any, actions: list[Action]) -> None:
+        self._loader = loader
+        self._actions = actions
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        created: ModuleType | None = self._loader.create_module(spec)
+        return created
+
+    def exec_module(self, module: ModuleType) -> None:
+        spec = module.__spec__
+        assert spec is not None
+        module.__loader__ = spec.loader = self._loader
+        try:
+            self._loader.exec_module(module)
+        except BaseException:
+            _finder.waiting.setdefault(spec.name, []).extend(self._actions)
+            raise
+        _act(module, self._actions)
+
+
+_finder: Final = _Finder()
