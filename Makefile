@@ -24,7 +24,7 @@ SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format wheel bench bench-quick info kernel-table clean distclean
+.PHONY: help demo test fuzz lint format wheel bench bench-quick info kernel-table clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ demo: $(STAMPS)/examples  ## set up, run examples/digits.py (with ARGS) and exam
 
 test: $(STAMPS)/test  ## set up and run the tests
 	$(BIN)/pytest --numprocesses $(JOBS) $(ARGS)
+
+fuzz: $(STAMPS)/test  ## run random programs with and without acceleration (ARGS="--programs 1000 --gate both")
+	PYTHONPATH=tests $(BIN)/python -P -m fuzz --jobs $(JOBS) $(ARGS)
 
 lint: $(STAMPS)/test  ## check style, formatting and types
 	scripts/lint $(BIN)

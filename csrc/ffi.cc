@@ -83,13 +83,16 @@ struct Shape {
 };
 
 struct CachedPlan {
-  Shape shape;
-  Plan plan;
+  const Shape shape;
+  const Plans plans;
+
+  CachedPlan(Shape made_for, Plan shared, Plan alone)
+      : shape(std::move(made_for)), plans(std::move(shared), std::move(alone)) {}
 
   bool Fits(const ffi::AnyBuffer& lhs, const ffi::AnyBuffer& rhs, const ffi::AnyBuffer& out,
             const ffi::ThreadPool& pool) const {
     return shape.Matches(0, lhs) && shape.Matches(1, rhs) && shape.Matches(2, out) &&
-           (!plan.divisible || shape.threads == pool.num_threads());
+           (!plans.shared.divisible || shape.threads == pool.num_threads());
   }
 };
 
@@ -156,23 +159,26 @@ ffi::ErrorOr<std::unique_ptr<DotState>> InstantiateLinear(int64_t abi, Int64s lh
 
 std::unique_ptr<const CachedPlan> NewPlan(const DotState& state, const ffi::AnyBuffer* const (&buffers)[3],
                                           const ffi::ThreadPool& pool) {
-  auto entry = std::make_unique<CachedPlan>();
+  Shape shape;
   std::string names[3];
   Operand operands[3];
   for (int i = 0; i < 3; ++i) {
     const auto dims = buffers[i]->dimensions();
-    entry->shape.dtype[i] = buffers[i]->element_type();
-    entry->shape.dims[i].assign(dims.begin(), dims.end());
-    names[i] = DTypeName(entry->shape.dtype[i]);
-    operands[i] = {names[i], entry->shape.dims[i], state.labels[i]};
+    shape.dtype[i] = buffers[i]->element_type();
+    shape.dims[i].assign(dims.begin(), dims.end());
+    names[i] = DTypeName(shape.dtype[i]);
+    operands[i] = {names[i], shape.dims[i], state.labels[i]};
   }
-  entry->shape.threads = pool.num_threads();
-  entry->plan = MakePlan(operands[0], operands[1], operands[2], state.algorithm, SelectedTargets(),
-                         entry->shape.threads, HostCaches(), state.bias);
-  if (state.HasEpilogue() && !entry->plan.kernel->epilogue) {
+  shape.threads = pool.num_threads();
+  const auto plan_for = [&](int64_t threads) {
+    return MakePlan(operands[0], operands[1], operands[2], state.algorithm, SelectedTargets(), threads, HostCaches(),
+                    state.bias);
+  };
+  Plan shared = plan_for(shape.threads);
+  if (state.HasEpilogue() && !shared.kernel->epilogue) {
     throw std::invalid_argument("jax_nano linear: " + names[2] + " results have no epilogue");
   }
-  return entry;
+  return std::make_unique<const CachedPlan>(std::move(shape), std::move(shared), plan_for(1));
 }
 
 const CachedPlan& FindPlan(DotState& state, const ffi::AnyBuffer& lhs, const ffi::AnyBuffer& rhs,
@@ -196,7 +202,7 @@ ffi::Error Run(DotState& state, const Epilogue* epilogue, ffi::ThreadPool& pool,
                const ffi::AnyBuffer& rhs, const ffi::AnyBuffer& out) {
   try {
     const CachedPlan& entry = FindPlan(state, lhs, rhs, out, pool);
-    RunPlan(entry.plan, {lhs.untyped_data(), rhs.untyped_data(), out.untyped_data(), epilogue}, pool);
+    RunPlans(entry.plans, {lhs.untyped_data(), rhs.untyped_data(), out.untyped_data(), epilogue}, pool);
     return ffi::Error::Success();
   } catch (const std::invalid_argument& e) {
     return ffi::Error::InvalidArgument(e.what());

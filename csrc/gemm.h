@@ -1,11 +1,13 @@
-// Runs a plan on memory.
+// Runs plans on memory.
 #ifndef JAX_NANO_GEMM_H_
 #define JAX_NANO_GEMM_H_
 
 #include <cstdint>
+#include <utility>
 
 #include "parallel.h"
 #include "plan.h"
+#include "sharing.h"
 #include "workspace.h"
 
 namespace jax_nano {
@@ -25,17 +27,32 @@ void RunItem(const Plan& plan, const Buffers& buffers, void* sums, int64_t item)
 // Adds the sums of the pieces of k, in an order of their own, and finishes the result.
 void AddPieces(const Plan& plan, const Buffers& buffers, void* sums);
 
+// A plan for all threads of a pool and one for the caller alone, as a split adds some percent to a short call. Both
+// give the same bits.
+struct Plans {
+  Plans(Plan for_pool, Plan for_caller) : shared(std::move(for_pool)), alone(std::move(for_caller)) {}
+  Plans(Plan for_pool, Plan for_caller, sharing::Duration expected)
+      : shared(std::move(for_pool)), alone(std::move(for_caller)), pace(expected) {}
+
+  const Plan shared, alone;
+  mutable sharing::Pace pace{alone.expected};  // of `alone`
+};
+
 template <typename Pool>
-void RunPlan(const Plan& plan, const Buffers& buffers, Pool& pool) {
-  if (plan.empty) return;
-  void* const sums = SharedWorkspace(plan.shared_bytes());
-  const int64_t items = plan.items();
-  if (items == 1) {
-    RunItem(plan, buffers, sums, 0);
+void RunPlans(const Plans& plans, const Buffers& buffers, Pool& pool) {
+  const Plan &shared = plans.shared, &alone = plans.alone;
+  if (shared.empty) return;
+  void* const sums = SharedWorkspace(shared.shared_bytes());
+  const auto run_alone = [&] {
+    for (int64_t item = 0; item < alone.items(); ++item) RunItem(alone, buffers, sums, item);
+  };
+  if (shared.items() == 1) {
+    run_alone();
   } else {
-    ParallelFor(pool, items, [&](int64_t item) { RunItem(plan, buffers, sums, item); });
+    ParallelFor(pool, shared.items(), plans.pace, run_alone,
+                [&](int64_t item) { RunItem(shared, buffers, sums, item); });
   }
-  if (plan.k_pieces > 1) AddPieces(plan, buffers, sums);
+  if (shared.k_pieces > 1) AddPieces(shared, buffers, sums);
 }
 
 }  // namespace jax_nano

@@ -20,6 +20,7 @@
 #include "private_pool.h"
 #include "registry.h"
 #include "select.h"
+#include "sharing.h"
 #include "standby.h"
 #include "workspace.h"
 
@@ -234,14 +235,17 @@ nb::dict ExplainPlan(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_l
   return PlanDict(spec.MakePlanFor(TargetsFor(target), threads, sizes));
 }
 
-// Runs one plan on all sets of buffers in turn, `trips` times; returns the seconds, without planning.
-double RunOften(const CallSpec& spec, int64_t threads, const std::vector<Buffers>& sets, int64_t trips) {
+// Runs one plan on all sets of buffers in turn, `trips` times; returns the seconds, without planning. With `share`, all
+// threads take part in every call.
+double RunOften(const CallSpec& spec, int64_t threads, const std::vector<Buffers>& sets, int64_t trips, bool share) {
   const nb::gil_scoped_release release;
-  const Plan plan = spec.MakePlanFor(SelectedTargets(), threads, HostCaches());
+  const auto plan_for = [&](int64_t n) { return spec.MakePlanFor(SelectedTargets(), n, HostCaches()); };
+  const Plan shared = plan_for(threads), alone = plan_for(1);
+  const Plans plans(shared, alone, share ? sharing::Pace::kEndless : alone.expected);
   PrivatePool pool(threads);
   const auto start = std::chrono::steady_clock::now();
   for (int64_t trip = 0; trip < trips; ++trip) {
-    for (const Buffers& set : sets) RunPlan(plan, set, pool);
+    for (const Buffers& set : sets) RunPlans(plans, set, pool);
   }
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
@@ -254,11 +258,14 @@ void Dot(uintptr_t lhs, uintptr_t rhs, uintptr_t out, Ints lhs_shape, Ints rhs_s
          Ints out_labels, std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads,
          std::string algorithm) {
   RunOften({lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels, lhs_dtype, rhs_dtype, out_dtype, algorithm},
-           threads, {BuffersAt(lhs, rhs, out)}, 1);
+           threads, {BuffersAt(lhs, rhs, out)}, 1, true);
 }
 
 // A set of buffers: addresses of the operands and of the result.
 using BufferRows = nb::ndarray<const uintptr_t, nb::shape<-1, 3>, nb::c_contig, nb::device::cpu>;
+
+sharing::Duration Ns(int64_t ns) { return sharing::Duration(ns); }
+sharing::Time At(int64_t ns) { return sharing::Time(Ns(ns)); }
 
 // For benchmarks of the kernels alone.
 double TimeDot(const BufferRows& rows, int64_t trips, Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels,
@@ -268,7 +275,7 @@ double TimeDot(const BufferRows& rows, int64_t trips, Ints lhs_shape, Ints rhs_s
   for (size_t i = 0; i < rows.shape(0); ++i) sets.push_back(BuffersAt(rows(i, 0), rows(i, 1), rows(i, 2)));
   return RunOften(
       {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels, lhs_dtype, rhs_dtype, out_dtype, algorithm}, threads,
-      sets, trips);
+      sets, trips, false);
 }
 
 const KernelInfo& KernelNamed(std::string_view name) {
@@ -416,6 +423,26 @@ NB_MODULE(_runtime, m) {
   m.def("call_many", &CallKernelOften, "kernel_name"_a, "rows"_a.noconvert());
   m.def("workspace_bytes", &WorkspaceHighWater);
   m.def("handed_jobs", &standby::HandedJobs);
+  nb::class_<sharing::Pace>(m, "Pace")
+      .def(
+          "__init__", [](sharing::Pace* self, int64_t guess) { new (self) sharing::Pace(Ns(guess)); }, "guess"_a)
+      .def_prop_ro("alone", [](const sharing::Pace& self) { return self.alone().count(); })
+      .def("saw", [](sharing::Pace& self, int64_t alone) { self.Saw(Ns(alone)); }, "alone"_a);
+  nb::class_<sharing::Ledger>(m, "Ledger")
+      .def(nb::init<>())
+      .def(
+          "may_wake",
+          [](sharing::Ledger& self, int64_t wanted, int64_t alone, int64_t now) {
+            return self.MayWake(wanted, Ns(alone), At(now));
+          },
+          "wanted"_a, "alone"_a, "now"_a)
+      .def(
+          "is_open", [](const sharing::Ledger& self, int64_t now) { return self.Open(At(now)); }, "now"_a)
+      .def("paid", &sharing::Ledger::Paid)
+      .def(
+          "lost", [](sharing::Ledger& self, int64_t now) { self.Lost(At(now)); }, "now"_a)
+      .def_prop_ro("losses", &sharing::Ledger::losses);
+  m.def("share_every_call", &sharing::ShareEveryCall, "on"_a);
 }
 
 }  // namespace jax_nano

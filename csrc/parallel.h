@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "sharing.h"
 #include "standby.h"
 
 namespace jax_nano {
@@ -65,14 +66,14 @@ class Share {
 // through: so a call that is repeated finds most of its operands and of its result where the last one left them, in
 // the same core's caches.
 struct ForkJoin {
-  ForkJoin(int64_t n, int64_t threads) : items(n), shares(static_cast<size_t>(threads)) {
+  ForkJoin(int64_t n, int64_t threads, sharing::Time now) : items(n), begin(now), shares(static_cast<size_t>(threads)) {
     for (int64_t t = 0; t < threads; ++t) {
       shares[static_cast<size_t>(t)].Set(n * t / threads, n * (t + 1) / threads);
     }
   }
 
   const int64_t items;
-  const std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
+  const sharing::Time begin;
   const int caller_cpu = sched_getcpu();
   const unsigned caller_modes = _mm_getcsr();  // of rounding and of subnormals
   std::vector<Share> shares;                   // one for each thread, the caller's first
@@ -80,14 +81,20 @@ struct ForkJoin {
   std::atomic<bool> failed = false;
   std::exception_ptr error;  // of the item that set `failed`; read after `done` reached `items`
 
-  // Runs items until none is left to claim, beginning with this thread's own.
+  // Runs items until none is left to claim, beginning with this thread's own; returns how many.
   template <typename Run>
-  void Drain(size_t thread, Run* run) {
-    for (int64_t i; (i = shares[thread].ClaimFirst()) >= 0;) RunClaimed(i, run);
+  int64_t Drain(size_t thread, Run* run) {
+    int64_t ran = 0;
+    const auto run_claimed = [&](int64_t item) {
+      RunClaimed(item, run);
+      ++ran;
+    };
+    for (int64_t i; (i = shares[thread].ClaimFirst()) >= 0;) run_claimed(i);
     for (size_t other = 1; other < shares.size(); ++other) {
       Share& share = shares[(thread + other) % shares.size()];
-      for (int64_t i; (i = share.ClaimLast()) >= 0;) RunClaimed(i, run);
+      for (int64_t i; (i = share.ClaimLast()) >= 0;) run_claimed(i);
     }
+    return ran;
   }
 
   // `run` is only used for an item that was claimed, while the caller is still waiting for it.
@@ -105,53 +112,74 @@ struct ForkJoin {
 
   // A helper's share. It stands by for as long as the call took: waiting never costs more than it could save.
   template <typename Run>
-  std::chrono::nanoseconds Help(size_t thread, Run* run) {
+  standby::Help Assist(size_t thread, Run* run) {
     standby::LeaveCpu(caller_cpu);
     const unsigned modes = _mm_getcsr();
     _mm_setcsr(caller_modes);
-    Drain(thread, run);
+    const int64_t ran = Drain(thread, run);
     _mm_setcsr(modes);
-    return std::min<std::chrono::nanoseconds>(kPatience, std::chrono::steady_clock::now() - begin);
+    return {ran > 0, std::min<sharing::Duration>(kPatience, sharing::Clock::now() - begin)};
   }
 
+  bool IsDone() const { return done.load(std::memory_order_acquire) == items; }
+
   void Wait() {
-    if (standby::SpinUntil(kPatience, [&] { return done.load(std::memory_order_acquire) == items; })) return;
+    if (standby::SpinUntil(kPatience, false, [&] { return IsDone(); }) == standby::Waited::kDone) return;
     for (int64_t d; (d = done.load(std::memory_order_acquire)) != items;) done.wait(d);
   }
 };
 
 }  // namespace internal
 
-// Calls run(i) for every i in [0, items), on the calling thread and on up to pool.num_threads() - 1 tasks of
-// the pool; returns when all are done and rethrows the first exception.
+// Calls run(i) for every i in [0, items), on the calling thread and on up to pool.num_threads() - 1 others, or calls
+// alone(), which does the same work on the calling thread: what sharing.h says. Returns when all is done and rethrows
+// the first exception. `pace` is of all calls with this work.
 //
 // XLA may run the caller on a worker of this very pool. Waiting for a scheduled task to *start* would then
 // deadlock as soon as every worker does so; therefore the caller works too and waits only for items that
 // some running thread has claimed.
 //
-// Helpers stand by for a moment afterwards (standby.h), of which the next call, of any pool, makes use.
-//
 // Pool: `void Schedule(F&&)` and `int64_t num_threads()`, as xla::ffi::ThreadPool has them.
-template <typename Pool, typename Run>
-void ParallelFor(Pool& pool, int64_t items, Run run) {
+template <typename Pool, typename Alone, typename Run>
+void ParallelFor(Pool& pool, int64_t items, sharing::Pace& pace, Alone alone, Run run) {
+  using sharing::Clock;
+  sharing::Ledger& ledger = sharing::TheLedger();
   const int64_t helpers = std::min(pool.num_threads(), items) - 1;
-  if (helpers < 1) {
-    for (int64_t i = 0; i < items; ++i) run(i);
+  if (helpers < 1) return alone();
+  const sharing::Time begin = Clock::now();
+  const sharing::Duration takes = pace.alone();
+  int64_t to_wake = standby::Waiting() > 0 ? 0 : ledger.MayWake(helpers, takes, begin);
+  if (to_wake == 0 && standby::Waiting() == 0) {
+    alone();
+    pace.Saw(Clock::now() - begin);
     return;
   }
-  auto state = std::make_shared<internal::ForkJoin>(items, helpers + 1);
+  auto state = std::make_shared<internal::ForkJoin>(items, helpers + 1, begin);
   try {
-    bool standing_by = true;
-    for (int64_t h = 1; h <= helpers; ++h) {
-      const standby::Job help = [state, h, run_here = &run] { return state->Help(static_cast<size_t>(h), run_here); };
-      standing_by = standing_by && standby::Hand(help);
-      if (!standing_by) pool.Schedule([help] { standby::Serve(help); });
+    const auto job = [&](int64_t helper) -> standby::Job {
+      return [state, helper, run_here = &run] { return state->Assist(static_cast<size_t>(helper), run_here); };
+    };
+    int64_t helper = 1;
+    if (to_wake == 0) {
+      while (helper <= helpers && standby::Hand(job(helper))) ++helper;
+      to_wake = ledger.MayWake(helpers + 1 - helper, takes, begin);
+    }
+    const bool trial = takes < sharing::kLong;
+    for (; to_wake > 0; --to_wake, ++helper) {
+      pool.Schedule([help = job(helper), trial] { standby::Serve(help, trial); });
     }
   } catch (...) {
     // No memory for another task. Those that exist may be using `run` already: carry on with them.
   }
-  state->Drain(0, &run);
-  state->Wait();
+  const int64_t ran = state->Drain(0, &run);
+  const sharing::Time through = Clock::now();
+  if (!state->IsDone()) {
+    state->Wait();
+    // Longer than all items would have taken the caller?
+    const sharing::Time now = Clock::now();
+    if ((now - begin) * ran > (through - begin) * items) ledger.Lost(now);
+  }
+  if (ran > 0) pace.Saw((through - begin) * items / ran);
   if (state->failed.load()) std::rethrow_exception(state->error);
 }
 

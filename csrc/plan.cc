@@ -77,7 +77,9 @@ constexpr int64_t kMaxPieces = 16;
 constexpr int64_t kPieceUnit = 64;  // where k is not in blocks: of lines of bytes
 
 // Splitting over threads.
-constexpr int64_t kMinItemMacs = 128 << 10;  // about 2 us at peak: less is not worth waking a thread
+constexpr int64_t kMinItemMacs = 128 << 10;  // less is not worth handing to another thread
+constexpr double kMinItemNs = 2000;          // what so much takes, about
+constexpr double kLongestNs = 1e18;
 constexpr int64_t kItemsPerThread = 4;       // at most: more balance better and pack more often
 constexpr int64_t kFineItemsPerThread = 16;  // where nothing is packed
 // Where few rows of A meet a large B that is not packed: memory brings long pieces of its rows faster. Two cores, f32,
@@ -355,6 +357,8 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
   for (const Loop& loop : plan.k_outer) passes *= loop.size;
   const int64_t all_k = args.k * passes;
   plan.divisible = WorthSplitting(plan.products, args.m, args.n, all_k);
+  const double ns = FullItems(plan.products, args.m, args.n, all_k) * kMinItemNs;
+  plan.expected = std::chrono::nanoseconds(static_cast<int64_t>(std::min(ns, kLongestNs)));
   ChooseSums(kernel, passes, args);
   plan.k_unit = KUnit(args);
   plan.k_pieces = ChooseKPieces(kernel, plan.products, args, passes);

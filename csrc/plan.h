@@ -3,6 +3,7 @@
 #ifndef JAX_NANO_PLAN_H_
 #define JAX_NANO_PLAN_H_
 
+#include <chrono>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -45,8 +46,9 @@ struct Plan {
   int64_t k_pieces = 1, k_unit = 1;
   int64_t rs_sums = 0, sums_bytes = 0;  // of one piece's sums of one product: elements between rows, bytes in all
 
-  int64_t products = 1;    // outer sizes times args.batch: independent products of m x n x k
-  bool divisible = false;  // large enough to be split, if there are threads
+  int64_t products = 1;                  // outer sizes times args.batch: independent products of m x n x k
+  bool divisible = false;                // large enough to be split, if there are threads
+  std::chrono::nanoseconds expected{0};  // on one thread, roughly: for as long as nobody has seen how long it takes
   Split split;
   int64_t a_pack_bytes = 0, b_pack_bytes = 0, partial_bytes = 0;  // workspace of one thread
 

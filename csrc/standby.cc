@@ -2,7 +2,6 @@
 
 #include <immintrin.h>
 #include <sched.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -12,25 +11,20 @@
 namespace jax_nano::standby {
 namespace {
 
-using Clock = std::chrono::steady_clock;
+using sharing::Clock;
 
 // A pool gets its thread back after this time, however many jobs come: it has other work to do too.
 constexpr std::chrono::milliseconds kLongestService{10};
 constexpr int kPauses = 16;  // between two looks at the clock
-
-// Moves a thread, 0 for the calling one, from this CPU to another that it may use.
-void Move(pid_t thread, int cpu) {
-  cpu_set_t allowed;
-  if (sched_getaffinity(thread, sizeof allowed, &allowed) != 0) return;
-  cpu_set_t others = allowed;
-  CPU_CLR(static_cast<unsigned>(cpu), &others);
-  if (CPU_COUNT(&others) == 0 || sched_setaffinity(thread, sizeof others, &others) != 0) return;
-  sched_setaffinity(thread, sizeof allowed, &allowed);
-}
+// Looks are 1 us apart; interrupts of the kernel and of a hypervisor take some us, another thread at least as long as
+// it takes to switch to it and back.
+constexpr std::chrono::microseconds kDisturbance{20};
+// Where the caller runs, a yield takes as long as its turn: these are milliseconds, in which the scheduler balances its
+// queues. Where the caller sleeps it takes no time, and nor do these.
+constexpr int kYields = 8;
 
 // Where one thread waits; on its stack.
 struct Seat {
-  const pid_t thread = gettid();
   std::atomic<int> cpu = sched_getcpu();
   Job job;
   std::atomic<bool> has_job = false;
@@ -67,22 +61,25 @@ class Room {
   }
 
   bool Hand(const Job& job) {
-    if (taken_.load(std::memory_order_relaxed) == 0) return false;
+    if (waiting() == 0) return false;
     const std::lock_guard lock(mutex_);
-    const size_t taken = taken_.load(std::memory_order_relaxed);
-    if (taken == 0) return false;
-    Seat* seat = seats_[taken - 1];  // the one that came last: its caches are warmest
-    seat->job = job;
-    taken_.store(taken - 1, std::memory_order_relaxed);
-    handed_.fetch_add(1, std::memory_order_relaxed);
-    // A thread that has yielded this very CPU would wait in its queue for as long as the caller works: nothing wakes
-    // it, so nothing looks for an idle CPU. Under the lock, so that the thread and its seat still exist.
-    const int here = sched_getcpu();
-    if (seat->cpu.load(std::memory_order_relaxed) == here) Move(seat->thread, here);
-    seat->has_job.store(true, std::memory_order_release);
-    return true;
+    const int here = sharing::SharesEveryCall() ? -1 : sched_getcpu();
+    // The one that came last: its caches are warmest. One that has yielded this very CPU waits for the caller.
+    for (size_t i = taken_.load(std::memory_order_relaxed); i-- > 0;) {
+      Seat* const seat = seats_[i];
+      if (seat->cpu.load(std::memory_order_relaxed) == here) continue;
+      const auto at = seats_.begin() + static_cast<int64_t>(i);
+      std::copy(at + 1, seats_.begin() + taken_.load(std::memory_order_relaxed), at);
+      taken_.fetch_sub(1, std::memory_order_relaxed);
+      handed_.fetch_add(1, std::memory_order_relaxed);
+      seat->job = job;
+      seat->has_job.store(true, std::memory_order_release);
+      return true;
+    }
+    return false;
   }
 
+  size_t waiting() const { return taken_.load(std::memory_order_relaxed); }
   int64_t handed() const { return handed_.load(std::memory_order_relaxed); }
 
  private:
@@ -107,44 +104,72 @@ Room& TheRoom() {
 
 }  // namespace
 
+int64_t Waiting() { return static_cast<int64_t>(TheRoom().waiting()); }
+
 bool Hand(const Job& job) { return TheRoom().Hand(job); }
 
 int64_t HandedJobs() { return TheRoom().handed(); }
 
-void Serve(const Job& job) noexcept {
-  const Clock::time_point end = Clock::now() + kLongestService;
-  std::chrono::nanoseconds patience = job();
-  if (!TheRoom().LetIn()) return;
+void Serve(const Job& job, bool trial) noexcept {
+  sharing::Ledger& ledger = sharing::TheLedger();
+  const int64_t losses = ledger.losses();
+  const bool whatever_happens = sharing::SharesEveryCall();
+  sharing::Duration patience = job().patience;
+  sharing::Time now = Clock::now();
+  const sharing::Time end = now + kLongestService;
+  if (!(trial || whatever_happens || ledger.Open(now)) || !TheRoom().LetIn()) return;
   Seat seat;
-  while (Clock::now() < end) {
+  bool useful = false, disturbed = false;
+  while (now < end && (whatever_happens || (!disturbed && ledger.losses() == losses))) {
     TheRoom().Enter(&seat);
-    const bool handed = SpinUntil(patience, [&] {
+    if (whatever_happens) patience = end - now;
+    const Waited waited = SpinUntil(patience, !whatever_happens, [&] {
       seat.cpu.store(sched_getcpu(), std::memory_order_relaxed);
       return seat.has_job.load(std::memory_order_acquire);
     });
-    if (!handed && TheRoom().Leave(&seat)) break;
+    disturbed = waited == Waited::kDisturbed;
+    if (waited != Waited::kDone && TheRoom().Leave(&seat)) break;
     // Handed under the room's lock: a seat that cannot leave has its job.
-    patience = seat.job();
+    const Help help = seat.job();
+    useful = useful || help.useful;
+    patience = help.patience;
     seat.job = nullptr;
     seat.has_job.store(false, std::memory_order_relaxed);
+    now = Clock::now();
   }
   TheRoom().Go();
+  if (useful && !disturbed && ledger.losses() == losses) {
+    ledger.Paid();
+  } else {
+    ledger.Lost(Clock::now());
+  }
 }
 
-bool SpinUntil(std::chrono::nanoseconds patience, const std::function<bool()>& is_done) {
-  const Clock::time_point end = Clock::now() + patience;
+Waited SpinUntil(sharing::Duration patience, bool leave, const std::function<bool()>& is_done) {
+  sharing::Time last = Clock::now();
+  const sharing::Time end = last + patience;
+  int cpu = sched_getcpu();
   for (;;) {
     for (int i = 0; i < kPauses; ++i) {
-      if (is_done()) return true;
+      if (is_done()) return Waited::kDone;
       _mm_pause();
     }
-    if (Clock::now() >= end) return is_done();
+    const sharing::Time now = Clock::now();
+    const int here = sched_getcpu();
+    // A thread that was moved has a CPU of its own again.
+    const bool disturbed = leave && now - last > kDisturbance && here == cpu;
+    if (disturbed || now >= end) {
+      if (is_done()) return Waited::kDone;
+      return disturbed ? Waited::kDisturbed : Waited::kTooLong;
+    }
+    last = now;
+    cpu = here;
     sched_yield();
   }
 }
 
 void LeaveCpu(int cpu) {
-  if (sched_getcpu() == cpu) Move(0, cpu);
+  for (int i = 0; i < kYields && sched_getcpu() == cpu; ++i) sched_yield();
 }
 
 }  // namespace jax_nano::standby

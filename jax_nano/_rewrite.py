@@ -2,9 +2,10 @@
 
 XLA hands over a module that it has simplified, partitioned and fused. A product is there a `dot`, or a fusion of
 nothing but a dot (a library's: YNNPACK, oneDNN) and what brings its operands into shape (a loop, for products with a
-vector). Each becomes one custom call. Its labels describe operands and result as they lie in memory: in whatever layout
-XLA chose, and before or after the copies that XLA made for its own kernels. The loop after a product becomes a part of
-the call if an epilogue does the same.
+vector). Others are made so first: `_fusions` takes them out of what they are fused with, `_inner_products` finds them
+in sums of products. Each becomes one custom call. Its labels describe operands and result as they lie in memory: in
+whatever layout XLA chose, and before or after the copies that XLA made for its own kernels. The loop after a product
+becomes a part of the call if an epilogue does the same. Those that stay are in the report as well, with the reason.
 
 Whatever is not understood stays as it was. What has no kernel stays too, and so does what the decline gate declines.
 """

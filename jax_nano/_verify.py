@@ -25,10 +25,11 @@ class Invalid(Exception):
 def check(module: Module, program_shape: Sequence[Any]) -> None:
     """Raises Invalid if XLA would reject a module, or its `program_shape()` is another one."""
     seen: dict[int, Computation] = {}
+    names: set[str] = set()  # of the whole module's instructions
     for computation in module.computations:
         if computation.id in seen:
             raise Invalid(f"two computations have the id {computation.id}")
-        _check_computation(computation, seen)
+        _check_computation(computation, seen, names)
         seen[computation.id] = computation
     if module.entry_id not in seen:
         raise Invalid("there is no entry computation")
@@ -41,13 +42,12 @@ def check(module: Module, program_shape: Sequence[Any]) -> None:
         raise Invalid("the program has other parameters or another result")
 
 
-def _check_computation(computation: Computation, callees: Mapping[int, Computation]) -> None:
+def _check_computation(computation: Computation, callees: Mapping[int, Computation], names: set[str]) -> None:
     by_id: dict[int, Instruction] = {}
-    names: set[str] = set()
     numbers = []
     for x in computation.instructions:
         if x.id in by_id or x.name in names:
-            raise Invalid(f"two instructions of {computation.name} have the id {x.id} or the name {x.name}")
+            raise Invalid(f"another instruction than one of {computation.name} has the id {x.id} or the name {x.name}")
         for operand in (*x.operand_ids, *x.control_predecessor_ids):
             if operand not in by_id:
                 raise Invalid(f"{x.name} stands before its operand {operand}, or has none of that id")

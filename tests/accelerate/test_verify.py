@@ -54,6 +54,11 @@ def same_id_twice(module: Module) -> None:
     computation.instructions[1].id = computation.instructions[0].id
 
 
+def name_of_an_instruction_elsewhere(module: Module) -> None:
+    first, last = module.computations[0].instructions[0], instruction(module, "custom-call")
+    last.name = first.name
+
+
 def fusion_of_another_shape(module: Module) -> None:
     instruction(module, "fusion").shape.element_type = 2
 
@@ -106,6 +111,7 @@ BREACHES: list[Callable[[Module], None]] = [
     call_before_its_operands,
     missing_operand,
     same_id_twice,
+    name_of_an_instruction_elsewhere,
     fusion_of_another_shape,
     fusion_with_another_operand,
     call_with_another_layout,
