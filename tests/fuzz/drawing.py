@@ -55,6 +55,8 @@ class Drawing:
         self.dtype = "float64" if self.x64 else str(rng.choice(FLOATS, p=(0.35, 0.4, 0.25)))
         self.mode = str(rng.choice(["pmap", "sharded", "jit"], p=[0.4, 0.3, 0.3])) if kind == "parallel" else "jit"
         self.dims = self._dims()
+        self.forward = False
+        """Whether what is added is differentiated forward, which nothing with its own backward pass can be."""
 
     def _dims(self) -> list[int]:
         """Few sizes, so that arrays of a program fit each other."""
@@ -72,6 +74,7 @@ class Drawing:
         chances = [p for p, _ in pools]
         dims = [pools[rng.choice(len(pools), p=chances)][1]() for _ in range(int(rng.integers(2, 5)))]
         if self.kind == "parallel":
+            dims = [max(n, 1) for n in dims]
             dims[0] = 4 * int(rng.integers(1, 9))
         return dims
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .drawing import LARGE, MAX_COUNT, Scope
+from .drawing import FLOATS, LARGE, MAX_COUNT, Scope
 from .program import Block, Statement, Value
 from .updates import Updates
 
@@ -130,6 +130,66 @@ class Functions(Updates):
         scope.statements.append(Statement(tuple(after), text, (*start, trips), (body,)))
         scope.values += after
 
+    def stationary(self, scope: Scope) -> None:
+        """A loop around products with weights that it does not change, which XLA may convert in front of it."""
+        b, n = max(1, min(self.dim(), 24)), max(1, self.dim())
+        dtype = self.choose((*FLOATS[1:], self.dtype))
+        x = self.need(scope, (b, n), dtype)
+        count = int(self.rng.integers(1, 4))
+        weights = [self.need(scope, (n, n), dtype, n**-0.5, reuse=0.4) for _ in range(count)]
+        if self.chance(0.3):
+            weights[0] = self.activation(scope, weights[0])
+        if self.chance(0.2):
+            w = self.need(scope, (n, n), "int8")
+            weights.append(self.emit(scope, f"{{0}}.astype(jnp.{dtype}) * 0.01", [w], (n, n), dtype, n**-0.5))
+        carry, start = [self.renamed(x)], [x]
+        carries_weights = self.chance(0.4)
+        inner = Scope(scope, carry)
+        if carries_weights:
+            start += weights
+            carry += [self.renamed(w) for w in weights]
+            used = carry[1:]
+        else:
+            used = weights
+        h = self._steps(inner, carry[0], used)
+        if self.chance(0.2) and scope.depth < 2:
+            depth_carry = self.renamed(h)
+            deep = Scope(inner, [depth_carry])
+            last = self._steps(deep, depth_carry, used)
+            i = Value(self.name(), (), "int32")
+            body = Block((i, depth_carry), tuple(deep.statements), (last,))
+            after = self.renamed(h)
+            inner.statements.append(Statement((after,), "lax.fori_loop(0, 2, {f0}, {0})", (h,), (body,)))
+            h = after
+        following = [h, *carry[1:]]
+        if carries_weights and self.chance(0.2):  # one of them is changed after all
+            following[1] = self.updated(inner, carry[1])
+        body = Block(
+            (tuple(carry), Value(self.name(), (), "int32")),
+            tuple(inner.statements),
+            tuple(following),
+            f"({'{}, ' * len(following)}), None",
+        )
+        after = tuple(self.renamed(v) for v in start)
+        first = ", ".join(f"{{{i}}}" for i in range(len(start)))
+        text = f"lax.scan({{f0}}, ({first},), None, length={int(self.rng.integers(1, 5))})[0]"
+        scope.statements.append(Statement(after, text + ("[0]" if len(after) == 1 else ""), tuple(start), (body,)))
+        scope.values += after
+        if self.chance(0.5):  # what it read is read or updated later
+            w = weights[0]
+            d = self.updated(scope, w) if self.chance(0.6) else w
+            self.emit(scope, "{0} @ {1}", [after[0], d], (b, n), dtype, after[0].size)
+
+    def _steps(self, scope: Scope, h: Value, weights: Sequence[Value]) -> Value:
+        for w in weights:
+            text = self.choose(("{0} @ {1}", "{0} @ {1}.T", 'jnp.einsum("ab,cb->ac", {0}, {1})', "({1} @ {0}.T).T"))
+            h = self.emit(scope, text, [h, w], h.shape, h.dtype, h.size)
+            if self.chance(0.3):
+                h = self.emit(scope, "{0} + {1} @ {2}", [h, h, w], h.shape, h.dtype, h.size)
+            if self.chance(0.5):
+                h = self.activation(scope, h)
+        return self.emit(scope, "jnp.tanh({0})", [h], h.shape, h.dtype)
+
     def nested(self, scope: Scope) -> None:
         forms = (
             (1.0, self.cond), (0.6, self.switch), (1.0, self.remat), (0.5, self.inner_jit), (2.2, self.grad),
@@ -230,7 +290,9 @@ class Functions(Updates):
     def jvp(self, scope: Scope) -> None:
         given = self.carried(scope)[:1]
         tangent = self.need(scope, given[0].shape, given[0].dtype)
+        self.forward, before = True, self.forward
         body = self.scalar_function(scope, given)
+        self.forward = before
         results = (self.renamed(body.results[0]), self.renamed(body.results[0]))
         scope.statements.append(Statement(results, "jax.jvp({f0}, ({0},), ({1},))", (given[0], tangent), (body,)))
         scope.values += results

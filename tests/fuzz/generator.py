@@ -24,7 +24,7 @@ _WEIGHTS: Final[dict[str, dict[str, float]]] = {
     "layers": {"layer": 6, "product": 2, "elementwise": 1, "move": 1.5, "norm": 1, "reduction": 1, "nested": 0.5},
     "products": {"product": 6, "move": 4, "elementwise": 1.5, "reduction": 1.5, "layer": 1},
     "updates": {"update": 5, "product": 3, "elementwise": 2, "move": 1.5, "layer": 1, "loop": 0.7},
-    "loops": {"loop": 3, "product": 2, "layer": 1.5, "elementwise": 1, "move": 1, "update": 1},
+    "loops": {"loop": 2, "stationary": 2, "product": 2, "layer": 1.5, "elementwise": 1, "move": 1, "update": 1},
     "small": {"loop": 3, "product": 2.5, "layer": 1, "elementwise": 1, "nested": 1, "move": 1},
     "reductions": {
         "product": 3, "reduction": 4, "norm": 2, "attention": 1.5, "convolution": 0.8, "elementwise": 1, "move": 1,
@@ -32,10 +32,10 @@ _WEIGHTS: Final[dict[str, dict[str, float]]] = {
     "transforms": {
         "nested": 3, "layer": 2, "product": 1.5, "elementwise": 1, "move": 1, "reduction": 1, "convolution": 0.3,
     },
-    "decoding": {"cache": 2.5, "layer": 2, "norm": 1, "loop": 1, "product": 1, "move": 0.7},
+    "decoding": {"cache": 2.5, "layer": 2, "norm": 1, "loop": 1, "stationary": 1, "product": 1, "move": 0.7},
     "mixed": {
         "layer": 2, "product": 2, "move": 2, "elementwise": 1.5, "reduction": 1, "norm": 0.5, "update": 1.5,
-        "loop": 1, "nested": 1.5, "attention": 0.4, "cache": 0.4, "convolution": 0.3,
+        "loop": 1, "nested": 1.5, "attention": 0.4, "cache": 0.4, "convolution": 0.3, "stationary": 0.5,
     },
     "parallel": {"layer": 2, "product": 2, "move": 1, "reduction": 1, "nested": 0.5, "sharded": 1.5, "update": 0.7},
 }  # fmt: skip
@@ -98,9 +98,9 @@ class _Generator(Functions):
             "layer": self.layer, "product": self.product, "elementwise": self.elementwise, "move": self.move,
             "norm": self.norm, "reduction": self.reduction, "update": self.update, "loop": self.loop,
             "nested": self.nested, "attention": self.attention, "cache": self.cache, "sharded": self.over_devices,
-            "convolution": self.convolution,
+            "convolution": self.convolution, "stationary": self.stationary,
         }  # fmt: skip
-        names = [x for x in weights if scope.depth < 2 or x not in ("loop", "nested", "sharded")]
+        names = [x for x in weights if scope.depth < 2 or x not in ("loop", "nested", "sharded", "stationary")]
         p = np.array([weights[x] for x in names])
         for _ in range(count):
             groups[str(self.rng.choice(names, p=p / p.sum()))](scope)

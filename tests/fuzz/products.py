@@ -162,7 +162,9 @@ class Products(Drawing):
 
     def of_bytes(self, scope: Scope) -> Value:
         """Integers, exactly, then scaled; or weights that are integers."""
-        form = self.rng.integers(6)
+        form = self.rng.integers(7)
+        if form == 6:
+            return self.of_integer_vectors(scope)
         if form == 5:
             return self.quantized(scope)
         if form == 4:
@@ -196,6 +198,24 @@ class Products(Drawing):
             scope, f"{{0}}.astype(jnp.{self.dtype}) * 1e-3", [y], shape, self.dtype, 5 * math.sqrt(a.shape[-1])
         )
 
+    def of_integer_vectors(self, scope: Scope) -> Value:
+        """Which XLA adds up in steps, if they are long."""
+        n = int(self.choose(("40", "700", "1024", "5000", "33000")))
+        a_type, b_type = (self.choose(("int8", "uint8", "int16")) for _ in range(2))
+        a, b = self.need(scope, (n,), a_type), self.need(scope, (n,), b_type)
+        form = self.rng.integers(4)
+        if form == 0:
+            return self.emit(scope, "jnp.sum({0}.astype(jnp.int32) * {1}.astype(jnp.int32))", [a, b], (), "int32")
+        if form == 1:
+            text = "lax.dot_general({0}, {1}, (((0,), (0,)), ((), ())), preferred_element_type=jnp.int32)"
+            return self.emit(scope, text, [a, b], (), "int32")
+        if form == 2:
+            c = self.need(scope, (n,), "int32")
+            return self.emit(scope, "jnp.vdot({0}.astype(jnp.int32), {1}) + {1}[0]", [a, c], (), "int32")
+        rows = self.emit(scope, "{0}.reshape(2, -1)", [a], (2, n // 2), a_type)
+        text = f"jnp.sum({{0}}.astype(jnp.int32) * {{1}}[:{n // 2}].astype(jnp.int32), axis=1)"
+        return self.emit(scope, text, [rows, b], (2,), "int32")
+
     def quantized(self, scope: Scope) -> Value:
         """Rounded to bytes with a scale for each row, multiplied, and scaled back."""
         x = self.array(scope)
@@ -219,6 +239,8 @@ class Products(Drawing):
         return self.emit(scope, "{0} @ {1}", [x, w], (*x.shape[:-1], n), dtype, x.size * math.sqrt(k) * 0.5)
 
     def custom(self, scope: Scope) -> Value:
+        if self.forward:
+            return self.matmul(scope)
         x = self.array(scope)
         k, n = x.shape[-1], self.columns(x.count)
         w = self.need(scope, (k, n), x.dtype, 0.5)
