@@ -31,6 +31,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("generator")
     source = Path(jax_nano.__file__).parent
     shutil.copytree(source / "codegen", folder / "jax_nano" / "codegen", ignore=shutil.ignore_patterns("__pycache__"))
+    # What the package itself is made of before anything is asked of it.
     for name in ("__init__.py", "_imports.py", "_spec.py"):
         shutil.copy(source / name, folder / "jax_nano")
     return folder

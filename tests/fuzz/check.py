@@ -21,6 +21,8 @@ from .program import DEVICES, Program
 
 MARGIN: Final = 2.0
 """Of the largest deviation that noise made of an element."""
+CHAOS: Final = 0.25
+"""Elements that may be off by this part of the largest are not judged: a few draws do not say how far they may go."""
 FLOOR: Final = 0.6
 """An element may be as lucky as to be moved by none of the draws: this part of what the worst one is moved by."""
 
@@ -188,6 +190,9 @@ def _allowed(dtype: np.dtype, judgement: arbiter.Judgement) -> np.ndarray:
     info = ml_dtypes.finfo(dtype)
     largest = spread[np.isfinite(spread)].max(initial=0)
     allowed = MARGIN * spread + FLOOR * largest + float(info.eps) * np.abs(value) + float(info.tiny)
+    size = np.abs(value[np.isfinite(value)]).max(initial=0)
+    if size > 0:  # products chained through steep functions are chaotic
+        allowed = np.where(allowed > CHAOS * size, np.inf, allowed)
     return np.where(np.isnan(allowed), np.inf, allowed)
 
 

@@ -1,4 +1,4 @@
-"""Some hundreds of random programs: what they compute accelerated is what they compute, with nothing taken back."""
+"""Random programs: what they compute accelerated is what they compute, with nothing taken back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 from fuzz import check, generator
 
-SEEDS = range(0, 300, 12)
+SEEDS = range(0, 180, 12)  # with each Python and JAX
 
 
 @pytest.mark.parametrize("first", SEEDS)
