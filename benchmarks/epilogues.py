@@ -96,10 +96,10 @@ def _linear(layer: Layer, x: Any, w: Any, b: Any, r: Any) -> Any:
 
 
 def _composed(matmul: Callable[..., Any], layer: Layer, given: Any) -> Any:
-    from jax_nano import _activations
+    from jax_nano._core import activations
 
     x, w, b, r = given
-    y = _activations.FUNCTIONS[layer.activation](matmul(x, w) + b)
+    y = activations.FUNCTIONS[layer.activation](matmul(x, w) + b)
     return y + r if layer.residual else y
 
 

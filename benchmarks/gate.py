@@ -21,17 +21,15 @@ _CLEARLY = 1.1  # two medians that are closer cannot be told apart on a machine 
 
 def report(*, quick: bool) -> Section:
     """Microseconds of one product inside a fori_loop, and on which side of the gate it is."""
-    import jax_nano._gate as gate
+    from jax_nano._dispatch import decision
 
     rounds = 2 if quick else 7
     rows = []
+    decision.policy = decision.Policy(declines=False)
     dtypes = ("f32", "bf16") if quick else ("f32", "f64", "bf16", "bf16-f32", "f16", "i8")
     for dtype in dtypes:
         for case in _quick(dtype) if quick else _cases(dtype):
-            gate.enabled = True
-            closed = _declined(case)
-            gate.enabled = False
-            rows.append(_measured(case, closed, rounds))
+            rows.append(_measured(case, _declined(case), rounds))
     text = "Ours with the gate open. `wrong`: it lets through what XLA computes faster, or keeps what we do."
     return Section("Products around the gate", text, _HEADER, tuple(rows))
 
@@ -59,13 +57,14 @@ def _cases(dtype: str) -> Iterator[Case]:
 
 def _declined(case: Case) -> bool:
     """Whether the gate leaves a product to XLA."""
-    from jax_nano import _gate, _shapes
+    from jax_nano._core import contraction
+    from jax_nano._dispatch import decision, xla
 
     (*operands, out), (lhs, rhs, _) = case.labels, case.shapes
-    labels = _shapes.einsum_labels(operands, out, (lhs, rhs))
+    labels = contraction.einsum_labels(operands, out, (lhs, rhs))
     assert labels is not None
-    operand = DTYPES[case.dtype].operand
-    return _gate.declines(labels, lhs, rhs, dtypes=(operand, operand)) is not None
+    operand, bits = DTYPES[case.dtype].operand, decision.this_machine().vector_bits
+    return xla.is_faster(labels, lhs, rhs, dtypes=(operand, operand), vector_bits=bits) is not None
 
 
 def _measured(case: Case, declined: bool, rounds: int) -> tuple[str, ...]:

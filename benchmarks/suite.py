@@ -27,7 +27,7 @@ from benchmarks.accelerated import Row, check, rows_of
 from benchmarks.pairs import interleave
 from benchmarks.programs import PROGRAMS, Run
 from benchmarks.report import table
-from jax_nano import _report
+from jax_nano._core import record
 
 GOAL, MEAN_GOAL = 0.98, 1.1
 """Of plain XLA's speed: each program's, and the geometric mean."""
@@ -99,7 +99,7 @@ def _measure(name: str, settings: Sequence[Setting], rounds: int, *, quick: bool
     with jax_nano.accelerate():
         got, seconds = _first(once)
     check(name, got, want, program.element_bytes, _TRUST)
-    found = _report.products()
+    found = record.products()
     ours = sum(count for product, count in found if product.declined is None)
     left = sum(count for _, count in found) - ours
     times = 1 if quick else max(1, math.ceil(_SAMPLE_SECONDS / _seconds(once, 1, accelerated=False)))

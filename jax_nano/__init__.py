@@ -11,15 +11,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jax_nano import _imports
+from jax_nano._core import imports
 
 if TYPE_CHECKING:
     from jax_nano import checkpoint_policies as checkpoint_policies
-    from jax_nano._accelerate import accelerate as accelerate
-    from jax_nano._native import register as register
-    from jax_nano._primitive import dot_general_p as dot_general_p
-    from jax_nano._report import clear_report as clear_report
-    from jax_nano._report import report as report
+    from jax_nano._core.native import register as register
+    from jax_nano._ops.dot_general import dot_general_p as dot_general_p
+    from jax_nano._programs.accelerate import accelerate as accelerate
+    from jax_nano._tools.report import clear_report as clear_report
+    from jax_nano._tools.report import report as report
     from jax_nano.api import dot as dot
     from jax_nano.api import dot_general as dot_general
     from jax_nano.api import einsum as einsum
@@ -53,10 +53,10 @@ _HOMES = {
         ),
         "jax_nano.api",
     ),
-    "accelerate": "jax_nano._accelerate",
-    "clear_report": "jax_nano._report",
-    "register": "jax_nano._native",
-    "report": "jax_nano._report",
+    "accelerate": "jax_nano._programs.accelerate",
+    "clear_report": "jax_nano._tools.report",
+    "register": "jax_nano._core.native",
+    "report": "jax_nano._tools.report",
 }
 _MODULES = ("checkpoint_policies",)
 
@@ -101,7 +101,9 @@ def __dir__() -> list[str]:
 
 
 def _register(_: object) -> None:
-    importlib.import_module("jax_nano._native")  # which may be what imports jax, and then registers when it goes on
+    importlib.import_module(
+        "jax_nano._core.native"
+    )  # which may be what imports jax, and then registers when it goes on
 
 
-_imports.when_imported("jax", _register)
+imports.when_imported("jax", _register)

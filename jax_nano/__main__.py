@@ -10,7 +10,9 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Final
 
-from jax_nano import _explain, _machine, _run
+from jax_nano._core import machine
+from jax_nano._tools import explain as _explain
+from jax_nano._tools import run as _run
 
 _ENVIRONMENT: Final = ("JAX_NANO_", "JAX_", "XLA_FLAGS", "NPROC", "PJRT_NPROC", "PYTHONPATH")
 _PACKAGES: Final = ("jax_nano", "jax", "jaxlib")
@@ -53,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--layout", default="NN", choices=_explain.LAYOUTS, help="T: the operand is stored transposed")
     explain.add_argument("--batch", metavar="SIZES", help="batch dimensions in front, e.g. 64 or 8x12")
     explain.add_argument("--algorithm", default="default", metavar="PRESET", help="a lax.DotAlgorithmPreset")
-    explain.add_argument("--threads", type=int, default=_machine.threads(), help="(default: all, here %(default)s)")
+    explain.add_argument("--threads", type=int, default=machine.threads(), help="(default: all, here %(default)s)")
     explain.add_argument("--target", help="as on a CPU that has this target")
 
     run = commands.add_parser("run", help="a Python program with its products on kernels, and a report at its end")
@@ -63,24 +65,27 @@ def _parser() -> argparse.ArgumentParser:
 
 def _runtime() -> Any:
     """The extension module, or ImportError with a remedy; None on a platform without kernels."""
-    from jax_nano import _native
+    from jax_nano._core import native
 
-    return _native.runtime()
+    return native.runtime()
 
 
 # --- explain ------------------------------------------------------------------------------------
 
 
 def _explain_product(runtime: Any, args: argparse.Namespace) -> int:
-    from jax_nano import _gate
+    from jax_nano._dispatch import decision, xla
 
     if runtime is None:
         raise ValueError("this platform has no kernels; XLA computes every product")
     if args.threads < 1:
         raise ValueError(f"--threads {args.threads}: expected at least 1")
     asked = _explain.request(args.sizes, args.dtype, args.layout, args.batch)
-    target = args.target or runtime.selected_target() or ""
-    declined = _gate.declines(asked.labels, *asked.shapes, dtypes=asked.dtypes[:2], target=target)
+    machine = decision.this_machine()
+    bits = (machine._replace(target=args.target) if args.target else machine).vector_bits
+    declined = None
+    if decision.policy.declines:
+        declined = xla.is_faster(asked.labels, *asked.shapes, dtypes=asked.dtypes[:2], vector_bits=bits)
     text = _explain.explain(
         runtime, asked, threads=args.threads, algorithm=args.algorithm, target=args.target, declined=declined
     )
@@ -114,9 +119,9 @@ def _info(runtime: Any, args: argparse.Namespace) -> int:
 
 def _machine_lines(runtime: Any) -> list[str]:
     lines = [
-        f"CPU     {_machine.cpu_name()}",
-        f"cores   {_machine.cores()} that this process may use",
-        f"threads {_machine.threads()} in XLA's pool, or one for each device if there are more",
+        f"CPU     {machine.cpu_name()}",
+        f"cores   {machine.cores()} that this process may use",
+        f"threads {machine.threads()} in XLA's pool, or one for each device if there are more",
     ]
     if runtime is not None:
         caches = runtime.caches()

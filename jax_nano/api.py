@@ -2,7 +2,7 @@
 
 In shapes, capital letters are sizes and `...` are batch dimensions. Products of dtypes that have kernels
 on this CPU run on them; all others, other platforms, and products that are too small to be worth a call
-(see `jax_nano._gate`) are computed by XLA, with exactly lax's result.
+(see `jax_nano._core.gate`) are computed by XLA, with exactly lax's result.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_nano import _activations, _einsum, _linear, _native, _shapes
-from jax_nano import _jax_compat as compat
-from jax_nano import _tables as _tables  # importing it enters the primitives in JAX's tables
-from jax_nano._jax_compat import OutSharding
-from jax_nano._linear_lowering import linear_p as linear_p  # importing primitives from here registers their lowerings
-from jax_nano._lowering import dot_general_p as dot_general_p
-from jax_nano._primitive import bind, bind_labels
+from jax_nano._core import activations, contraction, native
+from jax_nano._core import jax_compat as compat
+from jax_nano._core.jax_compat import OutSharding
+from jax_nano._ops import einsum as _einsum
+from jax_nano._ops import linear as _linear
+from jax_nano._ops import tables as tables  # importing it enters the primitives in JAX's tables
+from jax_nano._ops.dot_general import bind, bind_labels
+from jax_nano._ops.linear_lowering import (
+    linear_p as linear_p,  # importing primitives from here registers their lowerings
+)
+from jax_nano._ops.lowering import dot_general_p as dot_general_p
 
 if TYPE_CHECKING:
     from jax.export import DisabledSafetyCheck
@@ -171,10 +175,10 @@ def matmul(
         if x.ndim < 1:
             raise ValueError(f"matmul input operand {i} must have ndim at least 1, but it has ndim {x.ndim}")
     dtype, weak_type = _result_type("matmul", preferred_element_type, a, b)
-    layout = _shapes.matmul_layout(a.shape, b.shape, *(compat.batch_sharding(x) for x in (a, b)))
+    layout = contraction.matmul_layout(a.shape, b.shape, *(compat.batch_sharding(x) for x in (a, b)))
     if layout is None:
         raise ValueError(f"Incompatible types for matmul arguments: {jax.typeof(a)} and {jax.typeof(b)}")
-    dimension_numbers, out_perm = _shapes.dimension_numbers_of(layout.labels)
+    dimension_numbers, out_perm = contraction.dimension_numbers_of(layout.labels)
     out_sharding = compat.canonicalize_sharding(out_sharding, "dot_general")
     if out_sharding is not None and out_perm is not None:
         # jnp takes it to be the sharding before the transpose that this product does not need.
@@ -230,7 +234,7 @@ def linear(
       TypeError: an operand is not an array or has the wrong shape, or an activation or scale meets integers.
       ValueError: the activation is not known; x has no dimensions or w not two.
     """
-    epilogue = _linear.Epilogue(_activations.name_of(activation), float(scale), b is not None, residual is not None)
+    epilogue = _linear.Epilogue(activations.name_of(activation), float(scale), b is not None, residual is not None)
     extras = [v for v in (b, residual) if v is not None]
     options = {
         "precision": precision,
@@ -270,7 +274,7 @@ def _run_linear(
         x,
         w,
         *(v.astype(dtype) for v in extras),
-        labels=_shapes.Labels((*rows, x.ndim - 1), (x.ndim - 1, x.ndim), (*rows, x.ndim)),
+        labels=contraction.Labels((*rows, x.ndim - 1), (x.ndim - 1, x.ndim), (*rows, x.ndim)),
         epilogue=epilogue,
         precision=compat.canonicalize_precision(precision),
         dtype=dtype,
@@ -517,5 +521,5 @@ def export_checks() -> list[DisabledSafetyCheck]:
     """
     from jax.export import DisabledSafetyCheck
 
-    names = (_native.TARGET_NAME, _native.LINEAR_TARGET_NAME)
+    names = (native.TARGET_NAME, native.LINEAR_TARGET_NAME)
     return [DisabledSafetyCheck.custom_call(name) for name in names]

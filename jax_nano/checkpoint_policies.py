@@ -1,8 +1,8 @@
 """Policies for `jax.checkpoint` that save jax_nano's products: those of `jax.checkpoint_policies`, by the same names.
 
 A policy recognises products by their primitive, and would recompute ours. So jax_nano answers for them: whatever a
-policy decides about lax.dot_general holds for ours, `linear` included (see `jax_nano._tables`). Nothing here is needed
-any more; programs that were written for earlier releases go on as they are.
+policy decides about lax.dot_general holds for ours, `linear` included (see `jax_nano._ops.tables`). Nothing here is
+needed any more; programs that were written for earlier releases go on as they are.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import jax
 
-from jax_nano import _tables as _tables  # importing it makes policies know our primitives
+from jax_nano._ops import tables as tables  # importing it makes policies know our primitives
 
 __all__ = [
     "checkpoint_dots",

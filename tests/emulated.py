@@ -19,7 +19,7 @@ from guarded import Region
 from kernel_abi import FIELDS, PACK_SLACK_BYTES, packed_a_row, reads_a
 
 import jax_nano.codegen
-from jax_nano import _spec
+from jax_nano._core import spec
 from jax_nano.codegen import emulate, manifest
 from jax_nano.codegen.catalog import Kernel as CatalogKernel
 
@@ -121,7 +121,7 @@ def _function(library: ctypes.CDLL, symbol: str) -> Any:
 def _key(kernels: list[CatalogKernel]) -> str:
     """Stands for everything that the library is made of."""
     folder = Path(jax_nano.codegen.__file__).parent
-    digest = hashlib.sha256(Path(_spec.__file__).read_bytes())
+    digest = hashlib.sha256(Path(spec.__file__).read_bytes())
     for source in sorted(p for p in folder.rglob("*") if p.suffix in {".py", ".c"}):
         digest.update(source.read_bytes())
     for kernel in kernels:

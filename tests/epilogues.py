@@ -13,9 +13,9 @@ import reference
 import scipy.special
 from numpy.typing import NDArray
 
-from jax_nano import _spec
+from jax_nano._core import spec
 
-NAMES = _spec.ACTIVATIONS
+NAMES = spec.ACTIVATIONS
 
 _KINDS = {"Activation": ctypes.c_int64, "double": ctypes.c_double, "int64_t": ctypes.c_int64}
 TINY = 2.0**-126  # the smallest normal float32
@@ -24,7 +24,7 @@ TINY = 2.0**-126  # the smallest normal float32
 class Struct(ctypes.Structure):
     """The spec's Epilogue."""
 
-    _fields_ = [(x.name, _KINDS.get(x.c_type, ctypes.c_void_p)) for x in _spec.EPILOGUE]
+    _fields_ = [(x.name, _KINDS.get(x.c_type, ctypes.c_void_p)) for x in spec.EPILOGUE]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Epilogue:
         has = self.residual is not None
         assert not has or (self.residual.shape == c.shape and self.residual.strides == c.strides)
         return Struct(
-            activation=_spec.activation_code(self.activation),
+            activation=spec.activation_code(self.activation),
             scale=self.scale,
             bias=None if self.bias is None else self.bias.ctypes.data,
             has_residual=has,

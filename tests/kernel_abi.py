@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jax_nano import _spec
+from jax_nano._core import spec
 
-FIELDS = _spec.names(_spec.GEMM_ARGS)
-PACK_SLACK_BYTES = _spec.PACK_SLACK_BYTES
+FIELDS = spec.names(spec.GEMM_ARGS)
+PACK_SLACK_BYTES = spec.PACK_SLACK_BYTES
 
 
 def packed_a_row(nbytes: int) -> int:

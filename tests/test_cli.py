@@ -8,8 +8,12 @@ import sys
 
 import pytest
 
-from jax_nano import _cost, _explain, _gate, _machine, _runtime, _spec
+from jax_nano import _runtime
 from jax_nano.__main__ import main
+from jax_nano._core import cost as _cost
+from jax_nano._core import machine, spec
+from jax_nano._dispatch import xla
+from jax_nano._tools import explain
 
 CACHES = {"l1d": 32 << 10, "l2": 1 << 20, "l3": 32 << 20}
 
@@ -41,13 +45,13 @@ def test_a_reader_that_has_seen_enough(command: str) -> None:
 
 def test_the_threads_of_xlas_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PJRT_NPROC", raising=False)
-    for value, threads in {"3": 3, " +5 ": 5, "0": 1, "-2": 1, "x": _machine.cores(), "": _machine.cores()}.items():
+    for value, threads in {"3": 3, " +5 ": 5, "0": 1, "-2": 1, "x": machine.cores(), "": machine.cores()}.items():
         monkeypatch.setenv("NPROC", value)
-        assert _machine.threads() == threads
-        assert _machine.threads(devices=64) == 64
+        assert machine.threads() == threads
+        assert machine.threads(devices=64) == 64
     monkeypatch.setenv("NPROC", "3")
     monkeypatch.setenv("PJRT_NPROC", "7")
-    assert _machine.threads() == 7
+    assert machine.threads() == 7
     monkeypatch.delenv("PJRT_NPROC")
     assert "threads 5 in XLA's pool" in run("info", NPROC="5").stdout
 
@@ -108,10 +112,10 @@ def test_a_better_target_is_named_with_the_reason_that_it_is_not_used() -> None:
     runtime = FakeRuntime(selected="avx512_bf16")
     _, bf16, v4 = runtime.kernels()
     denied = ("amx", "the operating system does not permit AMX")
-    assert _explain.passed_over(runtime, bf16) == [denied]
-    assert _explain.passed_over(runtime, v4) == [denied, ("avx512_bf16", "slower for these dtypes on this CPU")]
+    assert explain.passed_over(runtime, bf16) == [denied]
+    assert explain.passed_over(runtime, v4) == [denied, ("avx512_bf16", "slower for these dtypes on this CPU")]
     runtime = FakeRuntime(selected="x86-64-v4")
-    assert _explain.passed_over(runtime, v4) == [denied, ("avx512_bf16", "above what JAX_NANO_TARGET allows")]
+    assert explain.passed_over(runtime, v4) == [denied, ("avx512_bf16", "above what JAX_NANO_TARGET allows")]
 
 
 # --- explain ------------------------------------------------------------------------------------
@@ -120,7 +124,7 @@ def test_a_better_target_is_named_with_the_reason_that_it_is_not_used() -> None:
 def test_explain_prints_the_plan_of_the_runtime() -> None:
     done = run("explain", "33x500x257", "--layout", "TN", "--batch", "3x2", "--threads", "2")
     assert done.returncode == 0, done.stderr
-    asked = _explain.request(["33x500x257"], "f32", "TN", "3x2")
+    asked = explain.request(["33x500x257"], "f32", "TN", "3x2")
     plan = _runtime.plan(*asked.shapes, *asked.labels, *asked.dtypes, 2)
     assert "float32[3,2,257,33] x float32[3,2,257,500] -> float32[3,2,33,500]" in done.stdout
     assert plan["kernel"] in done.stdout
@@ -136,22 +140,22 @@ def test_explain_says_that_k_is_in_pieces() -> None:
 
 
 @pytest.mark.parametrize("sizes", ["1x1x1", "1x4096x1024", "4x4096x1024", "2048x2048x2048", "0x3x4", "5x6x0"])
-@pytest.mark.parametrize("layout", _explain.LAYOUTS)
+@pytest.mark.parametrize("layout", explain.LAYOUTS)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_any_product_can_be_explained(sizes: str, layout: str, threads: int) -> None:
-    asked = _explain.request([sizes], "f32", layout, "4" if layout == "NT" else None)
-    declined = _gate.declines(asked.labels, *asked.shapes)
-    text = _explain.explain(_runtime, asked, threads=threads, algorithm="default", target=None, declined=declined)
+    asked = explain.request([sizes], "f32", layout, "4" if layout == "NT" else None)
+    declined = xla.is_faster(asked.labels, *asked.shapes)
+    text = explain.explain(_runtime, asked, threads=threads, algorithm="default", target=None, declined=declined)
     assert str(asked) in text
     assert ("left to XLA" in text) == (declined is not None)
 
 
 def test_every_kernel_of_the_build_can_be_explained() -> None:
-    short = {name: text for text, name in _explain.SHORT.items()}
+    short = {name: text for text, name in explain.SHORT.items()}
     for kernel in _runtime.kernels():
         dtype = f"{short[kernel['lhs']]}x{short[kernel['rhs']]}-{short[kernel['out']]}"
-        asked = _explain.request(["300x200x100"], dtype, "NN", None)
-        text = _explain.explain(
+        asked = explain.request(["300x200x100"], dtype, "NN", None)
+        text = explain.explain(
             _runtime, asked, threads=1, algorithm=kernel["algorithm"], target=kernel["target"], declined=None
         )
         assert kernel["name"] in text
@@ -195,19 +199,19 @@ def test_explain_refuses_what_has_no_meaning(args: tuple[str, ...], message: str
 
 
 def test_sizes_are_those_of_the_benchmarks_or_of_the_operands() -> None:
-    assert _explain.parse_product(["4x4096x1024"]) == (4, 4096, 1024)
-    assert _explain.parse_product(["4x1024", "1024x4096"]) == (4, 4096, 1024)
+    assert explain.parse_product(["4x4096x1024"]) == (4, 4096, 1024)
+    assert explain.parse_product(["4x1024", "1024x4096"]) == (4, 4096, 1024)
     assert "M = 4, N = 4096, K = 1024" in run("explain", "4x1024", "1024x4096", "--dtype", "bf16").stdout
     assert "float32[4,1024] x float32[1024,4096]" in run("explain", "4x4096x1024").stdout
 
 
 def test_dtypes_are_read_like_the_names_of_the_benchmark() -> None:
-    assert _explain.parse_dtypes("bf16") == ("bfloat16", "bfloat16", "bfloat16")
-    assert _explain.parse_dtypes("bf16-f32") == ("bfloat16", "bfloat16", "float32")
-    assert _explain.parse_dtypes("f32xbf16") == ("float32", "bfloat16", "float32")
-    assert _explain.parse_dtypes("bf16xf32") == ("bfloat16", "float32", "float32")
-    assert _explain.parse_dtypes("i8") == ("int8", "int8", "int32")
-    assert _explain.parse_dtypes("i8xu8-i16") == ("int8", "uint8", "int16")
+    assert explain.parse_dtypes("bf16") == ("bfloat16", "bfloat16", "bfloat16")
+    assert explain.parse_dtypes("bf16-f32") == ("bfloat16", "bfloat16", "float32")
+    assert explain.parse_dtypes("f32xbf16") == ("float32", "bfloat16", "float32")
+    assert explain.parse_dtypes("bf16xf32") == ("bfloat16", "float32", "float32")
+    assert explain.parse_dtypes("i8") == ("int8", "int8", "int32")
+    assert explain.parse_dtypes("i8xu8-i16") == ("int8", "uint8", "int16")
 
 
 # --- the cost model -----------------------------------------------------------------------------
@@ -250,7 +254,7 @@ def test_large_squares_are_bound_by_the_units_and_vectors_by_memory() -> None:
 )
 def test_peaks(target: str, acc: str, kr: int, operand: str, per_cycle: int) -> None:
     assert _cost.multiply_adds_per_cycle(target, acc, kr, operand, halves=False) == per_cycle
-    split = 2 if _spec.TARGETS[target].vector_bits == 512 and not _spec.TARGETS[target].tiles else 1
+    split = 2 if spec.TARGETS[target].vector_bits == 512 and not spec.TARGETS[target].tiles else 1
     assert _cost.multiply_adds_per_cycle(target, acc, kr, operand, halves=True) == per_cycle / split
 
 
@@ -282,12 +286,12 @@ def test_an_empty_product_costs_nothing() -> None:
 
 
 def test_numbers_and_sizes_have_units() -> None:
-    assert [_explain.number(x) for x in (12, 1234, 33.6e6, 2e9)] == ["12 ", "1.2 k", "33.6 M", "2.0 G"]
-    assert [_explain.size(x) for x in (12, 2048, 3 << 20, 1 << 30)] == ["12 bytes", "2.0 KiB", "3.0 MiB", "1.0 GiB"]
+    assert [explain.number(x) for x in (12, 1234, 33.6e6, 2e9)] == ["12 ", "1.2 k", "33.6 M", "2.0 G"]
+    assert [explain.size(x) for x in (12, 2048, 3 << 20, 1 << 30)] == ["12 bytes", "2.0 KiB", "3.0 MiB", "1.0 GiB"]
 
 
 def test_zen_4_splits_512_bit_instructions() -> None:
-    assert _machine.splits_512_bit({"vendor_id": "AuthenticAMD", "cpu family": "25"})
-    assert not _machine.splits_512_bit({"vendor_id": "AuthenticAMD", "cpu family": "26"})
-    assert not _machine.splits_512_bit({"vendor_id": "GenuineIntel", "cpu family": "6"})
-    assert not _machine.splits_512_bit({})
+    assert machine.splits_512_bit({"vendor_id": "AuthenticAMD", "cpu family": "25"})
+    assert not machine.splits_512_bit({"vendor_id": "AuthenticAMD", "cpu family": "26"})
+    assert not machine.splits_512_bit({"vendor_id": "GenuineIntel", "cpu family": "6"})
+    assert not machine.splits_512_bit({})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from jax_nano import _gate, _shapes
-from jax_nano._shapes import DimensionNumbers
+from jax_nano._core import contraction, gate
+from jax_nano._core.contraction import DimensionNumbers
 
 
 class Dot(NamedTuple):
@@ -57,8 +57,8 @@ def worth_a_call(text: str, element_bytes: int) -> list[Dot]:
     return [
         dot
         for dot in dots(text)
-        if not _gate.declines(
-            _shapes.labels_of(dot.dimension_numbers, None, len(dot.lhs), len(dot.rhs)),
+        if not gate.declines(
+            contraction.labels_of(dot.dimension_numbers, None, len(dot.lhs), len(dot.rhs)),
             dot.lhs,
             dot.rhs,
             dtypes=(dtype, dtype),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from jax_nano._spec import DEFAULT_ALGORITHM, DTYPES
+from jax_nano._core.spec import DEFAULT_ALGORITHM, DTYPES
 
 from . import ir, nanokernel
 from .amx_microkernel import TILE_REGISTERS, AmxMicrokernel, block_tile

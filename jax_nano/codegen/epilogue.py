@@ -20,15 +20,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from jax_nano import _spec
-from jax_nano._spec import names
+from jax_nano._core import spec
+from jax_nano._core.spec import names
 
 from . import ir
 from .activation import FUNCTIONS
 from .ir import I64, Ptr, Size, Value
 from .microkernel import MORE
 
-EPILOGUE = names(_spec.EPILOGUE)
+EPILOGUE = names(spec.EPILOGUE)
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ class Epilogue:
 
         old, bias, residual = sources
         x = ir.fma(ir.add_vectors(sums, load(old)), factor, load(bias))
-        first, *_ = (_spec.activation_code(name) for name in _spec.ACTIVATIONS)
-        cases = [partial(lambda f: [f(x)], FUNCTIONS[name]) for name in _spec.ACTIVATIONS]
+        first, *_ = (spec.activation_code(name) for name in spec.ACTIVATIONS)
+        cases = [partial(lambda f: [f(x)], FUNCTIONS[name]) for name in spec.ACTIVATIONS]
         (y,) = ir.switch(activation, cases, first=first, like=[x])
         return ir.convert(ir.add_vectors(y, load(residual)), self.acc, self.out)
 

@@ -17,7 +17,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir._mlir_libs import _jax_mlir_ext
 from jaxlib.mlir.dialects import arith, func, llvm, scf, vector
 
-from jax_nano._spec import DTYPES
+from jax_nano._core.spec import DTYPES
 
 __all__ = [
     "I64",

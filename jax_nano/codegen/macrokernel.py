@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from jax_nano import _spec
-from jax_nano._spec import names
+from jax_nano._core import spec
+from jax_nano._core.spec import names
 
 from . import ir
 from .amx_microkernel import AmxMicrokernel, AmxTileRow
@@ -51,7 +51,7 @@ from .target import Target
 from .tile import Tile, stream_tile
 from .walks import A_WALKS, LINE, Walk
 
-GEMM_ARGS = names(_spec.GEMM_ARGS)
+GEMM_ARGS = names(spec.GEMM_ARGS)
 
 
 UNHURRIED_STEPS = 256

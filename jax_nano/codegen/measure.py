@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from jax_nano._spec import FEATURES
+from jax_nano._core.spec import FEATURES
 
 from .inspect_asm import Loop
 from .target import Target

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jax_nano._spec import TARGETS, Target
+from jax_nano._core.spec import TARGETS, Target
 
 __all__ = ["CORES", "TARGETS", "Core", "Target"]
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import jax_nano
-from jax_nano import _accelerate, _gate
+from jax_nano._dispatch import decision
+from jax_nano._programs import accelerate
 
 jax.config.update("jax_num_cpu_devices", 4)
-_gate.enabled = False
+decision.policy = decision.Policy(declines=False)
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def accelerated() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_failures(request: pytest.FixtureRequest) -> Iterator[None]:
     """No program may silently run without acceleration, unless the test is about that."""
-    failures = _accelerate._hook.failures
+    failures = accelerate._hook.failures
     failures.clear()
     yield
     if "expects_failure" not in request.keywords:

@@ -109,12 +109,12 @@ def test_an_exception_in_a_traced_function_leaves_nothing_behind(rng: np.random.
 FAILING = """
 import logging, sys, threading
 import jax, numpy as np, jax_nano
-from jax_nano import _hlo
+from jax_nano._core import hlo
 
-class Broken(_hlo.Module):
+class Broken(hlo.Module):
     def __init__(self, serialized):
         raise {error}
-_hlo.Module = Broken
+hlo.Module = Broken
 records = []
 class Handler(logging.Handler):
     def emit(self, record):
@@ -147,11 +147,11 @@ def test_a_module_that_is_no_module() -> None:
         """
         import warnings
         import jax_nano
-        from jax_nano import _accelerate
+        from jax_nano._programs import accelerate
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for junk in (b"", b"jax_nano.accelerate dot \\xff\\xff\\xff", b"\\x0a\\xff jax_nano.accelerate dot"):
-                assert _accelerate._hook._transform(junk) is None
+                assert accelerate._hook._transform(junk) is None
         assert len(caught) == 1
         """
     )

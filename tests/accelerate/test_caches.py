@@ -67,7 +67,7 @@ def test_in_process_caches() -> None:
     run_python(
         """
         import jax, jax.numpy as jnp, numpy as np, jax_nano
-        from jax_nano import _report
+        from jax_nano._core import record
 
         a = np.arange(32 * 32, dtype=np.float32).reshape(32, 32) % 5
         fun = jax.jit(lambda a: a @ a)
@@ -75,7 +75,7 @@ def test_in_process_caches() -> None:
         calls = []
         def count():
             fun(a), gradient(a), jnp.dot(a, a).block_until_ready()
-            return sum(n for _, n in _report.products())
+            return sum(n for _, n in record.products())
 
         for _ in range(3):  # by Python, then by JAX's fast path
             assert count() == 0
@@ -133,11 +133,11 @@ def test_a_failure_leaves_the_program_alone_and_is_reported_once(kind: str) -> N
         f"""
         import warnings
         import jax, numpy as np, jax_nano
-        from jax_nano import _rewrite
+        from jax_nano._programs import rewrite
 
         def fail(module):
             raise {kind}("made by the test")
-        _rewrite.rewrite = fail
+        rewrite.rewrite = fail
         a = np.ones((16, 16), np.float32)
         jax_nano.accelerate.enable()
         with warnings.catch_warnings(record=True) as caught:

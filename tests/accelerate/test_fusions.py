@@ -6,7 +6,7 @@ What a program has of them is counted in what XLA compiles without acceleration,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Final
 
 import jax
@@ -18,7 +18,8 @@ from jax import lax
 from programs import dots_of
 
 import jax_nano
-from jax_nano import _gate, _lowering, _report
+from jax_nano._core import record
+from jax_nano._dispatch import decision
 
 BF16: Final = jnp.bfloat16
 Program = Callable[..., Any]
@@ -29,19 +30,16 @@ def arrays(rng: np.random.Generator, *shapes: tuple[int, ...], dtype: Any = np.f
 
 
 @pytest.fixture
-def gate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def gate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Indirectly: whether the decline gate is on."""
-    monkeypatch.setattr(_gate, "enabled", request.param)
+    monkeypatch.setattr(decision, "policy", decision.Policy(declines=request.param))
     jax.clear_caches()  # the gate is not a part of their keys
-    _lowering.choose.cache_clear()
-    yield
-    _lowering.choose.cache_clear()
 
 
 both_gates = pytest.mark.parametrize("gate", [True, False], ids=["gate", "no gate"], indirect=True)
 
 
-def counted(fun: Program, *args: Any, rtol: float = 2e-5) -> tuple[int, list[_report.Product]]:
+def counted(fun: Program, *args: Any, rtol: float = 2e-5) -> tuple[int, list[record.Product]]:
     """The products of a program, and those that run on kernels. Checks results and report.
 
     Every product is in the report, with a reason if it is XLA's, and no other one is.
@@ -50,7 +48,7 @@ def counted(fun: Program, *args: Any, rtol: float = 2e-5) -> tuple[int, list[_re
     jax_nano.clear_report()
     with jax_nano.accelerate():
         accelerated = jax.jit(fun).lower(*args).compile()
-    told = [product for product, count in _report.products() for _ in range(count)]
+    told = [product for product, count in record.products() for _ in range(count)]
     before, after = dots_of(plain.as_text()), dots_of(accelerated.as_text())
     assert len(told) == before, jax_nano.report()
     left = [product for product in told if product.declined is not None]

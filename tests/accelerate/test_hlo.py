@@ -1,4 +1,4 @@
-"""Modules survive the way through the parser: every field of every kind, declared in _hlo.py or not.
+"""Modules survive the way through the parser: every field of every kind, declared in hlo.py or not.
 
 Compared is what is on the wire, field by field in each message, and what XLA prints of the module.
 """
@@ -17,7 +17,8 @@ from jax.extend import xla
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_nano import _hlo, _rewrite
+from jax_nano._core import hlo as _hlo
+from jax_nano._programs import rewrite
 
 Wire = dict[int, list[tuple[int, Any]]]
 """Of a message: by field number, wire type and value of each occurrence; messages that are declared, in turn."""
@@ -187,7 +188,7 @@ def test_rewriting_changes_nothing_else() -> None:
 
     before = with_unknown_fields(wire(rare()))
     module = _hlo.Module(encode(before))
-    (product,) = _rewrite.rewrite(module)
+    (product,) = rewrite.rewrite(module)
     assert product.declined is None
     after = wire(module.serialized())
     assert {x: v for x, v in after.items() if x != computations} == {

@@ -14,7 +14,7 @@ import reference
 from jax import lax
 
 import jax_nano
-from jax_nano import _gate
+from jax_nano._dispatch import decision
 
 F32 = np.float32
 BF16 = jnp.bfloat16
@@ -296,7 +296,7 @@ def test_int8_weights_that_no_kernel_reads(rng: np.random.Generator) -> None:
 
 def test_gate_keeps_wide_what_the_caches_hold(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
     """A vector's loop reads 1 MB as fast in float32, and four rows do not: the gate's measurements."""
-    monkeypatch.setattr(_gate, "enabled", True)
+    monkeypatch.setattr(decision, "policy", decision.Policy(declines=True))
     n, wide = 256, 512
     for rows, is_narrow in ((1, False), (4, True)):
         x, w, v = weights(rng, BF16, (rows, n), (n, wide), (wide, n))
@@ -307,7 +307,7 @@ def test_gate_keeps_wide_what_the_caches_hold(monkeypatch: pytest.MonkeyPatch, r
 
 def test_gate_opens_loops_for_large_weights_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether XLA would have compiled the loop into one function or not: calls where weights fill the caches."""
-    monkeypatch.setattr(_gate, "enabled", True)
+    monkeypatch.setattr(decision, "policy", decision.Policy(declines=True))
     for n, wide, calls in ((64, 256, 0), (1024, 2048, 2)):
         shapes = [jax.ShapeDtypeStruct(x, BF16) for x in ((1, n), (n, wide), (wide, n))]
         with jax_nano.accelerate():

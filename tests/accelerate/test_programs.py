@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 from programs import copies, ops
 
 import jax_nano
-from jax_nano import _jax_compat as compat
+from jax_nano._core import jax_compat as compat
+from jax_nano._dispatch import decision
 
 F32 = np.float32
 
@@ -230,14 +231,11 @@ def test_what_has_no_kernel_is_left_alone(dtype: str, rng: np.random.Generator) 
 
 
 def test_what_the_gate_declines_is_left_alone(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    from jax_nano import _gate, _lowering
 
-    monkeypatch.setattr(_gate, "enabled", True)
-    _lowering.choose.cache_clear()
+    monkeypatch.setattr(decision, "policy", decision.Policy(declines=True))
     small, large = arrays(rng, (4, 4), (32, 32))
     with jax_nano.accelerate():
         found = ops(lambda a, b: (a @ a, b @ b), small, large)
-    _lowering.choose.cache_clear()
     assert (found["product"], found["dot"]) == (1, 1)
 
 

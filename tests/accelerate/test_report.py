@@ -13,7 +13,8 @@ import pytest
 from programs import fresh_environment, run_python
 
 import jax_nano
-from jax_nano import _gate, _lowering, _native
+from jax_nano._core import native as _native
+from jax_nano._dispatch import decision
 
 
 @pytest.fixture(autouse=True)
@@ -74,15 +75,13 @@ def test_what_is_declined_has_a_reason() -> None:
 @pytest.mark.parametrize("function", ["matmul", "linear"])
 def test_a_product_that_is_declined_is_listed_once(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """jax_nano.matmul says so when it is lowered; an accelerated program's dots are looked at when it is compiled."""
-    monkeypatch.setattr(_gate, "enabled", True)
-    _lowering.choose.cache_clear()
+    monkeypatch.setattr(decision, "policy", decision.Policy(declines=True))
     a = np.ones((2, 2), np.float32)
     for on in (True, False):
         jax_nano.clear_report()
         with jax_nano.accelerate(on):
             jax.jit(lambda a: getattr(jax_nano, function)(a, a) + 1).lower(a).compile()
         assert "1 products compiled, 0 run on kernels, 1 are left to XLA" in jax_nano.report()
-    _lowering.choose.cache_clear()
 
 
 @pytest.mark.parametrize(("env", "devices", "threads"), [({"NPROC": "3"}, 1, 3), ({"NPROC": "1"}, 4, 4), ({}, 1, 0)])

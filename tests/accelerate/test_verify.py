@@ -13,8 +13,10 @@ import pytest
 from jax import lax
 
 import jax_nano
-from jax_nano import _accelerate, _hlo, _rewrite, _verify
-from jax_nano._hlo import Module
+from jax_nano._core import hlo, native
+from jax_nano._core.hlo import Module
+from jax_nano._programs import accelerate, verify
+from jax_nano._programs import rewrite as _rewrite
 
 A = np.arange(48 * 48, dtype=np.float32).reshape(48, 48) % 7 - 3
 
@@ -130,9 +132,9 @@ def test_modules_before_and_after_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def checking(module: Module) -> Any:
         shape = module.program_shape()
-        _verify.check(module, shape)
+        verify.check(module, shape)
         products = rewrite(module)
-        _verify.check(module, shape)
+        verify.check(module, shape)
         checked.append(module)
         return products
 
@@ -161,7 +163,7 @@ def test_a_breach_is_found_and_the_program_runs(
         warnings.simplefilter("ignore")
         got = jax.jit(lambda a: program(a))(A)
     jax.tree.map(np.testing.assert_array_equal, got, want)
-    (failure,) = _accelerate._hook.failures
+    (failure,) = accelerate._hook.failures
     assert "Invalid(" in failure
     assert " 0 run on kernels" in jax_nano.report()
 
@@ -169,7 +171,7 @@ def test_a_breach_is_found_and_the_program_runs(
 @pytest.mark.expects_failure
 def test_what_xla_cannot_compile_is_compiled_without_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault that no check foresees: XLA knows no handler of this name."""
-    monkeypatch.setattr(_rewrite._native, "TARGET_NAME", "no such target")
+    monkeypatch.setattr(native, "TARGET_NAME", "no such target")
     jax_nano.clear_report()
     with warnings.catch_warnings(record=True) as caught, jax_nano.accelerate():
         warnings.simplefilter("always")
@@ -193,17 +195,17 @@ def test_an_error_of_the_program_itself_stays_one(monkeypatch: pytest.MonkeyPatc
     call = jax.ffi.ffi_call("nobody_registered_this", jax.ShapeDtypeStruct((2,), jnp.float32))
     with jax_nano.accelerate(), pytest.raises(jax.errors.JaxRuntimeError, match="nobody_registered_this"):
         jax.jit(lambda a: call(a @ a))(A)
-    assert not _accelerate._hook.failures
+    assert not accelerate._hook.failures
 
 
 def test_the_shapes_that_must_agree() -> None:
-    shape, other = _hlo._Shape(), _hlo._Shape()
-    _hlo.set_array(shape, np.dtype(np.float32), (3, 4))
-    _hlo.set_array(other, np.dtype(np.float32), (3, 4))
-    assert _hlo.same_shape(shape, other)
+    shape, other = hlo._Shape(), hlo._Shape()
+    hlo.set_array(shape, np.dtype(np.float32), (3, 4))
+    hlo.set_array(other, np.dtype(np.float32), (3, 4))
+    assert hlo.same_shape(shape, other)
     other.layout.minor_to_major[:] = (0, 1)
-    assert not _hlo.same_shape(shape, other)
-    pair = _hlo._Shape()
+    assert not hlo.same_shape(shape, other)
+    pair = hlo._Shape()
     pair.tuple_shapes.add().CopyFrom(shape)
-    assert not _hlo.same_shape(pair, shape)
-    assert not _hlo.same_shape(pair, _hlo._Shape())
+    assert not hlo.same_shape(pair, shape)
+    assert not hlo.same_shape(pair, hlo._Shape())

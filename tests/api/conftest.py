@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from jax_nano import _gate
+from jax_nano._dispatch import decision
 
 jax.config.update("jax_num_cpu_devices", 4)
-_gate.enabled = False
+decision.policy = decision.Policy(declines=False)
 
 
 @pytest.fixture

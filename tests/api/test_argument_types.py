@@ -18,7 +18,8 @@ import pytest
 from programs import outcome
 
 import jax_nano
-from jax_nano import _cost, _gate, _shapes
+from jax_nano._core import contraction, cost
+from jax_nano._dispatch import decision, xla
 
 PLAIN = ["bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))]
 FLOATS = ["bfloat16", "float16", "float32", "float64", "complex64", "complex128"]
@@ -91,7 +92,7 @@ def short_tracebacks() -> Iterator[None]:
 @pytest.mark.usefixtures("short_tracebacks")
 @pytest.mark.parametrize(("lhs", "x64"), MATRIX)
 def test_every_dtype_beside_every_other(lhs: str, x64: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_gate, "enabled", True)  # it looks at dtypes too
+    monkeypatch.setattr(decision, "policy", decision.Policy(declines=True))  # it looks at dtypes too
     with jax.enable_x64(x64):
         for rhs, names in beside(lhs, x64):
             a, b = (jax.ShapeDtypeStruct((16, 16), x) for x in (lhs, rhs))
@@ -107,13 +108,13 @@ def test_every_dtype_beside_every_other(lhs: str, x64: bool, monkeypatch: pytest
 
 
 def test_the_gate_knows_every_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_gate, "enabled", True)
+    monkeypatch.setattr(decision, "policy", decision.Policy(declines=True))
     for name in DTYPES:
-        assert _cost.element_bytes(name) == jnp.dtype(name).itemsize
-    matrix, vector = (_shapes.labels_of(((((x,), (0,))), ((), ())), None, x + 1, 2) for x in (1, 0))
+        assert cost.element_bytes(name) == jnp.dtype(name).itemsize
+    matrix, vector = (contraction.labels_of(((((x,), (0,))), ((), ())), None, x + 1, 2) for x in (1, 0))
     for dtypes in itertools.product(DTYPES, repeat=2):
         for labels, lhs in ((matrix, (64, 64)), (vector, (64,)), (matrix, (4, 4)), (matrix, (1, 64))):
-            why = _gate.declines(labels, lhs, (lhs[-1], 64), dtypes=dtypes)
+            why = xla.is_faster(labels, lhs, (lhs[-1], 64), dtypes=dtypes)
             assert why is None or why
 
 

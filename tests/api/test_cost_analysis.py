@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import jax_nano
-from jax_nano import _cost_analysis
+from jax_nano._ops import cost_analysis
 
 PROGRAMS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
     "matmul": (lambda m, a, b: m.matmul(a, b), [(9, 17), (17, 25)]),
@@ -81,7 +81,7 @@ def test_linear_counts_as_its_product() -> None:
 def test_programs_without_our_calls_are_left_alone() -> None:
     lowered = jax.jit(lambda x: jnp.tanh(x @ x)).lower(*specs([(8, 8)]))
     module = lowered.compiler_ir("hlo").as_serialized_hlo_module_proto()
-    assert _cost_analysis.with_dots(module) is None
+    assert cost_analysis.with_dots(module) is None
     assert lowered.cost_analysis()["flops"] == 2 * 8**3
 
 

@@ -15,7 +15,8 @@ from jax.lax import DotAlgorithm, DotAlgorithmPreset
 from programs import ops, outcome
 
 import jax_nano
-from jax_nano import _gate, _lowering, _native
+from jax_nano._core import native
+from jax_nano._dispatch import decision
 
 DTYPES = [
     "bool", "int8", "int16", "int32", "uint8", "uint16", "uint32", "int4", "uint4",
@@ -89,7 +90,7 @@ NUMBERS = (((1,), (0,)), ((), ()))
 
 
 def kernels_here(*names: str) -> bool:
-    return _native.supports(*names)
+    return native.supports(*names)
 
 
 @pytest.mark.parametrize(("lhs", "rhs"), BYTES)
@@ -162,7 +163,7 @@ PRESETS = DotAlgorithmPreset
 ROUNDING = ("BF16_BF16_F32", "BF16_BF16_F32_X3", "BF16_BF16_F32_X6")
 ON_KERNELS = {PRESETS.DEFAULT, PRESETS.F32_F32_F32, PRESETS.F64_F64_F64, *(PRESETS[name] for name in ROUNDING)}
 needs_rounding_kernels = pytest.mark.skipif(
-    not all(_native.supports(*("float32",) * 3, name) for name in ROUNDING), reason="no kernels on this CPU"
+    not all(native.supports(*("float32",) * 3, name) for name in ROUNDING), reason="no kernels on this CPU"
 )
 
 
@@ -236,15 +237,13 @@ def test_algorithms_are_kept_by_transformations(name: str, rng: np.random.Genera
 @needs_rounding_kernels
 def test_the_gate_leaves_algorithms_to_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """XLA would compute them in plain float32."""
-    monkeypatch.setattr(_gate, "enabled", True)
-    _lowering.choose.cache_clear()
+    monkeypatch.setattr(decision, "policy", decision.Policy(declines=True))
     for dtype in ("float32", "bfloat16", "float16", "int8"):
         x = jnp.ones((3, 3), dtype)
         assert not ops(lambda x: jax_nano.matmul(x, x), x)["product"]
     x = jnp.full((1, 1), 1 + 2.0**-9, jnp.float32)
     assert jax_nano.matmul(x, x, precision="BF16_BF16_F32") == 1
     monkeypatch.undo()
-    _lowering.choose.cache_clear()
 
 
 def test_dot_algorithm(rng: np.random.Generator) -> None:
@@ -281,7 +280,7 @@ def test_who_computes(rng: np.random.Generator) -> None:
     assert ops(jax_nano.matmul, f32, f32)["product"] == 1
     for dtype in ("bool", "int32", "complex64"):
         x = operand(rng, (16, 16), dtype)
-        want = int(_native.supports(x.dtype.name, x.dtype.name, x.dtype.name))
+        want = int(native.supports(x.dtype.name, x.dtype.name, x.dtype.name))
         assert ops(jax_nano.matmul, x, x)["product"] == want
     # bfloat16 x float16 -> float32: one operand is converted, the other is read as it is.
     mixed = ops(jax_nano.matmul, *(operand(rng, (16, 16), dtype) for dtype in ("bfloat16", "float16")))

@@ -14,7 +14,7 @@ import reference
 from programs import copies, ops
 
 import jax_nano
-from jax_nano import _jax_compat
+from jax_nano._core import jax_compat
 
 SCORES, VALUES = "bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd"
 
@@ -141,7 +141,7 @@ def test_a_batch_dimension_last_costs_one_transpose(rng: np.random.Generator) ->
 def test_transposes_meet_an_equation_that_was_traced_before(
     around: Callable[..., Any], rng: np.random.Generator
 ) -> None:
-    inner = jax.jit(jax_nano.matmul, inline=_jax_compat.INLINE)
+    inner = jax.jit(jax_nano.matmul, inline=jax_compat.INLINE)
     found = ops(around(lambda a, b: inner(a.T, b.T)), *arrays(rng, (17, 9), (25, 17)))
     assert found["product"] == 1
     assert not copies(found), found

@@ -39,7 +39,7 @@ def test_importing_registers_the_calls_once_there_is_jax() -> None:
             import sys
             {order}
             assert "jax_nano._runtime" in sys.modules
-            assert "jax_nano._primitive" not in sys.modules and "google.protobuf" not in sys.modules
+            assert "jax_nano._ops.dot_general" not in sys.modules and "google.protobuf" not in sys.modules
             jax.config.update("jax_num_cpu_devices", 3)  # refused once there is a backend
             assert jax.device_count() == 3
             assert jax.__spec__.loader is jax.__loader__ and "jax_nano" not in type(jax.__loader__).__module__

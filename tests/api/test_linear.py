@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from programs import ops, outcome
 
 import jax_nano
-from jax_nano import _activations, _gate
+from jax_nano._core import activations
+from jax_nano._dispatch import decision
 
 FLOATS = ("float32", "bfloat16", "float16")
 TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}
@@ -31,7 +32,7 @@ def composed(x, w, b=None, *, activation=None, residual=None, scale=1.0, preferr
     y = jnp.matmul(x, w, preferred_element_type=wide)
     y = y if scale == 1 else y * jnp.asarray(scale, wide)
     y = y if b is None else y + b.astype(dtype).astype(wide)
-    y = _activations.FUNCTIONS[_activations.name_of(activation)](y)
+    y = activations.FUNCTIONS[activations.name_of(activation)](y)
     y = y if residual is None else y + residual.astype(dtype).astype(wide)
     return y.astype(dtype)
 
@@ -138,14 +139,14 @@ def test_float64(rng):
     ],
 )
 def test_ways_to_name_an_activation(activation, name):
-    assert _activations.name_of(activation) == name
+    assert activations.name_of(activation) == name
 
 
 @pytest.mark.parametrize("activation", [n for n in epilogues.NAMES if n != "none"])
 def test_extremes_are_those_of_jax_nn(activation):
     x = np.array([[-np.inf, np.inf, np.nan, 0.0, -1e30, 1e30, -200.0]], np.float32)
     ours = jax_nano.linear(np.ones((1, 1), np.float32), x, activation=activation)
-    np.testing.assert_array_equal(ours, _activations.FUNCTIONS[activation](jnp.asarray(x)))
+    np.testing.assert_array_equal(ours, activations.FUNCTIONS[activation](jnp.asarray(x)))
 
 
 @pytest.mark.parametrize("activation", [n for n in epilogues.NAMES if n not in ("none", "relu")])
@@ -154,7 +155,7 @@ def test_activations_err_no_more_than_xlas(rng, activation):
     x = np.concatenate([rng.uniform(-s, s, 100_000) for s in (1, 4, 12, 80)]).astype(np.float32)
     want = epilogues.exact(activation, x)
     ours = jax_nano.linear(np.ones((1, 1), np.float32), x[None], activation=activation)[0]
-    xlas = jax.jit(_activations.FUNCTIONS[activation])(x)
+    xlas = jax.jit(activations.FUNCTIONS[activation])(x)
     error, of_xla = (epilogues.ulps(np.asarray(y), want).max() for y in (ours, xlas))
     assert error <= min(of_xla, 2)
 
@@ -349,18 +350,12 @@ def test_vmap_is_one_call(rng):
 
 
 def test_declined_products_are_xlas(rng, monkeypatch):
-    monkeypatch.setattr(_gate, "enabled", True)
+    monkeypatch.setattr(decision, "policy", decision.Policy(declines=True))
     x, w, b, _ = arrays(rng, 2, 3, 4)
     f = partial(jax_nano.linear, activation="relu")
     jax.clear_caches()
-    from jax_nano import _lowering
-
-    _lowering.choose.cache_clear()
-    try:
-        assert not ops(f, x, w, b)["linear"]
-        close(f(x, w, b), composed(x, w, b, activation="relu"))
-    finally:
-        _lowering.choose.cache_clear()
+    assert not ops(f, x, w, b)["linear"]
+    close(f(x, w, b), composed(x, w, b, activation="relu"))
 
 
 def test_export(rng):

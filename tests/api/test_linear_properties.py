@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from programs import run_python
 
 import jax_nano
-from jax_nano import _activations
+from jax_nano._core import activations
 
 EXAMPLES = settings(derandomize=True, deadline=None, database=None)
 SIZES = st.sampled_from([0, 1, 2, 3, 5, 8, 17, 33])
@@ -80,7 +80,7 @@ def test_gradients(layer: Any, jit: bool) -> None:
 
     def composed(x: Any, w: Any, bias: Any, residual: Any) -> Any:
         y = options["scale"] * (x @ w) + (0 if bias is None else bias)
-        y = _activations.FUNCTIONS[options["activation"]](y)
+        y = activations.FUNCTIONS[options["activation"]](y)
         return y if residual is None else y + residual
 
     def ours(x: Any, w: Any, bias: Any, residual: Any) -> Any:
@@ -150,7 +150,7 @@ def test_activations_of_narrow_dtypes(activation: str, dtype: str) -> None:
     want = epilogues.exact(activation, x.astype(np.float32)).astype(np.float64)
     one = np.ones((1, 1), dtype)
     got = np.asarray(jax_nano.linear(one, x[None], activation=activation))[0].astype(np.float64)
-    xlas = np.asarray(jax.jit(_activations.FUNCTIONS[activation])(x)).astype(np.float64)
+    xlas = np.asarray(jax.jit(activations.FUNCTIONS[activation])(x)).astype(np.float64)
     exponent = np.maximum(np.frexp(want)[1] - 1, np.log2(float(info.smallest_normal)))
     half_ulp = np.ldexp(0.5 * float(info.eps), exponent.astype(int))
     fits = (np.abs(want) <= float(info.max)) & (np.abs(want) >= least)

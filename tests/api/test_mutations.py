@@ -19,8 +19,11 @@ import pytest
 import reference
 
 import jax_nano
-from jax_nano import _lowering, _primitive, _shapes, api
-from jax_nano._shapes import Labels
+from jax_nano import api
+from jax_nano._core import contraction
+from jax_nano._core.contraction import Labels
+from jax_nano._dispatch import decision
+from jax_nano._ops import dot_general
 
 
 def _load(name: str) -> Any:
@@ -129,40 +132,44 @@ def _gradient_without(name: str) -> Callable[..., Any]:
 _TRUE: dict[str, Any] = {
     name: getattr(module, name)
     for module, name in (
-        (_shapes, "batched"),
-        (_shapes, "labels_of"),
-        (_shapes, "dimension_numbers_of"),
-        (_shapes, "lhs_cotangent"),
-        (_shapes, "rhs_cotangent"),
-        (_primitive, "_cotangent"),
-        (_lowering, "stored"),
+        (contraction, "batched"),
+        (contraction, "labels_of"),
+        (contraction, "dimension_numbers_of"),
+        (contraction, "lhs_cotangent"),
+        (contraction, "rhs_cotangent"),
+        (dot_general, "_cotangent"),
+        (decision, "stored"),
     )
 }
 MUTATIONS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "vmap's axis is not the first": (_shapes, "batched", _batched_one_later),
-    "vmap forgets the axis of rhs": (_shapes, "batched", lambda labels, lhs, _: _TRUE["batched"](labels, lhs, None)),
-    "vmap swaps the axes": (_shapes, "batched", lambda labels, lhs, rhs: _TRUE["batched"](labels, rhs, lhs)),
-    "contracting dimensions are paired backwards": (_shapes, "labels_of", _paired_backwards),
+    "vmap's axis is not the first": (contraction, "batched", _batched_one_later),
+    "vmap forgets the axis of rhs": (
+        contraction,
+        "batched",
+        lambda labels, lhs, _: _TRUE["batched"](labels, lhs, None),
+    ),
+    "vmap swaps the axes": (contraction, "batched", lambda labels, lhs, rhs: _TRUE["batched"](labels, rhs, lhs)),
+    "contracting dimensions are paired backwards": (contraction, "labels_of", _paired_backwards),
     "a gradient is laid out as its transpose": (
-        _shapes,
+        contraction,
         "lhs_cotangent",
         lambda labels: (made := _TRUE["lhs_cotangent"](labels))._replace(out=made.out[::-1]),
     ),
-    "the gradient of rhs is that of lhs": (_shapes, "rhs_cotangent", lambda labels: _TRUE["lhs_cotangent"](labels)),
-    "a transpose of an operand is forgotten": (_shapes, "before_transpose", lambda operand, perm: operand),
+    "the gradient of rhs is that of lhs": (contraction, "rhs_cotangent", lambda labels: _TRUE["lhs_cotangent"](labels)),
+    "a transpose of an operand is forgotten": (contraction, "before_transpose", lambda operand, perm: operand),
     "a transpose of an operand is applied twice": (
-        _shapes,
+        contraction,
         "before_transpose",
         lambda operand, perm: tuple(operand[i] for i in perm),
     ),
-    "the result is permuted the wrong way": (_shapes, "dimension_numbers_of", _inverse_perm),
+    "the result is permuted the wrong way": (contraction, "dimension_numbers_of", _inverse_perm),
     "the transpose after a call is dropped": (
-        _lowering,
+        decision,
         "stored",
         lambda *args: _TRUE["stored"](*args)._replace(perm=None),
     ),
-    "a gradient loses the precision": (_primitive, "_cotangent", _gradient_without("precision")),
-    "a gradient loses the preferred type": (_primitive, "_cotangent", _gradient_without("preferred_element_type")),
+    "a gradient loses the precision": (dot_general, "_cotangent", _gradient_without("precision")),
+    "a gradient loses the preferred type": (dot_general, "_cotangent", _gradient_without("preferred_element_type")),
     "nothing is conjugated": (api, "jnp", None),
     "results are weakly typed": (api, "_result_type", lambda name, preferred, *arrays: (arrays[0].dtype, True)),
 }
@@ -181,7 +188,7 @@ def fresh() -> Iterator[None]:
 
     def clear() -> None:
         jax.clear_caches()
-        _lowering.choose.cache_clear()
+        decision.dispatch.cache_clear()
         _TRUE["stored"].cache_clear()
 
     clear()

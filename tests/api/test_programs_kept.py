@@ -15,7 +15,7 @@ from jax import export
 from programs import run_python
 
 import jax_nano
-from jax_nano import _native
+from jax_nano._core import native
 
 F32 = jnp.float32
 LOAD = """
@@ -184,9 +184,9 @@ assert "jax_nano.api" not in sys.modules
 CACHED = """
 import sys
 import jax, jax.numpy as jnp, numpy as np, jax_nano
-from jax_nano import _native
+from jax_nano._core import native
 if len(sys.argv) > 2:  # as another build would say
-    _native.build = lambda: sys.argv[2]
+    native.build = lambda: sys.argv[2]
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if "cache_hits" in event else None)
 jax.config.update("jax_compilation_cache_dir", sys.argv[1])
@@ -219,17 +219,17 @@ def test_builds_share_no_entry_of_the_persistent_cache(tmp_path: Path) -> None:
 
 
 def test_the_build_is_told_from_what_it_was_built_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    version, digest = _native.build().split()
+    version, digest = native.build().split()
     assert version == jax_nano.__version__
     assert len(digest) == 12
-    monkeypatch.setattr(_native, "__file__", str(tmp_path / "_native.py"))
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     texts = ["", "a = 1", "a = 2"]
     found = []
     for text in texts:
-        (tmp_path / "_native.py").write_text(text)
-        found.append(_native.build.__wrapped__())
-    assert len({*found, _native.build()}) == 4
-    assert _native.build.__wrapped__() == found[-1]
+        (tmp_path / "native.py").write_text(text)
+        found.append(native.build.__wrapped__())
+    assert len({*found, native.build()}) == 4
+    assert native.build.__wrapped__() == found[-1]
 
 
 def test_another_build_runs_what_one_exported(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -237,13 +237,13 @@ def test_another_build_runs_what_one_exported(tmp_path: Path, rng: np.random.Gen
     exported = export.export(jax.jit(jax_nano.matmul), disabled_checks=jax_nano.export_checks())(
         *specs("9, 17", "17, 25")
     )
-    assert _native.build() in exported.mlir_module()
+    assert native.build() in exported.mlir_module()
     a, b = arrays(rng, (9, 17), (17, 25))
     run_python(
         LOAD
         + """
-from jax_nano import _native
-_native.build = lambda: "99.9 000000000000"
+from jax_nano._core import native
+native.build = lambda: "99.9 000000000000"
 both = jax.jit(lambda a, b: exported.call(a, b) + jax_nano.matmul(a, b))
 np.testing.assert_allclose(both(a, b), 2 * (a @ b), rtol=1e-4, atol=1e-4)
 """,

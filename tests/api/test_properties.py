@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 from programs import outcome
 
 import jax_nano
-from jax_nano import _shapes
-from jax_nano._shapes import Labels
+from jax_nano._core import contraction
+from jax_nano._core.contraction import Labels
 
 # The same examples in every run; the sizes leave a few seconds for each of the tests.
 EXAMPLES = settings(
@@ -46,7 +46,7 @@ class Product:
 
     @property
     def dimension_numbers(self) -> tuple:
-        numbers, _ = _shapes.dimension_numbers_of(self.labels)
+        numbers, _ = contraction.dimension_numbers_of(self.labels)
         return numbers
 
     def arrays(self, lhs: Any = jnp.float32, rhs: Any = jnp.float32) -> list[jax.Array]:

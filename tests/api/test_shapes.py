@@ -12,8 +12,10 @@ import pytest
 from jax import export
 from jax.lax import DotAlgorithmPreset
 
-from jax_nano import _einsum, _gate, _shapes, _sharding, _signatures
-from jax_nano._shapes import Labels
+from jax_nano._core import contraction, native, signatures
+from jax_nano._core.contraction import Labels
+from jax_nano._dispatch import decision, xla
+from jax_nano._ops import einsum, sharding
 
 MATMUL = (((1,), (0,)), ((), ()))
 BATCHED = (((2,), (1,)), ((0,), (0,)))
@@ -30,7 +32,7 @@ def arrays(labels: Labels, rng: np.random.Generator) -> tuple[np.ndarray, np.nda
 
 
 def test_labels_name_the_roles() -> None:
-    labels = _shapes.labels_of(BATCHED, None, 3, 3)
+    labels = contraction.labels_of(BATCHED, None, 3, 3)
     assert labels == Labels((0, 1, 2), (0, 2, 5), (0, 1, 5))
     assert labels.batch == (0,)
     assert labels.contracting == (2,)
@@ -41,23 +43,23 @@ def test_labels_name_the_roles() -> None:
 
 @pytest.mark.parametrize("out_perm", [None, *itertools.permutations(range(3))])
 def test_labels_and_dimension_numbers_are_inverse(out_perm: tuple[int, ...] | None) -> None:
-    labels = _shapes.labels_of(BATCHED, out_perm, 3, 3)
-    numbers, perm = _shapes.dimension_numbers_of(labels)
-    assert _shapes.labels_of(numbers, perm, 3, 3) == labels
+    labels = contraction.labels_of(BATCHED, out_perm, 3, 3)
+    numbers, perm = contraction.dimension_numbers_of(labels)
+    assert contraction.labels_of(numbers, perm, 3, 3) == labels
     if out_perm in (None, (0, 1, 2)):
         assert (numbers, perm) == (BATCHED, None)
 
 
 @pytest.mark.parametrize("out_perm", [None, (1, 0, 2), (2, 1, 0)])
 def test_cotangents_are_laid_out_as_their_operands(out_perm: tuple[int, ...] | None, rng: np.random.Generator) -> None:
-    labels = _shapes.labels_of(BATCHED, out_perm, 3, 3)
+    labels = contraction.labels_of(BATCHED, out_perm, 3, 3)
     lhs, rhs = arrays(labels, rng)
     out = run(labels, lhs, rhs)
     g = rng.standard_normal(out.shape)
     # <g, lhs rhs> is linear in each: its derivative along a direction is the cotangent's product with it.
     for wrt, cotangent in (
-        (0, run(_shapes.lhs_cotangent(labels), g, rhs)),
-        (1, run(_shapes.rhs_cotangent(labels), lhs, g)),
+        (0, run(contraction.lhs_cotangent(labels), g, rhs)),
+        (1, run(contraction.rhs_cotangent(labels), lhs, g)),
     ):
         assert cotangent.shape == (lhs, rhs)[wrt].shape
         direction = rng.standard_normal(cotangent.shape)
@@ -67,8 +69,8 @@ def test_cotangents_are_laid_out_as_their_operands(out_perm: tuple[int, ...] | N
 
 @pytest.mark.parametrize(("lhs_dim", "rhs_dim"), [(0, 0), (2, 1), (None, 2), (1, None), (2, 0)])
 def test_batching_stacks_in_front(lhs_dim: int | None, rhs_dim: int | None, rng: np.random.Generator) -> None:
-    labels = _shapes.labels_of(MATMUL, None, 2, 2)
-    batched = _shapes.batched(labels, lhs_dim, rhs_dim)
+    labels = contraction.labels_of(MATMUL, None, 2, 2)
+    batched = contraction.batched(labels, lhs_dim, rhs_dim)
     lhs = rng.standard_normal((5, 3, 4) if lhs_dim is not None else (3, 4))
     rhs = rng.standard_normal((5, 4, 2) if rhs_dim is not None else (4, 2))
     want = np.matmul(lhs, rhs)
@@ -82,11 +84,11 @@ def test_batching_stacks_in_front(lhs_dim: int | None, rhs_dim: int | None, rng:
 
 @pytest.mark.parametrize("perm", list(itertools.permutations(range(3))))
 def test_transpose_before_a_product_is_a_matter_of_labels(perm: tuple[int, ...], rng: np.random.Generator) -> None:
-    labels = _shapes.labels_of(BATCHED, None, 3, 3)
+    labels = contraction.labels_of(BATCHED, None, 3, 3)
     lhs, rhs = arrays(labels, rng)
     x = np.transpose(lhs, np.argsort(perm))
     assert np.array_equal(np.transpose(x, perm), lhs)
-    folded = labels._replace(lhs=_shapes.before_transpose(labels.lhs, perm))
+    folded = labels._replace(lhs=contraction.before_transpose(labels.lhs, perm))
     np.testing.assert_allclose(run(folded, x, rhs), run(labels, lhs, rhs))
 
 
@@ -103,7 +105,7 @@ def test_transpose_before_a_product_is_a_matter_of_labels(perm: tuple[int, ...],
     ],
 )
 def test_the_result_is_stored_in_rows(out: tuple, lhs_shape: tuple, rhs_shape: tuple, stored: tuple) -> None:
-    assert _shapes.runnable_out(Labels((0, 1, 2), (0, 2, 5), out), lhs_shape, rhs_shape) == stored
+    assert contraction.runnable_out(Labels((0, 1, 2), (0, 2, 5), out), lhs_shape, rhs_shape) == stored
 
 
 BATCHES = [(), (1,), (3,), (2, 3), (2, 1), (1, 1), (1, 3), (4, 2, 3), (1, 2, 1)]
@@ -115,7 +117,7 @@ def test_matmul_layout_is_numpys_matmul(lhs_core: tuple, rhs_core: tuple, rng: n
     for lhs_batch, rhs_batch in itertools.product(BATCHES, BATCHES):
         lhs = rng.standard_normal((lhs_batch if len(lhs_core) > 1 else ()) + lhs_core)
         rhs = rng.standard_normal((rhs_batch if len(rhs_core) > 1 else ()) + rhs_core)
-        layout = _shapes.matmul_layout(lhs.shape, rhs.shape)
+        layout = contraction.matmul_layout(lhs.shape, rhs.shape)
         try:
             want = np.matmul(lhs, rhs)
         except ValueError:
@@ -127,10 +129,10 @@ def test_matmul_layout_is_numpys_matmul(lhs_core: tuple, rhs_core: tuple, rng: n
 
 
 def test_matmul_does_not_broadcast_sharded_dimensions() -> None:
-    assert _shapes.matmul_layout((1, 3, 4), (2, 4, 5), ("x",), (None,)) is None
-    assert _shapes.matmul_layout((2, 3, 4), (2, 4, 5), ("x",), ("y",)) is None
-    assert _shapes.matmul_layout((2, 3, 4), (2, 4, 5), ("x",), ("x",)) is not None
-    assert _shapes.matmul_layout((1, 3, 4), (1, 4, 5), ("x",), ("x",)).expand == ()
+    assert contraction.matmul_layout((1, 3, 4), (2, 4, 5), ("x",), (None,)) is None
+    assert contraction.matmul_layout((2, 3, 4), (2, 4, 5), ("x",), ("y",)) is None
+    assert contraction.matmul_layout((2, 3, 4), (2, 4, 5), ("x",), ("x",)) is not None
+    assert contraction.matmul_layout((1, 3, 4), (1, 4, 5), ("x",), ("x",)).expand == ()
 
 
 @pytest.mark.parametrize(
@@ -146,27 +148,27 @@ def test_matmul_does_not_broadcast_sharded_dimensions() -> None:
     ],
 )
 def test_what_is_not_one_product(inputs: str, output: str, shapes: list) -> None:
-    assert _shapes.einsum_labels(inputs.split(","), output, shapes) is None
+    assert contraction.einsum_labels(inputs.split(","), output, shapes) is None
 
 
 def test_einsum_steps() -> None:
     def zeros(*shapes: tuple[int, ...]) -> list[np.ndarray]:
         return [np.zeros(shape, np.float32) for shape in shapes]
 
-    (step,) = _einsum.steps("bqhd,bkhd->bhqk", zeros((2, 3, 4, 5), (2, 6, 4, 5)), "auto", None)
+    (step,) = einsum.steps("bqhd,bkhd->bhqk", zeros((2, 3, 4, 5), (2, 6, 4, 5)), "auto", None)
     assert step.labels == Labels((0, 1, 2, 3), (0, 4, 2, 3), (0, 2, 1, 4))
-    (step,) = _einsum.steps("...ij,jk", zeros((2, 3, 4), (4, 5)), "auto", None)
+    (step,) = einsum.steps("...ij,jk", zeros((2, 3, 4), (4, 5)), "auto", None)
     assert step.labels.out_shape((2, 3, 4), (4, 5)) == (2, 3, 5)
-    three = _einsum.steps("ij,jk,kl", zeros((2, 3), (3, 4), (4, 5)), False, None)
+    three = einsum.steps("ij,jk,kl", zeros((2, 3), (3, 4), (4, 5)), False, None)
     assert [step.operands for step in three] == [(0, 1), (0, 1)] or len(three) == 2
     assert all(step.labels is not None for step in three)
-    (diagonal,) = _einsum.steps("ii->i", zeros((3, 3)), "auto", None)
+    (diagonal,) = einsum.steps("ii->i", zeros((3, 3)), "auto", None)
     assert diagonal.labels is None
     # Left to jnp.einsum: malformed, unusual forms, several steps into one sharding.
-    assert _einsum.steps("ij,jk->il", zeros((2, 3), (3, 4)), "auto", None) is None
-    assert _einsum.steps("ij,jk", zeros((2, 3), (5, 4)), "auto", None) is None
-    assert _einsum.steps(zeros((2, 3))[0], ([0, 1],), "auto", None) is None
-    assert _einsum.steps("ij,jk,kl", zeros((2, 3), (3, 4), (4, 5)), "auto", object()) is None
+    assert einsum.steps("ij,jk->il", zeros((2, 3), (3, 4)), "auto", None) is None
+    assert einsum.steps("ij,jk", zeros((2, 3), (5, 4)), "auto", None) is None
+    assert einsum.steps(zeros((2, 3))[0], ([0, 1],), "auto", None) is None
+    assert einsum.steps("ij,jk,kl", zeros((2, 3), (3, 4), (4, 5)), "auto", object()) is None
 
 
 @pytest.mark.parametrize(
@@ -198,48 +200,54 @@ def test_einsum_steps() -> None:
         ("mk,kn->mn", (1, 256), (256, 256), "vector"),
     ],
 )
-def test_gate(subscripts: str, lhs: tuple, rhs: tuple, why: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gate(subscripts: str, lhs: tuple, rhs: tuple, why: str | None) -> None:
     inputs, output = subscripts.split("->")
-    labels = _shapes.einsum_labels(inputs.split(","), output, (lhs, rhs))
-    monkeypatch.setattr(_gate, "enabled", True)
-    reason = _gate.declines(labels, lhs, rhs)
+    labels = contraction.einsum_labels(inputs.split(","), output, (lhs, rhs))
+    reason = xla.is_faster(labels, lhs, rhs)
     assert (reason is None) if why is None else (why in reason)
-    monkeypatch.setattr(_gate, "enabled", False)
-    assert _gate.declines(labels, lhs, rhs) is None
-
-
-def test_where_vectors_are_short_products_along_k_go_to_kernels_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_gate, "enabled", True)
-    labels = _shapes.einsum_labels(["mk", "k"], "m", ((256, 256), (256,)))
-    for size, dtype, target, declined in (
-        *((256, "float32", "x86-64-v3", True), (512, "float32", "x86-64-v3", False)),
-        *((256, "float32", "x86-64-v4", False), (256, "float64", "x86-64-v3", False)),
+    float32 = np.dtype(np.float32)
+    product = decision.Product(labels, lhs, rhs, (float32,) * 3, None)
+    machine = decision.Machine("x86-64-v4", frozenset({("float32", "float32", "float32", "default")}))
+    assert decision.dispatch(product, machine, decision.Policy(declines=True)).declined == reason
+    for declines, kernels, signature, text in (
+        (True, machine, reason is None, reason),
+        (False, machine, True, None),
+        (False, decision.Machine("", frozenset()), False, "no kernel for float32 x float32 -> float32"),
     ):
-        why = _gate.declines(labels, (size, size), (size,), dtypes=(dtype, dtype), target=target)
+        found = decision.dispatch(product, kernels, decision.Policy(declines=declines))
+        assert (found.signature is not None) == signature
+        assert found.declined is None if text is None else found.declined.startswith(text)
+
+
+def test_where_vectors_are_short_products_along_k_go_to_kernels_later() -> None:
+    labels = contraction.einsum_labels(["mk", "k"], "m", ((256, 256), (256,)))
+    for size, dtype, bits, declined in (
+        *((256, "float32", 256, True), (512, "float32", 256, False)),
+        *((256, "float32", 512, False), (256, "float64", 256, False)),
+    ):
+        why = xla.is_faster(labels, (size, size), (size,), dtypes=(dtype, dtype), vector_bits=bits)
         assert (why is not None) == declined
 
 
-def test_the_gate_lets_large_vectors_of_narrow_elements_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_gate, "enabled", True)
-    labels = _shapes.labels_of(MATMUL, None, 2, 2)
+def test_the_gate_lets_large_vectors_of_narrow_elements_through() -> None:
+    labels = contraction.labels_of(MATMUL, None, 2, 2)
     shapes = ((1, 128), (128, 128))
-    assert "vector" in (_gate.declines(labels, *shapes) or "")
-    assert _gate.declines(labels, *shapes, dtypes=("bfloat16", "bfloat16")) is None
-    assert _gate.declines(labels, *shapes, dtypes=("float32", "bfloat16")) is None
-    assert _gate.declines(labels, *shapes, dtypes=("bfloat16", "float32")) is not None
-    assert _gate.declines(labels, (1, 64), (64, 64), dtypes=("bfloat16", "bfloat16")) is not None
+    assert "vector" in (xla.is_faster(labels, *shapes) or "")
+    assert xla.is_faster(labels, *shapes, dtypes=("bfloat16", "bfloat16")) is None
+    assert xla.is_faster(labels, *shapes, dtypes=("float32", "bfloat16")) is None
+    assert xla.is_faster(labels, *shapes, dtypes=("bfloat16", "float32")) is not None
+    assert xla.is_faster(labels, (1, 64), (64, 64), dtypes=("bfloat16", "bfloat16")) is not None
     for dtype in ("int8", "float16"):
-        assert _gate.declines(labels, (1, 16), (16, 16), dtypes=(dtype, dtype)) is None
-    along_k = _shapes.labels_of((((1,), (1,)), ((), ())), None, 2, 2)
-    assert _gate.declines(along_k, (1, 128), (128, 128), dtypes=("bfloat16", "bfloat16")) is not None
-    assert _gate.declines(along_k, (1, 256), (256, 256), dtypes=("bfloat16", "bfloat16")) is None
+        assert xla.is_faster(labels, (1, 16), (16, 16), dtypes=(dtype, dtype)) is None
+    along_k = contraction.labels_of((((1,), (1,)), ((), ())), None, 2, 2)
+    assert xla.is_faster(along_k, (1, 128), (128, 128), dtypes=("bfloat16", "bfloat16")) is not None
+    assert xla.is_faster(along_k, (1, 256), (256, 256), dtypes=("bfloat16", "bfloat16")) is None
 
 
-def test_the_gate_lets_batches_of_vectors_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_gate, "enabled", True)
+def test_the_gate_lets_batches_of_vectors_through() -> None:
 
     def why(inputs: list[str], out: str, shapes: tuple[tuple[int, ...], ...], dtype: str) -> str | None:
-        return _gate.declines(_shapes.einsum_labels(inputs, out, shapes), *shapes, dtypes=(dtype, dtype))
+        return xla.is_faster(contraction.einsum_labels(inputs, out, shapes), *shapes, dtypes=(dtype, dtype))
 
     for dtype in ("int8", "bfloat16", "float32", "float64"):
         assert why(["bk", "bkn"], "bn", ((2, 16), (2, 16, 16)), dtype) is None
@@ -248,9 +256,8 @@ def test_the_gate_lets_batches_of_vectors_through(monkeypatch: pytest.MonkeyPatc
     assert "vector" in (why(["bk", "bk"], "b", ((2, 4096), (2, 4096)), "float32") or "")
 
 
-def test_the_gate_lets_vectors_through_where_memory_or_l2_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gate_lets_vectors_through_where_memory_or_l2_is_read() -> None:
     """float64: along K within L2, and everything that lies in memory."""
-    monkeypatch.setattr(_gate, "enabled", True)
     for subscripts, n, passes in (
         ("k,nk->n", 256, True),
         ("k,nk->n", 1024, False),
@@ -261,24 +268,33 @@ def test_the_gate_lets_vectors_through_where_memory_or_l2_is_read(monkeypatch: p
     ):
         shapes = ((n,), (n, n))
         inputs, output = subscripts.split("->")
-        labels = _shapes.einsum_labels(inputs.split(","), output, shapes)
-        assert (_gate.declines(labels, *shapes, dtypes=("float64", "float64")) is None) == passes, (subscripts, n)
+        labels = contraction.einsum_labels(inputs.split(","), output, shapes)
+        assert (xla.is_faster(labels, *shapes, dtypes=("float64", "float64")) is None) == passes, (subscripts, n)
 
 
-def test_the_gate_keeps_fewer_small_products_of_other_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_gate, "enabled", True)
-    labels = _shapes.labels_of(MATMUL, None, 2, 2)
+def test_the_gate_keeps_fewer_small_products_of_other_dtypes() -> None:
+    labels = contraction.labels_of(MATMUL, None, 2, 2)
     for dtype in ("int8", "bfloat16", "float64"):
-        assert _gate.declines(labels, (5, 5), (5, 5), dtypes=(dtype, dtype)) is not None
-        assert _gate.declines(labels, (6, 6), (6, 6), dtypes=(dtype, dtype)) is None
-    assert _gate.declines(labels, (512, 16), (16, 512), dtypes=("bfloat16", "bfloat16")) is None
+        assert xla.is_faster(labels, (5, 5), (5, 5), dtypes=(dtype, dtype)) is not None
+        assert xla.is_faster(labels, (6, 6), (6, 6), dtypes=(dtype, dtype)) is None
+    assert xla.is_faster(labels, (512, 16), (16, 512), dtypes=("bfloat16", "bfloat16")) is None
 
 
-def test_the_gate_is_for_what_xla_computes_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_gate, "enabled", True)
-    labels = _shapes.labels_of(MATMUL, None, 2, 2)
-    assert _gate.declines(labels, (2, 2), (2, 2)) is not None
-    assert _gate.declines(labels, (2, 2), (2, 2), any_size=True) is None
+def test_the_gate_is_for_what_xla_computes_alike() -> None:
+    labels = contraction.labels_of(MATMUL, None, 2, 2)
+    float32 = np.dtype(np.float32)
+    names = ("float32", "float32", "float32")
+    machine = decision.Machine("x86-64-v4", frozenset({(*names, "default"), (*names, "BF16_BF16_F32")}))
+    for precision, declined in ((None, True), (DotAlgorithmPreset.BF16_BF16_F32, False)):
+        product = decision.Product(labels, (2, 2), (2, 2), (float32,) * 3, precision)
+        assert (decision.dispatch(product, machine, decision.Policy()).declined is not None) == declined
+
+
+def test_this_machine_has_what_the_extension_says() -> None:
+    machine = decision.this_machine()
+    assert machine.target == native.target()
+    for names in (("float32",) * 3, ("int8", "int8", "uint32"), ("int64",) * 3, ("float16", "float64", "float32")):
+        assert machine.supports(*names, "default") == native.supports(*names)
 
 
 def signature(lhs: str, rhs: str, out: str, precision: Any = None, terms: Any = 8, kernels: str = "") -> str | None:
@@ -288,7 +304,7 @@ def signature(lhs: str, rhs: str, out: str, precision: Any = None, terms: Any = 
         "float32,bfloat16,float32,default float64,float64,float64,default float32,float32,float32,BF16_BF16_F32 "
         "int8,int8,int32,default int8,uint8,int32,default int8,int8,int8,default"
     )
-    found = _signatures.find(
+    found = signatures.find(
         *map(jnp.dtype, (lhs, rhs, out)), precision, terms, lambda *names: ",".join(names) in every.split()
     )
     return found and " ".join([found.lhs.name, found.rhs.name, found.out.name, found.algorithm])
@@ -324,23 +340,22 @@ def test_signatures() -> None:
     assert signature("bool", "bool", "bool", f32) is None
 
 
-def test_symbolic_sizes_pass_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_gate, "enabled", True)
-    labels = _shapes.labels_of(MATMUL, None, 2, 2)
+def test_symbolic_sizes_pass_the_gate() -> None:
+    labels = contraction.labels_of(MATMUL, None, 2, 2)
     m, k = export.symbolic_shape("m, k")
-    assert _gate.declines(labels, (m, k), (k, 5)) is None
-    assert _gate.declines(labels, (m, 2), (2, 2)) is None
+    assert xla.is_faster(labels, (m, k), (k, 5)) is None
+    assert xla.is_faster(labels, (m, 2), (2, 2)) is None
 
 
 def test_gate_switch_is_on_or_off() -> None:
     with pytest.raises(ValueError, match="JAX_NANO_GATE=maybe: expected one of on, off"):
-        _gate._read_switch("maybe")
+        decision.Policy.of_environment({"JAX_NANO_GATE": "maybe"})
 
 
 def test_sharding_rule() -> None:
-    labels = _shapes.labels_of(BATCHED, None, 3, 3)
-    assert _sharding.sharding_rule(labels) == "a b c, a c f -> a b f"
-    assert [_sharding.factor(i) for i in (0, 25, 26, 27, 26 * 26)] == ["a", "z", "ba", "bb", "baa"]
+    labels = contraction.labels_of(BATCHED, None, 3, 3)
+    assert sharding.sharding_rule(labels) == "a b c, a c f -> a b f"
+    assert [sharding.factor(i) for i in (0, 25, 26, 27, 26 * 26)] == ["a", "z", "ba", "bb", "baa"]
 
 
 @pytest.mark.parametrize(
@@ -355,7 +370,7 @@ def test_sharding_rule() -> None:
     ],
 )
 def test_shardings_are_settled(lhs: tuple, rhs: tuple, out: tuple, want: dict) -> None:
-    labels = _shapes.labels_of(MATMUL, None, 2, 2)
-    axes = _sharding.settle(labels, lhs, rhs, out)
+    labels = contraction.labels_of(MATMUL, None, 2, 2)
+    axes = sharding.settle(labels, lhs, rhs, out)
     assert {label: names for label, names in axes.items() if names} == want
     assert set(axes) == {0, 1, 3}

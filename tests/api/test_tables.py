@@ -108,14 +108,14 @@ def test_an_entry_that_fails_is_a_warning() -> None:
     run_python(
         """
         import warnings
-        from jax_nano import _imports
+        from jax_nano._core import imports
         import colorsys as before
         def fail(module):
             raise KeyError("made by the test")
         for name in ("colorsys", "this_is_no_module", "fractions"):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                _imports.when_imported(name, fail)
+                imports.when_imported(name, fail)
                 try:
                     __import__(name)
                 except ModuleNotFoundError as error:

@@ -32,8 +32,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = Path(jax_nano.__file__).parent
     shutil.copytree(source / "codegen", folder / "jax_nano" / "codegen", ignore=shutil.ignore_patterns("__pycache__"))
     # What the package itself is made of before anything is asked of it.
-    for name in ("__init__.py", "_imports.py", "_spec.py"):
-        shutil.copy(source / name, folder / "jax_nano")
+    (folder / "jax_nano" / "_core").mkdir()
+    for name in ("__init__.py", "_core/__init__.py", "_core/imports.py", "_core/spec.py"):
+        shutil.copy(source / name, folder / "jax_nano" / name)
     return folder
 
 

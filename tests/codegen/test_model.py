@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from jax_nano import _runtime, _spec
+from jax_nano import _runtime
+from jax_nano._core import spec
 from jax_nano.codegen import checks, ir, manifest, tile, walks
 from jax_nano.codegen.catalog import Kernel, find, kernels
 from jax_nano.codegen.microkernel import walks_of
@@ -63,7 +64,7 @@ class TestContract:
     def test_manifest_entries_are_the_specs(self, kernel):
         symbol, *names = manifest.entry(kernel)
         assert symbol == "symbol"
-        *fields, last = _spec.KERNEL_INFO
+        *fields, last = spec.KERNEL_INFO
         assert names == [x.name for x in fields]
         assert (last.c_type, last.name) == ("GemmFn", "fn")
         types = {"const char*": str, "int32_t": int, "bool": bool}

@@ -1,4 +1,4 @@
-"""The facts stand in jax_nano/_spec.py alone: what is added there reaches the generator, C++ and the Python package."""
+"""The facts stand in jax_nano/_core/spec.py alone: what is added there reaches generator, C++ and Python package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import pytest
 import reference
 
 import jax_nano
-from jax_nano import _activations, _runtime, _signatures, _spec
+from jax_nano import _runtime
+from jax_nano._core import activations, signatures, spec
 from jax_nano.codegen import activation, header
 from jax_nano.codegen.target import CORES
 from jax_nano.codegen.toolchain import Toolchain, ToolchainError
@@ -46,13 +47,13 @@ def imports(path: Path) -> set[str]:
 
 class TestRooms:
     def test_the_spec_needs_the_standard_library_alone(self):
-        roots = {name.partition(".")[0] for name in imports(PACKAGE / "_spec.py")}
+        roots = {name.partition(".")[0] for name in imports(PACKAGE / "spec.py")}
         assert roots <= sys.stdlib_module_names
 
     @pytest.mark.parametrize("path", sorted((PACKAGE / "codegen").rglob("*.py")), ids=lambda p: p.name)
     def test_the_generator_knows_the_spec_and_nothing_else(self, path):
         ours = {name for name in imports(path) if name.startswith("jax_nano.") and name.count(".") == 1}
-        assert ours <= {"jax_nano._spec"}
+        assert ours <= {"jax_nano._core.spec"}
 
     @pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.name)
     def test_nothing_else_knows_the_generator(self, path):
@@ -63,43 +64,43 @@ class TestTotality:
     """Whatever stands for a fact by its name stands for all of them."""
 
     def test_activations(self):
-        for implemented in (activation.FUNCTIONS, _activations.FUNCTIONS):
-            assert tuple(implemented) == _spec.ACTIVATIONS
+        for implemented in (activation.FUNCTIONS, activations.FUNCTIONS):
+            assert tuple(implemented) == spec.ACTIVATIONS
         for name in epilogues.NAMES:
             epilogues.exact(name, np.zeros(1))
 
     def test_algorithms(self):
-        for name, pairs in _spec.ALGORITHMS.items():
+        for name, pairs in spec.ALGORITHMS.items():
             assert sorted(reference._PARTS[name]) == sorted(pairs)
-        assert {_spec.DEFAULT_ALGORITHM, *_spec.ALGORITHMS} == set(_signatures._ALGORITHMS.values())
+        assert {spec.DEFAULT_ALGORITHM, *spec.ALGORITHMS} == set(signatures._ALGORITHMS.values())
 
     def test_names_within_the_spec(self):
-        for dtype in _spec.DTYPES.values():
-            accumulator = _spec.DTYPES[dtype.accumulator]
+        for dtype in spec.DTYPES.values():
+            accumulator = spec.DTYPES[dtype.accumulator]
             assert accumulator.adds_as
             assert accumulator.accumulator == accumulator.name
             assert (accumulator.kind == "float") == (dtype.kind == "float")
-        assert {x for s in _spec.SIGNATURES for x in s} <= set(_spec.DTYPES)
-        for target in _spec.TARGETS.values():
-            assert {*target.requires, *target.shunned} <= set(_spec.FEATURES)
+        assert {x for s in spec.SIGNATURES for x in s} <= set(spec.DTYPES)
+        for target in spec.TARGETS.values():
+            assert {*target.requires, *target.shunned} <= set(spec.FEATURES)
             assert set(target.cores) <= set(CORES)
 
     def test_numbers_are_told_apart(self):
-        for numbers in ([x.number for x in _spec.DTYPES.values()], [x.short for x in _spec.DTYPES.values()]):
-            assert len(set(numbers)) == len(_spec.DTYPES)
+        for numbers in ([x.number for x in spec.DTYPES.values()], [x.short for x in spec.DTYPES.values()]):
+            assert len(set(numbers)) == len(spec.DTYPES)
 
 
 class TestExtension:
     """The compiled extension has the facts of the spec beside it."""
 
     def test_calls(self):
-        assert set(_runtime.registrations()) == {_spec.DOT_GENERAL_CALL, _spec.LINEAR_CALL}
-        assert _runtime.ABI_VERSION == _spec.FFI_ABI
+        assert set(_runtime.registrations()) == {spec.DOT_GENERAL_CALL, spec.LINEAR_CALL}
+        assert _runtime.ABI_VERSION == spec.FFI_ABI
 
     def test_targets_best_first(self):
-        assert [t["name"] for t in _runtime.targets()] == list(reversed(_spec.TARGETS))
+        assert [t["name"] for t in _runtime.targets()] == list(reversed(spec.TARGETS))
 
-    @pytest.mark.parametrize("target", _spec.TARGETS.values(), ids=lambda t: t.name)
+    @pytest.mark.parametrize("target", spec.TARGETS.values(), ids=lambda t: t.name)
     def test_features(self, target):
         """A target is usable with what it requires, and not without any of it."""
 
@@ -115,24 +116,24 @@ class TestExtension:
             assert shunned["why"]
 
     def test_kernels(self):
-        fields = _spec.names(_spec.KERNEL_INFO)[:-1]
+        fields = spec.names(spec.KERNEL_INFO)[:-1]
         stub = ast.parse((PACKAGE / "_runtime.pyi").read_text())
         (declared,) = (x for x in stub.body if isinstance(x, ast.ClassDef) and x.name == "_Kernel")
         assert sorted(x.target.id for x in declared.body) == sorted(fields)
         for kernel in _runtime.kernels():
             assert tuple(kernel) == fields
-            assert (kernel["lhs"], kernel["rhs"], kernel["out"]) in _spec.SIGNATURES
-            assert kernel["acc"] == _spec.DTYPES[kernel["out"]].accumulator
-            assert kernel["algorithm"] in (_spec.DEFAULT_ALGORITHM, *_spec.ALGORITHMS)
+            assert (kernel["lhs"], kernel["rhs"], kernel["out"]) in spec.SIGNATURES
+            assert kernel["acc"] == spec.DTYPES[kernel["out"]].accumulator
+            assert kernel["algorithm"] in (spec.DEFAULT_ALGORITHM, *spec.ALGORITHMS)
 
     def test_every_signature_has_a_kernel_on_every_cpu(self):
         built = {(k["target"], k["lhs"], k["rhs"], k["out"]) for k in _runtime.kernels()}
-        (lowest, *_) = _spec.TARGETS
-        assert {(lowest, *x) for x in _spec.SIGNATURES} <= built
+        (lowest, *_) = spec.TARGETS
+        assert {(lowest, *x) for x in spec.SIGNATURES} <= built
 
-    @pytest.mark.parametrize("name", [*_spec.DTYPES, "bool", "float8_e5m2"])
+    @pytest.mark.parametrize("name", [*spec.DTYPES, "bool", "float8_e5m2"])
     def test_dtypes(self, name):
-        why = "no kernel" if name in _spec.DTYPES else f"dtype {name} is not supported"
+        why = "no kernel" if name in spec.DTYPES else f"dtype {name} is not supported"
         with pytest.raises(ValueError, match=why):
             _runtime.plan([2, 3], [3, 4], [0, 1], [1, 2], [0, 2], name, "float32", "int8", 1)
 
@@ -175,7 +176,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from jax_nano._spec import Target, signatures
+from jax_nano._core.spec import Target, signatures
 
 from .. import ir
 from . import Served, VectorFamily
@@ -223,9 +224,9 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for extension in PACKAGE.glob("_runtime*.so"):
         (package / extension.name).symlink_to(extension)
     for name, text in ADDED.items():
-        _insert(package / "_spec.py", name, ")", text)
+        _insert(package / "spec.py", name, ")", text)
     (package / "codegen" / "nanokernel" / "int64_product.py").write_text(NANOKERNEL)
-    for file, function in (("codegen/activation.py", "ir.multiply(x, x)"), ("_activations.py", "x * x")):
+    for file, function in (("codegen/activation.py", "ir.multiply(x, x)"), ("activations.py", "x * x")):
         _insert(package / file, "FUNCTIONS: ", "}", f'    "square": lambda x: {function},')
     return folder
 
@@ -333,10 +334,12 @@ def test_the_package_takes_up_what_is_added(grown):
         grown,
         """
         import numpy as np
-        from jax_nano import _activations, _explain, _hlo
+        from jax_nano._core import activations
+        from jax_nano._tools import explain
+        from jax_nano._core import hlo
 
-        assert _hlo.DTYPES[5] == np.int64 and _hlo.ELEMENT_TYPES[np.dtype(np.int64)] == 5
-        assert _explain.parse_dtypes("i64") == ("int64", "int64", "int64")
-        assert _activations.name_of("square") == "square"
+        assert hlo.DTYPES[5] == np.int64 and hlo.ELEMENT_TYPES[np.dtype(np.int64)] == 5
+        assert explain.parse_dtypes("i64") == ("int64", "int64", "int64")
+        assert activations.name_of("square") == "square"
         """,
     )

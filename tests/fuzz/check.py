@@ -14,7 +14,9 @@ import ml_dtypes
 import numpy as np
 
 import jax_nano
-from jax_nano import _accelerate, _gate, _lowering, _report
+from jax_nano._core import record
+from jax_nano._dispatch import decision
+from jax_nano._programs import accelerate
 
 from . import arbiter
 from .program import DEVICES, Program
@@ -50,18 +52,11 @@ class Outcome:
 @contextmanager
 def gate(on: bool) -> Iterator[None]:
     """The decline gate set, as it is when choices are made."""
-    before = _gate.enabled
-    _set_gate(on)
+    before, decision.policy = decision.policy, decision.Policy(declines=on)
     try:
         yield
     finally:
-        _set_gate(before)
-
-
-def _set_gate(on: bool) -> None:
-    if _gate.enabled != on:
-        _gate.enabled = on
-        _lowering.choose.cache_clear()
+        decision.policy = before
 
 
 def check(program: Program, *, plain: bool | None = None) -> Outcome:
@@ -76,8 +71,8 @@ def check(program: Program, *, plain: bool | None = None) -> Outcome:
 
 def _accelerated(program: Program, *, plain: bool) -> Outcome:
     outcome = Outcome()
-    _report.clear_report()
-    failures: list[str] = getattr(_accelerate._hook, "failures", [])
+    record.clear()
+    failures: list[str] = getattr(accelerate._hook, "failures", [])
     failures.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -92,7 +87,7 @@ def _accelerated(program: Program, *, plain: bool) -> Outcome:
                 outcome.failure = outcome.sort = ""
                 outcome.skipped = f"{type(other).__name__}: {other}"
             return outcome
-    for product, count in _report.products():
+    for product, count in record.products():
         outcome.calls += count * (product.declined is None)
         outcome.declined += count * (product.declined is not None)
         outcome.epilogues += count * bool(product.epilogue)

@@ -193,8 +193,8 @@ class Program:
         return (
             f"# seed {self.seed}, kind {self.kind}, gate {'on' if gate else 'off'}\n"
             f"{PRELUDE}\n"
-            "import jax_nano\nfrom jax_nano import _gate\n\n"
-            f"_gate.enabled = {gate}\n"
+            "import jax_nano\nfrom jax_nano._dispatch import decision\n\n"
+            f"decision.policy = decision.Policy(declines={gate})\n"
             'jax.config.update("jax_num_cpu_devices", 4)\n'
             + ('jax.config.update("jax_enable_x64", True)\n' if self.x64 else "")
             + spread

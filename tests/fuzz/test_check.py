@@ -57,12 +57,12 @@ def test_what_xla_computes_wrongly_too_is_its_own(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_failure_of_the_compiler_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from jax_nano import _rewrite
+    from jax_nano._programs import rewrite
 
     def fails(*_: Any) -> None:
         raise RuntimeError("by the test")
 
-    monkeypatch.setattr(_rewrite, "rewrite", fails)
+    monkeypatch.setattr(rewrite, "rewrite", fails)
     assert "by the test" in check.check(chain("float32")).failure
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import pytest
 
-from jax_nano import _gate
+from jax_nano._dispatch import decision
 
 if jax.config.jax_num_cpu_devices != 4:
     jax.config.update("jax_num_cpu_devices", 4)
@@ -15,5 +15,5 @@ if jax.config.jax_num_cpu_devices != 4:
 def gate() -> None:
     """On, as for a user: other tests in this process may have switched it off."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_gate, "enabled", True)
+        patch.setattr(decision, "policy", decision.Policy(declines=True))
         yield

@@ -11,7 +11,7 @@ from zoo import MODELS, Workload
 from zoo.compiled import dots, products, worth_a_call
 
 import jax_nano
-from jax_nano import _report
+from jax_nano._core import record
 
 
 def compiled(workload: Workload) -> tuple[str, Any]:
@@ -37,7 +37,7 @@ def test_results_are_those_of_plain_xla_and_every_product_worth_a_call_is_ours(n
     assert bool(worth_a_call(plain, model.element_bytes)) == (name != "kalman filter")
     assert not worth_a_call(accelerated, model.element_bytes)
     assert products(accelerated) + len(dots(accelerated)) == len(dots(plain))
-    told = [product.declined for product, count in _report.products() for _ in range(count)]
+    told = [product.declined for product, count in record.products() for _ in range(count)]
     assert len(told) == len(dots(plain)), jax_nano.report()
     assert sum(why is not None for why in told) == len(dots(accelerated)), jax_nano.report()
     assert products(accelerated) > 0 or name == "kalman filter"

@@ -16,7 +16,7 @@ import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from jax_nano._spec import DEFAULT_ALGORITHM, Signature, Target
+from jax_nano._core.spec import DEFAULT_ALGORITHM, Signature, Target
 
 from ..ir import Value, convert
 from ..tile import Tile

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 from jaxlib.mlir import ir as mlir
 
-from jax_nano import _spec
-from jax_nano._spec import DTYPES, Signature, Target
+from jax_nano._core import spec
+from jax_nano._core.spec import DTYPES, Signature, Target
 
 from .. import ir
 from . import Served
@@ -116,6 +116,6 @@ def kernels(target: Target) -> Iterator[Served]:
     for algorithm, parts in ALGORITHMS.items():
         why = f"{len(parts)} tdpbf16ps on bf16 parts of f32"
         yield Served(Signature("float32", "float32", "float32"), AmxDot.of_bf16(parts), why, algorithm)
-    for signature in _spec.signatures("int32"):
+    for signature in spec.signatures("int32"):
         family = AmxDot.of_bytes(signature.a, signature.b)
         yield Served(signature, family, f"{family.instruction}: takes these signs as they are")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from jaxlib.mlir import ir as mlir
 
-from jax_nano._spec import Signature, Target
+from jax_nano._core.spec import Signature, Target
 
 from .. import ir
 from . import Served, VectorFamily

@@ -6,7 +6,7 @@ f32's 24 significant bits, so three parts hold an f32 exactly unless it is near 
 
 from __future__ import annotations
 
-from jax_nano import _spec
+from jax_nano._core import spec
 
 from .. import ir
 
@@ -15,7 +15,7 @@ FINITE = 3
 
 ALGORITHMS: dict[str, tuple[tuple[int, int], ...]] = {
     name: tuple((a or (FINITE if b else 0), b or (FINITE if a else 0)) for a, b in pairs)
-    for name, pairs in _spec.ALGORITHMS.items()
+    for name, pairs in spec.ALGORITHMS.items()
 }
 """Products of parts for each algorithm, small ones first. Only the last one sees Inf and NaN."""
 

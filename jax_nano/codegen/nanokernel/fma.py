@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from jax_nano import _spec
-from jax_nano._spec import DTYPES, Signature, Target
+from jax_nano._core import spec
+from jax_nano._core.spec import DTYPES, Signature, Target
 
 from .. import ir
 from . import Served, VectorFamily
@@ -60,7 +60,7 @@ class Fma(VectorFamily):
 
 def kernels(target: Target) -> Iterator[Served]:
     """Every signature of real numbers and every algorithm: other targets' kernels replace some of them."""
-    for signature in _spec.signatures("float32", "float64"):
+    for signature in spec.signatures("float32", "float64"):
         acc = DTYPES[signature.out].accumulator
         widened = "" if signature.a == signature.b == acc else ", widened on the way in"
         yield Served(signature, Fma(acc), f"one vfmadd231 a vector and K value{widened}")

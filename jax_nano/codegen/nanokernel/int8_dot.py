@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from jax_nano import _spec
-from jax_nano._spec import Target
+from jax_nano._core import spec
+from jax_nano._core.spec import Target
 
 from .. import ir
 from . import Served, VectorFamily
@@ -103,7 +103,7 @@ class Int8Vnni(VectorFamily):
 def kernels(target: Target) -> Iterator[Served]:
     """Every signature of bytes."""
     bits, has_vnni = target.vector_bits, {"avx_vnni", "avx512_vnni"} & set(target.requires)
-    for signature in _spec.signatures("int32"):
+    for signature in spec.signatures("int32"):
         signed_a = signature.a == "int8"
         if not has_vnni:
             yield Served(signature, Int8Widened(bits), "vpmaddwd on pairs of i16: exact where vpmaddubsw saturates")

@@ -1,0 +1,1 @@
+"""What everything else stands on: facts, names of dimensions, dtypes and signatures, the extension, JAX itself."""

@@ -1,0 +1,104 @@
+"""Finds the compiled extension and tells XLA about its FFI targets.
+
+On x86-64 Linux a missing extension is an error with a remedy, never a silent fallback. On any other
+platform there is none to find, and every product takes lax's own lowering.
+
+Importing this module registers the targets, unless there is no extension: that is an error where something needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import platform
+import sys
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Final
+
+import jax
+
+from jax_nano._core import spec
+
+TARGET_NAME: Final = spec.DOT_GENERAL_CALL
+LINEAR_TARGET_NAME: Final = spec.LINEAR_CALL
+ABI: Final = spec.FFI_ABI
+
+# The frontend attribute of a call that names the build which made it. The handlers do not read it, so what one build
+# exported is run by another.
+BUILD: Final = "jax_nano.build"
+
+
+@cache
+def runtime() -> ModuleType | None:
+    """The extension module with its targets registered; None where the platform has none.
+
+    Raises:
+      ImportError: on x86-64 Linux, if the extension was not built or does not load.
+    """
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
+        return None
+    try:
+        native = importlib.import_module("jax_nano._runtime")
+    except ImportError as error:
+        raise ImportError(
+            "jax_nano's compiled extension jax_nano._runtime is missing or does not load"
+            f" ({error}). Build it with `pip install .` in the source tree of jax_nano;"
+            " if you are in that source tree now, its uncompiled package shadows the installed one."
+        ) from error
+    if native.ABI_VERSION != ABI:
+        raise ImportError(
+            f"jax_nano._runtime has ABI version {native.ABI_VERSION}, the Python files expect {ABI}:"
+            " the two come from different builds. Reinstall jax_nano."
+        )
+    for name, stages in native.registrations().items():
+        jax.ffi.register_ffi_target(name, stages, platform="cpu")
+    return native
+
+
+def register() -> None:
+    """Register jax_nano's FFI targets with XLA, as `import jax_nano` has done if it could.
+
+    Raises:
+      ImportError: on x86-64 Linux, if the extension was not built or does not load.
+    """
+    runtime()
+
+
+@cache
+def build() -> str:
+    """The release, and a digest of what it was built from: programs compiled by two builds are never equal.
+
+    XLA's handler of a call, and what becomes of an accelerated program, differ from build to build while the program
+    that JAX lowers stays the same; so the key of the persistent compilation cache must hold this.
+    """
+    try:
+        version = metadata.version("jax_nano")
+    except metadata.PackageNotFoundError:  # run from a build folder
+        version = "unreleased"
+    digest = hashlib.sha256()
+    folder = Path(__file__).parent.parent
+    native = runtime()
+    files = [*sorted(folder.rglob("*.py")), *([Path(str(native.__file__))] if native else [])]
+    for file in files:
+        digest.update(file.read_bytes())
+    return f"{version} {digest.hexdigest()[:12]}"
+
+
+def target() -> str:
+    """The target that was selected for this CPU; "" if there is none."""
+    native = runtime()
+    return "" if native is None else str(native.selected_target())
+
+
+def supports(lhs_dtype: str, rhs_dtype: str, out_dtype: str, algorithm: str = spec.DEFAULT_ALGORITHM) -> bool:
+    """Whether a kernel for these dtypes runs on this CPU, on the target that was selected."""
+    native = runtime()
+    return native is not None and bool(native.supports(lhs_dtype, rhs_dtype, out_dtype, algorithm))
+
+
+with contextlib.suppress(ImportError):
+    register()

@@ -1,0 +1,146 @@
+"""What became of each product that was compiled in this process: kept as it happens, told when it is asked for.
+
+`JAX_NANO_VERBOSE=1` in the environment (read at import) tells it as it happens too, on the standard error stream.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple, TypeAlias
+
+from jax_nano._core import jax_compat as compat
+from jax_nano._core import machine, native
+from jax_nano._core.contraction import Labels
+
+
+class Array(NamedTuple):
+    """An array as it lies in memory, its dimensions in row-major order."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Product(NamedTuple):
+    """A product of a program, and what became of it."""
+
+    program: str
+    source: str  # what JAX calls the operation, e.g. "jit(loss)/dot_general"
+    arrays: tuple[Array, Array, Array]  # lhs, rhs, result
+    labels: Labels  # of the arrays' dimensions
+    algorithm: str
+    declined: str | None  # why XLA computes it; None: a kernel does
+    epilogue: str = ""  # what the call does besides
+
+
+_lock = threading.Lock()
+_products: Counter[Product] = Counter()
+seen_again: Callable[[], bool] = bool
+"""Whether what a program that is lowered now leaves to XLA will be looked at when it is compiled: no, unless
+`_accelerate` puts its own answer here."""
+verbose: bool = os.environ.get("JAX_NANO_VERBOSE", "").strip().lower() not in ("", "0", "off")
+
+
+def add(product: Product) -> None:
+    """Remembers a product of a program that is being compiled."""
+    with _lock:
+        _products[product] += 1
+    if verbose:
+        print(f"jax_nano: {line(product)}", file=sys.stderr, flush=True)
+
+
+Recorded: TypeAlias = Counter[Product]
+"""How often each product has been compiled."""
+
+
+def recorded() -> Recorded:
+    """What was compiled so far."""
+    with _lock:
+        return _products.copy()
+
+
+def withdraw(program: str, before: Recorded, why: str) -> None:
+    """Says of a program's products that were recorded since that XLA computes them after all."""
+    with _lock:
+        for product, count in list(_products.items()):
+            new = count - before[product]
+            if product.program == program and product.declined is None and new > 0:
+                _products[product] -= new
+                _products[product._replace(declined=why, epilogue="")] += new
+        for product in [x for x, count in _products.items() if count == 0]:
+            del _products[product]
+
+
+def products() -> list[tuple[Product, int]]:
+    """Every product compiled so far, in order, and how often."""
+    with _lock:
+        return list(_products.items())
+
+
+def epilogue_text(activation: str, scale: float, *, bias: bool, residual: bool) -> str:
+    """An epilogue in words: "scale 0.25, bias, relu, residual"."""
+    parts = {
+        f"scale {scale:g}": scale != 1,
+        "bias": bias,
+        activation: activation != "none",
+        "residual": residual,
+    }
+    return ", ".join(name for name, there in parts.items() if there)
+
+
+def clear() -> None:
+    """Forgets them."""
+    with _lock:
+        _products.clear()
+
+
+def line(product: Product) -> str:
+    lhs, rhs, out = (f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in product.arrays)
+    what = f"{_letters(product.labels)}  {lhs} x {rhs} -> {out}"
+    algorithm = "" if product.algorithm == "default" else f" ({product.algorithm})"
+    algorithm += f", then {product.epilogue}" if product.epilogue else ""
+    fate = _kernel(product) if product.declined is None else f"left to XLA: {product.declined}"
+    return f"{what}{algorithm}: {fate}  [{product.source}]"
+
+
+def _letters(labels: Labels) -> str:
+    names: Final = {label: _letter(i) for i, label in enumerate(dict.fromkeys(labels.lhs + labels.rhs))}
+    lhs, rhs, out = ("".join(names[x] for x in dims) for dims in labels)
+    return f"{lhs},{rhs}->{out}"
+
+
+def _letter(i: int) -> str:
+    return chr(ord("a") + i) if i < 26 else f"({i})"
+
+
+def _kernel(product: Product) -> str:
+    runtime = native.runtime()
+    assert runtime is not None  # or it would have been declined
+    lhs, rhs, out = product.arrays
+    if not all(isinstance(size, int) for size in lhs.shape + rhs.shape):
+        return "a kernel, chosen when the sizes are known"
+    threads = machine.threads(compat.cpu_devices())
+    dtypes = (lhs.dtype, rhs.dtype, out.dtype)
+    plan = runtime.plan(lhs.shape, rhs.shape, *product.labels, *dtypes, threads, algorithm=product.algorithm)
+    return _in_short(plan, threads)
+
+
+def _in_short(plan: Mapping[str, Any], threads: int) -> str:
+    """A plan in a line: target, kernel, blocking, threads."""
+    if plan["empty"]:
+        return "nothing to do"
+    if plan["inner"]:
+        blocking = "inner products"
+    elif plan["sweep"]:
+        blocking = "sweeps"
+    else:
+        packed = [operand.upper() for operand in ("a", "b") if plan[f"pack_{operand}"]]
+        blocks = f"blocks {plan['mc']} x {plan['nc']} x {plan['kc']} of {plan['m']} x {plan['n']} x {plan['k']}"
+        blocking = f"{blocks}, {' and '.join(packed) or 'nothing'} packed"
+    used = min(math.prod(plan["split"]) * plan["k_pieces"], threads)
+    products = f"{plan['products']} products, " if plan["products"] > 1 else ""
+    return f"{plan['target']}, {plan['kernel']}, {products}{blocking}, {used} thread{'s' if used > 1 else ''}"

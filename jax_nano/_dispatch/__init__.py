@@ -1,0 +1,1 @@
+"""The one decision about a product on a CPU: a kernel, or XLA and why."""

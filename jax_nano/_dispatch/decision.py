@@ -1,0 +1,140 @@
+"""The one decision about a product on a CPU: which kernel computes it, or why XLA does.
+
+`dispatch` is a pure function of the product, the machine and the policy, so what it has decided once can be kept. Who
+asks passes `this_machine()` and a policy: that of the process, or the one that a program was marked with.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from jax_nano._core import contraction, native, signatures, spec
+from jax_nano._core.contraction import Dims, Labels
+from jax_nano._core.signatures import Precision, Signature
+from jax_nano._dispatch import xla
+
+
+class Product(NamedTuple):
+    """A product of two arrays, as far as it is known when a program is compiled."""
+
+    labels: Labels
+    lhs_shape: tuple[int, ...]  # a size may be symbolic
+    rhs_shape: tuple[int, ...]
+    dtypes: tuple[np.dtype, np.dtype, np.dtype]  # of lhs, rhs and result
+    precision: Precision  # canonical
+
+
+class Machine(NamedTuple):
+    """What this CPU has kernels for."""
+
+    target: str  # the best one; "" if there is none
+    signatures: frozenset[tuple[str, str, str, str]]  # names of the dtypes of lhs, rhs and result, and the algorithm
+
+    @property
+    def vector_bits(self) -> int:
+        """Bits of a vector register of the target, 0 without one."""
+        facts = spec.TARGETS.get(self.target)
+        return 0 if facts is None else facts.vector_bits
+
+    def supports(self, lhs: str, rhs: str, out: str, algorithm: str) -> bool:
+        """Whether there is a kernel for these names."""
+        return (lhs, rhs, out, algorithm) in self.signatures
+
+
+class Policy(NamedTuple):
+    """What the user decides about all products."""
+
+    declines: bool = True  # whether products that XLA computes faster are left to it
+
+    def __str__(self) -> str:
+        return f"gate {'on' if self.declines else 'off'}"
+
+    @classmethod
+    def of_environment(cls, environment: Mapping[str, str]) -> Policy:
+        """JAX_NANO_GATE=on, the default, or off.
+
+        Raises:
+          ValueError: it is neither.
+        """
+        value = environment.get("JAX_NANO_GATE") or "on"
+        try:
+            return cls({"on": True, "off": False}[value.strip().lower()])
+        except KeyError:
+            raise ValueError(f"JAX_NANO_GATE={value}: expected one of on, off") from None
+
+
+class Decision(NamedTuple):
+    """What becomes of a product."""
+
+    labels: Labels
+    signature: Signature | None  # that of the kernel; None if XLA computes it
+    declined: str | None  # why XLA does, in words
+
+
+policy: Policy = Policy.of_environment(os.environ)
+"""That of the process."""
+
+
+@cache
+def this_machine() -> Machine:
+    """The kernels of the extension that run on this CPU, none where there is no extension."""
+    runtime = native.runtime()
+    if runtime is None:
+        return Machine("", frozenset())
+    algorithms = (spec.DEFAULT_ALGORITHM, *spec.ALGORITHMS)
+    operands = {name for signature in spec.SIGNATURES for name in signature[:2]}
+    found = (
+        (lhs, rhs, out, algorithm)
+        for lhs in operands
+        for rhs in operands
+        for out in spec.DTYPES
+        for algorithm in algorithms
+    )
+    return Machine(native.target(), frozenset(x for x in found if native.supports(*x)))
+
+
+@lru_cache(maxsize=4096)
+def dispatch(product: Product, machine: Machine, policy: Policy) -> Decision:
+    """The decision about a product."""
+    labels, lhs_shape, rhs_shape, dtypes, precision = product
+    signature = signature_of(product, machine)
+    if signature is None:
+        return Decision(labels, None, "no kernel for {} x {} -> {} at precision {}".format(*dtypes, precision))
+    # XLA computes the algorithms that round operands in plain float32: they go to a kernel at any size.
+    rounds = signature.algorithm != signatures.DEFAULT
+    declined = None
+    if policy.declines and not rounds:
+        names = dtypes[0].name, dtypes[1].name
+        declined = xla.is_faster(labels, lhs_shape, rhs_shape, dtypes=names, vector_bits=machine.vector_bits)
+    return Decision(labels, None if declined else signature, declined)
+
+
+def signature_of(product: Product, machine: Machine) -> Signature | None:
+    """The kernel's dtypes for a product, None if there is none."""
+    sizes = product.labels.sizes(product.lhs_shape, product.rhs_shape)
+    terms = math.prod(sizes[x] for x in product.labels.contracting)
+    return signatures.find(*product.dtypes, product.precision, terms, machine.supports)
+
+
+class Stored(NamedTuple):
+    """How a call stores its result."""
+
+    labels: Labels
+    shape: tuple[int, ...]
+    perm: Dims | None  # the transpose that makes it the result that was asked for
+
+
+@lru_cache(maxsize=4096)
+def stored(labels: Labels, lhs_shape: tuple[int, ...], rhs_shape: tuple[int, ...]) -> Stored:
+    """The closest to `labels` that kernels can store."""
+    out = contraction.runnable_out(labels, lhs_shape, rhs_shape)
+    shape = labels._replace(out=out).out_shape(lhs_shape, rhs_shape)
+    return Stored(
+        labels._replace(out=out), shape, None if out == labels.out else contraction.positions(out, labels.out)
+    )

@@ -1,0 +1,1 @@
+"""The primitives as JAX knows them: abstract evaluation, batching, differentiation, sharding, and lowering to calls."""

@@ -1,0 +1,123 @@
+"""The entries of our primitives in the tables that JAX keeps for each primitive, beside those of its transformations.
+
+Checkify looks for NaN after primitives that it knows, jet and sparsify refuse others, cost estimates pass them over,
+and policies of `jax.checkpoint` save the results of those they name. Ours are entered wherever lax.dot_general is,
+when the module that holds the table is imported. tests/api/test_tables.py walks all of JAX for tables, and lists those
+in which ours have no place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+from jax import Array
+from jax.interpreters import ad
+
+from jax_nano._core import contraction
+from jax_nano._core import jax_compat as compat
+from jax_nano._ops import linear as _linear
+from jax_nano._ops.dot_general import dot_general_p
+from jax_nano._ops.linear import linear_p
+
+
+def _dimension_numbers(params: dict[str, Any]) -> contraction.DimensionNumbers:
+    """Those of either primitive's product."""
+    if "labels" in params:
+        return contraction.dimension_numbers_of(params["labels"])[0]
+    numbers: contraction.DimensionNumbers = params["dimension_numbers"]
+    return numbers
+
+
+def _like_dot_general(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of either primitive with those that lax.dot_general has."""
+    return {
+        "preferred_element_type": None,
+        "out_sharding": None,
+        **params,
+        "dimension_numbers": _dimension_numbers(params),
+    }
+
+
+def _cost_of_product(rule: Any, ctx: Any, *args: Any, **params: Any) -> Any:
+    """What lax.dot_general costs by JAX's rule; a bias and a residual are counted as what reads them is: not at all."""
+    return rule(replace(ctx, avals_in=ctx.avals_in[:2]), *args[:2], dimension_numbers=_dimension_numbers(params))
+
+
+def _checkify(checkify: Any) -> None:
+    for primitive in (dot_general_p, linear_p):
+        checkify.error_checks[primitive] = partial(checkify.nan_error_check, primitive)
+
+
+def _jet(jet: Any) -> None:
+    jet.jet_rules[dot_general_p] = partial(jet._bilinear_taylor_rule, dot_general_p)
+
+    def linear(primals: Sequence[Array], series: Sequence[Any], **params: Any) -> Any:
+        # A rule takes and gives coefficients of powers, jet itself takes and gives derivatives.
+        derivatives = [[x * math.factorial(i) for i, x in enumerate(terms, 1)] for terms in series]
+        out, terms = jet.jet(partial(_linear.composition, **params), tuple(primals), tuple(derivatives))
+        return out, [x / math.factorial(i) for i, x in enumerate(terms, 1)]
+
+    jet.jet_rules[linear_p] = linear
+
+
+def _sparse(transform: Any) -> None:
+    from jax.experimental import sparse
+
+    def product(of: Any, lhs: Any, rhs: Any, *, out_perm: Any, **params: Any) -> Any:
+        out = of(lhs, rhs, **params)
+        if out_perm is None:
+            return out
+        return jax.lax.transpose(out, out_perm) if isinstance(out, Array) else out.transpose(out_perm)
+
+    def linear(*operands: Any, **params: Any) -> Any:
+        return transform.sparsify(partial(_linear.composition, **params))(*operands)
+
+    for rules, of in (
+        (transform.sparse_rules_bcoo, sparse.bcoo_dot_general),
+        (transform.sparse_rules_bcsr, sparse.bcsr_dot_general),
+    ):
+        rules[dot_general_p] = transform._standard_sparse_rule(dot_general_p, partial(product, of))
+        rules[linear_p] = transform._standard_sparse_rule(linear_p, linear)
+
+
+def _roofline(rooflines: Any) -> None:
+    for primitive in (dot_general_p, linear_p):
+        rooflines.roofline.register_roofline(primitive)(partial(_cost_of_product, rooflines._dot_general_roofline))
+
+
+def _pallas(cost_estimate: Any) -> None:
+    for primitive in (dot_general_p, linear_p):
+        cost_estimate.register_cost_rule(primitive, partial(_cost_of_product, cost_estimate.dot_general_cost_rule))
+
+
+def _transpose_linear(cotangent: Any, *operands: Any, **params: Any) -> list[Any]:
+    """Of the operands that are not known, if linear is linear in them: else JAX's error says what is not."""
+    unknown = [i for i, x in enumerate(operands) if ad.is_undefined_primal(x)]
+
+    def function(*chosen: Array) -> Array:
+        filled = list(operands)
+        for i, x in zip(unknown, chosen, strict=True):
+            filled[i] = x
+        return _linear.composition(*filled, **params)
+
+    found = jax.linear_transpose(function, *(operands[i].aval for i in unknown))(cotangent)
+    out: list[Any] = [None] * len(operands)
+    for i, x in zip(unknown, found, strict=True):
+        out[i] = x
+    return out
+
+
+def enter() -> None:
+    """Enters the primitives in every table, now or when the module that holds it is imported."""
+    ad.primitive_transposes[linear_p] = _transpose_linear
+    for primitive in (dot_general_p, linear_p):
+        compat.treat_as_dot_general(primitive, _like_dot_general)
+    compat.when_tables_exist(checkify=_checkify, jet=_jet, sparse=_sparse, roofline=_roofline, cost_estimate=_pallas)
+
+
+enter()

@@ -1,0 +1,146 @@
+"""Which values of an HLO module share memory, and what a rewrite may therefore do.
+
+XLA has inserted its copies before it calls the hook, and assigns buffers after it. In between stands what must share a
+buffer, whatever the hook does:
+
+* an operation that works in place has its result in the buffer of the operand that it updates: `dynamic-update-slice`,
+  `scatter`, and a fusion that ends in one of them and updates one of the fusion's own parameters;
+* a `while` keeps each element of its state in one buffer: the initial value, the body's parameter, the body's root and
+  the result; `call` and `conditional` pass buffers on in the same way;
+* a donated parameter of the program and the result that takes it over, and a custom call's `output_operand_aliasing`.
+
+Where two values of one buffer were alive at the same time, XLA has inserted a copy. It has *not* done so for readers
+and updates that a rewrite adds. All other sharing is decided afterwards, from how long values live in the module that
+the hook returns, and needs no care. So there are three rules, each of them a function here:
+
+1. To read an array later than the program did, or where it did not: `keeps_its_value`. Nothing that shares its buffer
+   is written while the program may still read it.
+2. To write a result later than the operands were read by the program, where the call still reads them:
+   `has_memory_of_its_own`. No operand can lie in the result's buffer.
+3. To let a fusion end earlier: `updated_operands`. If it then ends in an update in place, what it updates must be a
+   copy, as others may still read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from jax_nano._core.hlo import Body, Instruction, Module
+
+# Operations that read their operands, and neither overwrite them nor pass them on. Elementwise ones stand in fusions.
+_READERS: Final = frozenset(
+    (
+        *("broadcast", "concatenate", "convert", "convolution", "copy", "dot", "dynamic-slice", "gather", "pad"),
+        *("reduce", "reduce-window", "slice", "transpose"),
+    )
+)
+_IN_PLACE: Final = frozenset(("dynamic-update-slice", "scatter"))
+_SAME_MEMORY: Final = frozenset(("bitcast", "reshape"))
+
+
+def keeps_its_value(body: Body, instruction: Instruction) -> bool:
+    """Whether an array may be read later than it is now: nothing writes another value into its buffer.
+
+    XLA has ordered operations that work in place after all who read what they overwrite; a new reader has no place in
+    that order. So an array qualifies that only readers use, and that is no loop's variable nor donated.
+    """
+    if not all(only_reads(body, instruction, user) for user in body.users(instruction)):
+        return False
+    if instruction.opcode == "bitcast":
+        return keeps_its_value(body, body.operands(instruction)[0])
+    if instruction.opcode == "parameter":
+        return body.is_entry and instruction.parameter_number not in body.module.donated
+    if instruction.opcode != "get-tuple-element":
+        return True
+    (source,) = body.operands(instruction)
+    index = instruction.tuple_index
+    for other in body.users(source):  # other names of the same array
+        if other.opcode != "get-tuple-element":
+            return False
+        if other.tuple_index == index and not all(only_reads(body, other, user) for user in body.users(other)):
+            return False
+    if source.opcode != "parameter":
+        return True
+    if body.is_entry:
+        return source.parameter_number not in body.module.donated
+    root = body.root
+    return root.opcode == "tuple" and index < len(root.operand_ids) and root.operand_ids[index] == instruction.id
+
+
+def has_memory_of_its_own(body: Body, instruction: Instruction) -> bool:
+    """Whether no other value lies in an instruction's buffer, so that a call may write it while it reads its operands.
+
+    A loop's variable and its next value have one buffer, and so have a donated argument and the result that takes it
+    over. XLA found the old value dead when the new one is computed; but a call in the place of what follows a product
+    still reads what the product does.
+    """
+    users = body.users(instruction)
+    is_result = instruction.id == body.root.id or any(user.opcode == "tuple" for user in users)
+    if is_result and not (body.is_entry and not body.module.donated):
+        return False
+    return all(
+        has_memory_of_its_own(body, user) if user.opcode == "bitcast" else only_reads(body, instruction, user)
+        for user in users
+    )
+
+
+def updated_operands(module: Module, fusion: Instruction, end: Instruction) -> list[int] | None:
+    """Positions of the operands that a fusion would update in place if it ended with `end`, an instruction of its own.
+
+    None if it could not work in place rightly: it would read the updated array elsewhere too, element by element while
+    others are written already, or updates it in a way that is not known here.
+    """
+    computation = module.computation(fusion.called_computation_ids[0])
+    by_id = {x.id: x for x in computation.instructions}
+    updated = _updated_parameters(by_id, end)
+    if len(updated) > 1:
+        return None  # a scatter
+    parameters = {x.id for x in computation.instructions if x.opcode == "parameter" and x.parameter_number in updated}
+    readers = [x for x in computation.instructions for operand in x.operand_ids if operand in parameters]
+    return updated if len(readers) <= 1 else None
+
+
+def _behind_views(by_id: Mapping[int, Instruction], instruction: Instruction) -> Instruction:
+    while instruction.opcode in _SAME_MEMORY:
+        instruction = by_id[instruction.operand_ids[0]]
+    return instruction
+
+
+def only_reads(body: Body, instruction: Instruction, user: Instruction) -> bool:
+    """Whether a user only reads an array."""
+    if user.opcode in _READERS:
+        return True
+    if user.opcode == "tuple":
+        return user.id == body.root.id or _is_only_carried(body, instruction, user)
+    if user.opcode == "bitcast":
+        return all(only_reads(body, user, x) for x in body.users(user))
+    if user.opcode == "custom-call":
+        return not user.output_operand_aliasing
+    if user.opcode != "fusion" or user.output_operand_aliasing:
+        return False
+    fused = body.module.computation(user.called_computation_ids[0])
+    by_id = {x.id: x for x in fused.instructions}
+    root = by_id[fused.root_id]
+    ends = [by_id[i] for i in root.operand_ids] if root.opcode == "tuple" else [root]
+    return all(user.operand_ids[i] != instruction.id for end in ends for i in _updated_parameters(by_id, end))
+
+
+def _updated_parameters(by_id: Mapping[int, Instruction], end: Instruction) -> list[int]:
+    """Numbers of the parameters in whose memory a fused computation has the result `end`."""
+    end = _behind_views(by_id, end)
+    if end.opcode not in _IN_PLACE:
+        return []
+    # A scatter of several arrays has them first.
+    updated = [_behind_views(by_id, by_id[i]) for i in end.operand_ids]
+    updated = updated[:1] if end.opcode == "dynamic-update-slice" else updated
+    return [x.parameter_number for x in updated if x.opcode == "parameter"]
+
+
+def _is_only_carried(body: Body, instruction: Instruction, state: Instruction) -> bool:
+    """Whether a tuple is nothing but the initial state of loops that do not write what it holds of an instruction."""
+    held = {i for i, number in enumerate(state.operand_ids) if number == instruction.id}
+    loops = body.users(state)
+    return bool(loops) and all(
+        loop.opcode == "while" and held <= body.module.only_read.get(loop.id, frozenset()) for loop in loops
+    )

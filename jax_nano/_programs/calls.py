@@ -1,0 +1,73 @@
+"""A custom call of our kernels, written into an HLO module in the place of a product and of what its epilogue does."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+from jax_nano._core import hlo, native
+from jax_nano._core.contraction import Dims, Labels
+from jax_nano._core.hlo import Body
+from jax_nano._programs import epilogues, views
+from jax_nano._programs.views import View
+
+_OF_DOTS_AND_FUSIONS = ("dot_dimension_numbers", "precision_config", "fusion_kind", "called_computation_ids")
+
+
+def write(
+    body: Body, lhs: View, rhs: View, out: View, labels: Labels, algorithm: str, epilogue: epilogues.Found | None
+) -> None:
+    """Makes the instruction of `out` the call, or that of its epilogue."""
+    inputs = [_narrowed(body, view) for view in (lhs, rhs)]
+    attributes = {"abi": f"{native.ABI} : i64", "algorithm": f'"{algorithm}"'}
+    target = native.TARGET_NAME
+    if epilogue is not None:
+        out = out._replace(instruction=epilogue.instruction)
+    if hlo.dtype_of(out.instruction) != out.dtype:
+        out = out._replace(instruction=body.convert_result(out.instruction, out.dtype))
+    if epilogue is not None and not epilogue.is_nothing:
+        target = native.LINEAR_TARGET_NAME
+        if (bias := epilogue.bias) is not None:
+            bias = bias if hlo.dtype_of(bias) == out.dtype else body.converted(bias, out.dtype)
+            inputs.append(View(bias, out.dtype, out.sizes[-1:], out.labels[-1:]))
+        if epilogue.residual is not None:
+            inputs.append(out._replace(instruction=epilogue.residual))
+        attributes["activation"] = f'"{epilogue.activation}"'
+        attributes["scale"] = _float32(epilogue.scale)
+        attributes["bias"] = f"{int(epilogue.bias is not None)} : i64"
+        attributes["residual"] = f"{int(epilogue.residual is not None)} : i64"
+    for name, dims in zip(("lhs", "rhs", "out"), labels, strict=True):
+        attributes[f"{name}_labels"] = _dense(dims)
+
+    call = out.instruction
+    operands = [x.instruction if x.is_its_shape else body.bitcast(x.instruction, x.dtype, x.sizes) for x in inputs]
+    body.set_operands(call, operands)
+    if not out.is_its_shape:
+        call = body.bitcast_result(call, out.dtype, out.sizes)
+    for field in _OF_DOTS_AND_FUSIONS:
+        call.ClearField(field)
+    call.opcode = "custom-call"
+    call.custom_call_target = target
+    call.custom_call_api_version = hlo.TYPED_FFI
+    call.backend_config = ("{" + ", ".join(f"{x} = {value}" for x, value in attributes.items()) + "}").encode()
+    call.constrain_layout = True
+    call.operand_shapes_with_layout.extend(x.shape for x in operands)
+
+
+def _narrowed(body: Body, view: View) -> View:
+    """A view of an instruction that has its dtype."""
+    instruction = views.before_widening(body, view.instruction, view.dtype)
+    return view._replace(instruction=instruction or views.narrow(body, view.instruction))
+
+
+def _float32(value: float) -> str:
+    """A number as MLIR's text, bit for bit: decimal digits have no infinities and no NaN."""
+    with np.errstate(over="ignore"):
+        bits = int(np.float32(value).view(np.uint32))
+    return f"0x{bits:08X} : f32"
+
+
+@cache
+def _dense(values: Dims) -> str:
+    return f"dense<[{', '.join(map(str, values))}]> : tensor<{len(values)}xi64>"

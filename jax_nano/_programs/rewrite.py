@@ -1,0 +1,135 @@
+"""From dots in an HLO module to calls of our kernels.
+
+XLA hands over a module that it has simplified, partitioned and fused. A product is there a `dot`, or a fusion of
+nothing but a dot (a library's: YNNPACK, oneDNN) and what brings its operands into shape (a loop, for products with a
+vector). Others are made so first: `fusions` takes them out of what they are fused with, `inner_products` finds them
+in sums of products. Each becomes one custom call. Its labels describe operands and result as they lie in memory: in
+whatever layout XLA chose, and before or after the copies that XLA made for its own kernels. The loop after a product
+becomes a part of the call if an epilogue does the same. Those that stay are in the report as well, with the reason.
+
+Whatever is not understood stays as it was. What has no kernel stays too, and so does what the decline gate declines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Final
+
+from jax_nano._core import hlo, record
+from jax_nano._core import jax_compat as compat
+from jax_nano._core.hlo import Body, Computation, Instruction, Module
+from jax_nano._dispatch.decision import Policy
+from jax_nano._programs import calls, fusions, inner_products, loops, products
+from jax_nano._programs.products import Dot
+
+# Where results of a changed module do not take over what is donated, they are new pages in each call once they are too
+# large for malloc to keep: decoding with GPT-2, which donates 9 MB, gains all that its products do, a perceptron's
+# training step with 22 MB ran at 0.85 of XLA's speed, GPT-2's with 1.5 GB at 0.46.
+_MOST_DONATED: Final = 16 << 20
+
+_SMALL: Final = "part of a small loop that XLA compiles into one function, in which no call can stand"
+
+
+def rewrite(module: Module, policy: Policy) -> list[record.Product]:
+    """Turns the products of a module into calls; returns what became of each."""
+    return _Rewriter(module, policy).rewrite()
+
+
+class _Rewriter:
+    """The way of one module."""
+
+    def __init__(self, module: Module, policy: Policy) -> None:
+        self._module, self._policy = module, policy
+        self._why_none = _why_none(module)
+        self._in_one_function = module.called_from(hlo.is_one_function)
+
+    def rewrite(self) -> list[record.Product]:
+        module, found, seen = self._module, list[record.Product](), set[int]()
+        inner_products.restore(module, self._why_not_taken_out)
+        why = fusions.take_out(module, self._why_not_taken_out, self._policy)
+        if self._why_none is None:
+            loops.carry_narrow_arrays(module, module.fused(), self._calls_in, self._policy)
+            self._in_one_function = module.called_from(hlo.is_one_function)
+        for body in module.bodies("dot", "fusion"):
+            dots = _products_of(body)
+            numbers, reason = frozenset(x.instruction.id for x in dots), self._why_none_in(body.computation)
+            seen.update(x.dot.id for x in dots)
+            found += [self._replace(body, x, numbers, reason) for x in dots]
+            body.commit()
+        return [*found, *self._unseen(seen, why)]
+
+    def _why_none_in(self, computation: Computation) -> str | None:
+        """Why no product of a computation becomes a call, if none does."""
+        return _SMALL if computation.id in self._in_one_function else self._why_none
+
+    def _why_not_taken_out(self, where: Computation, dot: Instruction, sources: Sequence[fusions.Source]) -> str | None:
+        return self._why_none_in(where) or products.why_declined(dot, sources, self._policy)
+
+    def _calls_in(self, module: Module, computation: Computation) -> dict[int, loops.Call]:
+        """The products of a computation, of a copy of the module, that would become calls, by id."""
+        body = Body(module, computation)
+        dots = _products_of(body)
+        numbers, found = frozenset(x.instruction.id for x in dots), {}
+        for x in dots:
+            seen = products.see(body, x)
+            call = None if seen is None else products.best_call(body, x.dot, seen, numbers, self._policy)
+            if call is not None:
+                lhs, rhs, _ = call.views
+                labels = call.views.labels
+                sizes = labels.sizes(lhs.sizes, rhs.sizes)
+                m, n, batch = (math.prod(sizes[i] for i in y) for y in (labels.lhs_free, labels.rhs_free, labels.batch))
+                found[x.instruction.id] = loops.Call(
+                    {lhs.instruction.id, rhs.instruction.id},
+                    math.prod(sizes.values()),
+                    is_vector=1 in (m, n) and batch == 1,
+                    is_narrow=min(lhs.dtype.itemsize, rhs.dtype.itemsize) < 4,
+                )
+        return found
+
+    def _replace(self, body: Body, product: Dot, numbers: frozenset[int], why_none: str | None) -> record.Product:
+        """Puts a call in the place of a product, unless XLA is to compute it."""
+        seen = products.see(body, product)
+        if seen is None:
+            return self._left(product.source, product.dot, product.arrays, products.UNREADABLE)
+        call = None if why_none else products.best_call(body, product.dot, seen, numbers, self._policy)
+        if call is None:
+            arrays, epilogue = seen.views, None
+            decision = products.decide(product.dot, arrays, self._policy)
+            decision = decision._replace(declined=decision.declined or why_none)
+        else:
+            arrays, decision, epilogue = call
+            assert decision.signature is not None
+            calls.write(body, *arrays, decision.labels, decision.signature.algorithm, epilogue)
+        algorithm = "default" if decision.signature is None else decision.signature.algorithm
+        a, b, c = (record.Array(hlo.NAMES[x.dtype], x.sizes) for x in arrays)
+        fate = (decision.declined, str(epilogue or ""))
+        return record.Product(self._module.name, product.source, (a, b, c), decision.labels, algorithm, *fate)
+
+    def _unseen(self, seen: Collection[int], why: Mapping[int, str]) -> Iterator[record.Product]:
+        """The products that nothing was tried with, for the report."""
+        for computation in self._module.computations:
+            by_id = {x.id: x for x in computation.instructions}
+            for dot in computation.instructions:
+                if dot.opcode == "dot" and dot.id not in seen:
+                    arrays = (*(by_id[x] for x in dot.operand_ids), dot)
+                    reason = why.get(dot.id) or fusions.left_in(computation, dot)
+                    yield self._left(dot.metadata.op_name or dot.name, dot, arrays, reason)
+
+    def _left(self, source: str, dot: Instruction, arrays: Sequence[Instruction], why: str) -> record.Product:
+        """A product that stays as it is, as HLO counts its dimensions."""
+        labels = products.labels_of(dot, *(len(x.shape.dimensions) for x in arrays[:2]))
+        a, b, c = (record.Array(hlo.dtype_name(x.shape), tuple(x.shape.dimensions)) for x in arrays)
+        return record.Product(self._module.name, source, (a, b, c), labels, "default", why)
+
+
+def _products_of(body: Body) -> list[Dot]:
+    return [x for instruction in body.instructions if (x := products.of(body, instruction)) is not None]
+
+
+def _why_none(module: Module) -> str | None:
+    """Why all of the module's products are better left to XLA, if they are."""
+    donated = 0 if compat.KEEPS_DONATION else module.donated_bytes()
+    if donated <= _MOST_DONATED:
+        return None
+    return f"this jaxlib would not reuse the {donated >> 20} MiB that the program donates; 0.11.1 and newer do"

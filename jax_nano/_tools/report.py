@@ -1,0 +1,31 @@
+"""The report: what became of each product that was compiled in this process, as text."""
+
+from __future__ import annotations
+
+from jax_nano._core import record
+
+
+def clear_report() -> None:
+    """Forget the products that were compiled so far."""
+    record.clear()
+
+
+def report() -> str:
+    """What became of each product of the programs that were compiled in this process since its start.
+
+    A line for each product: how often it was compiled; its dimensions in einsum's letters as they lie in memory, so
+    that `ba,bc->ac` has its left operand stored transposed; dtypes and shapes; then target, kernel, blocking and
+    threads, or why it was left to XLA. `jax_nano.matmul` and its relatives are listed as they are compiled, other
+    products of JAX where `jax_nano.accelerate` had a look at them.
+    """
+    found = record.products()
+    if not found:
+        return "jax_nano: no product was compiled"
+    total = sum(count for _, count in found)
+    ours = sum(count for product, count in found if product.declined is None)
+    lines = [f"jax_nano: {total} products compiled, {ours} run on kernels, {total - ours} are left to XLA"]
+    programs = dict.fromkeys(product.program for product, _ in found)
+    for program in programs:
+        lines.append(program)
+        lines += [f"  {count:3}x {record.line(product)}" for product, count in found if product.program == program]
+    return "\n".join(lines)
