@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 import jax_nano
 from jax_nano import _runtime
-from jax_nano._core import gate
 from jax_nano._core.contraction import Labels
+from jax_nano._dispatch import xla
 
 Matmul = Callable[[jax.Array, jax.Array], jax.Array]
 Params = list[tuple[jax.Array, jax.Array]]  # weight [inputs, outputs] and bias [outputs] of each layer
@@ -155,7 +155,7 @@ def is_declined(product: tuple[int, int, int]) -> bool:
     """Whether jax_nano leaves the product to XLA: it is tiny, or this CPU has none of our targets."""
     m, n, k = product
     matrices = Labels(lhs=(0, 1), rhs=(1, 2), out=(0, 2))
-    return not _runtime.selected_target() or gate.declines(matrices, (m, k), (k, n)) is not None
+    return not _runtime.selected_target() or xla.is_faster(matrices, (m, k), (k, n)) is not None
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

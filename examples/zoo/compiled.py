@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from jax_nano._core import contraction, gate
+from jax_nano._core import contraction
 from jax_nano._core.contraction import DimensionNumbers
+from jax_nano._dispatch import xla
 
 
 class Dot(NamedTuple):
@@ -57,7 +58,7 @@ def worth_a_call(text: str, element_bytes: int) -> list[Dot]:
     return [
         dot
         for dot in dots(text)
-        if not gate.declines(
+        if not xla.is_faster(
             contraction.labels_of(dot.dimension_numbers, None, len(dot.lhs), len(dot.rhs)),
             dot.lhs,
             dot.rhs,

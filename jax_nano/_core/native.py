@@ -82,7 +82,8 @@ def build() -> str:
     digest = hashlib.sha256()
     folder = Path(__file__).parent.parent
     native = runtime()
-    files = [*sorted(folder.rglob("*.py")), *([Path(str(native.__file__))] if native else [])]
+    sources = [x for x in sorted(folder.rglob("*.py")) if "codegen" not in x.parts]  # which made the extension
+    files = [*sources, *([Path(str(native.__file__))] if native else [])]
     for file in files:
         digest.update(file.read_bytes())
     return f"{version} {digest.hexdigest()[:12]}"
