@@ -24,7 +24,11 @@ from .program import DEVICES, Program
 MARGIN: Final = 2.0
 """Of the largest deviation that noise made of an element."""
 CHAOS: Final = 0.25
-"""Elements that may be off by this part of the largest are not judged: a few draws do not say how far they may go."""
+"""Elements that may be off by this part of the largest are not judged: a few draws do not say how far they may go.
+
+Seed 82 chains thirty products of float16 through steep functions. Computed exactly but for one rounding after every
+operation, 192 of its 2048 elements are off by more than the bound that the draws give, by up to 1.27 of at most 1.
+"""
 FLOOR: Final = 0.6
 """An element may be as lucky as to be moved by none of the draws: this part of what the worst one is moved by."""
 
