@@ -147,7 +147,8 @@ class Feature(NamedTuple):
 
     Attributes:
       name: the public name.
-      leaf, subleaf, register, bit: where CPUID announces it; no register: csrc/cpu.cc finds out in another way.
+      leaf, subleaf, register, bit: where CPUID announces it; no register: csrc/machine/features.cc finds out in another
+        way.
       state: the registers that the operating system must save for it to be usable.
       linux: its name in /proc/cpuinfo, if that is another one.
     """
@@ -335,7 +336,7 @@ FFI_ABI: Final = 1
 
 DOT_GENERAL_CALL: Final = "jax_nano_dot_general"
 LINEAR_CALL: Final = "jax_nano_linear"
-"""The names under which XLA finds the calls (csrc/ffi.cc)."""
+"""The names under which XLA finds the calls (csrc/xla/ffi.cc)."""
 
 # --- the contract between kernels and runtime -----------------------------------------------------------------
 
@@ -398,7 +399,7 @@ GEMM_ARGS: Final = (
     Field("int64_t", "panel", "rows of A that are multiplied at once, at most mr; mr if pack_a, unless csa == 1"),
     Field("const Epilogue*", "epilogue", "applied when the sum over k is finished; null: C is the sum"),
 )
-"""The argument of a generated kernel (csrc/kernel_abi.h)."""
+"""The argument of a generated kernel (csrc/plan/kernel_abi.h)."""
 
 EPILOGUE: Final = (
     Field("Activation", "activation"),
@@ -409,7 +410,7 @@ EPILOGUE: Final = (
         "int64_t", "residual_offset", "bytes from an element of C to that of the residual, which has the same strides"
     ),
 )
-"""What becomes of finished sums (csrc/kernel_abi.h)."""
+"""What becomes of finished sums (csrc/plan/kernel_abi.h)."""
 
 KERNEL_INFO: Final = (
     Field("const char*", "name", 'e.g. "gemm_f32_f32_f32_f32_14x32_x86-64-v4"'),

@@ -10,7 +10,7 @@ loops and the microkernels are those of a plain product, which pays for one bran
     void name(sums, ld, rows, cols, c, rsc, old, rs_old, mode, column, epilogue)
 
 ``sums`` holds rows of whole vectors, ``ld`` apart; with ADD in ``mode`` the ``old`` sums are added to them. The other
-operands come from the ``Epilogue`` (csrc/kernel_abi.h) that GemmArgs points to: bias and residual have C's dtype.
+operands come from the ``Epilogue`` (csrc/plan/kernel_abi.h) that GemmArgs points to: bias and residual have C's dtype.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@
                                           and for each panel of A a share of B's next block; of a B that is not
                                           packed the first panel fetches the tiles that come next
 
-Sizes, strides, blocking and whether an operand is packed are fields of ``GemmArgs`` (``csrc/kernel_abi.h``).
+Sizes, strides, blocking and whether an operand is packed are fields of ``GemmArgs`` (``csrc/plan/kernel_abi.h``).
 An element of C depends on K and kc alone, so any split of m and n over threads gives the same bits.
 
 Products that need no block, no packing and no fetching ahead, as batches of small ones, have two loops instead: over

@@ -194,7 +194,7 @@ def test_workspace_stays_within_8_mib(rng):
         Contraction("km,nk->mn", m=40, n=40, k=100_000),
     ):
         c.dot(*operands(c, rng), threads=2)
-    assert 0 < _runtime.workspace_bytes() <= 8 << 20
+    assert 0 < _runtime.testing.workspace_bytes() <= 8 << 20
 
 
 def run(code: str) -> str:
@@ -208,7 +208,7 @@ def run(code: str) -> str:
             return a, b, np.full((n, n), np.nan, "f")
         def dot(a, b, c, threads):
             at = [x.ctypes.data for x in (a, b, c)]
-            _runtime.dot(*at, a.shape, b.shape, [0, 1], [1, 2], [0, 2], *["float32"] * 3, threads)
+            _runtime.testing.dot(*at, a.shape, b.shape, [0, 1], [1, 2], [0, 2], *["float32"] * 3, threads)
             return None if c.size > 1 << 18 else c.tobytes()
     """
     done = subprocess.run(

@@ -301,5 +301,5 @@ def test_the_same_bits_as_natively(subject, rng):
         subject.call(a, b, ours, kc=kc)
         strides = {"m": m, "n": n, "k": k, "rsa": k, "csa": 1, "rsb": n, "csb": 1, "rsc": n}
         addresses = {"a": a.ctypes.data, "b": b.ctypes.data, "c": native.ctypes.data}
-        _runtime.call(subject.name, {**addresses, **strides, "kc": kc})
+        _runtime.testing.call(subject.name, {**addresses, **strides, "kc": kc})
         assert np.array_equal(bits(ours), bits(native))

@@ -445,49 +445,49 @@ def test_packing_stays_in_the_workspace(kernel, rng, order):
 
 def test_bad_calls_are_refused(kernel):
     with pytest.raises(ValueError, match="no such kernel"):
-        _runtime.call("nonesuch", {})
+        _runtime.testing.call("nonesuch", {})
     with pytest.raises(ValueError, match="unknown field"):
-        _runtime.call(kernel.name, {"ldc": 1})
+        _runtime.testing.call(kernel.name, {"ldc": 1})
     with pytest.raises(ValueError, match="csb must be 1" if kernel.direct_b else "needs pack_b"):
-        _runtime.call(kernel.name, {"csb": 2, "pack_a": 1, "pack_b": 0})
+        _runtime.testing.call(kernel.name, {"csb": 2, "pack_a": 1, "pack_b": 0})
     with pytest.raises(ValueError, match="multiples"):
-        _runtime.call(kernel.name, {"mc": kernel.mr + 1})
+        _runtime.testing.call(kernel.name, {"mc": kernel.mr + 1})
     for bad in ({"panel": kernel.mr + 1}, {"panel": kernel.mr - 1, "pack_a": 1, "csa": 2}):
         with pytest.raises(ValueError, match="panel must not be"):
-            _runtime.call(kernel.name, bad)
+            _runtime.testing.call(kernel.name, bad)
     for field, direct in (("pack_a", kernel.direct_a), ("pack_b", kernel.direct_b)):
         if not direct:
             with pytest.raises(ValueError, match=f"this kernel needs {field}"):
-                _runtime.call(kernel.name, {field: 0})
+                _runtime.testing.call(kernel.name, {field: 0})
     if kernel.kr > 1:
         for awkward in ({"k": kernel.kr + 1}, {"rsa": kernel.kr + 1}, {"csa": 2}):
             with pytest.raises(ValueError, match="this kernel needs pack_a"):
-                _runtime.call(kernel.name, {"k": kernel.kr, "pack_a": 0, **awkward})
+                _runtime.testing.call(kernel.name, {"k": kernel.kr, "pack_a": 0, **awkward})
     if kernel.narrow:
         with pytest.raises(ValueError, match="rs_partial must be at least"):
-            _runtime.call(kernel.name, {"n": 3, "rs_partial": 3})
+            _runtime.testing.call(kernel.name, {"n": 3, "rs_partial": 3})
     if kernel.has_inner:
         for bad, message in (({"csa": 2}, "csa and rsb must be 1"), ({"accumulate": 1}, "takes the whole of k")):
             with pytest.raises(ValueError, match=message):
-                _runtime.call(kernel.name, {"inner": 1, "csa": 1, "rsb": 1, **bad})
-        _runtime.call(kernel.name, {"inner": 1, "csa": 2, "pack_a": 1, "rsb": 1})
+                _runtime.testing.call(kernel.name, {"inner": 1, "csa": 1, "rsb": 1, **bad})
+        _runtime.testing.call(kernel.name, {"inner": 1, "csa": 2, "pack_a": 1, "rsb": 1})
     else:
         with pytest.raises(ValueError, match="no inner-product path"):
-            _runtime.call(kernel.name, {"inner": 1, "csa": 1, "rsb": 1})
+            _runtime.testing.call(kernel.name, {"inner": 1, "csa": 1, "rsb": 1})
     if kernel.has_sweep:
         for bad, message in (({"csb": 2}, "csb must be 1 for the sweep"), ({"pack_a": 1}, "sweep path packs nothing")):
             with pytest.raises(ValueError, match=message):
-                _runtime.call(kernel.name, {"sweep": 1, **bad})
+                _runtime.testing.call(kernel.name, {"sweep": 1, **bad})
     else:
         with pytest.raises(ValueError, match="no sweep path"):
-            _runtime.call(kernel.name, {"sweep": 1})
+            _runtime.testing.call(kernel.name, {"sweep": 1})
 
 
 def test_bad_rows_are_refused(kernel):
     """Rows before the bad one run; a table of another width is no GemmArgs."""
     for bad in (np.zeros((1, len(FIELDS) + 1), np.int64), np.zeros((1, len(FIELDS)), np.float64)):
         with pytest.raises(TypeError):
-            _runtime.call_many(kernel.name, bad)
+            _runtime.testing.call_many(kernel.name, bad)
     with pytest.raises(ValueError, match="multiples"):
         kernel.call_many(mc=kernel.mr + 1, csb=1, pack_a=1, pack_b=1)
-    _runtime.call_many(kernel.name, np.zeros((0, len(FIELDS)), np.int64))
+    _runtime.testing.call_many(kernel.name, np.zeros((0, len(FIELDS)), np.int64))

@@ -1,13 +1,15 @@
-// What this CPU can do: instruction sets usable from this process, and cache sizes.
-#ifndef JAX_NANO_CPU_H_
-#define JAX_NANO_CPU_H_
+// Instruction sets that this process may use.
+#ifndef JAX_NANO_MACHINE_FEATURES_H_
+#define JAX_NANO_MACHINE_FEATURES_H_
 
-#include <array>
 #include <cstdint>
-#include <functional>
+#include <initializer_list>
+#include <span>
+#include <string>
 #include <string_view>
 #include <vector>
 
+#include "machine/cpuid.h"
 #include "spec.h"
 
 namespace jax_nano {
@@ -34,28 +36,14 @@ class Features {
 // The names of the features in a set, in order.
 std::vector<std::string_view> NamesOf(const Features& features);
 
-// Data cache sizes of one core, in bytes. L3 is the whole of the shared cache.
-struct Caches {
-  int64_t l1d;
-  int64_t l2;
-  int64_t l3;
-};
-
-// The questions that detection asks of the hardware and of the operating system. Tests answer them
-// with recorded or invented values.
-struct CpuQueries {
-  std::function<std::array<uint32_t, 4>(uint32_t leaf, uint32_t subleaf)> cpuid;  // eax ebx ecx edx
-  std::function<uint64_t()> xcr0;
-  std::function<bool()> request_amx;  // asked only when the CPU and XCR0 offer tiles
-};
+// The set of these features. Throws std::invalid_argument at a name that no feature has.
+Features ParseFeatures(std::span<const std::string> names);
 
 Features DetectFeatures(const CpuQueries& cpu);
-Caches DetectCaches(const CpuQueries& cpu);
 
-// The machine that runs this process; detected once.
+// Those of the machine that runs this process; detected once.
 const Features& HostFeatures();
-const Caches& HostCaches();
 
 }  // namespace jax_nano
 
-#endif  // JAX_NANO_CPU_H_
+#endif  // JAX_NANO_MACHINE_FEATURES_H_

@@ -1,14 +1,14 @@
 // Runs plans on memory.
-#ifndef JAX_NANO_GEMM_H_
-#define JAX_NANO_GEMM_H_
+#ifndef JAX_NANO_RUN_GEMM_H_
+#define JAX_NANO_RUN_GEMM_H_
 
 #include <cstdint>
 #include <utility>
 
-#include "parallel.h"
-#include "plan.h"
-#include "sharing.h"
-#include "workspace.h"
+#include "plan/plan.h"
+#include "run/parallel.h"
+#include "run/sharing.h"
+#include "run/workspace.h"
 
 namespace jax_nano {
 
@@ -57,4 +57,4 @@ void RunPlans(const Plans& plans, const Buffers& buffers, Pool& pool) {
 
 }  // namespace jax_nano
 
-#endif  // JAX_NANO_GEMM_H_
+#endif  // JAX_NANO_RUN_GEMM_H_

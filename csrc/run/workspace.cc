@@ -1,4 +1,4 @@
-#include "workspace.h"
+#include "run/workspace.h"
 
 #include <sys/mman.h>
 

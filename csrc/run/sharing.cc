@@ -1,4 +1,4 @@
-#include "sharing.h"
+#include "run/sharing.h"
 
 #include <algorithm>
 

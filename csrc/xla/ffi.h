@@ -1,6 +1,6 @@
 // The entry points that XLA calls, for registration from Python.
-#ifndef JAX_NANO_FFI_H_
-#define JAX_NANO_FFI_H_
+#ifndef JAX_NANO_XLA_FFI_H_
+#define JAX_NANO_XLA_FFI_H_
 
 #include <cstdint>
 #include <utility>
@@ -20,4 +20,4 @@ std::pair<int, int> FfiApiVersion();
 
 }  // namespace jax_nano
 
-#endif  // JAX_NANO_FFI_H_
+#endif  // JAX_NANO_XLA_FFI_H_

@@ -1,4 +1,4 @@
-#include "standby.h"
+#include "run/standby.h"
 
 #include <immintrin.h>
 #include <sched.h>

@@ -5,14 +5,14 @@
 //
 // The threads belong to others, so where they may run and how they are scheduled is theirs: nothing here changes that.
 // A thread that waits lets every other thread have its CPU, and goes when one takes it (sharing.h).
-#ifndef JAX_NANO_STANDBY_H_
-#define JAX_NANO_STANDBY_H_
+#ifndef JAX_NANO_RUN_STANDBY_H_
+#define JAX_NANO_RUN_STANDBY_H_
 
 #include <chrono>
 #include <cstdint>
 #include <functional>
 
-#include "sharing.h"
+#include "run/sharing.h"
 
 namespace jax_nano::standby {
 
@@ -49,4 +49,4 @@ void LeaveCpu(int cpu);
 
 }  // namespace jax_nano::standby
 
-#endif  // JAX_NANO_STANDBY_H_
+#endif  // JAX_NANO_RUN_STANDBY_H_

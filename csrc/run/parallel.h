@@ -1,6 +1,6 @@
 // Fork-join on a thread pool that this code does not own and may itself be running on.
-#ifndef JAX_NANO_PARALLEL_H_
-#define JAX_NANO_PARALLEL_H_
+#ifndef JAX_NANO_RUN_PARALLEL_H_
+#define JAX_NANO_RUN_PARALLEL_H_
 
 #include <immintrin.h>
 #include <sched.h>
@@ -16,8 +16,8 @@
 #include <utility>
 #include <vector>
 
-#include "sharing.h"
-#include "standby.h"
+#include "run/sharing.h"
+#include "run/standby.h"
 
 namespace jax_nano {
 
@@ -185,4 +185,4 @@ void ParallelFor(Pool& pool, int64_t items, sharing::Pace& pace, Alone alone, Ru
 
 }  // namespace jax_nano
 
-#endif  // JAX_NANO_PARALLEL_H_
+#endif  // JAX_NANO_RUN_PARALLEL_H_

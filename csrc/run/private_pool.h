@@ -1,7 +1,7 @@
 // A thread pool of our own with the interface of xla::ffi::ThreadPool, for running plans without XLA: tests of
 // bit identity, and benchmarks of the kernels alone.
-#ifndef JAX_NANO_PRIVATE_POOL_H_
-#define JAX_NANO_PRIVATE_POOL_H_
+#ifndef JAX_NANO_RUN_PRIVATE_POOL_H_
+#define JAX_NANO_RUN_PRIVATE_POOL_H_
 
 #include <condition_variable>
 #include <cstdint>
@@ -67,4 +67,4 @@ class PrivatePool {
 
 }  // namespace jax_nano
 
-#endif  // JAX_NANO_PRIVATE_POOL_H_
+#endif  // JAX_NANO_RUN_PRIVATE_POOL_H_

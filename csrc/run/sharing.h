@@ -15,8 +15,8 @@
 // short products on the thread that asks for them.
 //
 // What is decided here never changes a result: who computes an item makes no difference to it (plan.h).
-#ifndef JAX_NANO_SHARING_H_
-#define JAX_NANO_SHARING_H_
+#ifndef JAX_NANO_RUN_SHARING_H_
+#define JAX_NANO_RUN_SHARING_H_
 
 #include <atomic>
 #include <chrono>
@@ -86,4 +86,4 @@ bool SharesEveryCall();
 
 }  // namespace jax_nano::sharing
 
-#endif  // JAX_NANO_SHARING_H_
+#endif  // JAX_NANO_RUN_SHARING_H_

@@ -1,4 +1,4 @@
-#include "registry.h"
+#include "plan/registry.h"
 
 #include <iterator>
 

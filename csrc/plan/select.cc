@@ -1,4 +1,4 @@
-#include "select.h"
+#include "plan/select.h"
 
 #include <algorithm>
 #include <array>
@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <utility>
 
-#include "registry.h"
+#include "plan/registry.h"
 
 namespace jax_nano {
 namespace {

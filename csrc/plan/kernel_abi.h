@@ -13,9 +13,9 @@
 // All sizes and strides are in elements of the operand they belong to, never in bytes. Strides may be
 // zero or negative. Kernels read the fields of GemmArgs and Epilogue by position, as words of 8 bytes. These structs,
 // KernelInfo and what names stand for are declared in spec.h, which the build writes from jax_nano/_spec.py.
-#ifndef JAX_NANO_KERNEL_ABI_H_
-#define JAX_NANO_KERNEL_ABI_H_
+#ifndef JAX_NANO_PLAN_KERNEL_ABI_H_
+#define JAX_NANO_PLAN_KERNEL_ABI_H_
 
 #include "spec.h"
 
-#endif  // JAX_NANO_KERNEL_ABI_H_
+#endif  // JAX_NANO_PLAN_KERNEL_ABI_H_

@@ -1,7 +1,7 @@
 // From labelled shapes to loops: what a product of two dense arrays means, before any decision about how
 // to compute it. Pure functions. All sizes and strides are in elements.
-#ifndef JAX_NANO_CONTRACTION_H_
-#define JAX_NANO_CONTRACTION_H_
+#ifndef JAX_NANO_PLAN_CONTRACTION_H_
+#define JAX_NANO_PLAN_CONTRACTION_H_
 
 #include <cstdint>
 #include <span>
@@ -46,4 +46,4 @@ std::string Describe(const Operand& operand);
 
 }  // namespace jax_nano
 
-#endif  // JAX_NANO_CONTRACTION_H_
+#endif  // JAX_NANO_PLAN_CONTRACTION_H_

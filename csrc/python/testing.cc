@@ -1,9 +1,8 @@
-// The Python surface: what JAX registers, and introspection for tests, benchmarks and `python -m jax_nano`.
-#include <nanobind/nanobind.h>
+#include "python/testing.h"
+
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/map.h>
-#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
@@ -14,107 +13,29 @@
 #include <stdexcept>
 #include <type_traits>
 
-#include "cpu.h"
-#include "ffi.h"
-#include "gemm.h"
-#include "plan.h"
-#include "private_pool.h"
-#include "registry.h"
-#include "select.h"
-#include "sharing.h"
-#include "standby.h"
-#include "workspace.h"
+#include "machine/caches.h"
+#include "machine/features.h"
+#include "plan/plan.h"
+#include "plan/registry.h"
+#include "plan/select.h"
+#include "python/product.h"
+#include "run/gemm.h"
+#include "run/private_pool.h"
+#include "run/sharing.h"
+#include "run/standby.h"
+#include "run/workspace.h"
 
 namespace nb = nanobind;
 
 namespace jax_nano {
 namespace {
 
-using Ints = std::vector<int64_t>;
 using Names = std::vector<std::string>;
 
 int64_t RoundUp(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
-nb::dict Registrations() {
-  const auto stages = [](auto* instantiate, auto* execute) {
-    nb::dict d;
-    d["instantiate"] = nb::capsule(reinterpret_cast<void*>(instantiate));
-    d["execute"] = nb::capsule(reinterpret_cast<void*>(execute));
-    return d;
-  };
-  nb::dict out;
-  out[kDotGeneralCall] = stages(&DotInstantiate, &DotExecute);
-  out[kLinearCall] = stages(&LinearInstantiate, &LinearExecute);
-  return out;
-}
-
-Features ParseFeatures(const Names& names) {
-  Features out;
-  for (const std::string& name : names) {
-    unsigned i = 0;
-    while (i < static_cast<unsigned>(Feature::kCount) && FeatureName(static_cast<Feature>(i)) != name) {
-      ++i;
-    }
-    if (i == static_cast<unsigned>(Feature::kCount)) {
-      throw std::invalid_argument("unknown CPU feature: " + name);
-    }
-    out.Add(static_cast<Feature>(i));
-  }
-  return out;
-}
-
-Features HostOr(const std::optional<Names>& features) { return features ? ParseFeatures(*features) : HostFeatures(); }
-
-nb::list TargetList(const std::optional<Names>& features) {
-  nb::list out;
-  for (const TargetStatus& s : DescribeTargets(HostOr(features))) {
-    nb::dict d;
-    d["name"] = s.target->name;
-    d["compiled"] = s.compiled;
-    d["supported"] = s.supported;
-    d["why"] = s.why;
-    out.append(d);
-  }
-  return out;
-}
-
-std::string FirstName(const std::vector<const Target*>& targets) {
-  return targets.empty() ? "" : targets.front()->name;
-}
-
-std::string SelectedTarget() { return FirstName(SelectedTargets()); }
-
 std::string SelectTarget(const Names& features, std::string_view forced) {
   return FirstName(SelectTargets(ParseFeatures(features), forced));
-}
-
-// Either order of the operands, as roles may be swapped.
-bool Supports(std::string_view lhs, std::string_view rhs, std::string_view out, std::string_view algorithm) {
-  return SelectKernel(SelectedTargets(), lhs, rhs, out, algorithm) != nullptr &&
-         SelectKernel(SelectedTargets(), rhs, lhs, out, algorithm) != nullptr;
-}
-
-nb::dict KernelDict(const KernelInfo& k) {
-  nb::dict d;
-  ForEachField(k, [&](const char* name, const auto& field) { d[name] = field; });
-  return d;
-}
-
-nb::list KernelList() {
-  nb::list out;
-  for (const KernelInfo& k : Kernels()) out.append(KernelDict(k));
-  return out;
-}
-
-std::vector<std::string_view> HostFeatureNames() { return NamesOf(HostFeatures()); }
-
-nb::dict CacheDict() {
-  const Caches& c = HostCaches();
-  nb::dict d;
-  d["l1d"] = c.l1d;
-  d["l2"] = c.l2;
-  d["l3"] = c.l3;
-  return d;
 }
 
 // What detection would find on a machine that answers CPUID like this; unlisted leaves are zero.
@@ -128,94 +49,6 @@ std::vector<std::string_view> DecodeFeatures(
   q.xcr0 = [&] { return xcr0; };
   q.request_amx = [&] { return amx_permission; };
   return NamesOf(DetectFeatures(q));
-}
-
-nb::list LoopList(const std::vector<Loop>& loops) {
-  nb::list out;
-  for (const Loop& l : loops) out.append(nb::make_tuple(l.size, l.a, l.b, l.c));
-  return out;
-}
-
-nb::dict PlanDict(const Plan& plan) {
-  const GemmArgs& x = plan.args;
-  nb::dict d;
-  d["kernel"] = plan.kernel->name;
-  d["target"] = plan.kernel->target;
-  d["swapped"] = plan.swapped;
-  d["empty"] = plan.empty;
-  d["m"] = x.m;
-  d["n"] = x.n;
-  d["k"] = x.k;
-  d["rsa"] = x.rsa;
-  d["csa"] = x.csa;
-  d["rsb"] = x.rsb;
-  d["csb"] = x.csb;
-  d["rsc"] = x.rsc;
-  d["batch"] = x.batch;
-  d["bsa"] = x.bsa;
-  d["bsb"] = x.bsb;
-  d["bsc"] = x.bsc;
-  d["inner"] = x.inner != 0;
-  d["sweep"] = x.sweep != 0;
-  d["ahead"] = x.ahead != 0;
-  d["pack_a"] = x.pack_a != 0;
-  d["pack_b"] = x.pack_b != 0;
-  d["mc"] = x.mc;
-  d["kc"] = x.kc;
-  d["nc"] = x.nc;
-  d["panel"] = x.panel;
-  d["rs_partial"] = x.rs_partial;
-  d["outer"] = LoopList(plan.outer);
-  d["k_outer"] = LoopList(plan.k_outer);
-  d["products"] = plan.products;
-  d["split"] = nb::make_tuple(plan.split.products, plan.split.m, plan.split.n);
-  d["k_pieces"] = plan.k_pieces;
-  d["shared_bytes"] = plan.shared_bytes();
-  d["workspace_bytes"] = plan.a_pack_bytes + plan.b_pack_bytes + plan.partial_bytes;
-  return d;
-}
-
-// A call's arrays as Python gives them; owns what Operand only views.
-struct CallSpec {
-  Ints lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels;
-  std::string lhs_dtype, rhs_dtype, out_dtype, algorithm;
-
-  Plan MakePlanFor(std::span<const Target* const> targets, int64_t threads, const Caches& caches) const {
-    Ints out_shape;
-    for (int64_t label : out_labels) out_shape.push_back(SizeOf(label));
-    return MakePlan({lhs_dtype, lhs_shape, lhs_labels}, {rhs_dtype, rhs_shape, rhs_labels},
-                    {out_dtype, out_shape, out_labels}, algorithm, targets, threads, caches);
-  }
-
- private:
-  int64_t SizeOf(int64_t label) const {
-    for (size_t i = 0; i < std::min(lhs_labels.size(), lhs_shape.size()); ++i) {
-      if (lhs_labels[i] == label) return lhs_shape[i];
-    }
-    for (size_t i = 0; i < std::min(rhs_labels.size(), rhs_shape.size()); ++i) {
-      if (rhs_labels[i] == label) return rhs_shape[i];
-    }
-    return 1;  // in no operand: Analyze says so
-  }
-};
-
-// Selected targets, or the one of this name whether or not the CPU can run it: planning runs nothing.
-std::vector<const Target*> TargetsFor(const std::optional<std::string>& name) {
-  if (!name) return SelectedTargets();
-  for (const Target& t : Targets()) {
-    if (t.name == *name) return {&t};
-  }
-  throw std::invalid_argument("unknown target: " + *name);
-}
-
-nb::dict ExplainPlan(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels, Ints out_labels,
-                     std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads,
-                     std::string algorithm, std::optional<std::string> target,
-                     std::optional<std::array<int64_t, 3>> caches) {
-  const CallSpec spec = {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels,
-                         lhs_dtype, rhs_dtype, out_dtype,  algorithm};
-  const Caches sizes = caches ? Caches{(*caches)[0], (*caches)[1], (*caches)[2]} : HostCaches();
-  return PlanDict(spec.MakePlanFor(TargetsFor(target), threads, sizes));
 }
 
 // Runs one plan on all sets of buffers in turn, `trips` times; returns the seconds, without planning. With `share`, all
@@ -360,22 +193,10 @@ void CallKernelOften(std::string_view kernel_name, const GemmArgsRows& rows) {
 
 }  // namespace
 
-NB_MODULE(_runtime, m) {
+void DefineTesting(nb::module_ m) {
   using namespace nb::literals;
-  m.attr("ABI_VERSION") = kFfiAbi;
-  m.attr("FFI_API_VERSION") = FfiApiVersion();
-  m.def("registrations", &Registrations);
-  m.def("targets", &TargetList, "features"_a = nb::none());
-  m.def("selected_target", &SelectedTarget);
-  m.def("select_target", &SelectTarget, "features"_a, "forced"_a = "");
-  m.def("supports", &Supports, "lhs"_a, "rhs"_a, "out"_a, "algorithm"_a = "default");
-  m.def("kernels", &KernelList);
-  m.def("features", &HostFeatureNames);
-  m.def("caches", &CacheDict);
   m.def("decode_features", &DecodeFeatures, "cpuid"_a, "xcr0"_a, "amx_permission"_a);
-  m.def("plan", &ExplainPlan, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a, "out_labels"_a,
-        "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a, "algorithm"_a = "default", "target"_a = nb::none(),
-        "caches"_a = nb::none());
+  m.def("select_target", &SelectTarget, "features"_a, "forced"_a = "");
   m.def("dot", &Dot, "lhs"_a, "rhs"_a, "out"_a, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a,
         "out_labels"_a, "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a, "algorithm"_a = "default");
   m.def("time_dot", &TimeDot, "buffers"_a.noconvert(), "trips"_a, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a,

@@ -1,12 +1,12 @@
 // The generated kernels that this build contains.
-#ifndef JAX_NANO_REGISTRY_H_
-#define JAX_NANO_REGISTRY_H_
+#ifndef JAX_NANO_PLAN_REGISTRY_H_
+#define JAX_NANO_PLAN_REGISTRY_H_
 
 #include <cstdint>
 #include <span>
 #include <string_view>
 
-#include "kernel_abi.h"
+#include "plan/kernel_abi.h"
 
 namespace jax_nano {
 
@@ -25,4 +25,4 @@ int64_t ElementBytes(std::string_view dtype);
 
 }  // namespace jax_nano
 
-#endif  // JAX_NANO_REGISTRY_H_
+#endif  // JAX_NANO_PLAN_REGISTRY_H_

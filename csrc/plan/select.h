@@ -1,15 +1,15 @@
 // Which target's kernels run: the best that the CPU supports and the build contains, or a lower one that
 // JAX_NANO_TARGET names.
-#ifndef JAX_NANO_SELECT_H_
-#define JAX_NANO_SELECT_H_
+#ifndef JAX_NANO_PLAN_SELECT_H_
+#define JAX_NANO_PLAN_SELECT_H_
 
 #include <span>
 #include <string>
 #include <string_view>
 #include <vector>
 
-#include "cpu.h"
-#include "kernel_abi.h"
+#include "machine/features.h"
+#include "plan/kernel_abi.h"
 
 namespace jax_nano {
 
@@ -45,4 +45,4 @@ const KernelInfo* SelectKernel(std::span<const Target* const> targets, std::stri
 
 }  // namespace jax_nano
 
-#endif  // JAX_NANO_SELECT_H_
+#endif  // JAX_NANO_PLAN_SELECT_H_

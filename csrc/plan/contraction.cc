@@ -1,10 +1,10 @@
-#include "contraction.h"
+#include "plan/contraction.h"
 
 #include <algorithm>
 #include <optional>
 #include <stdexcept>
 
-#include "registry.h"
+#include "plan/registry.h"
 
 namespace jax_nano {
 namespace {

@@ -1,10 +1,10 @@
-#include "gemm.h"
+#include "run/gemm.h"
 
 #include <algorithm>
 #include <string_view>
 
-#include "registry.h"
-#include "workspace.h"
+#include "plan/registry.h"
+#include "run/workspace.h"
 
 namespace jax_nano {
 namespace {

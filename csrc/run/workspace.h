@@ -1,7 +1,7 @@
 // Scratch memory of the calling thread. XLA has none to offer on CPU, and its threads live as long as the
 // process, so each keeps buffers that grow to the largest plan it ran: at most kMaxWorkspaceBytes together.
-#ifndef JAX_NANO_WORKSPACE_H_
-#define JAX_NANO_WORKSPACE_H_
+#ifndef JAX_NANO_RUN_WORKSPACE_H_
+#define JAX_NANO_RUN_WORKSPACE_H_
 
 #include <cstdint>
 
@@ -19,4 +19,4 @@ int64_t WorkspaceHighWater();
 
 }  // namespace jax_nano
 
-#endif  // JAX_NANO_WORKSPACE_H_
+#endif  // JAX_NANO_RUN_WORKSPACE_H_

@@ -8,10 +8,10 @@
 #include <span>
 #include <vector>
 
-#include "contraction.h"
-#include "cpu.h"
-#include "kernel_abi.h"
-#include "select.h"
+#include "machine/caches.h"
+#include "plan/contraction.h"
+#include "plan/kernel_abi.h"
+#include "plan/select.h"
 
 namespace jax_nano {
 

@@ -15,7 +15,7 @@
 //   bias        int64     1: the third operand is the bias, of out's dtype and one dimension, out's last one, which
 //                         must not be a batch dimension
 //   residual    int64     1: the last operand is the residual, of out's dtype and shape
-#include "ffi.h"
+#include "xla/ffi.h"
 
 #include <algorithm>
 #include <atomic>
@@ -29,11 +29,11 @@
 #include <utility>
 #include <vector>
 
-#include "contraction.h"
-#include "cpu.h"
-#include "gemm.h"
-#include "plan.h"
-#include "select.h"
+#include "machine/caches.h"
+#include "plan/contraction.h"
+#include "plan/plan.h"
+#include "plan/select.h"
+#include "run/gemm.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_nano {
