@@ -1,7 +1,7 @@
 // What is decided once per call shape: kernel, loops, cache blocking, packing, and the split into work
 // items. Pure functions; the machine comes in as arguments. Sizes and strides are in elements.
-#ifndef JAX_NANO_PLAN_H_
-#define JAX_NANO_PLAN_H_
+#ifndef JAX_NANO_PLAN_PLAN_H_
+#define JAX_NANO_PLAN_PLAN_H_
 
 #include <chrono>
 #include <cstdint>
@@ -100,4 +100,4 @@ int64_t PartialBytes(const KernelInfo& kernel, int64_t m, int64_t rs_partial);
 
 }  // namespace jax_nano
 
-#endif  // JAX_NANO_PLAN_H_
+#endif  // JAX_NANO_PLAN_PLAN_H_
