@@ -45,7 +45,7 @@ class _Kernel(TypedDict):
     direct_b: bool
     inner: bool
     sweep: bool
-    narrow: bool
+    narrow_out: bool
     epilogue: bool  # whether it can finish its sums with scale, bias, activation and residual
 
 class _Caches(TypedDict):
@@ -76,19 +76,19 @@ class _Plan(TypedDict):
     pack_b: bool
     inner: bool
     sweep: bool
-    ahead: bool  # these two fetch what they read next
+    prefetch: bool  # these two fetch what they read next
     mc: int
     kc: int
     nc: int
-    panel: int  # rows of A that are multiplied at once
+    tile_rows: int  # rows of a register tile that are used
     rs_partial: int  # row stride of unfinished sums; 0: no element of the result has any
     outer: list[_Loop]  # independent loops around the kernel's own batch loop, outermost first
     k_outer: list[_Loop]  # accumulating passes, outermost first
     products: int  # outer sizes times batch
     split: tuple[int, int, int]  # pieces of products, m, n
-    k_pieces: int  # pieces of k, whose sums are taken apart and then added
+    split_k: int  # slices of k, each summed separately, then reduced in pairs
     workspace_bytes: int  # of one thread
-    shared_bytes: int  # of all threads of a call: the sums of the pieces
+    shared_bytes: int  # of all threads of a call: the sums of the slices of k
 
 def registrations() -> dict[str, dict[Literal["instantiate", "execute"], CapsuleType]]:
     """FFI targets by name, for `jax.ffi.register_ffi_target(..., platform="cpu")`."""

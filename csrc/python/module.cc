@@ -9,6 +9,7 @@
 
 #include "machine/caches.h"
 #include "machine/features.h"
+#include "machine/machine.h"
 #include "plan/registry.h"
 #include "plan/select.h"
 #include "python/product.h"
@@ -87,8 +88,9 @@ nb::dict ExplainPlan(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_l
                      std::optional<std::array<int64_t, 3>> caches) {
   const CallSpec spec = {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels,
                          lhs_dtype, rhs_dtype, out_dtype,  algorithm};
-  const Caches sizes = caches ? Caches{(*caches)[0], (*caches)[1], (*caches)[2]} : HostCaches();
-  return PlanDict(spec.MakePlanFor(TargetsFor(target), threads, sizes));
+  Machine machine = HostMachine();
+  if (caches) machine.caches = {(*caches)[0], (*caches)[1], (*caches)[2]};
+  return PlanDict(spec.MakePlanFor(TargetsFor(target), threads, machine));
 }
 
 }  // namespace

@@ -3,20 +3,26 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <type_traits>
 
-#include "machine/caches.h"
 #include "machine/features.h"
+#include "machine/machine.h"
+#include "plan/arithmetic.h"
 #include "plan/plan.h"
+#include "plan/policy.h"
 #include "plan/registry.h"
+#include "plan/schedule.h"
 #include "plan/select.h"
 #include "python/product.h"
 #include "run/gemm.h"
@@ -31,8 +37,6 @@ namespace jax_nano {
 namespace {
 
 using Names = std::vector<std::string>;
-
-int64_t RoundUp(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 std::string SelectTarget(const Names& features, std::string_view forced) {
   return FirstName(SelectTargets(ParseFeatures(features), forced));
@@ -53,11 +57,7 @@ std::vector<std::string_view> DecodeFeatures(
 
 // Runs one plan on all sets of buffers in turn, `trips` times; returns the seconds, without planning. With `share`, all
 // threads take part in every call.
-double RunOften(const CallSpec& spec, int64_t threads, const std::vector<Buffers>& sets, int64_t trips, bool share) {
-  const nb::gil_scoped_release release;
-  const auto plan_for = [&](int64_t n) { return spec.MakePlanFor(SelectedTargets(), n, HostCaches()); };
-  const Plan shared = plan_for(threads), alone = plan_for(1);
-  const Plans plans(shared, alone, share ? sharing::Pace::kEndless : alone.expected);
+double RunOften(const Plans& plans, int64_t threads, const std::vector<Buffers>& sets, int64_t trips) {
   PrivatePool pool(threads);
   const auto start = std::chrono::steady_clock::now();
   for (int64_t trip = 0; trip < trips; ++trip) {
@@ -66,15 +66,45 @@ double RunOften(const CallSpec& spec, int64_t threads, const std::vector<Buffers
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
+// The planner's plan, or one by a choice that is not None.
+double RunSpec(const CallSpec& spec, int64_t threads, const std::vector<Buffers>& sets, int64_t trips, bool share,
+               const std::optional<nb::dict>& choice) {
+  std::optional<ForcedChoice> forced;
+  if (choice) {
+    forced = ParseChoice(*choice);
+    const std::vector<TargetStatus> targets = DescribeTargets(HostFeatures());
+    const auto runs = [&](const TargetStatus& x) { return x.supported && x.target->name == forced->kernel->target; };
+    if (std::none_of(targets.begin(), targets.end(), runs)) {
+      throw std::invalid_argument("this CPU cannot run " + std::string(forced->kernel->name));
+    }
+  }
+  const nb::gil_scoped_release release;
+  const auto plan_for = [&](int64_t n) {
+    return forced ? spec.MakePlanBy(*forced) : spec.MakePlanFor(SelectedTargets(), n, HostMachine());
+  };
+  Plan shared = plan_for(threads), alone = plan_for(1);
+  const sharing::Duration pace = share ? sharing::Pace::kEndless : alone.expected;
+  return RunOften(Plans(std::move(shared), std::move(alone), pace), threads, sets, trips);
+}
+
+// The plan of a choice, which runs nothing.
+nb::dict ForcedPlan(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels, Ints out_labels,
+                    std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, const nb::dict& choice,
+                    std::string algorithm) {
+  const CallSpec spec = {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels,
+                         lhs_dtype, rhs_dtype, out_dtype,  algorithm};
+  return PlanDict(spec.MakePlanBy(ParseChoice(choice)));
+}
+
 Buffers BuffersAt(uintptr_t lhs, uintptr_t rhs, uintptr_t out) {
   return {reinterpret_cast<const void*>(lhs), reinterpret_cast<const void*>(rhs), reinterpret_cast<void*>(out)};
 }
 
 void Dot(uintptr_t lhs, uintptr_t rhs, uintptr_t out, Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels,
          Ints out_labels, std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads,
-         std::string algorithm) {
-  RunOften({lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels, lhs_dtype, rhs_dtype, out_dtype, algorithm},
-           threads, {BuffersAt(lhs, rhs, out)}, 1, true);
+         std::string algorithm, const std::optional<nb::dict>& choice) {
+  RunSpec({lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels, lhs_dtype, rhs_dtype, out_dtype, algorithm},
+          threads, {BuffersAt(lhs, rhs, out)}, 1, true, choice);
 }
 
 // A set of buffers: addresses of the operands and of the result.
@@ -86,74 +116,93 @@ sharing::Time At(int64_t ns) { return sharing::Time(Ns(ns)); }
 // For benchmarks of the kernels alone.
 double TimeDot(const BufferRows& rows, int64_t trips, Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels,
                Ints out_labels, std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads,
-               std::string algorithm) {
+               std::string algorithm, const std::optional<nb::dict>& choice) {
   std::vector<Buffers> sets;
   for (size_t i = 0; i < rows.shape(0); ++i) sets.push_back(BuffersAt(rows(i, 0), rows(i, 1), rows(i, 2)));
-  return RunOften(
-      {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels, lhs_dtype, rhs_dtype, out_dtype, algorithm}, threads,
-      sets, trips, false);
+  return RunSpec({lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels, lhs_dtype, rhs_dtype, out_dtype, algorithm},
+                 threads, sets, trips, false, choice);
 }
 
-const KernelInfo& KernelNamed(std::string_view name) {
-  const KernelInfo* kernel = FindKernel(name);
-  if (kernel == nullptr) throw std::invalid_argument("no such kernel");
-  return *kernel;
+// The product and the schedule that the fields of GemmArgs stand for. What the caller left open, which is 0, is filled
+// in: cache blocks by the planner.
+struct Call {
+  Product product;
+  Schedule schedule;
+};
+
+Product ProductOf(const GemmArgs& x) {
+  return {.m = x.m,
+          .n = x.n,
+          .k = x.k,
+          .rsa = x.rsa,
+          .csa = x.csa,
+          .rsb = x.rsb,
+          .csb = x.csb,
+          .rsc = x.rsc,
+          .batch = x.batch,
+          .bsa = x.bsa,
+          .bsb = x.bsb,
+          .bsc = x.bsc,
+          .accumulates = x.accumulate != 0,
+          .unfinished = x.more != 0,
+          .epilogue = x.epilogue != nullptr,
+          .rs_partial = x.rs_partial};
 }
 
-// Fills in what the caller left open, which is 0: cache blocking, and workspace, for which there is memory
-// until this call returns.
-void RunOne(const KernelInfo& kernel, GemmArgs x) {
-  if (x.epilogue != nullptr && !kernel.epilogue) throw std::invalid_argument("this kernel has no epilogue");
-  const bool blocked = !x.inner && !x.sweep;
-  if (blocked && x.panel == 0 && (x.mc != 0 || x.pack_a)) x.panel = kernel.mr;
-  if (blocked && (x.mc == 0 || x.kc == 0 || x.nc == 0 || x.panel == 0)) {
-    GemmArgs planned = x;
-    KernelInfo plain = kernel;
-    plain.inner = plain.sweep = false;
-    ChooseSums(plain, 1, planned);
-    ChooseBlocks(plain, HostCaches(), x.m, x.n, planned);
-    if (x.panel == 0) x.panel = planned.panel;
-    if (x.mc == 0) x.mc = RoundUp(planned.mc, x.panel);
-    if (x.kc == 0) x.kc = planned.kc;
-    if (x.nc == 0) x.nc = planned.nc;
-  }
-  if (x.rs_partial == 0) x.rs_partial = RoundUp(x.n, kernel.nr);
+Blocked BlocksOf(const KernelInfo& kernel, const GemmArgs& x, const Product& product) {
+  Blocked blocks = {
+      .pack_a = x.pack_a != 0, .pack_b = x.pack_b != 0, .mc = x.mc, .kc = x.kc, .nc = x.nc, .tile_rows = x.tile_rows};
+  if (blocks.tile_rows == 0 && (x.mc != 0 || blocks.pack_a)) blocks.tile_rows = kernel.mr;
+  if (blocks.mc != 0 && blocks.kc != 0 && blocks.nc != 0 && blocks.tile_rows != 0) return blocks;
+  const Schedule depth = ChooseDepth(kernel, product, HostMachine().profile);
+  const auto planned = std::get<Blocked>(ChooseBlocks(depth, kernel, product, product.m, product.n, HostMachine()));
+  if (blocks.tile_rows == 0) blocks.tile_rows = planned.tile_rows;
+  if (blocks.mc == 0) blocks.mc = RoundUp(planned.mc, std::max<int64_t>(blocks.tile_rows, 1));
+  if (blocks.kc == 0) blocks.kc = planned.kc;
+  if (blocks.nc == 0) blocks.nc = planned.nc;
+  return blocks;
+}
+
+Call CallOf(const KernelInfo& kernel, const GemmArgs& x) {
+  Call call = {ProductOf(x), {}};
+  if (x.rs_partial == 0) call.product.rs_partial = RoundUp(x.n, kernel.nr);
+  if (x.inner && x.sweep) throw std::invalid_argument("inner and sweep exclude each other");
   if (x.inner) {
-    if (!kernel.inner) throw std::invalid_argument("this kernel has no inner-product path");
-    if ((x.csa != 1 && !x.pack_a) || (x.rsb != 1 && !x.pack_b)) {
-      throw std::invalid_argument("csa and rsb must be 1 for the inner-product path, unless pack_a and pack_b");
-    }
-    if (x.accumulate || x.more) throw std::invalid_argument("the inner-product path takes the whole of k");
+    call.schedule = InnerProduct{x.pack_a != 0, x.pack_b != 0, x.prefetch != 0};
   } else if (x.sweep) {
-    if (!kernel.sweep) throw std::invalid_argument("this kernel has no sweep path");
-    if (x.csb != 1) throw std::invalid_argument("csb must be 1 for the sweep path");
     if (x.pack_a || x.pack_b) throw std::invalid_argument("the sweep path packs nothing");
+    call.schedule = Sweep{x.prefetch != 0};
   } else {
-    if (!x.pack_a && !ReadsA(kernel, x)) throw std::invalid_argument("this kernel needs pack_a");
-    if (!x.pack_b && !kernel.direct_b) throw std::invalid_argument("this kernel needs pack_b");
-    if (x.csb != 1 && !x.pack_b) throw std::invalid_argument("csb must be 1 unless pack_b");
-    if (x.panel > kernel.mr || (x.panel < kernel.mr && x.pack_a && x.csa != 1)) {
-      throw std::invalid_argument("panel must not be above mr, nor below it with pack_a unless csa is 1");
-    }
-    if ((x.mc > x.panel && x.mc % x.panel) || x.kc % kernel.kr || x.nc % kernel.nr) {
-      throw std::invalid_argument("mc, kc, nc must be multiples of panel, kr, nr, or mc below panel");
-    }
+    call.schedule = BlocksOf(kernel, x, call.product);
   }
-  if (kernel.narrow && x.rs_partial < RoundUp(x.n, kernel.nr)) {
-    throw std::invalid_argument("rs_partial must be at least n rounded up to nr");
+  if (const std::string why = Validate(call.schedule, kernel, call.product); !why.empty()) {
+    throw std::invalid_argument(why);
   }
-  const int64_t a_pack_bytes = x.a_pack ? 0 : PackedABytes(kernel, x);
-  const int64_t b_pack_bytes = x.b_pack ? 0 : PackedBBytes(kernel, x);
-  const int64_t partial_bytes = kernel.narrow && !x.partial ? PartialBytes(kernel, x.m, x.rs_partial) : 0;
+  return call;
+}
+
+// With memory, until this call returns, for the workspace that the caller left open.
+void RunOne(const KernelInfo& kernel, const GemmArgs& given) {
+  const auto [product, schedule] = CallOf(kernel, given);
+  GemmArgs x = Arguments(schedule, product);
+  x.a = given.a;
+  x.b = given.b;
+  x.c = given.c;
+  x.accumulate = given.accumulate;
+  x.more = given.more;
+  x.epilogue = given.epilogue;
+  const int64_t a_pack_bytes = given.a_pack ? 0 : PackedABytes(schedule, kernel, product);
+  const int64_t b_pack_bytes = given.b_pack ? 0 : PackedBBytes(schedule, kernel, product);
+  const int64_t partial_bytes =
+      kernel.narrow_out && !given.partial ? PartialBytes(kernel, product.m, product.rs_partial) : 0;
   char* workspace = static_cast<char*>(Workspace(a_pack_bytes + b_pack_bytes + partial_bytes));
-  if (x.a_pack == nullptr) x.a_pack = workspace;
-  if (x.b_pack == nullptr) x.b_pack = workspace + a_pack_bytes;
-  if (x.partial == nullptr) x.partial = workspace + a_pack_bytes + b_pack_bytes;
+  x.a_pack = given.a_pack ? given.a_pack : workspace;
+  x.b_pack = given.b_pack ? given.b_pack : workspace + a_pack_bytes;
+  x.partial = given.partial ? given.partial : workspace + a_pack_bytes + b_pack_bytes;
   kernel.fn(&x);
 }
 
-void CallKernel(std::string_view kernel_name, const nb::dict& fields) {
-  const KernelInfo& kernel = KernelNamed(kernel_name);
+GemmArgs ParseArguments(const KernelInfo& kernel, const nb::dict& fields) {
   size_t used = 0;
   GemmArgs x = {};
   x.csa = x.csb = x.batch = 1;
@@ -171,9 +220,15 @@ void CallKernel(std::string_view kernel_name, const nb::dict& fields) {
   if (!fields.contains("rsb")) x.rsb = x.n;
   if (!fields.contains("rsc")) x.rsc = x.n;
   const bool blocked = !x.inner && !x.sweep;
-  if (!fields.contains("pack_a")) x.pack_a = blocked && !ReadsA(kernel, x);
+  if (!fields.contains("pack_a")) x.pack_a = blocked && !ReadsA(kernel, ProductOf(x));
   if (!fields.contains("pack_b")) x.pack_b = blocked && !kernel.direct_b;
   if (used != fields.size()) throw std::invalid_argument("unknown field among the arguments");
+  return x;
+}
+
+void CallKernel(std::string_view kernel_name, const nb::dict& fields) {
+  const KernelInfo& kernel = KernelNamed(kernel_name);
+  const GemmArgs x = ParseArguments(kernel, fields);
   const nb::gil_scoped_release release;
   RunOne(kernel, x);
 }
@@ -198,10 +253,13 @@ void DefineTesting(nb::module_ m) {
   m.def("decode_features", &DecodeFeatures, "cpuid"_a, "xcr0"_a, "amx_permission"_a);
   m.def("select_target", &SelectTarget, "features"_a, "forced"_a = "");
   m.def("dot", &Dot, "lhs"_a, "rhs"_a, "out"_a, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a,
-        "out_labels"_a, "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a, "algorithm"_a = "default");
+        "out_labels"_a, "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a, "algorithm"_a = "default",
+        "choice"_a = nb::none());
+  m.def("plan_by", &ForcedPlan, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a, "out_labels"_a,
+        "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "choice"_a, "algorithm"_a = "default");
   m.def("time_dot", &TimeDot, "buffers"_a.noconvert(), "trips"_a, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a,
         "rhs_labels"_a, "out_labels"_a, "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a,
-        "algorithm"_a = "default");
+        "algorithm"_a = "default", "choice"_a = nb::none());
   m.def("call", &CallKernel, "kernel_name"_a, "args"_a);
   m.def("call_many", &CallKernelOften, "kernel_name"_a, "rows"_a.noconvert());
   m.def("workspace_bytes", &WorkspaceHighWater);

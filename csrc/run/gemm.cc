@@ -54,7 +54,7 @@ void RunPasses(const Plan& plan, GemmArgs& args, const void* a, const void* b) {
     args.a = Advance(a, at.a, plan.a_bytes);
     args.b = Advance(b, at.b, plan.b_bytes);
     args.accumulate = pass > 0;
-    args.more = plan.k_pieces > 1 || pass + 1 < passes;
+    args.more = plan.split_k.slices > 1 || pass + 1 < passes;
     plan.kernel->fn(&args);
   }
 }
@@ -66,16 +66,17 @@ void TakeWorkspace(GemmArgs& args, int64_t a_pack_bytes, int64_t b_pack_bytes, i
   args.partial = static_cast<char*>(args.b_pack) + b_pack_bytes;
 }
 
-void* SumsOf(const Plan& plan, void* sums, int64_t product, int64_t piece) {
-  return Advance(sums, product * plan.k_pieces + piece, plan.sums_bytes);
+// Where the sums of one slice of k of one product are.
+void* SliceAt(const Plan& plan, void* slices, int64_t product, int64_t slice) {
+  return Advance(slices, product * plan.split_k.slices + slice, plan.split_k.slice_bytes);
 }
 
 // to = x + y, rows of n elements. Integers wrap around, as the kernels' do.
 template <typename T>
-void AddRows(int64_t m, int64_t n, const void* x, const void* y, int64_t rs_sums, void* to, int64_t rs_to) {
+void AddRows(int64_t m, int64_t n, const void* x, const void* y, int64_t rs, void* to, int64_t rs_to) {
   for (int64_t i = 0; i < m; ++i) {
-    const T* xs = static_cast<const T*>(x) + i * rs_sums;
-    const T* ys = static_cast<const T*>(y) + i * rs_sums;
+    const T* xs = static_cast<const T*>(x) + i * rs;
+    const T* ys = static_cast<const T*>(y) + i * rs;
     T* sum = static_cast<T*>(to) + i * rs_to;
     for (int64_t j = 0; j < n; ++j) sum[j] = xs[j] + ys[j];
   }
@@ -87,14 +88,15 @@ auto* AdderOf(const KernelInfo& kernel) {
 
 }  // namespace
 
-void RunItem(const Plan& plan, const Buffers& buffers, void* sums, int64_t item) {
+void RunItem(const Plan& plan, const Buffers& buffers, void* slices, int64_t item) {
   const Split& split = plan.split;
+  const SplitK& split_k = plan.split_k;
   const KernelInfo& kernel = *plan.kernel;
   const Range n = Piece(plan.args.n, kernel.nr, split.n, item % split.n);
   const Range m = Piece(plan.args.m, kernel.mr, split.m, item / split.n % split.m);
-  const int64_t piece = item / split.n / split.m % plan.k_pieces;
-  const Range k = Piece(plan.args.k, plan.k_unit, plan.k_pieces, piece);
-  const Range products = Piece(plan.products, 1, split.products, item / split.n / split.m / plan.k_pieces);
+  const int64_t slice = item / split.n / split.m % split_k.slices;
+  const Range k = Piece(plan.args.k, split_k.unit, split_k.slices, slice);
+  const Range products = Piece(plan.products, 1, split.products, item / split.n / split.m / split_k.slices);
 
   GemmArgs args = plan.args;
   TakeWorkspace(args, plan.a_pack_bytes, plan.b_pack_bytes, plan.partial_bytes);
@@ -102,7 +104,7 @@ void RunItem(const Plan& plan, const Buffers& buffers, void* sums, int64_t item)
   args.n = n.size();
   args.k = k.size();
   Epilogue epilogue;
-  if (buffers.epilogue != nullptr && sums == nullptr) {
+  if (buffers.epilogue != nullptr && slices == nullptr) {
     epilogue = *buffers.epilogue;
     if (epilogue.bias != nullptr) epilogue.bias = Advance(epilogue.bias, n.begin, plan.c_bytes);
     args.epilogue = &epilogue;
@@ -118,46 +120,47 @@ void RunItem(const Plan& plan, const Buffers& buffers, void* sums, int64_t item)
     at.b += first * args.bsb + n.begin * args.csb + k.begin * args.rsb;
     at.c += first * args.bsc + m.begin * plan.args.rsc + n.begin;
     args.c = Advance(buffers.out, at.c, plan.c_bytes);
-    if (sums != nullptr) {
-      // A kernel that is not narrow leaves unfinished sums in C.
-      void*& to = kernel.narrow ? args.partial : args.c;
-      (kernel.narrow ? args.rs_partial : args.rsc) = plan.rs_sums;
-      to = Advance(SumsOf(plan, sums, p, piece), m.begin * plan.rs_sums + n.begin, ElementBytes(kernel.acc));
+    if (slices != nullptr) {
+      // A kernel leaves unfinished sums in `partial`, or in C if that is wide enough.
+      void*& to = kernel.narrow_out ? args.partial : args.c;
+      (kernel.narrow_out ? args.rs_partial : args.rsc) = split_k.row_stride;
+      to = Advance(SliceAt(plan, slices, p, slice), m.begin * split_k.row_stride + n.begin, ElementBytes(kernel.acc));
     }
     RunPasses(plan, args, Advance(a, at.a, plan.a_bytes), Advance(b, at.b, plan.b_bytes));
   }
 }
 
-void AddPieces(const Plan& plan, const Buffers& buffers, void* sums) {
+void ReduceSlices(const Plan& plan, const Buffers& buffers, void* slices) {
   const KernelInfo& kernel = *plan.kernel;
   const auto add = AdderOf(kernel);
-  const int64_t m = plan.args.m, n = plan.args.n, rs = plan.rs_sums;
-  // The kernel adds products over an empty k to the sums, and so finishes them.
-  GemmArgs args = plan.args;
-  args.k = args.inner = args.sweep = 0;
-  args.csb = 1;
-  args.pack_a = !kernel.direct_a;
-  args.pack_b = !kernel.direct_b;
-  args.mc = args.panel = kernel.mr;
-  args.kc = kernel.kr;
-  args.nc = kernel.nr;
+  const int64_t m = plan.args.m, n = plan.args.n, count = plan.split_k.slices, rs = plan.split_k.row_stride;
+  // The kernel finishes the sums (rounds them, applies the epilogue) by adding products over an empty k to them.
+  Product product = plan.product;
+  product.k = product.rsa = 0;
+  product.csa = product.csb = 1;
+  product.rs_partial = rs;
+  const Schedule schedule = Blocked{.pack_a = !kernel.direct_a,
+                                    .pack_b = !kernel.direct_b,
+                                    .mc = kernel.mr,
+                                    .kc = kernel.kr,
+                                    .nc = kernel.nr,
+                                    .tile_rows = kernel.mr};
+  GemmArgs args = Arguments(schedule, product);
   args.accumulate = 1;
   args.epilogue = buffers.epilogue;
-  args.rs_partial = rs;
-  TakeWorkspace(args, PackedABytes(kernel, args), PackedBBytes(kernel, args), 0);
+  TakeWorkspace(args, PackedABytes(schedule, kernel, product), PackedBBytes(schedule, kernel, product), 0);
   for (int64_t p = 0; p < plan.products; ++p) {
     args.c = Advance(buffers.out, PointAt(plan.outer, p).c, plan.c_bytes);
-    const auto piece = [&](int64_t i) { return SumsOf(plan, sums, p, i); };
-    // Neighbours first, so that errors grow with the logarithm of the number of pieces.
+    const auto slice = [&](int64_t i) { return SliceAt(plan, slices, p, i); };
+    // Pairwise, so that errors grow with the logarithm of the number of slices.
     int64_t step = 1;
-    for (; 2 * step < plan.k_pieces; step *= 2) {
-      for (int64_t i = 0; i + step < plan.k_pieces; i += 2 * step)
-        add(m, n, piece(i), piece(i + step), rs, piece(i), rs);
+    for (; 2 * step < count; step *= 2) {
+      for (int64_t i = 0; i + step < count; i += 2 * step) add(m, n, slice(i), slice(i + step), rs, slice(i), rs);
     }
-    args.partial = piece(0);
-    void* const whole = kernel.narrow ? args.partial : args.c;
-    add(m, n, piece(0), piece(step), rs, whole, kernel.narrow ? rs : args.rsc);
-    if (kernel.narrow || args.epilogue != nullptr) kernel.fn(&args);
+    args.partial = slice(0);
+    void* const sums = kernel.narrow_out ? args.partial : args.c;
+    add(m, n, slice(0), slice(step), rs, sums, kernel.narrow_out ? rs : args.rsc);
+    if (kernel.narrow_out || args.epilogue != nullptr) kernel.fn(&args);
   }
 }
 

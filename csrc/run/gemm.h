@@ -1,4 +1,4 @@
-// Runs plans on memory.
+// Runs plans on memory: the work items of one, and whole calls on a pool of threads.
 #ifndef JAX_NANO_RUN_GEMM_H_
 #define JAX_NANO_RUN_GEMM_H_
 
@@ -20,12 +20,12 @@ struct Buffers {
   const Epilogue* epilogue = nullptr;  // of the whole result; with a bias, the plan is one whose last_is_n
 };
 
-// One work item, on this thread; `sums` are Plan::shared_bytes() of memory. Throws std::bad_alloc if there is no memory
-// for the workspace.
-void RunItem(const Plan& plan, const Buffers& buffers, void* sums, int64_t item);
+// One work item, on this thread. `slices` are Plan::shared_bytes() of memory for split-K, null without. Throws
+// std::bad_alloc if there is no memory for the workspace.
+void RunItem(const Plan& plan, const Buffers& buffers, void* slices, int64_t item);
 
-// Adds the sums of the pieces of k, in an order of their own, and finishes the result.
-void AddPieces(const Plan& plan, const Buffers& buffers, void* sums);
+// The end of split-K: adds the slices' sums in pairs and finishes the result.
+void ReduceSlices(const Plan& plan, const Buffers& buffers, void* slices);
 
 // A plan for all threads of a pool and one for the caller alone, as a split adds some percent to a short call. Both
 // give the same bits.
@@ -42,17 +42,17 @@ template <typename Pool>
 void RunPlans(const Plans& plans, const Buffers& buffers, Pool& pool) {
   const Plan &shared = plans.shared, &alone = plans.alone;
   if (shared.empty) return;
-  void* const sums = SharedWorkspace(shared.shared_bytes());
+  void* const slices = SharedWorkspace(shared.shared_bytes());
   const auto run_alone = [&] {
-    for (int64_t item = 0; item < alone.items(); ++item) RunItem(alone, buffers, sums, item);
+    for (int64_t item = 0; item < alone.items(); ++item) RunItem(alone, buffers, slices, item);
   };
   if (shared.items() == 1) {
     run_alone();
   } else {
     ParallelFor(pool, shared.items(), plans.pace, run_alone,
-                [&](int64_t item) { RunItem(shared, buffers, sums, item); });
+                [&](int64_t item) { RunItem(shared, buffers, slices, item); });
   }
-  if (shared.k_pieces > 1) AddPieces(shared, buffers, sums);
+  if (shared.split_k.slices > 1) ReduceSlices(shared, buffers, slices);
 }
 
 }  // namespace jax_nano

@@ -29,7 +29,7 @@
 #include <utility>
 #include <vector>
 
-#include "machine/caches.h"
+#include "machine/machine.h"
 #include "plan/contraction.h"
 #include "plan/plan.h"
 #include "plan/select.h"
@@ -148,7 +148,7 @@ std::unique_ptr<const CachedPlan> NewPlan(const DotState& state, const ffi::AnyB
   }
   shape.threads = pool.num_threads();
   const auto plan_for = [&](int64_t threads) {
-    return MakePlan(operands[0], operands[1], operands[2], state.algorithm, SelectedTargets(), threads, HostCaches(),
+    return MakePlan(operands[0], operands[1], operands[2], state.algorithm, SelectedTargets(), threads, HostMachine(),
                     state.bias);
   };
   Plan shared = plan_for(shape.threads);
@@ -185,6 +185,8 @@ ffi::Error Run(DotState& state, const Epilogue* epilogue, ffi::ThreadPool& pool,
     return ffi::Error::InvalidArgument(e.what());
   } catch (const std::bad_alloc&) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jax_nano: out of memory");
+  } catch (const std::logic_error& e) {
+    return ffi::Error::Internal(e.what());
   }
 }
 

@@ -50,9 +50,9 @@ class Kernel:
         ways = [{"pack_a": a, "pack_b": b} for a, b in self.packs(transposed_b=order_b == "F" and n > 1)]
         if self.has_inner:  # an operand that does not lie along K is copied
             copies = {"pack_a": int(order_a == "F"), "pack_b": int(order_b == "C")}
-            ways += [{"inner": 1, "ahead": ahead, **copies} for ahead in (0, 1)]
+            ways += [{"inner": 1, "prefetch": prefetch, **copies} for prefetch in (0, 1)]
         if self.has_sweep and (order_b == "C" or n <= 1):
-            ways += [{"sweep": 1, "ahead": ahead, "pack_a": 0, "pack_b": 0} for ahead in (0, 1)]
+            ways += [{"sweep": 1, "prefetch": prefetch, "pack_a": 0, "pack_b": 0} for prefetch in (0, 1)]
         return ways
 
     @property
