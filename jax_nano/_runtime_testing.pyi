@@ -5,9 +5,28 @@ decides whether threads share a call. Sizes, strides, labels and dtypes are give
 """
 
 from collections.abc import Mapping, Sequence
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
+
+from jax_nano._runtime import _Plan
+
+class Choice(TypedDict):
+    """What is free to decide for a product, named as in a plan, which is one itself. Not a class at run time."""
+
+    kernel: str
+    inner: bool
+    sweep: bool
+    pack_a: bool
+    pack_b: bool
+    prefetch: bool  # of inner products and sweeps
+    mc: int  # mc, kc, nc, tile_rows: of the blocked path
+    kc: int
+    nc: int
+    tile_rows: int
+    split: tuple[int, int, int]  # parts of products, m, n
+    split_k: int
 
 def select_target(features: Sequence[str], forced: str = "") -> str:
     """What `_runtime.selected_target` would say on a CPU with these features and with JAX_NANO_TARGET=forced.
@@ -35,11 +54,34 @@ def dot(
     out_dtype: str,
     threads: int,
     algorithm: str = "default",
+    choice: Choice | None = None,
 ) -> None:
     """Run a plan on dense arrays at these addresses with a thread pool of its own, without XLA. Releases the GIL.
 
+    Args:
+      choice: run this instead of what the planner would.
+
     Raises:
-      ValueError: as `_runtime.plan`.
+      ValueError: as `_runtime.plan`; or as `plan_by`, or this CPU cannot run the choice's kernel.
+    """
+
+def plan_by(
+    lhs_shape: Sequence[int],
+    rhs_shape: Sequence[int],
+    lhs_labels: Sequence[int],
+    rhs_labels: Sequence[int],
+    out_labels: Sequence[int],
+    lhs_dtype: str,
+    rhs_dtype: str,
+    out_dtype: str,
+    choice: Choice,
+    algorithm: str = "default",
+) -> _Plan:
+    """The plan of a choice, for any target; nothing runs.
+
+    Raises:
+      ValueError: as `_runtime.plan`; or why the kernel cannot compute the product so: another signature, what
+        `why_illegal` says, a split into more parts than there are, or more workspace than a plan may take.
     """
 
 def time_dot(
@@ -55,17 +97,26 @@ def time_dot(
     out_dtype: str,
     threads: int,
     algorithm: str = "default",
+    choice: Choice | None = None,
 ) -> float:
     """Run one plan on each of several sets of dense arrays in turn, `trips` times. Releases the GIL.
 
     Args:
       buffers: a row for each set, the addresses of lhs, rhs and out.
+      choice: as in `dot`.
 
     Returns:
       The seconds it took, without planning and without starting threads.
 
     Raises:
-      ValueError: as `_runtime.plan`.
+      ValueError: as `dot`.
+    """
+
+def why_illegal(kernel_name: str, args: Mapping[str, int]) -> str:
+    """Why `call` would refuse these arguments: what Validate (csrc/plan/schedule.h) says. "" if it would not.
+
+    Raises:
+      ValueError: no such kernel, or an unknown field.
     """
 
 def call(kernel_name: str, args: Mapping[str, int]) -> None:

@@ -103,11 +103,14 @@ std::string WhyIllegal(const KernelInfo& kernel, const Nest& nest, const Choice&
       !between(split.n, CeilDiv(x.n, kernel.nr))) {
     return "split must be at least 1 and at most the number of products, of mr in m and of nr in n";
   }
+  if (const std::string why = Validate(choice.schedule, kernel, LargestItem(kernel, x, choice)); !why.empty()) {
+    return why;
+  }
   if (choice.split_k_unit < 1 || choice.split_k_unit % kernel.kr != 0) return "split_k_unit must be a multiple of kr";
   if (!between(choice.split_k, CeilDiv(x.k, choice.split_k_unit))) {
     return "split_k must be at least 1 and at most the number of units in k";
   }
-  return Validate(choice.schedule, kernel, LargestItem(kernel, x, choice));
+  return "";
 }
 
 // The plan of a legal choice.

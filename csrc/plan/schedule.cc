@@ -84,7 +84,8 @@ int64_t PackedARow(const KernelInfo& kernel, int64_t kc) {
 
 int64_t PackedABytes(const Schedule& schedule, const KernelInfo& kernel, const Product& product) {
   if (const auto* x = std::get_if<Blocked>(&schedule)) {
-    return x->pack_a ? x->mc * PackedARow(kernel, x->kc) + kPackSlackBytes : 0;
+    // Where columns are contiguous, a panel is packed a column at a time and has room for all rows of a tile.
+    return x->pack_a ? RoundUp(x->mc, x->tile_rows) * PackedARow(kernel, x->kc) + kPackSlackBytes : 0;
   }
   const auto* x = std::get_if<InnerProduct>(&schedule);
   const bool copies = x != nullptr && x->pack_a;

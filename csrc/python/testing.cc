@@ -123,8 +123,7 @@ double TimeDot(const BufferRows& rows, int64_t trips, Ints lhs_shape, Ints rhs_s
                  threads, sets, trips, false, choice);
 }
 
-// The product and the schedule that the fields of GemmArgs stand for. What the caller left open, which is 0, is filled
-// in: cache blocks by the planner.
+// The product and the schedule that the fields of GemmArgs stand for.
 struct Call {
   Product product;
   Schedule schedule;
@@ -149,6 +148,7 @@ Product ProductOf(const GemmArgs& x) {
           .rs_partial = x.rs_partial};
 }
 
+// Blocks that the caller left open, which are 0, are the planner's.
 Blocked BlocksOf(const KernelInfo& kernel, const GemmArgs& x, const Product& product) {
   Blocked blocks = {
       .pack_a = x.pack_a != 0, .pack_b = x.pack_b != 0, .mc = x.mc, .kc = x.kc, .nc = x.nc, .tile_rows = x.tile_rows};
@@ -163,27 +163,27 @@ Blocked BlocksOf(const KernelInfo& kernel, const GemmArgs& x, const Product& pro
   return blocks;
 }
 
-Call CallOf(const KernelInfo& kernel, const GemmArgs& x) {
-  Call call = {ProductOf(x), {}};
+// Why the kernel cannot do what the arguments say; "" and the call if it can.
+std::string ReadCall(const KernelInfo& kernel, const GemmArgs& x, Call& call) {
+  call.product = ProductOf(x);
   if (x.rs_partial == 0) call.product.rs_partial = RoundUp(x.n, kernel.nr);
-  if (x.inner && x.sweep) throw std::invalid_argument("inner and sweep exclude each other");
+  if (x.inner && x.sweep) return "inner and sweep exclude each other";
   if (x.inner) {
     call.schedule = InnerProduct{x.pack_a != 0, x.pack_b != 0, x.prefetch != 0};
   } else if (x.sweep) {
-    if (x.pack_a || x.pack_b) throw std::invalid_argument("the sweep path packs nothing");
+    if (x.pack_a || x.pack_b) return "the sweep path packs nothing";
     call.schedule = Sweep{x.prefetch != 0};
   } else {
     call.schedule = BlocksOf(kernel, x, call.product);
   }
-  if (const std::string why = Validate(call.schedule, kernel, call.product); !why.empty()) {
-    throw std::invalid_argument(why);
-  }
-  return call;
+  return Validate(call.schedule, kernel, call.product);
 }
 
 // With memory, until this call returns, for the workspace that the caller left open.
 void RunOne(const KernelInfo& kernel, const GemmArgs& given) {
-  const auto [product, schedule] = CallOf(kernel, given);
+  Call call;
+  if (const std::string why = ReadCall(kernel, given, call); !why.empty()) throw std::invalid_argument(why);
+  const auto& [product, schedule] = call;
   GemmArgs x = Arguments(schedule, product);
   x.a = given.a;
   x.b = given.b;
@@ -226,6 +226,12 @@ GemmArgs ParseArguments(const KernelInfo& kernel, const nb::dict& fields) {
   return x;
 }
 
+std::string WhyIllegal(std::string_view kernel_name, const nb::dict& fields) {
+  const KernelInfo& kernel = KernelNamed(kernel_name);
+  Call call;
+  return ReadCall(kernel, ParseArguments(kernel, fields), call);
+}
+
 void CallKernel(std::string_view kernel_name, const nb::dict& fields) {
   const KernelInfo& kernel = KernelNamed(kernel_name);
   const GemmArgs x = ParseArguments(kernel, fields);
@@ -260,6 +266,7 @@ void DefineTesting(nb::module_ m) {
   m.def("time_dot", &TimeDot, "buffers"_a.noconvert(), "trips"_a, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a,
         "rhs_labels"_a, "out_labels"_a, "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a,
         "algorithm"_a = "default", "choice"_a = nb::none());
+  m.def("why_illegal", &WhyIllegal, "kernel_name"_a, "args"_a);
   m.def("call", &CallKernel, "kernel_name"_a, "args"_a);
   m.def("call_many", &CallKernelOften, "kernel_name"_a, "rows"_a.noconvert());
   m.def("workspace_bytes", &WorkspaceHighWater);
