@@ -1,15 +1,19 @@
 """The compiled half of jax_nano: generated kernels, planning, and the handler that XLA calls.
 
+What only tests and benchmarks call is in its submodule `testing` (_runtime_testing.pyi describes it).
+
 Sizes and strides are in elements. Labels are einsum's letters as integers: in lhs, rhs and out they mean batch;
 in lhs and rhs only, contracting; in lhs and out, M; in rhs and out, N. dtypes go by their NumPy / ml_dtypes names.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal, TypedDict
 
-import numpy as np
-from numpy.typing import NDArray
 from typing_extensions import CapsuleType  # types.CapsuleType is new in Python 3.13; stubs may always use this one
+
+from jax_nano import _runtime_testing
+
+testing = _runtime_testing
 
 ABI_VERSION: int
 """Version of the custom call's attributes, part of every exported program."""
@@ -41,7 +45,7 @@ class _Kernel(TypedDict):
     direct_b: bool
     inner: bool
     sweep: bool
-    narrow: bool
+    narrow_out: bool
     epilogue: bool  # whether it can finish its sums with scale, bias, activation and residual
 
 class _Caches(TypedDict):
@@ -72,19 +76,19 @@ class _Plan(TypedDict):
     pack_b: bool
     inner: bool
     sweep: bool
-    ahead: bool  # these two fetch what they read next
+    prefetch: bool  # these two fetch what they read next
     mc: int
     kc: int
     nc: int
-    panel: int  # rows of A that are multiplied at once
+    tile_rows: int  # rows of a register tile that are used
     rs_partial: int  # row stride of unfinished sums; 0: no element of the result has any
     outer: list[_Loop]  # independent loops around the kernel's own batch loop, outermost first
     k_outer: list[_Loop]  # accumulating passes, outermost first
     products: int  # outer sizes times batch
     split: tuple[int, int, int]  # pieces of products, m, n
-    k_pieces: int  # pieces of k, whose sums are taken apart and then added
+    split_k: int  # slices of k, each summed separately, then reduced in pairs
     workspace_bytes: int  # of one thread
-    shared_bytes: int  # of all threads of a call: the sums of the pieces
+    shared_bytes: int  # of all threads of a call: the sums of the slices of k
 
 def registrations() -> dict[str, dict[Literal["instantiate", "execute"], CapsuleType]]:
     """FFI targets by name, for `jax.ffi.register_ffi_target(..., platform="cpu")`."""
@@ -97,13 +101,6 @@ def selected_target() -> str:
 
     Raises:
       ValueError: JAX_NANO_TARGET names no target, or one that cannot be used here.
-    """
-
-def select_target(features: Sequence[str], forced: str = "") -> str:
-    """What `selected_target` would say on a CPU with these features and with JAX_NANO_TARGET=forced.
-
-    Raises:
-      ValueError: as `selected_target`; or a feature is unknown.
     """
 
 def supports(lhs: str, rhs: str, out: str, algorithm: str = "default") -> bool:
@@ -121,11 +118,6 @@ def features() -> list[str]:
 
 def caches() -> _Caches:
     """Data cache sizes of one core in bytes; L3 is the whole shared cache."""
-
-def decode_features(
-    cpuid: Mapping[tuple[int, int], tuple[int, int, int, int]], xcr0: int, amx_permission: bool
-) -> list[str]:
-    """What detection finds where CPUID (leaf, subleaf) answers (eax, ebx, ecx, edx), zeros if not listed."""
 
 def plan(
     lhs_shape: Sequence[int],
@@ -150,100 +142,3 @@ def plan(
     Raises:
       ValueError: labels, sizes or dtypes do not fit together, or no kernel takes them.
     """
-
-def dot(
-    lhs: int,
-    rhs: int,
-    out: int,
-    lhs_shape: Sequence[int],
-    rhs_shape: Sequence[int],
-    lhs_labels: Sequence[int],
-    rhs_labels: Sequence[int],
-    out_labels: Sequence[int],
-    lhs_dtype: str,
-    rhs_dtype: str,
-    out_dtype: str,
-    threads: int,
-    algorithm: str = "default",
-) -> None:
-    """Run a plan on dense arrays at these addresses with a thread pool of its own, without XLA. Releases the GIL.
-
-    Raises:
-      ValueError: as `plan`.
-    """
-
-def time_dot(
-    buffers: NDArray[np.uintp],
-    trips: int,
-    lhs_shape: Sequence[int],
-    rhs_shape: Sequence[int],
-    lhs_labels: Sequence[int],
-    rhs_labels: Sequence[int],
-    out_labels: Sequence[int],
-    lhs_dtype: str,
-    rhs_dtype: str,
-    out_dtype: str,
-    threads: int,
-    algorithm: str = "default",
-) -> float:
-    """Run one plan on each of several sets of dense arrays in turn, `trips` times. Releases the GIL.
-
-    Args:
-      buffers: a row for each set, the addresses of lhs, rhs and out.
-
-    Returns:
-      The seconds it took, without planning and without starting threads.
-
-    Raises:
-      ValueError: as `plan`.
-    """
-
-def call(kernel_name: str, args: Mapping[str, int]) -> None:
-    """Call one kernel. Releases the GIL.
-
-    Args:
-      args: fields of GemmArgs (csrc/kernel_abi.h), pointers as addresses. By default operands are dense and
-        row-major, batch is 1 and nothing is packed that need not be. Where blocking and workspace are left out or 0,
-        the planner chooses and memory is provided until the call returns.
-
-    Raises:
-      ValueError: no such kernel, an unknown field, or values that break the kernel's contract.
-    """
-
-def call_many(kernel_name: str, rows: NDArray[np.int64]) -> None:
-    """Call one kernel once for each row, in order. Releases the GIL.
-
-    Args:
-      rows: every row has all fields of GemmArgs in their order, as in `call`; only blocking and workspace may be 0.
-
-    Raises:
-      ValueError: as `call`; the rows before the bad one have run.
-    """
-
-def handed_jobs() -> int:
-    """How many shares of calls went to threads that stood by, since the process began (csrc/standby.h)."""
-
-class Pace:
-    """How long the calls of one plan take one thread, in ns (csrc/sharing.h). For tests."""
-
-    def __init__(self, guess: int) -> None: ...
-    @property
-    def alone(self) -> int: ...
-    def saw(self, alone: int) -> None: ...
-
-class Ledger:
-    """Whether short calls share their work, by what helpers met lately (csrc/sharing.h). Times in ns. For tests."""
-
-    def __init__(self) -> None: ...
-    @property
-    def losses(self) -> int: ...
-    def may_wake(self, wanted: int, alone: int, now: int) -> int: ...
-    def is_open(self, now: int) -> bool: ...
-    def paid(self) -> None: ...
-    def lost(self, now: int) -> None: ...
-
-def share_every_call(on: bool) -> None:
-    """For tests, whose machine may be busy: all calls wake all helpers, which stand by for as long as they ever may."""
-
-def workspace_bytes() -> int:
-    """The largest workspace that any thread of this process has held."""

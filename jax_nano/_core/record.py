@@ -141,6 +141,6 @@ def _in_short(plan: Mapping[str, Any], threads: int) -> str:
         packed = [operand.upper() for operand in ("a", "b") if plan[f"pack_{operand}"]]
         blocks = f"blocks {plan['mc']} x {plan['nc']} x {plan['kc']} of {plan['m']} x {plan['n']} x {plan['k']}"
         blocking = f"{blocks}, {' and '.join(packed) or 'nothing'} packed"
-    used = min(math.prod(plan["split"]) * plan["k_pieces"], threads)
+    used = min(math.prod(plan["split"]) * plan["split_k"], threads)
     products = f"{plan['products']} products, " if plan["products"] > 1 else ""
     return f"{plan['target']}, {plan['kernel']}, {products}{blocking}, {used} thread{'s' if used > 1 else ''}"

@@ -147,7 +147,8 @@ class Feature(NamedTuple):
 
     Attributes:
       name: the public name.
-      leaf, subleaf, register, bit: where CPUID announces it; no register: csrc/cpu.cc finds out in another way.
+      leaf, subleaf, register, bit: where CPUID announces it; no register: csrc/machine/features.cc finds out in another
+        way.
       state: the registers that the operating system must save for it to be usable.
       linux: its name in /proc/cpuinfo, if that is another one.
     """
@@ -335,7 +336,7 @@ FFI_ABI: Final = 1
 
 DOT_GENERAL_CALL: Final = "jax_nano_dot_general"
 LINEAR_CALL: Final = "jax_nano_linear"
-"""The names under which XLA finds the calls (csrc/ffi.cc)."""
+"""The names under which XLA finds the calls (csrc/xla/ffi.cc)."""
 
 # --- the contract between kernels and runtime -----------------------------------------------------------------
 
@@ -364,9 +365,7 @@ GEMM_ARGS: Final = (
     Field("void*", "c"),
     Field("void*", "a_pack", "workspace for packed A, 64-byte aligned, PackedABytes(); unused unless pack_a"),
     Field("void*", "b_pack", "workspace for packed B, 64-byte aligned, PackedBBytes(); unused unless pack_b"),
-    Field(
-        "void*", "partial", "unfinished sums of a narrow kernel, else unused: m rows of accumulators, rs_partial apart"
-    ),
+    Field("void*", "partial", "partial sums, if narrow_out, else unused: m rows of accumulators, rs_partial apart"),
     Field("int64_t", "m", "m, n, k: any may be 0; k == 0 stores zeros (or leaves C alone when accumulating)"),
     Field("int64_t", "n"),
     Field("int64_t", "k"),
@@ -380,9 +379,15 @@ GEMM_ARGS: Final = (
     Field("int64_t", "bsa", "bsa, bsb, bsc: strides between products"),
     Field("int64_t", "bsb"),
     Field("int64_t", "bsc"),
-    Field("int64_t", "accumulate", "1: add to the sums so far: C, or `partial` of a narrow kernel; 0: neither is read"),
-    Field("int64_t", "more", "1: the sum over k is not finished by this call: a narrow kernel leaves it in `partial`"),
-    Field("int64_t", "pack_a", "1: copy blocks of A into the workspace (required unless ReadsA of plan.h)"),
+    Field(
+        "int64_t", "accumulate", "1: add to the sums so far, in C, or in `partial` if narrow_out; 0: neither is read"
+    ),
+    Field(
+        "int64_t",
+        "more",
+        "1: a later call continues the sums over k: they stay in `partial` if narrow_out, and get no epilogue",
+    ),
+    Field("int64_t", "pack_a", "1: copy blocks of A into the workspace (required unless ReadsA of plan/schedule.h)"),
     Field("int64_t", "pack_b", "1: copy blocks of B into the workspace (required unless direct_b and csb == 1)"),
     Field(
         "int64_t",
@@ -390,15 +395,17 @@ GEMM_ARGS: Final = (
         "1: the inner-product path (KernelInfo::inner; k whole, csa == 1 and rsb == 1 unless pack_a, pack_b: then a "
         "copy along k of the operand goes to the workspace)",
     ),
-    Field("int64_t", "sweep", "1: the sweep path (KernelInfo::sweep; csb == 1, nothing packed; `partial` if narrow)"),
-    Field("int64_t", "ahead", "1: these two paths fetch what they read next: it lies in memory, not in a cache"),
-    Field("int64_t", "mc", "cache blocking; a multiple of panel or below it"),
+    Field(
+        "int64_t", "sweep", "1: the sweep path (KernelInfo::sweep; csb == 1, nothing packed; `partial` if narrow_out)"
+    ),
+    Field("int64_t", "prefetch", "1: these two paths prefetch what they read next: it lies in memory, not in a cache"),
+    Field("int64_t", "mc", "cache blocking; a multiple of tile_rows or below it"),
     Field("int64_t", "kc", "a multiple of kr"),
     Field("int64_t", "nc", "a multiple of nr"),
-    Field("int64_t", "panel", "rows of A that are multiplied at once, at most mr; mr if pack_a, unless csa == 1"),
+    Field("int64_t", "tile_rows", "rows of a register tile that are used, at most mr; mr if pack_a, unless csa == 1"),
     Field("const Epilogue*", "epilogue", "applied when the sum over k is finished; null: C is the sum"),
 )
-"""The argument of a generated kernel (csrc/kernel_abi.h)."""
+"""The argument of a generated kernel (csrc/plan/kernel_abi.h)."""
 
 EPILOGUE: Final = (
     Field("Activation", "activation"),
@@ -409,7 +416,7 @@ EPILOGUE: Final = (
         "int64_t", "residual_offset", "bytes from an element of C to that of the residual, which has the same strides"
     ),
 )
-"""What becomes of finished sums (csrc/kernel_abi.h)."""
+"""What becomes of finished sums (csrc/plan/kernel_abi.h)."""
 
 KERNEL_INFO: Final = (
     Field("const char*", "name", 'e.g. "gemm_f32_f32_f32_f32_14x32_x86-64-v4"'),
@@ -431,7 +438,7 @@ KERNEL_INFO: Final = (
     Field("bool", "direct_b", "whether B can, if its columns are 1 apart"),
     Field("bool", "inner", "whether it has an inner-product path"),
     Field("bool", "sweep", "whether it has a path for few rows of A and a row-major B"),
-    Field("bool", "narrow", "whether C cannot hold unfinished sums: these live in GemmArgs::partial"),
+    Field("bool", "narrow_out", "whether C's type is too narrow for partial sums: these live in GemmArgs::partial"),
     Field("bool", "epilogue", "whether it takes GemmArgs::epilogue"),
     Field("GemmFn", "fn"),
 )

@@ -34,7 +34,7 @@ def entry(kernel: Kernel) -> dict[str, Any]:
         "direct_b": kernel.gemm.direct_b,
         "inner": kernel.gemm.inner is not None,
         "sweep": kernel.gemm.sweep is not None,
-        "narrow": ir.elem_bytes(kernel.out) < ir.elem_bytes(family.acc),
+        "narrow_out": ir.elem_bytes(kernel.out) < ir.elem_bytes(family.acc),
         "epilogue": kernel.gemm.epilogue is not None,
     }
     return {"symbol": kernel.symbol} | {x.name: facts[x.name] for x in spec.KERNEL_INFO if x.c_type != "GemmFn"}

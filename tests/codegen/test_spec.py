@@ -293,8 +293,8 @@ def test_cpp_takes_up_what_is_added(grown):
     (out / "main.cc").write_text(
         """
         #include <cstdio>
-        #include "registry.h"
-        #include "select.h"
+        #include "plan/registry.h"
+        #include "plan/select.h"
         using namespace jax_nano;
 
         extern "C" void SYMBOL(const GemmArgs*) {}
@@ -321,7 +321,8 @@ def test_cpp_takes_up_what_is_added(grown):
         }
         """.replace("SYMBOL", symbol)
     )
-    sources = [str(out / "main.cc"), *(str(CSRC / f"{x}.cc") for x in ("registry", "select", "cpu"))]
+    used = ("plan/registry", "plan/select", "machine/features", "machine/cpuid")
+    sources = [str(out / "main.cc"), *(str(CSRC / f"{x}.cc") for x in used)]
     command = [*COMPILER, "-O0", f"-I{out}", f"-I{CSRC}", "-o", str(out / "main"), *sources]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

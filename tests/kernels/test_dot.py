@@ -95,7 +95,7 @@ def test_other_dtypes(c, dtypes, rng):
 @pytest.mark.parametrize("c", IN_PIECES, ids=str)
 def test_long_sums_of_few_tiles_are_taken_in_pieces(c, rng):
     """The same ones on any number of threads, or bits would differ."""
-    pieces = {c.plan(threads=threads)["k_pieces"] for threads in (1, 2, 7, 64)}
+    pieces = {c.plan(threads=threads)["split_k"] for threads in (1, 2, 7, 64)}
     assert len(pieces) == 1
     assert pieces.pop() > 1
     lhs, rhs = operands(c, rng)
@@ -111,7 +111,7 @@ def test_no_piece_is_lost(dtype, rng):
     if not _runtime.supports(*[dtype] * 3):
         pytest.skip("no kernel")
     c = Contraction("mk,kn->mn", m=20, n=16, k=20_000)
-    assert c.plan(dtypes=(dtype,) * 3)["k_pieces"] > 1
+    assert c.plan(dtypes=(dtype,) * 3)["split_k"] > 1
     lhs, rhs = (np.abs(reference.random(rng, shape, dtype)) + np.asarray(1, dtype) for shape in c.shapes[:2])
     places = np.linspace(0, 19_999, 18).astype(int)
     for row, k in enumerate(places):
@@ -194,7 +194,7 @@ def test_workspace_stays_within_8_mib(rng):
         Contraction("km,nk->mn", m=40, n=40, k=100_000),
     ):
         c.dot(*operands(c, rng), threads=2)
-    assert 0 < _runtime.workspace_bytes() <= 8 << 20
+    assert 0 < _runtime.testing.workspace_bytes() <= 8 << 20
 
 
 def run(code: str) -> str:
@@ -208,7 +208,7 @@ def run(code: str) -> str:
             return a, b, np.full((n, n), np.nan, "f")
         def dot(a, b, c, threads):
             at = [x.ctypes.data for x in (a, b, c)]
-            _runtime.dot(*at, a.shape, b.shape, [0, 1], [1, 2], [0, 2], *["float32"] * 3, threads)
+            _runtime.testing.dot(*at, a.shape, b.shape, [0, 1], [1, 2], [0, 2], *["float32"] * 3, threads)
             return None if c.size > 1 << 18 else c.tobytes()
     """
     done = subprocess.run(
