@@ -70,7 +70,7 @@ __all__ = [
 ]
 
 # An equation's source is the line that called us, as it is for JAX's own functions.
-source_info_util.register_exclusion(str(Path(__file__).parent) + os.sep)
+source_info_util.register_exclusion(str(Path(__file__).parent.parent) + os.sep)
 
 OutSharding: TypeAlias = NamedSharding | PartitionSpec | None
 
