@@ -170,7 +170,7 @@ _ACTIVATIONS: Final[Mapping[str, Sequence[tuple[str, Callable[[_Graph, Expressio
 
 
 def epilogue_of(body: Body, out: View) -> Found | None:
-    """The epilogue after a product that is summed in float32 and has no other user; None if there is none for a call."""
+    """The epilogue after a product that is summed in float32 and has no other user; None if no call can compute it."""
     product = out.instruction
     if out.dtype not in (_FLOAT32, *_NARROW) or not out.is_its_shape:
         return None
