@@ -8,8 +8,8 @@ that computation is taken out first, in the same way. The rest reads one array m
 that a library computes better than XLA's loops (a sum, a convolution, a product without a kernel) it stays the
 library's; otherwise it becomes a loop.
 
-Only values between the operations of one fusion get a place in memory. New instructions come before the fusion and read
-what it read, so nothing is read later than before.
+All that changes is that values between operations of one fusion are stored in memory. New instructions come before the
+fusion and read what it read, so nothing is read later than before.
 """
 
 from __future__ import annotations
