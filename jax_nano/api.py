@@ -1,8 +1,8 @@
 """The public functions. Each has the signature, the results and the errors of its namesake in JAX.
 
-In shapes, capital letters are sizes and `...` are batch dimensions. Products of dtypes that have kernels
-on this CPU run on them; all others, other platforms, and products that are too small to be worth a call
-(see `jax_nano._core.gate`) are computed by XLA, with exactly lax's result.
+In shapes, capital letters are sizes and `...` are batch dimensions. Products of dtypes for which this CPU has kernels
+run on them. XLA computes all others, those on other platforms, and those that it computes as fast (see
+`jax_nano._dispatch.xla`), with exactly lax's result.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ _P = ParamSpec("_P")
 
 
 def _jit(*static: str) -> Callable[[Callable[_P, Array]], Callable[_P, Array]]:
-    """jax.jit, for arrays; tracers go straight to the function.
+    """Compiles a function with jax.jit, but calls it directly if its arguments are tracers.
 
-    There, a function that is only traced sees how its operands were made, and costs less. Its equations are in
-    the caller's program either way (`inline`), where remat policies see them.
+    Called directly, it sees which operations its operands come from (transposes, which it can fold), and tracing is
+    faster. Either way its equations are in the caller's program (`inline`), where remat policies see them.
     """
 
     def decorate(function: Callable[_P, Array]) -> Callable[_P, Array]:
@@ -76,8 +76,8 @@ def _jit(*static: str) -> Callable[[Callable[_P, Array]], Callable[_P, Array]]:
     return decorate
 
 
-# Whatever jax.config says, two arrays of one of these have a product of the same. JAX's answer takes longer than
-# all else that it takes to trace a matmul.
+# The product of two arrays of one of these dtypes has the same dtype, whatever jax.config says. Asking JAX would take
+# longer than the rest of tracing a matmul.
 _SELF_PROMOTING = frozenset(
     np.dtype(x)
     for kinds in (
@@ -181,7 +181,7 @@ def matmul(
     dimension_numbers, out_perm = contraction.dimension_numbers_of(layout.labels)
     out_sharding = compat.canonicalize_sharding(out_sharding, "dot_general")
     if out_sharding is not None and out_perm is not None:
-        # jnp takes it to be the sharding before the transpose that this product does not need.
+        # In jnp it is the sharding before a final transpose, which this product does not need.
         out_sharding = compat.permute_sharding(out_sharding, out_perm)
     out = bind(
         lax.squeeze(a, layout.lhs_squeeze) if layout.lhs_squeeze else a,
@@ -209,11 +209,11 @@ def linear(
     preferred_element_type: DTypeLike | None = None,
     out_sharding: OutSharding = None,
 ) -> Array:
-    """`activation(scale * (x @ w) + b) + residual`, one call on CPUs: C is finished before it leaves the core.
+    """`activation(scale * (x @ w) + b) + residual`, on CPUs in one call that writes its result once.
 
-    The sum and all that follows are computed in float32 where the result is narrower, and rounded to it once. Of
-    other dtypes than float32, bfloat16 and float16, and wherever a product is XLA's, it is the composition that is
-    computed.
+    The sum and all that follows are computed in float32 where the result is narrower, and rounded to it once. Results
+    of other dtypes than float32, bfloat16 and float16, and products that XLA computes, are a product followed by
+    XLA's operations.
 
     Args:
       x: shape (..., K).
@@ -225,7 +225,7 @@ def linear(
       scale: a number, part of the program.
       precision: as in `dot_general`.
       preferred_element_type: dtype of the result; by default that of all operands promoted.
-      out_sharding: as in `dot_general`, for explicit meshes; with it the composition is computed.
+      out_sharding: as in `dot_general`, for explicit meshes; with it, a product is followed by XLA's operations.
 
     Returns:
       Shape (..., N).

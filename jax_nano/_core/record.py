@@ -1,6 +1,7 @@
-"""What became of each product that was compiled in this process: kept as it happens, told when it is asked for.
+"""The record of what became of each product that was compiled in this process; `_tools.report` makes text of it.
 
-`JAX_NANO_VERBOSE=1` in the environment (read at import) tells it as it happens too, on the standard error stream.
+With `JAX_NANO_VERBOSE=1` in the environment (read at import) each product is also printed to the standard error stream
+when it is compiled.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class Product(NamedTuple):
 _lock = threading.Lock()
 _products: Counter[Product] = Counter()
 seen_again: Callable[[], bool] = bool
-"""Whether what a program that is lowered now leaves to XLA will be looked at when it is compiled: no, unless
-`_accelerate` puts its own answer here."""
+"""Whether the program that is lowered now will be rewritten when XLA compiles it, so that products that are left to XLA
+are recorded then. False, unless `_programs.accelerate` replaces this function."""
 verbose: bool = os.environ.get("JAX_NANO_VERBOSE", "").strip().lower() not in ("", "0", "off")
 
 
@@ -64,7 +65,7 @@ def recorded() -> Recorded:
 
 
 def withdraw(program: str, before: Recorded, why: str) -> None:
-    """Says of a program's products that were recorded since that XLA computes them after all."""
+    """Changes the record of a program's products since `before`: XLA computes them after all, for the reason `why`."""
     with _lock:
         for product, count in list(_products.items()):
             new = count - before[product]
@@ -93,7 +94,7 @@ def epilogue_text(activation: str, scale: float, *, bias: bool, residual: bool) 
 
 
 def clear() -> None:
-    """Forgets them."""
+    """Forgets all products."""
     with _lock:
         _products.clear()
 

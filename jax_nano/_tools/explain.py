@@ -17,7 +17,7 @@ LAYOUTS: Final = ("NN", "NT", "TN", "TT")
 
 
 class BadRequest(ValueError):
-    """What was asked for has no meaning; the message says what would have."""
+    """A request that cannot be understood; the message says what is expected."""
 
 
 @dataclass(frozen=True)
