@@ -155,12 +155,9 @@ class Summary:
         return cls(len(found), statistics.geometric_mean(found), float(np.quantile(found, 0.95)), named[:10])
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.products} products: planned / fastest candidate {self.mean:.3f} in geometric mean, "
-            f"{self.quantile_95:.3f} in 95 % of cases; the worst:",
-            *(f"  {ratio:.2f}  {name}" for ratio, name in self.worst),
-        ]
-        return "\n".join(lines)
+        mean, quantile = f"{self.mean:.3f} in geometric mean", f"{self.quantile_95:.3f} in 95 % of cases"
+        first = f"{self.products} products: planned / fastest candidate {mean}, {quantile}; the worst:"
+        return "\n".join([first, *(f"  {ratio:.2f}  {name}" for ratio, name in self.worst)])
 
 
 def save(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:

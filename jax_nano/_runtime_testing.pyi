@@ -97,7 +97,7 @@ def candidates(
     algorithm: str = "default",
     target: str | None = None,
 ) -> list[_Plan]:
-    """All plans of a product that are worth measuring (csrc/plan/candidates.h), each also a choice; the planner's first.
+    """All plans of a product worth measuring (csrc/plan/candidates.h), each also a choice; the planner's first.
 
     Raises:
       ValueError: as `_runtime.plan`.

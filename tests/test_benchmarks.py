@@ -26,7 +26,6 @@ from benchmarks.native import why_not  # noqa: E402
 from benchmarks.peers.in_jax import loop_of, product  # noqa: E402
 from benchmarks.report import Results, Row, Section, markdown  # noqa: E402
 from benchmarks.worker import Failed, check  # noqa: E402
-
 from jax_nano import _runtime  # noqa: E402
 
 
