@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from benchmarks import ROOT, machine
-from benchmarks.cases import DTYPES, SUITES, matmul, select
+from benchmarks.cases import DTYPES, SUITES, Case, matmul, select
 from benchmarks.peers import PEERS
 from benchmarks.report import Results, Section
 
@@ -279,6 +279,11 @@ def _linear(args: argparse.Namespace) -> int:
     return 0
 
 
+def _product(shape: str, dtype: str, layout: str) -> Case:
+    m, n, k = map(int, shape.split("x"))
+    return matmul(m, n, k, dtype, layout=layout)
+
+
 def _regret(args: argparse.Namespace) -> int:
     from benchmarks import regret
 
@@ -288,12 +293,7 @@ def _regret(args: argparse.Namespace) -> int:
     cores = _cores(args.cores)
     if cores is None:
         return _no_such_cores()
-    cases = [
-        matmul(*map(int, shape.split("x")), dtype, layout=layout)
-        for dtype in args.dtype
-        for layout in args.layout
-        for shape in args.shapes
-    ]
+    cases = [_product(shape, dtype, layout) for dtype in args.dtype for layout in args.layout for shape in args.shapes]
     if args.suite:
         cases += select(args.suite, args.only, args.dtype)
     for dtype in args.dtype:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 import random
 import statistics
@@ -56,7 +57,7 @@ def random_cases(count: int, dtype: str, most_flops: float, seed: int = 0) -> It
     def size() -> int:
         x = 2 ** rng.uniform(0, 12)
         kind = rng.random()
-        return 2 ** round(np.log2(x)) if kind < 0.25 else int(x) | 1 if kind < 0.5 else max(1, round(x))
+        return 1 << round(math.log2(x)) if kind < 0.25 else int(x) | 1 if kind < 0.5 else max(1, round(x))
 
     while count > 0:
         m, n, k = size(), size(), size()
@@ -77,8 +78,8 @@ def _measured(case: Case, how: Settings) -> dict[str, Any]:
 
     dtype = DTYPES[case.dtype]
     lhs, rhs, out = case.labels
-    product = (*case.shapes[:2], *([ord(x) for x in labels] for labels in (lhs, rhs, out)))
-    product = (*product, dtype.operand, dtype.operand, dtype.out)
+    labels = [[ord(x) for x in term] for term in (lhs, rhs, out)]
+    product: tuple[Any, ...] = (*case.shapes[:2], *labels, dtype.operand, dtype.operand, dtype.out)
     plans = list(_runtime.testing.candidates(*product, how.threads))
     if 0 < how.most < len(plans):
         plans = [plans[0], *random.Random(case.key).sample(plans[1:], how.most - 1)]
@@ -111,7 +112,7 @@ def _measured(case: Case, how: Settings) -> dict[str, Any]:
     sample(range(len(choices)), _QUICK_ROUNDS)
     medians = [statistics.median(x) for x in samples]
     best = min(medians)
-    close = sorted((i for i, x in enumerate(medians) if x <= _CLOSE * best), key=medians.__getitem__)[:_MOST_AGAIN]
+    close = sorted((i for i, x in enumerate(medians) if x <= _CLOSE * best), key=lambda i: medians[i])[:_MOST_AGAIN]
     sample(sorted({0, *close}), how.rounds)
     return {
         "product": case.key,
