@@ -84,6 +84,25 @@ def plan_by(
         `why_illegal` says, a split into more parts than there are, or more workspace than a plan may take.
     """
 
+def candidates(
+    lhs_shape: Sequence[int],
+    rhs_shape: Sequence[int],
+    lhs_labels: Sequence[int],
+    rhs_labels: Sequence[int],
+    out_labels: Sequence[int],
+    lhs_dtype: str,
+    rhs_dtype: str,
+    out_dtype: str,
+    threads: int,
+    algorithm: str = "default",
+    target: str | None = None,
+) -> list[_Plan]:
+    """All plans of a product worth measuring (csrc/plan/candidates.h), each also a choice; the planner's first.
+
+    Raises:
+      ValueError: as `_runtime.plan`.
+    """
+
 def time_dot(
     buffers: NDArray[np.uintp],
     trips: int,

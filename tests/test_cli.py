@@ -133,9 +133,9 @@ def test_explain_prints_the_plan_of_the_runtime() -> None:
     assert "flop" in done.stdout
 
 
-def test_explain_says_that_k_is_in_pieces() -> None:
+def test_explain_tells_of_split_k() -> None:
     text = run("explain", "16x16x65536", "--threads", "1").stdout
-    assert "K in 16 pieces" in text
+    assert "split-K: 16 slices" in text
     assert "16 items (16 of K)" in text
 
 

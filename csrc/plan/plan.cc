@@ -98,7 +98,7 @@ Product LargestItem(const KernelInfo& kernel, const Product& product, const Choi
 std::string WhyIllegal(const KernelInfo& kernel, const Nest& nest, const Choice& choice) {
   const Product& x = nest.product;
   const Split& split = choice.split;
-  const auto between = [](int64_t pieces, int64_t most) { return pieces >= 1 && pieces <= std::max(most, int64_t{1}); };
+  const auto between = [](int64_t parts, int64_t most) { return parts >= 1 && parts <= std::max(most, int64_t{1}); };
   if (!between(split.products, nest.products) || !between(split.m, CeilDiv(x.m, kernel.mr)) ||
       !between(split.n, CeilDiv(x.n, kernel.nr))) {
     return "split must be at least 1 and at most the number of products, of mr in m and of nr in n";
@@ -207,22 +207,27 @@ Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::s
   return plan;
 }
 
-Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, const Choice& choice, const Profile& profile) {
-  if (contraction.empty) return EmptyPlan(contraction, kernel);
+std::string MakePlan(const Contraction& contraction, const KernelInfo& kernel, const Choice& choice,
+                     const Profile& profile, Plan& plan) {
+  if (contraction.empty) {
+    plan = EmptyPlan(contraction, kernel);
+    return "";
+  }
   Nest nest = MakeNest(contraction);
   TakeBatch(kernel, choice.split_k, nest);
-  if (const std::string why = WhyIllegal(kernel, nest, choice); !why.empty()) throw std::invalid_argument(why);
-  Plan plan = Assemble(contraction, kernel, std::move(nest), choice, profile);
-  constexpr int64_t kMaxItems = std::numeric_limits<int32_t>::max();
-  if (Real(plan.split.products) * Real(plan.split.m) * Real(plan.split.n) * Real(plan.split_k.slices) >
-      Real(kMaxItems)) {
-    throw std::invalid_argument("more than 2^31 items");
+  if (const std::string why = WhyIllegal(kernel, nest, choice); !why.empty()) return why;
+  constexpr double kMostItems = std::numeric_limits<int32_t>::max();
+  const Split& split = choice.split;
+  if (Real(split.products) * Real(split.m) * Real(split.n) * Real(choice.split_k) > kMostItems) {
+    return "more than 2^31 items";
   }
+  plan = Assemble(contraction, kernel, std::move(nest), choice, profile);
   if (plan.workspace_bytes() > kMaxWorkspaceBytes || plan.shared_bytes() > kMaxWorkspaceBytes) {
-    throw std::invalid_argument("more workspace than the " + std::to_string(kMaxWorkspaceBytes >> 20) +
-                                " MiB that a plan may take");
+    return "more workspace than the " + std::to_string(kMaxWorkspaceBytes >> 20) + " MiB that a plan may take";
   }
-  return plan;
+  return "";
 }
+
+Choice ChoiceOf(const Plan& plan) { return {plan.schedule, plan.split, plan.split_k.slices, plan.split_k.unit}; }
 
 }  // namespace jax_nano

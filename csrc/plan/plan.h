@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstdint>
 #include <span>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -38,6 +39,8 @@ struct Choice {
   Split split;
   int64_t split_k = 1;       // slices
   int64_t split_k_unit = 1;  // a multiple of the kernel's kr
+
+  bool operator==(const Choice&) const = default;
 };
 
 struct Plan {
@@ -79,9 +82,13 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
 Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::string_view algorithm,
               std::span<const Target* const> targets, int64_t threads, const Machine& machine, bool last_is_n = false);
 
-// A plan by another's choice, for tests and measurements. Throws std::invalid_argument, with the reason, if the kernel
-// cannot compute the contraction so, or needs more workspace than a plan may.
-Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, const Choice& choice, const Profile& profile);
+// Makes the plan of another's choice, for tests and measurements. Returns why there is none, "" if it made one: the
+// kernel cannot compute the contraction so, or needs more workspace than a plan may.
+std::string MakePlan(const Contraction& contraction, const KernelInfo& kernel, const Choice& choice,
+                     const Profile& profile, Plan& plan);
+
+// The planner's own.
+Choice ChoiceOf(const Plan& plan);
 
 }  // namespace jax_nano
 

@@ -232,8 +232,8 @@ Split SplitForPartialSums(const KernelInfo& kernel, const Product& x, Split spli
   // Halve the longer side: a square item packs least.
   while (!fits()) {
     const bool tall = m_units * kernel.mr / split.m >= n_units * kernel.nr / split.n;
-    int64_t& pieces = tall ? split.m : split.n;
-    pieces = std::min(2 * pieces, tall ? m_units : n_units);
+    int64_t& parts = tall ? split.m : split.n;
+    parts = std::min(2 * parts, tall ? m_units : n_units);
   }
   return split;
 }

@@ -1,4 +1,4 @@
-// Which of the legal schedules (schedule.h) a product gets, and into how many pieces it is cut. Pure functions of the
+// Which of the legal schedules (schedule.h) a product gets, and how it is split into work items. Pure functions of the
 // product, the kernel and the machine, whose constants are all in machine/profile.h.
 //
 // Two kinds of decisions:
@@ -17,12 +17,14 @@
 
 namespace jax_nano {
 
-// How many pieces each of the three independent directions is cut into. A work item is one piece of each.
+// Into how many parts each of the three independent directions is cut. A work item is one part of each.
 struct Split {
   int64_t products = 1;
   int64_t m = 1;
   int64_t n = 1;
   int64_t items() const { return products * m * n; }
+
+  bool operator==(const Split&) const = default;
 };
 
 // Numeric: the path, and of a blocked one pack_b and kc; of inner products what is copied along k. The rest is left

@@ -37,6 +37,8 @@ struct Blocked {
   bool pack_a = false, pack_b = false;
   int64_t mc = 0, kc = 0, nc = 0;
   int64_t tile_rows = 0;  // rows of a register tile that are used, at most mr
+
+  bool operator==(const Blocked&) const = default;
 };
 
 // Inner products: each element of C is the sum over the lanes of an accumulator that runs along k. For few rows or few
@@ -44,12 +46,16 @@ struct Blocked {
 struct InnerProduct {
   bool pack_a = false, pack_b = false;
   bool prefetch = false;  // the longer operand lies in memory, not in a cache: fetch what is read next
+
+  bool operator==(const InnerProduct&) const = default;
 };
 
 // Sweeps over the columns of a few rows of B where it lies, which add to sums in memory. For few rows of A against a
 // large row-major B, which is read once.
 struct Sweep {
   bool prefetch = false;  // B lies in memory, not in a cache: fetch the rows that are read next
+
+  bool operator==(const Sweep&) const = default;
 };
 
 using Schedule = std::variant<Blocked, InnerProduct, Sweep>;

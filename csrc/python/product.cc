@@ -7,6 +7,7 @@
 #include <array>
 #include <stdexcept>
 
+#include "plan/candidates.h"
 #include "plan/registry.h"
 
 namespace nb = nanobind;
@@ -76,7 +77,10 @@ Plan CallSpec::MakePlanBy(const ForcedChoice& forced) const {
   if (SelectKernel(target, a, b, out_dtype, algorithm) != &kernel) {
     throw std::invalid_argument(std::string(kernel.name) + " does not compute this product");
   }
-  return MakePlan(contraction, kernel, forced.choice, HostMachine().profile);
+  Plan plan;
+  const std::string why = MakePlan(contraction, kernel, forced.choice, HostMachine().profile, plan);
+  if (!why.empty()) throw std::invalid_argument(why);
+  return plan;
 }
 
 int64_t CallSpec::SizeOf(int64_t label) const {
@@ -99,6 +103,28 @@ std::vector<const Target*> TargetsFor(const std::optional<std::string>& name) {
 
 std::string FirstName(const std::vector<const Target*>& targets) {
   return targets.empty() ? "" : targets.front()->name;
+}
+
+std::vector<Plan> CallSpec::CandidatePlans(std::span<const Target* const> targets, int64_t threads,
+                                           const Machine& machine) const {
+  std::vector<Plan> out = {MakePlanFor(targets, threads, machine)};
+  if (out.front().empty) return out;
+  const Ints out_shape = OutShape();
+  const Contraction contraction = Analyze({lhs_dtype, lhs_shape, lhs_labels}, {rhs_dtype, rhs_shape, rhs_labels},
+                                          {out_dtype, out_shape, out_labels});
+  const std::string &a = contraction.swapped ? rhs_dtype : lhs_dtype, &b = contraction.swapped ? lhs_dtype : rhs_dtype;
+  const Choice planned = ChoiceOf(out.front());
+  const KernelInfo* const best = out.front().kernel;
+  for (const Target* target : targets) {
+    const KernelInfo* kernel = SelectKernel({&target, 1}, a, b, out_dtype, algorithm);
+    if (kernel == nullptr) continue;
+    for (const Choice& choice : Candidates(contraction, *kernel, threads, machine)) {
+      if (kernel == best && choice == planned) continue;
+      Plan plan;
+      if (MakePlan(contraction, *kernel, choice, machine.profile, plan).empty()) out.push_back(std::move(plan));
+    }
+  }
+  return out;
 }
 
 const KernelInfo& KernelNamed(std::string_view name) {

@@ -38,6 +38,9 @@ struct CallSpec {
   // By the caller's choice; runs nowhere else than on the CPUs of the kernel's target. Throws std::invalid_argument,
   // with the reason, if that is illegal.
   Plan MakePlanBy(const ForcedChoice& forced) const;
+  // All plans worth measuring, of the kernels of all usable targets; the planner's first.
+  std::vector<Plan> CandidatePlans(std::span<const Target* const> targets, int64_t threads,
+                                   const Machine& machine) const;
 
  private:
   int64_t SizeOf(int64_t label) const;

@@ -96,6 +96,16 @@ nb::dict ForcedPlan(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_la
   return PlanDict(spec.MakePlanBy(ParseChoice(choice)));
 }
 
+nb::list CandidateList(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels, Ints out_labels,
+                       std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads,
+                       std::string algorithm, std::optional<std::string> target) {
+  const CallSpec spec = {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels,
+                         lhs_dtype, rhs_dtype, out_dtype,  algorithm};
+  nb::list out;
+  for (const Plan& plan : spec.CandidatePlans(TargetsFor(target), threads, HostMachine())) out.append(PlanDict(plan));
+  return out;
+}
+
 Buffers BuffersAt(uintptr_t lhs, uintptr_t rhs, uintptr_t out) {
   return {reinterpret_cast<const void*>(lhs), reinterpret_cast<const void*>(rhs), reinterpret_cast<void*>(out)};
 }
@@ -263,6 +273,8 @@ void DefineTesting(nb::module_ m) {
         "choice"_a = nb::none());
   m.def("plan_by", &ForcedPlan, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a, "out_labels"_a,
         "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "choice"_a, "algorithm"_a = "default");
+  m.def("candidates", &CandidateList, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a, "out_labels"_a,
+        "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a, "algorithm"_a = "default", "target"_a = nb::none());
   m.def("time_dot", &TimeDot, "buffers"_a.noconvert(), "trips"_a, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a,
         "rhs_labels"_a, "out_labels"_a, "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a,
         "algorithm"_a = "default", "choice"_a = nb::none());

@@ -14,10 +14,10 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
-// Piece `i` of `pieces` of [0, total), cut at multiples of `unit`, sizes differing by one unit at most.
-Range Piece(int64_t total, int64_t unit, int64_t pieces, int64_t i) {
+// Part `i` of `parts` of [0, total), cut at multiples of `unit`, sizes differing by one unit at most.
+Range Part(int64_t total, int64_t unit, int64_t parts, int64_t i) {
   const int64_t units = (total + unit - 1) / unit;
-  const int64_t base = units / pieces, extra = units % pieces;
+  const int64_t base = units / parts, extra = units % parts;
   const auto edge = [&](int64_t j) { return std::min(total, (base * j + std::min(j, extra)) * unit); };
   return {edge(i), edge(i + 1)};
 }
@@ -92,11 +92,11 @@ void RunItem(const Plan& plan, const Buffers& buffers, void* slices, int64_t ite
   const Split& split = plan.split;
   const SplitK& split_k = plan.split_k;
   const KernelInfo& kernel = *plan.kernel;
-  const Range n = Piece(plan.args.n, kernel.nr, split.n, item % split.n);
-  const Range m = Piece(plan.args.m, kernel.mr, split.m, item / split.n % split.m);
+  const Range n = Part(plan.args.n, kernel.nr, split.n, item % split.n);
+  const Range m = Part(plan.args.m, kernel.mr, split.m, item / split.n % split.m);
   const int64_t slice = item / split.n / split.m % split_k.slices;
-  const Range k = Piece(plan.args.k, split_k.unit, split_k.slices, slice);
-  const Range products = Piece(plan.products, 1, split.products, item / split.n / split.m / split_k.slices);
+  const Range k = Part(plan.args.k, split_k.unit, split_k.slices, slice);
+  const Range products = Part(plan.products, 1, split.products, item / split.n / split.m / split_k.slices);
 
   GemmArgs args = plan.args;
   TakeWorkspace(args, plan.a_pack_bytes, plan.b_pack_bytes, plan.partial_bytes);

@@ -23,8 +23,8 @@ namespace jax_nano {
 
 namespace internal {
 
-// The longest time for which a thread spins where it would otherwise sleep: about what waking it costs. With 200 us,
-// XLA's own parallel loops between products waited for the threads of the pool: a training step lost 3 %.
+// The longest time for which a thread spins before it sleeps: about what waking it costs. With 200 us, XLA's own
+// parallel loops between products waited for the pool's threads: a training step lost 3 %.
 inline constexpr std::chrono::microseconds kPatience{50};
 
 // A range of items that are not claimed yet. Both ends are one word: 2^32 items would have results of petabytes.
@@ -62,9 +62,8 @@ class Share {
 
 // Outlives the call: a helper that starts late finds no work left and touches nothing but this.
 //
-// Each thread has a share of its own, of neighbouring items, and takes from the far end of another's when it is
-// through: so a call that is repeated finds most of its operands and of its result where the last one left them, in
-// the same core's caches.
+// Each thread has a share of neighbouring items, and steals from the far end of other shares when it is through: so a
+// repeated call finds most of its operands and of its result in the caches of the same core as the last time.
 struct ForkJoin {
   ForkJoin(int64_t n, int64_t threads, sharing::Time now) : items(n), begin(now), shares(static_cast<size_t>(threads)) {
     for (int64_t t = 0; t < threads; ++t) {
@@ -110,7 +109,7 @@ struct ForkJoin {
     if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == items) done.notify_all();
   }
 
-  // A helper's share. It stands by for as long as the call took: waiting never costs more than it could save.
+  // A helper's part. It spins afterwards for as long as the call took: waiting never costs more than it could save.
   template <typename Run>
   standby::Help Assist(size_t thread, Run* run) {
     standby::LeaveCpu(caller_cpu);
@@ -132,7 +131,7 @@ struct ForkJoin {
 }  // namespace internal
 
 // Calls run(i) for every i in [0, items), on the calling thread and on up to pool.num_threads() - 1 others, or calls
-// alone(), which does the same work on the calling thread: what sharing.h says. Returns when all is done and rethrows
+// alone(), which does the same work on the calling thread, as sharing.h decides. Returns when all is done and rethrows
 // the first exception. `pace` is of all calls with this work.
 //
 // XLA may run the caller on a worker of this very pool. Waiting for a scheduled task to *start* would then

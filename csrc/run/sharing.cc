@@ -9,7 +9,7 @@ namespace {
 constexpr int64_t kShortestPause = 500'000;  // ns
 constexpr int64_t kLongestPause = 64'000'000;
 
-constexpr int64_t kDrift = 16;  // a longer time makes Pace longer by one part in so many
+constexpr int64_t kDrift = 16;  // a longer measurement raises Pace by at most 1/16
 
 std::atomic<bool> share_every_call = false;
 

@@ -1,20 +1,18 @@
-// When a call shares its work with other threads.
+// Decides when a call shares its work with helper threads.
 //
-// A thread that helps costs the process something only if its CPU has other work: a Python thread that cuts the next
-// batch out of an array meanwhile, another program. Nothing says so in advance, but what helpers met says it soon
-// after, at no cost:
+// A helper is a loss if its CPU has other work to do: another thread of this process (Python preparing the next batch)
+// or another program. That cannot be known in advance, but is observed afterwards at no cost:
 //
-//   * a helper that waits for work looks around all the time; when a look takes long, another thread wanted its CPU;
-//   * a caller that waits for a helper's last item knows from its own items how long all would have taken it alone;
-//   * a helper that was woken for a short call and found no work, then or soon after, was woken in vain.
+//   * disturbed: a waiting helper polls all the time; if two polls are far apart, another thread took its CPU;
+//   * late: the caller waited for a helper's last item longer than it would have taken to compute all items alone;
+//   * in vain: a helper was woken for a short call and found no work, then or soon after.
 //
-// A long call wakes helpers in any case: half of it is more than a thread needs to wake up. A short one takes those
-// that are awake and idle now (standby.h), and may wake another only as a trial. After a trial that failed, or any of
-// the above, there is none for a while, twice as long each time; while helpers come in time, trials cost nothing. So a
-// loop of short products inside a program finds its helpers standing by, and a process whose CPUs are busy computes
-// short products on the thread that asks for them.
+// Long calls always wake helpers: half of such a call is longer than a thread takes to wake. Short calls use helpers
+// that are awake and waiting (standby.h) and may wake one more as a trial. After a failed trial, or any loss above,
+// there are no trials for a while, with exponential back-off; a helper that pays off ends the back-off. So short
+// products in a loop find helpers waiting, and where all CPUs are busy the calling thread computes them alone.
 //
-// What is decided here never changes a result: who computes an item makes no difference to it (plan.h).
+// No decision here changes a result: it does not depend on who computes an item (plan/plan.h).
 #ifndef JAX_NANO_RUN_SHARING_H_
 #define JAX_NANO_RUN_SHARING_H_
 
@@ -32,7 +30,7 @@ using Duration = std::chrono::nanoseconds;
 // A call that takes one thread so long is worth waking others, which takes 5 to 60 us.
 inline constexpr Duration kLong = std::chrono::microseconds(150);
 
-// How long the calls of one plan take one thread.
+// How long the calls of one plan take one thread: a running estimate.
 class Pace {
  public:
   explicit Pace(Duration guess) : alone_(guess.count()) {}
@@ -42,15 +40,15 @@ class Pace {
 
   Duration alone() const { return Duration(alone_.load(std::memory_order_relaxed)); }
 
-  // Follows a shorter time at once and longer ones slowly: those may be of a caller that was interrupted.
+  // A measured call. Takes over a shorter time at once and a longer one slowly: the caller may have been interrupted.
   void Saw(Duration alone);
 
  private:
   std::atomic<Duration::rep> alone_;
 };
 
-// What the helpers of this process met lately, and what may be done about it. All calls and helpers share one; the time
-// comes in as an argument.
+// The gains and losses by helpers of this process lately, and whether another may be woken. All calls and helpers share
+// one; the time comes in as an argument.
 class Ledger {
  public:
   // How many of `wanted` sleeping threads a call may wake that takes one thread so long.

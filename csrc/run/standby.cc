@@ -13,28 +13,28 @@ namespace {
 
 using sharing::Clock;
 
-// A pool gets its thread back after this time, however many jobs come: it has other work to do too.
+// A pool gets its thread back after this time, however many jobs come: it may have other work.
 constexpr std::chrono::milliseconds kLongestService{10};
-constexpr int kPauses = 16;  // between two looks at the clock
-// Looks are 1 us apart; interrupts of the kernel and of a hypervisor take some us, another thread at least as long as
-// it takes to switch to it and back.
+constexpr int kPauses = 16;  // between two polls of the clock
+// Polls are 1 us apart. Interrupts by the kernel or a hypervisor take some us; another thread takes longer, with two
+// context switches.
 constexpr std::chrono::microseconds kDisturbance{20};
-// Where the caller runs, a yield takes as long as its turn: these are milliseconds, in which the scheduler balances its
-// queues. Where the caller sleeps it takes no time, and nor do these.
+// On the caller's CPU a yield lasts for the caller's time slice: so many are milliseconds, in which the scheduler
+// balances its queues. If the caller sleeps they take no time.
 constexpr int kYields = 8;
 
-// Where one thread waits; on its stack.
+// One waiting thread; on its stack.
 struct Seat {
   std::atomic<int> cpu = sched_getcpu();
   Job job;
   std::atomic<bool> has_job = false;
 };
 
-// The seats of all threads that stand by, of all pools: whose thread does the work makes no difference to it.
+// The waiting threads of all pools: any of them can take any call's job.
 class Room {
  public:
-  // A thread that is let in may enter and leave until it goes. No more than there are CPUs beside a caller's: on one
-  // CPU, two that stand by keep each other from their jobs.
+  // A thread that is let in may enter and leave until it goes. At most one for each CPU but the caller's: two that spin
+  // on one CPU would delay each other's jobs.
   bool LetIn() {
     if (members_.fetch_add(1, std::memory_order_relaxed) < most_members_) return true;
     Go();
@@ -64,7 +64,7 @@ class Room {
     if (waiting() == 0) return false;
     const std::lock_guard lock(mutex_);
     const int here = sharing::SharesEveryCall() ? -1 : sched_getcpu();
-    // The one that came last: its caches are warmest. One that has yielded this very CPU waits for the caller.
+    // The one that came last: its caches are warmest. Not one on this CPU: it runs only when the caller yields.
     for (size_t i = taken_.load(std::memory_order_relaxed); i-- > 0;) {
       Seat* const seat = seats_[i];
       if (seat->cpu.load(std::memory_order_relaxed) == here) continue;

@@ -379,13 +379,9 @@ GEMM_ARGS: Final = (
     Field("int64_t", "bsa", "bsa, bsb, bsc: strides between products"),
     Field("int64_t", "bsb"),
     Field("int64_t", "bsc"),
+    Field("int64_t", "accumulate", "1: add to the sums in C, or in `partial` if narrow_out; 0: neither is read"),
     Field(
-        "int64_t", "accumulate", "1: add to the sums so far, in C, or in `partial` if narrow_out; 0: neither is read"
-    ),
-    Field(
-        "int64_t",
-        "more",
-        "1: a later call continues the sums over k: they stay in `partial` if narrow_out, and get no epilogue",
+        "int64_t", "more", "1: a later call continues these sums: no rounding (narrow_out: in `partial`), no epilogue"
     ),
     Field("int64_t", "pack_a", "1: copy blocks of A into the workspace (required unless ReadsA of plan/schedule.h)"),
     Field("int64_t", "pack_b", "1: copy blocks of B into the workspace (required unless direct_b and csb == 1)"),
@@ -395,9 +391,7 @@ GEMM_ARGS: Final = (
         "1: the inner-product path (KernelInfo::inner; k whole, csa == 1 and rsb == 1 unless pack_a, pack_b: then a "
         "copy along k of the operand goes to the workspace)",
     ),
-    Field(
-        "int64_t", "sweep", "1: the sweep path (KernelInfo::sweep; csb == 1, nothing packed; `partial` if narrow_out)"
-    ),
+    Field("int64_t", "sweep", "1: the sweep path (KernelInfo::sweep; csb == 1, nothing packed; narrow_out: `partial`)"),
     Field("int64_t", "prefetch", "1: these two paths prefetch what they read next: it lies in memory, not in a cache"),
     Field("int64_t", "mc", "cache blocking; a multiple of tile_rows or below it"),
     Field("int64_t", "kc", "a multiple of kr"),

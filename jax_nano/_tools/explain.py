@@ -233,7 +233,7 @@ def _blocking_lines(plan: Mapping[str, Any]) -> list[str]:
         lines.append(f"{passes} passes that add to the result, as K is in several dimensions")
     if plan["split_k"] > 1:
         why = "as sums are long and the result has few tiles"
-        lines.append(f"K in {plan['split_k']} pieces, on any number of threads, {why}; their sums are added in pairs")
+        lines.append(f"split-K: {plan['split_k']} slices on any number of threads, {why}; reduced in pairs")
     return lines
 
 

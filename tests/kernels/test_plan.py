@@ -370,7 +370,7 @@ class TestSplit:
             assert 2 <= np.prod(p["split"]) <= 6
 
     def test_few_rows_share_each_column_of_a_large_b(self, target):
-        """Memory would bring a column once for each piece of the rows; it brings long rows faster than short ones."""
+        """Memory would bring a column once for each part of the rows; it brings long rows faster than short ones."""
         for m, items in ((1, 2), (4, 2), (5, 4), (16, 4), (32, 4)):
             p = plan("mk,kn->mn", m=m, n=4096, k=4096, threads=2, target=target)
             assert (p["pack_b"], p["split"]) == (False, (1, 1, items))
@@ -408,7 +408,7 @@ class TestSplit:
         assert plan("mk,kn->mn", m=4, n=8192, k=4096, threads=2, target=target)["split"][1] == 1
         assert plan("mk,kn->mn", m=8192, n=4, k=4096, threads=2, target=target)["split"][2] == 1
 
-    def test_k_is_cut_by_the_product_alone(self, target):
+    def test_split_k_follows_from_the_product_alone(self, target):
         """Where the result has few tiles and sums are long, whoever computes it."""
         for sizes in [(16, 16, 65536), (30, 30, 8192), (1, 100, 9000), (20, 1, 30_000)]:
             m, n, k = sizes
@@ -418,7 +418,7 @@ class TestSplit:
             assert plans[0]["split_k"] > 1
             assert m * n * k / plans[0]["split_k"] >= 128 << 10
 
-    def test_k_is_whole_where_there_are_tiles_or_little_work(self, target):
+    def test_no_split_k_where_there_are_tiles_or_little_work(self, target):
         for sizes in [(256, 256, 65536), (2, 2, 9000), (64, 64, 1500)]:
             m, n, k = sizes
             assert plan("mk,kn->mn", m=m, n=n, k=k, threads=2, target=target)["split_k"] == 1

@@ -261,3 +261,38 @@ def test_every_plan_is_a_choice():
             plan = c.plan(dtypes=dtypes, algorithm=kernel["algorithm"], threads=int(rng.choice([1, 2, 16])), **where)
             given = (*c.shapes[:2], *c.labels, *dtypes)
             assert _runtime.testing.plan_by(*given, plan, algorithm=kernel["algorithm"]) == plan
+
+
+@pytest.mark.parametrize("target", [t["name"] for t in _runtime.targets() if t["compiled"]])
+def test_candidates(target):
+    """All are legal, each once, the planner's first; every path that the kernel has is among them."""
+    paths = Counter()
+    for kernel in KERNELS.values():
+        if kernel["target"] != target:
+            continue
+        dtypes = (kernel["lhs"], kernel["rhs"], kernel["out"])
+        for c in (
+            Contraction("mk,kn->mn", m=3, n=100, k=9000),
+            Contraction("mk,nk->mn", m=200, n=60, k=130),
+            Contraction("bmk,bkn->bmn", b=7, m=24, n=100, k=70),
+            Contraction("mij,jin->mn", m=40, n=50, i=8, j=40),
+        ):
+            given = (*c.shapes[:2], *c.labels, *dtypes)
+            where = {"algorithm": kernel["algorithm"], "target": target}
+            for threads in (1, 2):
+                plans = _runtime.testing.candidates(*given, threads, **where)
+                assert plans[0] == _runtime.plan(*given, threads, **where)
+                assert len(plans) == len({repr(p) for p in plans})
+                for p in (plans[0], *plans[1::17]):
+                    assert _runtime.testing.plan_by(*given, p, algorithm=kernel["algorithm"]) == p
+                for p in plans:
+                    chosen = KERNELS[p["kernel"]]
+                    paths[path_of(p), "split_k" if p["split_k"] > 1 else "", chosen["name"] == kernel["name"]] += 1
+    assert paths["blocked", "", True]
+    assert paths["blocked", "split_k", True]
+    assert not any(KERNELS[k]["sweep"] and KERNELS[k]["target"] == target for k in KERNELS) or paths["sweep", "", True]
+
+
+def test_an_empty_result_has_no_candidates_but_its_plan():
+    given = ([3, 4], [4, 0], [0, 1], [1, 2], [0, 2], *["float32"] * 3)
+    assert _runtime.testing.candidates(*given, 2, target="x86-64-v3") == [_runtime.plan(*given, 2, target="x86-64-v3")]
