@@ -85,8 +85,10 @@ def _measured(case: Case, how: Settings) -> dict[str, Any]:
         plans = [plans[0], *random.Random(case.key).sample(plans[1:], how.most - 1)]
     choices = [{name: plan[name] for name in CHOICE} for plan in plans]
 
+    time_dot: Any = _runtime.testing.time_dot
+
     def run(buffers: Array, trips: int, choice: dict[str, Any]) -> float:
-        return float(_runtime.testing.time_dot(buffers, trips, *product, choice=choice))
+        return float(time_dot(buffers, trips, *product, choice=choice))
 
     result = np.empty(case.shapes[2], dtype.out_dtype)
     exact, want = case.exact_operands(), case.exact_result()
