@@ -25,7 +25,7 @@ constexpr AttentionInfo kAttentions[] = {
 };
 
 constexpr int64_t kLine = 64;                  // bytes
-constexpr int64_t kMostRows = 256;             // of an item: packing keys costs a hundredth of their products then
+constexpr int64_t kMostRows = 512;             // of an item: packing keys costs a hundredth of their products then
 constexpr int64_t kFewestRows = 48;            // that an item is cut down to, so that there are
 constexpr int64_t kItems = 16;                 // so many for threads to share
 constexpr int64_t kBlockBytes = 128 << 10;     // of a packed block of keys and values: a share of L2
@@ -314,7 +314,7 @@ AttentionPlan PlanAttention(const AttentionInfo* kernel, const AttentionShape& s
   // So are rows, though they decide no bits but where values are not finite: what leaks from a value that a query does
   // not see, through its weight of zero, is computed once more (FinishRows), in other blocks.
   const int64_t row_bytes = PackedRow(*kernel, shape.depth) + SumsRow(p) * 4;
-  const int64_t fit = std::clamp<int64_t>(caches.l2 / 3 / row_bytes, kFewestRows, kMostRows) / kernel->mr * kernel->mr;
+  const int64_t fit = std::clamp<int64_t>(caches.l2 * 5 / 8 / row_bytes, kFewestRows, kMostRows) / kernel->mr * kernel->mr;
   int64_t rows = std::max<int64_t>(fit, kernel->mr);
   const auto cut = [&] {
     p.heads_at_once = std::min(p.group, rows);

@@ -39,15 +39,19 @@ from .nanokernel.amx import ROWS as AMX_ROWS
 from .packing import Packing, void
 from .target import Target
 from .tile import Tile
+from .walks import LINE, Walk, Walks
 
 ARGS, ROW = names(_spec.ATTENTION_ARGS), names(_spec.ATTENTION_ROW)
 
 SLACK = 8.0
 """Weights are below 2**SLACK."""
 
+ROWS_AHEAD = 6
+"""Rows of queries and of results that are fetched before they are read and written."""
+
 LEAST = -3.4028234663852886e38  # float32: where maxima begin
 NOTHING = float("-inf")  # the score of a key that does not exist
-LEAST_EXPONENT = -126.0  # below it weights are zero
+LEAST_EXPONENT = -127.0  # whose exponent field is zero: that of the number 0
 BIAS = 127  # of a float32's exponent
 ROUND_TO_INTEGER = 1.5 * 2**23  # added to a float32, it leaves the nearest integer in the low bits
 LOG2_E = 1.4426950408889634
@@ -172,15 +176,17 @@ def _either(
 
 
 def exp2(x: Value) -> Value:
-    """2**x for float32 x <= SLACK, within an ulp of the exact; 0 below LEAST_EXPONENT; a NaN stays one."""
+    """2**x for float32 x <= SLACK, within two ulp of the exact; 0 from -126.5 downwards; a NaN stays one."""
+    x = maximum(ir.like(x, LEAST_EXPONENT), x)
     magic = ir.like(x, ROUND_TO_INTEGER + BIAS)
     shifted = ir.add_vectors(x, magic)
     r = ir.subtract(x, ir.subtract(shifted, magic))
-    y = ir.like(x, EXP2[-1])
-    for c in EXP2[-2::-1]:
-        y = ir.fma(y, r, ir.like(x, c))
-    y = ir.multiply(y, ir.exponent_of_low_bits(shifted))
-    return ir.select(ir.compare(x, "<", ir.like(x, LEAST_EXPONENT)), ir.like(x, 0), y)
+    # In pairs of terms, a third shorter than Horner's rule: what limits a core here is how many it has under way.
+    square = ir.multiply(r, r)
+    y = ir.like(x, EXP2[6])
+    for low, high in ((4, 5), (2, 3), (0, 1)):
+        y = ir.fma(y, square, ir.fma(r, ir.like(x, EXP2[high]), ir.like(x, EXP2[low])))
+    return ir.multiply(y, ir.exponent_of_low_bits(shifted))
 
 
 def maximum(a: Value, b: Value) -> Value:
@@ -347,7 +353,7 @@ class _Softmax:
             old = x["maxima"].at(i).load()
             rises = ir.compare(top, ">", ir.add_vectors(old, ir.like(old, SLACK)))
 
-            def rescale() -> list[Value]:
+            def rescale() -> None:
                 shrink = exp2(ir.splat(ir.subtract(old, top), lanes))
                 x["maxima"].at(i).store(top)
                 total = x["totals"].at(i * lanes)
@@ -359,12 +365,17 @@ class _Softmax:
                     at.store(ir.multiply(at.load(lanes), shrink))
 
                 ir.loop(0, given["width"], lanes, [], vector)
-                return [top]
 
-            (reference,) = ir.if_(rises, rescale, lambda: [old], like=[old])
-            self._weigh(x, scores, i, by, ir.splat(reference, lanes))
+            ir.if_(rises, rescale)
 
+        def weigh(i: I64) -> None:
+            by = ir.splat(ir.select(ir.equal(general, 0), scale, ir.like(scale, 1)), lanes)
+            reference = ir.splat(x["maxima"].at(i).load(), lanes)
+            self._weigh(x, x["scores"].at(i * rs_scores), i, by, reference)
+
+        # In two loops: no exponential waits for the maximum of its row.
         ir.loop(0, x["count"], 1, [], row)
+        ir.loop(0, x["count"], 1, [], weigh)
 
     def _exist(self, j: Size, lo: Size, hi: Size) -> Value:
         """Which of the columns from j on are in [lo, hi)."""
@@ -390,11 +401,12 @@ class _Softmax:
         """Weights of a row in the place of its scores, or beside them as the elements that are multiplied."""
         lanes, nr = self._lanes, self.attention.tile.nr
         family = self.attention.family
-        starts = range(0, nr, lanes)
+        count = nr // lanes
         total = x["totals"].at(i * lanes)
         below = ir.minus(reference)
 
-        def vectors(j: I64, *sums: Value) -> list[Value]:
+        def vectors(j: I64, *sums: Value, tiles: int) -> list[Value]:
+            starts = range(0, tiles * nr, lanes)
             weights = [exp2(ir.fma(scores.at(j + o).load(lanes), by, below)) for o in starts]
             if self.attention.converts:
                 to = x["weights"].at(i * x["rs_weights"]).as_type(family.a_elem).at(j)
@@ -405,10 +417,16 @@ class _Softmax:
             else:
                 for o, w in zip(starts, weights, strict=True):
                     scores.at(j + o).store(w)
-            return [ir.add_vectors(s, w) for s, w in zip(sums, weights, strict=True)]
+            found = list(sums)
+            for n, w in enumerate(weights):
+                found[n % count] = ir.add_vectors(found[n % count], w)
+            return found
 
-        zero = ir.zeros(lanes, "float32")
-        first, *others = ir.loop(x["first"], x["last"], nr, [zero] * len(starts), vectors)
+        # Two tiles at a time: constants are loaded half as often, and more exponentials are under way.
+        pairs = x["first"] + (x["last"] - x["first"]) // (2 * nr) * (2 * nr)
+        sums = [ir.zeros(lanes, "float32")] * count
+        sums = ir.loop(x["first"], pairs, 2 * nr, sums, partial(vectors, tiles=2))
+        first, *others = ir.loop(pairs, x["last"], nr, sums, partial(vectors, tiles=1))
         for other in others:
             first = ir.add_vectors(first, other)
         total.store(ir.add_vectors(total.load(lanes), first))
@@ -448,6 +466,12 @@ def _greatest(v: Value) -> Value:
     return ir.extract(v, 0)
 
 
+def _fetch_elements(row: Ptr, elements: Size, *, write: bool = False, level: int = 1) -> None:
+    """Fetches a row of elements that lie side by side."""
+    size = elements * ir.elem_bytes(row.elem)
+    void(ir.loop(0, size, LINE, [], lambda o: row.as_type("int8").at(o).prefetch(write=write, level=level)))
+
+
 @dataclass(frozen=True)
 class _LoopNest:
     """The generated function itself."""
@@ -466,7 +490,7 @@ class _LoopNest:
         walks = walks_of(self.attention.tile, "float32", room)
         walks.begin(args)
         ir.if_(ir.negate(ir.equal(x["first"], 0)), lambda: self._begin(x))
-        ir.loop(x["begin"], x["end"], x["block"], [], lambda s0: self._block(x, args, walks.rest, s0))
+        ir.loop(x["begin"], x["end"], x["block"], [], lambda s0: self._block(x, args, walks, s0))
         ir.if_(ir.negate(ir.equal(x["finish"], 0)), lambda: self._finish(x, args))
 
     def _begin(self, x: _Arguments) -> None:
@@ -474,8 +498,15 @@ class _LoopNest:
         lanes = self.attention.tile.lanes
         pitch = self.packing.a_row(x["depth"])
         zero = ir.zeros(lanes, "float32")
+        keys = ir.minimum(x["end"] - x["begin"], x["block"])
 
         def row(i: I64) -> None:
+            self._fetch(x, i, "q", x["depth"], write=False)
+            # And its share of the first block of keys and values; the others are fetched while one is computed.
+            share = (x["begin"] + i * keys // x["count"], x["begin"] + (i + 1) * keys // x["count"])
+            for operand, stride, size in (("k", "rsk", "depth"), ("v", "rsv", "width")):
+                rows, step = x[operand], x[stride]
+                ir.loop(*share, 1, [], lambda s, r=rows, t=step, n=size: _fetch_elements(r.at(s * t), x[n], level=2))
             q = _Row(x["rows"].at(i * len(ROW))).pointer("q", self.attention.q)
             self.module.call(self.pack[0], [q, x["q_pack"].at(i * pitch), 1, x["depth"], 0, x["csq"]])
             x["maxima"].at(i).store(ir.scalar_constant(LEAST, "float32"))
@@ -485,7 +516,12 @@ class _LoopNest:
 
         ir.loop(0, x["count"], 1, [], row)
 
-    def _block(self, x: _Arguments, args: Ptr, walks: Ptr, s0: Size) -> None:
+    def _fetch(self, x: _Arguments, i: I64, field: str, elements: Size, *, write: bool) -> None:
+        """Fetches a row of the caller's that comes later: each is elsewhere, where no hardware looks."""
+        later = ir.minimum(i + ROWS_AHEAD, x["count"] - 1)
+        _fetch_elements(_Row(x["rows"].at(later * len(ROW))).pointer(field, self.attention.q), elements, write=write)
+
+    def _block(self, x: _Arguments, args: Ptr, walks: Walks, s0: Size) -> None:
         mr = self.attention.tile.mr
         cols = ir.minimum(x["end"] - s0, x["block"])
         k, v = x["k"].at(s0 * x["rsk"]), x["v"].at(s0 * x["rsv"])
@@ -493,7 +529,22 @@ class _LoopNest:
         self.module.call(self.pack[1], [v, x["v_pack"], cols, x["width"], x["rsv"], x["csv"]])
         ir.loop(0, x["count"], mr, [], lambda p: self._panel(x, args, walks, s0, cols, p))
 
-    def _panel(self, x: _Arguments, args: Ptr, walks: Ptr, s0: Size, cols: Size, p: I64) -> None:
+    def _following(self, x: _Arguments, s0: Size, p: Size) -> list[Walk]:
+        """Of the next block of keys and values a share, to fetch while the tile of queries at p passes: rows that lie
+        far apart, each tile of sums the elements beneath it.
+        """
+        tile = self.attention.tile
+        size = ir.elem_bytes(self.attention.kv)
+        begin = s0 + x["block"]
+        rows = ir.maximum(ir.minimum(x["end"] - begin, x["block"]), 0)
+        first, last = ((p + o) * rows // x["count"] for o in (0, tile.mr))
+        walks = []
+        for operand, stride in (("k", x["rsk"]), ("v", x["rsv"])):
+            start = x[operand].at((begin + first) * stride).as_type("int8")
+            walks.append(Walk(start, stride * size, ir.minimum(last, rows) - first, tile.nr * size))
+        return walks
+
+    def _panel(self, x: _Arguments, args: Ptr, walks: Walks, s0: Size, cols: Size, p: I64) -> None:
         attention, packing = self.attention, self.packing
         nr, unit = attention.tile.nr, attention.unit
         count = ir.minimum(x["count"] - p, attention.tile.mr)
@@ -513,7 +564,7 @@ class _LoopNest:
             k_height, v_height = packing.b_panel_rows(x["depth"]), packing.b_panel_rows(cols)
             first_step = first // attention.family.kr
             scores = x["scores"]
-            shared: dict[str, Any] = {"walks": walks, "csa": 1, "rsb": nr, "rows": count}
+            shared: dict[str, Any] = {"walks": walks.rest, "csa": 1, "rsb": nr, "rows": count}
             pitch = packing.a_row(x["depth"])
             self.product(
                 {
@@ -544,9 +595,15 @@ class _LoopNest:
                 "args": args,
             }
             self.module.call(self.softmax.name(self._symbol), [given[n] for n in _Softmax.PARAMS])
+            walking = walks.rest
+            if not isinstance(attention.family, AmxDot):
+                further = ir.both(ir.less(s0 + x["block"], x["end"]), ir.equal(count, attention.tile.mr))
+                ir.if_(further, lambda: walks.put(self._following(x, s0, p), False))
+                walking = ir.select_ptr(further, walks.table, walks.rest)
             self.product(
                 {
                     **shared,
+                    "walks": walking,
                     "a": x["weights"].at(first_step),
                     "rsa": rs_weights,
                     "b": x["v_pack"].at(first_step * nr),
@@ -565,6 +622,7 @@ class _LoopNest:
         lanes = self.attention.tile.lanes
 
         def row(i: I64) -> None:
+            self._fetch(x, i, "out", x["width"], write=True)
             sums, total = x["sums"].at(i * x["rs_sums"]), x["totals"].at(i * lanes)
             self.module.call(
                 self.softmax.finish_name(self._symbol), [x["rows"].at(i * len(ROW)), sums, total, args]
