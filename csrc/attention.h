@@ -33,7 +33,7 @@ std::span<const AttentionInfo> Attentions();
 // The first of `targets` with an attention for these dtypes; null if none has one.
 const AttentionInfo* SelectAttention(std::span<const Target* const> targets, std::string_view q, std::string_view kv);
 
-// No bound of a window.
+// No bound of a window; bounds may be negative.
 inline constexpr int64_t kUnbounded = int64_t{1} << 40;
 
 struct AttentionShape {

@@ -4,7 +4,7 @@
 //   q_dims, k_dims, v_dims, out_dims   int64[4]   which dimension of attention each dimension of the buffer is:
 //                                0 batch, 1 position, 2 head, 3 element; of out, 3 comes last
 //   scale              float64   of scores
-//   left, right        int64     query t sees keys t - left <= s <= t + right; below 0: no bound
+//   left, right        int64     query t sees keys t - left <= s <= t + right
 //   bias, mask, q_lengths, kv_lengths, residual   int64   1: the operand or the second result is there
 //
 // Bias (float32) and mask (pred) are [batch or 1, heads or 1, queries or 1, keys]; lengths int32 [batch]; lse is float32
@@ -64,7 +64,7 @@ struct AttentionState {
 
   Dims dims[4];  // of q, k, v, out
   double scale = 1;
-  int64_t left = -1, right = -1;
+  int64_t left = kUnbounded, right = kUnbounded;
   bool bias = false, mask = false, q_lengths = false, kv_lengths = false, residual = false;
 
   std::atomic<const CachedAttention*> last = nullptr;
@@ -200,8 +200,8 @@ AttentionPlan NewPlan(const AttentionState& state, const std::vector<ffi::AnyBuf
   shape.v = of_v.strides;
   shape.out = of_out.strides;
   shape.scale = state.scale;
-  shape.left = state.left < 0 ? kUnbounded : state.left;
-  shape.right = state.right < 0 ? kUnbounded : state.right;
+  shape.left = std::clamp(state.left, -kUnbounded, kUnbounded);
+  shape.right = std::clamp(state.right, -kUnbounded, kUnbounded);
   const AttentionInfo* kernel =
       SelectAttention(SelectedTargets(), NameOf(q.element_type()), NameOf(k.element_type()));
   return PlanAttention(kernel, shape, HostCaches());

@@ -59,8 +59,8 @@ AttentionPlan PlanFor(std::string_view name, const Sizes& sizes, const std::arra
   shape.bias = bias;
   shape.mask = mask;
   shape.scale = scale;
-  shape.left = left < 0 ? kUnbounded : left;
-  shape.right = right < 0 ? kUnbounded : right;
+  shape.left = left;
+  shape.right = right;
   return PlanAttention(&AttentionNamed(name), shape, HostCaches());
 }
 
@@ -88,7 +88,7 @@ double RunOften(std::string_view name, const Addresses& at, const Sizes& sizes, 
 }
 
 nb::dict ExplainAttention(std::string_view name, const Sizes& sizes, const std::array<Strides, 4>& strides) {
-  const AttentionPlan plan = PlanFor(name, sizes, strides, {}, {}, 1, -1, -1);
+  const AttentionPlan plan = PlanFor(name, sizes, strides, {}, {}, 1, kUnbounded, kUnbounded);
   nb::dict d;
   d["block"] = plan.block;
   d["pieces"] = plan.pieces;

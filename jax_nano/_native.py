@@ -25,6 +25,7 @@ from jax_nano import _spec
 
 TARGET_NAME: Final = _spec.DOT_GENERAL_CALL
 LINEAR_TARGET_NAME: Final = _spec.LINEAR_CALL
+ATTENTION_TARGET_NAME: Final = _spec.ATTENTION_CALL
 ABI: Final = _spec.FFI_ABI
 
 # The frontend attribute of a call that names the build which made it. The handlers do not read it, so what one build
@@ -98,6 +99,12 @@ def supports(lhs_dtype: str, rhs_dtype: str, out_dtype: str, algorithm: str = _s
     """Whether a kernel for these dtypes runs on this CPU, on the target that was selected."""
     native = runtime()
     return native is not None and bool(native.supports(lhs_dtype, rhs_dtype, out_dtype, algorithm))
+
+
+def supports_attention(q: str, kv: str) -> bool:
+    """Whether an attention for queries and for keys and values of these dtypes runs on this CPU."""
+    native = runtime()
+    return native is not None and bool(native.supports_attention(q, kv))
 
 
 with contextlib.suppress(ImportError):

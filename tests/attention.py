@@ -13,6 +13,8 @@ from jax_nano import _runtime
 MASKED = -0.7 * float(np.finfo(np.float32).max)
 """jax.nn's score of a masked key."""
 
+UNBOUNDED = 1 << 40
+
 
 @dataclass(frozen=True)
 class Case:
@@ -25,8 +27,8 @@ class Case:
     mask: np.ndarray | None = None
     q_lengths: np.ndarray | None = None
     kv_lengths: np.ndarray | None = None
-    left: int = -1
-    right: int = -1
+    left: int = UNBOUNDED
+    right: int = UNBOUNDED
     scale: float = 0.125
 
     @property
@@ -39,9 +41,9 @@ def visible(x: Case) -> np.ndarray:
     b, _, t, s = x.scores_shape
     at_q, at_k = np.arange(t)[:, None], np.arange(s)[None, :]
     seen = np.ones((b, 1, t, s), bool)
-    if x.left >= 0:
+    if x.left < UNBOUNDED:
         seen &= at_k >= at_q - x.left
-    if x.right >= 0:
+    if x.right < UNBOUNDED:
         seen &= at_k <= at_q + x.right
     if x.q_lengths is not None:
         seen &= at_q < x.q_lengths[:, None, None, None]
