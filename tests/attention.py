@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import reference
+from guarded import Region
 
-from jax_nano import _runtime
+from jax_nano import _runtime, _spec
 
 MASKED = -0.7 * float(np.finfo(np.float32).max)
 """jax.nn's score of a masked key."""
@@ -123,6 +126,100 @@ def fields(x: Case, out: np.ndarray, lse: np.ndarray | None) -> dict[str, Any]:
         "left": x.left,
         "right": x.right,
     }
+
+
+def call(
+    info: dict[str, Any], function: Any, x: Case, *, block: int, pieces: tuple[int, ...] = (), at: str = "end"
+) -> np.ndarray:
+    """The result by a generated function itself, in memory full of NaN beforehand.
+
+    One call for each batch and key head, or, with ``pieces``, one for the keys up to each of these, which go on where
+    the last one ended. The workspace is exactly as large as csrc/attention.cc makes it, between guard pages.
+    """
+    (b, t, n, h), s, kv_heads, width = x.q.shape, x.k.shape[1], x.k.shape[2], x.v.shape[3]
+    group, q_size, kv_size = n // kv_heads, x.q.itemsize, x.k.itemsize
+    out = np.full((b, t, n, width), np.nan, x.q.dtype)
+    rows = group * t
+    padded, rs_sums = _round_up(rows, info["mr"]), _round_up(width, info["nr"])
+    packed = info["pack_bytes"]
+
+    def packed_row(elements: int) -> int:
+        return (-(-_round_up(elements, info["kr"]) * packed // 64) | 1) * 64
+
+    rs_scores = (-(-block * 4 // 64) | 1) * 16
+    sizes = {
+        "q_pack": padded * packed_row(h) + _spec.PACK_SLACK_BYTES,
+        "k_pack": _round_up(block, info["nr"]) * _round_up(h, info["kr"]) * packed + _spec.PACK_SLACK_BYTES,
+        "v_pack": _round_up(width, info["nr"]) * _round_up(block, info["kr"]) * packed + _spec.PACK_SLACK_BYTES,
+        "scores": info["mr"] * rs_scores * 4,
+        "sums": padded * rs_sums * 4,
+        "maxima": rows * 4,
+        "totals": rows * info["lanes"] * 4,
+    }
+    if info["converts"]:
+        sizes["weights"] = info["mr"] * packed_row(block)
+    names, row_names = _spec.names(_spec.ATTENTION_ARGS), _spec.names(_spec.ATTENTION_ROW)
+    scale = np.array(x.scale * np.log2(np.e)).view(np.int64)
+    with contextlib.ExitStack() as regions:
+        rooms = {}
+        for name, size in sizes.items():
+            region = regions.enter_context(Region(size))
+            rooms[name] = (region.end - size) // 64 * 64 if at == "end" else region.begin
+            ctypes.memset(region.begin, 0xFF, region.end - region.begin)
+        for batch in range(b):
+            for head in range(kv_heads):
+                table = np.zeros((rows, len(row_names)), np.int64)
+                for r in range(rows):
+                    position, which = divmod(r, group)
+                    here = (batch, position, head * group + which)
+                    lo, hi = max(0, position - x.left), min(s, position + x.right + 1)
+                    row = {
+                        "q": _address(x.q) + sum(i * j for i, j in zip(here, x.q.strides, strict=False)),
+                        "out": _address(out) + sum(i * j for i, j in zip(here, out.strides, strict=False)),
+                        "lo": lo,
+                        "hi": max(lo, hi),
+                    }
+                    for name, array in (("bias", x.bias), ("mask", x.mask)):
+                        if array is not None:
+                            offset = sum(
+                                0 if size == 1 else i * j
+                                for i, j, size in zip((batch, here[2], position), array.strides, array.shape, strict=False)
+                            )
+                            row[name] = _address(array) + offset
+                    for name, value in row.items():
+                        table[r, row_names.index(name)] = value
+                ends = (*pieces, s)
+                for i, end in enumerate(ends):
+                    given = {
+                        **rooms,
+                        "rows": table.ctypes.data,
+                        "k": _address(x.k) + batch * x.k.strides[0] + head * x.k.strides[2],
+                        "v": _address(x.v) + batch * x.v.strides[0] + head * x.v.strides[2],
+                        "count": rows,
+                        "depth": h,
+                        "width": width,
+                        "begin": ends[i - 1] if i else 0,
+                        "end": end,
+                        "csq": x.q.strides[3] // q_size,
+                        "rsk": x.k.strides[1] // kv_size,
+                        "csk": x.k.strides[3] // kv_size,
+                        "rsv": x.v.strides[1] // kv_size,
+                        "csv": x.v.strides[3] // kv_size,
+                        "block": block,
+                        "rs_scores": rs_scores,
+                        "rs_sums": rs_sums,
+                        "scale": int(scale),
+                        "general": int(x.bias is not None or x.mask is not None or not x.scale > 0),
+                        "first": int(i == 0),
+                        "finish": int(end == s),
+                    }
+                    given.setdefault("weights", given["scores"])
+                    function((ctypes.c_int64 * len(names))(*(given[name] for name in names)))
+    return out
+
+
+def _round_up(x: int, unit: int) -> int:
+    return -(-x // unit) * unit
 
 
 def run(name: str, x: Case, threads: int = 1, out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
