@@ -91,6 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     linear.set_defaults(command=_linear)
     linear.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
 
+    attention = commands.add_parser("attention", help="attention in one pass, beside jax.nn's and PyTorch's")
+    attention.set_defaults(command=_attention)
+    attention.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
+
     shapes = commands.add_parser("list", help="list the products of a suite")
     shapes.set_defaults(command=_list)
     shapes.add_argument("--suite", choices=SUITES, default="full")
@@ -260,6 +264,13 @@ def _linear(args: argparse.Namespace) -> int:
     from benchmarks import epilogues
 
     print(epilogues.report(quick=args.quick))
+    return 0
+
+
+def _attention(args: argparse.Namespace) -> int:
+    from benchmarks import attention
+
+    print(attention.report(quick=args.quick))
     return 0
 
 

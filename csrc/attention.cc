@@ -242,9 +242,9 @@ void RunRowAlone(const AttentionPlan& plan, const AttentionBuffers& buffers, con
   plan.kernel->fn(&x);
 }
 
-// Behind a finished kernel call: the logarithms, and rows that are to be computed once more. Those are rows whose weights
-// of zero have met Inf or NaN among values that they do not see; and rows where no key outweighs a masked one, which
-// jax.nn weighs with all that a window and a length exclude.
+// Behind a finished kernel call: the logarithms, and rows that are to be computed once more. Those are rows whose
+// weights of zero have met Inf or NaN among values that they do not see; and rows where no key outweighs a masked one,
+// which jax.nn weighs with all that a window and a length exclude.
 void FinishRows(const AttentionPlan& plan, const AttentionBuffers& buffers, const Output& output, const Rooms& rooms,
                 const State& state, int64_t rows) {
   const AttentionShape& shape = plan.shape;
@@ -314,7 +314,8 @@ AttentionPlan PlanAttention(const AttentionInfo* kernel, const AttentionShape& s
   // So are rows, though they decide no bits but where values are not finite: what leaks from a value that a query does
   // not see, through its weight of zero, is computed once more (FinishRows), in other blocks.
   const int64_t row_bytes = PackedRow(*kernel, shape.depth) + SumsRow(p) * 4;
-  const int64_t fit = std::clamp<int64_t>(caches.l2 * 5 / 8 / row_bytes, kFewestRows, kMostRows) / kernel->mr * kernel->mr;
+  const int64_t fit =
+      std::clamp<int64_t>(caches.l2 * 5 / 8 / row_bytes, kFewestRows, kMostRows) / kernel->mr * kernel->mr;
   int64_t rows = std::max<int64_t>(fit, kernel->mr);
   const auto cut = [&] {
     p.heads_at_once = std::min(p.group, rows);
@@ -330,10 +331,10 @@ AttentionPlan PlanAttention(const AttentionInfo* kernel, const AttentionShape& s
   const int64_t padded = PaddedRows(p);
   const auto bytes = [](int64_t x) { return RoundUp(x, kLine); };
   p.q_pack = bytes(padded * PackedRow(*kernel, shape.depth)) + kPackSlackBytes;
-  p.k_pack = bytes(RoundUp(p.block, kernel->nr) * RoundUp(shape.depth, kernel->kr) * kernel->pack_bytes) +
-             kPackSlackBytes;
-  p.v_pack = bytes(RoundUp(shape.width, kernel->nr) * RoundUp(p.block, kernel->kr) * kernel->pack_bytes) +
-             kPackSlackBytes;
+  p.k_pack =
+      bytes(RoundUp(p.block, kernel->nr) * RoundUp(shape.depth, kernel->kr) * kernel->pack_bytes) + kPackSlackBytes;
+  p.v_pack =
+      bytes(RoundUp(shape.width, kernel->nr) * RoundUp(p.block, kernel->kr) * kernel->pack_bytes) + kPackSlackBytes;
   p.scores = kernel->mr * (CeilDiv(p.block * 4, kLine) | 1) * kLine;
   p.weights = kernel->converts ? kernel->mr * PackedRow(*kernel, p.block) : 0;
   p.table = bytes(p.rows() * static_cast<int64_t>(sizeof(AttentionRow)));

@@ -2,13 +2,13 @@
 //
 //     out[b, t, n] = sum over s of softmax(scale * q[b, t, n] . k[b, s, n / G] + bias[b, n, t, s]) v[b, s, n / G]
 //
-// for N query heads that share N / G key and value heads, over the keys that lengths and a window leave to a query; what
-// a mask excludes has jax.nn's large negative score. A generated kernel (jax_nano/codegen/attention.py) computes the rows
-// of an item: some positions, and at each of them all heads that share keys. Here they are laid out, shared among threads
-// and, where few queries meet many keys, split over the keys and merged.
+// for N query heads that share N / G key and value heads, over the keys that lengths and a window leave to a query;
+// what a mask excludes has jax.nn's large negative score. A generated kernel (jax_nano/codegen/attention.py) computes
+// the rows of an item: some positions, and at each of them all heads that share keys. Here they are laid out, shared
+// among threads and, where few queries meet many keys, split over the keys and merged.
 //
-// Sizes and strides are in elements. Who computes an item, and what else is in it, makes no difference to its bits: keys
-// are cut into blocks and pieces by the shape alone.
+// Sizes and strides are in elements. Who computes an item, and what else is in it, makes no difference to its bits:
+// keys are cut into blocks and pieces by the shape alone.
 #ifndef JAX_NANO_ATTENTION_H_
 #define JAX_NANO_ATTENTION_H_
 
@@ -41,7 +41,7 @@ struct AttentionShape {
   int64_t heads, kv_heads;  // the latter divide the former
   int64_t depth, width;     // elements of a query and key, and of a value; all sizes are above 0
   using Strides = std::array<int64_t, 4>;
-  Strides q, k, v, out;              // between batches, positions, heads, elements; the last of `out` is 1
+  Strides q, k, v, out;               // between batches, positions, heads, elements; the last of `out` is 1
   std::array<int64_t, 3> bias, mask;  // between batches, heads, queries; keys are side by side
   double scale;
   int64_t left, right;  // query t sees keys t - left <= s <= t + right
@@ -50,11 +50,11 @@ struct AttentionShape {
 struct AttentionBuffers {
   const void *q, *k, *v;
   void* out;
-  const float* bias;     // null: none
-  const uint8_t* mask;   // one byte a score, 0: excluded; null: none
+  const float* bias;          // null: none
+  const uint8_t* mask;        // one byte a score, 0: excluded; null: none
   const int32_t* q_lengths;   // one a batch; beyond them results are zero; null: all of `queries`
   const int32_t* kv_lengths;  // one a batch; null: all of `keys`
-  float* lse;            // [batch, queries, heads]: logarithms of the sums of exponentials; null: not wanted
+  float* lse;                 // [batch, queries, heads]: logarithms of the sums of exponentials; null: not wanted
 };
 
 struct AttentionPlan {

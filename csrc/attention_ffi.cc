@@ -7,9 +7,9 @@
 //   left, right        int64     query t sees keys t - left <= s <= t + right
 //   bias, mask, q_lengths, kv_lengths, residual   int64   1: the operand or the second result is there
 //
-// Bias (float32) and mask (pred) are [batch or 1, heads or 1, queries or 1, keys]; lengths int32 [batch]; lse is float32
-// [batch, queries, heads]. The attributes are parsed once; the plan is made at the first call and kept.
-#include "attention.h"
+// Bias (float32) and mask (pred) are [batch or 1, heads or 1, queries or 1, keys]; lengths int32 [batch]; lse is
+// float32 [batch, queries, heads]. The attributes are parsed once; the plan is made at the first call and kept.
+#include "attention_ffi.h"
 
 #include <algorithm>
 #include <atomic>
@@ -21,7 +21,7 @@
 #include <string_view>
 #include <vector>
 
-#include "attention_ffi.h"
+#include "attention.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_nano {
@@ -181,8 +181,9 @@ AttentionPlan NewPlan(const AttentionState& state, const std::vector<ffi::AnyBuf
   }
   for (const bool given : {state.q_lengths, state.kv_lengths}) {
     if (!given) continue;
-    Require(buffers[next].element_type() == ffi::S32 && buffers[next].element_count() == static_cast<size_t>(shape.batch),
-            "lengths must be int32, one a batch");
+    Require(
+        buffers[next].element_type() == ffi::S32 && buffers[next].element_count() == static_cast<size_t>(shape.batch),
+        "lengths must be int32, one a batch");
     ++next;
   }
   const Layout of_out = LayoutOf(buffers[next], state.dims[3]);
@@ -191,8 +192,7 @@ AttentionPlan NewPlan(const AttentionState& state, const std::vector<ffi::AnyBuf
           "the result does not fit the operands");
   if (state.residual) {
     Require(buffers[next + 1].element_type() == ffi::F32 &&
-                buffers[next + 1].element_count() ==
-                    static_cast<size_t>(shape.batch * shape.queries * shape.heads),
+                buffers[next + 1].element_count() == static_cast<size_t>(shape.batch * shape.queries * shape.heads),
             "the logarithms do not fit the operands");
   }
   shape.q = of_q.strides;
@@ -202,8 +202,7 @@ AttentionPlan NewPlan(const AttentionState& state, const std::vector<ffi::AnyBuf
   shape.scale = state.scale;
   shape.left = std::clamp(state.left, -kUnbounded, kUnbounded);
   shape.right = std::clamp(state.right, -kUnbounded, kUnbounded);
-  const AttentionInfo* kernel =
-      SelectAttention(SelectedTargets(), NameOf(q.element_type()), NameOf(k.element_type()));
+  const AttentionInfo* kernel = SelectAttention(SelectedTargets(), NameOf(q.element_type()), NameOf(k.element_type()));
   return PlanAttention(kernel, shape, HostCaches());
 }
 
@@ -225,7 +224,8 @@ const CachedAttention& FindPlan(AttentionState& state, const std::vector<ffi::An
 ffi::Error Execute(AttentionState* state, ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                    ffi::RemainingArgs more, ffi::RemainingRets results) {
   try {
-    const size_t operands = size_t{state->bias} + size_t{state->mask} + size_t{state->q_lengths} + size_t{state->kv_lengths};
+    const size_t operands =
+        size_t{state->bias} + size_t{state->mask} + size_t{state->q_lengths} + size_t{state->kv_lengths};
     Require(more.size() == operands, "wrong number of operands");
     Require(results.size() == 1 + size_t{state->residual}, "wrong number of results");
     std::vector<ffi::AnyBuffer> all = {q, k, v};

@@ -32,7 +32,7 @@ const AttentionInfo& AttentionNamed(std::string_view name) {
   throw std::invalid_argument("no such attention: " + std::string(name));
 }
 
-using Sizes = std::array<int64_t, 7>;      // batch, queries, keys, heads, kv_heads, depth, width
+using Sizes = std::array<int64_t, 7>;        // batch, queries, keys, heads, kv_heads, depth, width
 using Addresses = std::array<uintptr_t, 9>;  // q, k, v, out, bias, mask, q_lengths, kv_lengths, lse
 using Strides = AttentionShape::Strides;
 using Broadcast = std::array<int64_t, 3>;

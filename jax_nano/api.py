@@ -325,7 +325,8 @@ def dot_product_attention(
       ValueError: what jax.nn.dot_product_attention raises for wrong shapes and dtypes.
     """
     if implementation is not None:
-        return jax.nn.dot_product_attention(
+        other: Any = jax.nn.dot_product_attention  # its annotations know literals alone
+        return other(
             query,
             key,
             value,
@@ -336,7 +337,7 @@ def dot_product_attention(
             query_seq_lengths=query_seq_lengths,
             key_value_seq_lengths=key_value_seq_lengths,
             local_window_size=local_window_size,
-            implementation=implementation,  # type: ignore[arg-type]
+            implementation=implementation,
             return_residual=return_residual,
         )
     if isinstance(local_window_size, int):
@@ -358,7 +359,7 @@ def dot_product_attention(
         names=tuple(given),
         scale=None if scale is None or traced else float(scale),
         is_causal=bool(is_causal),
-        window=None if local_window_size is None else tuple(map(int, local_window_size)),
+        window=None if local_window_size is None else (int(local_window_size[0]), int(local_window_size[1])),
     )
     return (out, residual) if return_residual else out
 

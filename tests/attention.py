@@ -183,7 +183,9 @@ def call(
                         if array is not None:
                             offset = sum(
                                 0 if size == 1 else i * j
-                                for i, j, size in zip((batch, here[2], position), array.strides, array.shape, strict=False)
+                                for i, j, size in zip(
+                                    (batch, here[2], position), array.strides, array.shape, strict=False
+                                )
                             )
                             row[name] = _address(array) + offset
                     for name, value in row.items():

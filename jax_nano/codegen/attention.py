@@ -34,8 +34,8 @@ from .amx_microkernel import AmxMicrokernel, AmxTileRow
 from .ir import I64, Ptr, Size, Value
 from .microkernel import ADD, ROW_PARAMS, Microkernel, walks_of
 from .nanokernel import Family
-from .nanokernel.amx import AmxDot
 from .nanokernel.amx import ROWS as AMX_ROWS
+from .nanokernel.amx import AmxDot
 from .packing import Packing, void
 from .target import Target
 from .tile import Tile
@@ -48,6 +48,9 @@ SLACK = 8.0
 
 ROWS_AHEAD = 6
 """Rows of queries and of results that are fetched before they are read and written."""
+
+KEYS_AHEAD = 32
+"""Keys that are fetched before they are packed."""
 
 LEAST = -3.4028234663852886e38  # float32: where maxima begin
 NOTHING = float("-inf")  # the score of a key that does not exist
@@ -262,9 +265,7 @@ class _Softmax:
         pointers = {**_pointers(self.attention), "args": "int64"}
         types = [pointers.get(p, "i64") for p in self.PARAMS]
         module.function(self.name(prefix), types, self._body, internal=True)
-        module.function(
-            self.finish_name(prefix), ["int64", "float32", "float32", "int64"], self._finish, internal=True
-        )
+        module.function(self.finish_name(prefix), ["int64", "float32", "float32", "int64"], self._finish, internal=True)
 
     @staticmethod
     def name(prefix: str) -> str:
@@ -282,14 +283,14 @@ class _Softmax:
         x: dict[str, Any] = dict(zip(self.PARAMS, args, strict=True))
         given = _Arguments(x["args"], _pointers(self.attention))
         lanes = self._lanes
-        scale, rs_scores, general = given.scale(), given["rs_scores"], given["general"]
+        scale, rs_scores, general, end = given.scale(), given["rs_scores"], given["general"], given["end"]
         factor, one = ir.splat(scale, lanes), ir.constant_vector(1, lanes, "float32")
         byte_room = ir.alloca(lanes, "int8")
 
         def row(i: I64) -> None:
             here = _Row(x["rows"].at(i * len(ROW)))
             scores = x["scores"].at(i * rs_scores)
-            lo, hi = here.size("lo") - x["s0"], here.size("hi") - x["s0"]
+            lo, hi = here.size("lo") - x["s0"], ir.minimum(here.size("hi"), end) - x["s0"]
             inside = ir.both(ir.negate(ir.less(x["first"], lo)), ir.negate(ir.less(hi, x["last"])))
             nothing = ir.constant_vector(NOTHING, lanes, "float32")
 
@@ -369,7 +370,7 @@ class _Softmax:
             ir.if_(rises, rescale)
 
         def weigh(i: I64) -> None:
-            by = ir.splat(ir.select(ir.equal(general, 0), scale, ir.like(scale, 1)), lanes)
+            (by,) = ir.if_(ir.equal(general, 0), lambda: [factor], lambda: [one], like=[factor])
             reference = ir.splat(x["maxima"].at(i).load(), lanes)
             self._weigh(x, x["scores"].at(i * rs_scores), i, by, reference)
 
@@ -522,10 +523,24 @@ class _LoopNest:
         _fetch_elements(_Row(x["rows"].at(later * len(ROW))).pointer(field, self.attention.q), elements, write=write)
 
     def _block(self, x: _Arguments, args: Ptr, walks: Walks, s0: Size) -> None:
-        mr = self.attention.tile.mr
+        mr, nr = self.attention.tile.mr, self.attention.tile.nr
         cols = ir.minimum(x["end"] - s0, x["block"])
         k, v = x["k"].at(s0 * x["rsk"]), x["v"].at(s0 * x["rsv"])
-        self.module.call(self.pack[1], [k, x["k_pack"], x["depth"], cols, x["csk"], x["rsk"]])
+        height = self.packing.b_panel_rows(x["depth"])
+
+        def panel(j: I64) -> None:
+            """Packs keys, and fetches later ones and these keys' values, which few queries leave no time for."""
+            here = ir.minimum(cols - j, nr)
+            later = ir.minimum(x["end"] - (s0 + j + KEYS_AHEAD), nr)
+            for rows, stride, size, count in (
+                (k.at((j + KEYS_AHEAD) * x["rsk"]), x["rsk"], x["depth"], later),
+                (v.at(j * x["rsv"]), x["rsv"], x["width"], here),
+            ):
+                ir.loop(0, count, 1, [], lambda s, r=rows, t=stride, n=size: _fetch_elements(r.at(s * t), n, level=2))
+            source, target = k.at(j * x["rsk"]), x["k_pack"].at(j * height)
+            self.module.call(self.pack[1], [source, target, x["depth"], here, x["csk"], x["rsk"]])
+
+        ir.loop(0, cols, nr, [], panel)
         self.module.call(self.pack[1], [v, x["v_pack"], cols, x["width"], x["rsv"], x["csv"]])
         ir.loop(0, x["count"], mr, [], lambda p: self._panel(x, args, walks, s0, cols, p))
 
@@ -624,9 +639,7 @@ class _LoopNest:
         def row(i: I64) -> None:
             self._fetch(x, i, "out", x["width"], write=True)
             sums, total = x["sums"].at(i * x["rs_sums"]), x["totals"].at(i * lanes)
-            self.module.call(
-                self.softmax.finish_name(self._symbol), [x["rows"].at(i * len(ROW)), sums, total, args]
-            )
+            self.module.call(self.softmax.finish_name(self._symbol), [x["rows"].at(i * len(ROW)), sums, total, args])
 
         void(ir.loop(0, x["count"], 1, [], row))
 

@@ -56,12 +56,12 @@ def attention_entry(kernel: AttentionKernel) -> dict[str, Any]:
         "pack_bytes": ir.elem_bytes(kernel.family.b_elem),
         "converts": attention.converts,
     }
-    return {"symbol": kernel.symbol} | {x.name: facts[x.name] for x in _spec.ATTENTION_INFO if x.c_type != "AttentionFn"}
+    return {"symbol": kernel.symbol} | {
+        x.name: facts[x.name] for x in _spec.ATTENTION_INFO if x.c_type != "AttentionFn"
+    }
 
 
-def write(
-    kernels: Sequence[Kernel], attentions: Sequence[AttentionKernel], objects: Sequence[Path], out: Path
-) -> None:
+def write(kernels: Sequence[Kernel], attentions: Sequence[AttentionKernel], objects: Sequence[Path], out: Path) -> None:
     """Writes spec.h, manifest.inc and attention.inc (C++), manifest.json, kernels.cmake (objects and sources) into
     ``out``.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from typing import Any
@@ -101,7 +102,9 @@ def test_restrictions(info, rng, t, s, n, kv_heads, h):
 
 def test_sizes(info, rng):
     """Every number of queries and keys around tiles and blocks, and odd sizes of heads."""
-    for t, s in itertools.product((1, 2, info["mr"] - 1, info["mr"] + 1, 70), (1, 2, info["nr"] - 1, info["nr"] + 1, 67)):
+    for t, s in itertools.product(
+        (1, 2, info["mr"] - 1, info["mr"] + 1, 70), (1, 2, info["nr"] - 1, info["nr"] + 1, 67)
+    ):
         check(info, case(rng, info, t=t, s=s, right=max(0, s - t)), (t, s))
     for h in (1, 3, 16, 17, 33, 64, 80, 129, 256):
         check(info, case(rng, info, t=9, s=37, h=h), h)
@@ -140,22 +143,23 @@ def test_strides(info, rng, layout):
 
 @pytest.mark.parametrize("at", ["end", "begin"])
 def test_nothing_is_touched_beside_the_arrays(info, rng, at):
-    with Region(1 << 20) as a, Region(1 << 20) as b, Region(1 << 20) as c, Region(1 << 20) as d, Region(1 << 20) as e:
-        with Region(1 << 20) as f:
-            for t, s, h in [(1, 1, 1), (5, 17, 3), (7, 33, 16), (2, 95, 21)]:
-                x = case(rng, info, t=t, s=s, h=h, n=2, kv_heads=1)
+    with contextlib.ExitStack() as stack:
+        regions = {name: stack.enter_context(Region(1 << 20)) for name in ("q", "k", "v", "bias", "mask", "out")}
 
-                def place(region: Region, like: np.ndarray) -> np.ndarray:
-                    view = region.array(like.shape, like.dtype, at=at)
-                    view[...] = like
-                    return view
+        def place(name: str, like: np.ndarray) -> np.ndarray:
+            view = regions[name].array(like.shape, like.dtype, at=at)
+            view[...] = like
+            return view
 
-                bias, mask = rng.standard_normal((1, 2, t, s)).astype(np.float32), rng.random((1, 2, t, s)) < 0.7
-                for given in ({}, {"bias": place(e, bias), "mask": place(f, mask)}, {"left": 1, "mask": place(f, mask)}):
-                    y = Case(place(a, x.q), place(b, x.k), place(c, x.v), **given)
-                    out = d.array(x.q.shape, x.q.dtype, at=at)
-                    out.fill(np.nan)
-                    check(info, y, (t, s, h), out=out)
+        for t, s, h in [(1, 1, 1), (5, 17, 3), (7, 33, 16), (2, 95, 21)]:
+            x = case(rng, info, t=t, s=s, h=h, n=2, kv_heads=1)
+            bias = place("bias", rng.standard_normal((1, 2, t, s)).astype(np.float32))
+            mask = place("mask", rng.random((1, 2, t, s)) < 0.7)
+            for given in ({}, {"bias": bias, "mask": mask}, {"left": 1, "mask": mask}):
+                y = Case(place("q", x.q), place("k", x.k), place("v", x.v), **given)
+                out = regions["out"].array(x.q.shape, x.q.dtype, at=at)
+                out.fill(np.nan)
+                check(info, y, (t, s, h), out=out)
 
 
 def test_the_same_bits_for_any_number_of_threads(info, rng):
