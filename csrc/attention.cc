@@ -24,15 +24,16 @@ constexpr AttentionInfo kAttentions[] = {
     {},  // an array may not be empty, a build without kernels may
 };
 
-constexpr int64_t kLine = 64;                  // bytes
-constexpr int64_t kMostRows = 512;             // of an item: packing keys costs a hundredth of their products then
-constexpr int64_t kFewestRows = 48;            // that an item is cut down to, so that there are
-constexpr int64_t kItems = 16;                 // so many for threads to share
-constexpr int64_t kBlockBytes = 128 << 10;     // of a packed block of keys and values: a share of L2
-constexpr int64_t kMostKeys = 512;             // in a block, whose scores for a tile of queries stay in L1
-constexpr int64_t kSplitRows = 64;             // with more of them in all, keys are not split
-constexpr int64_t kSplitKeys = 512;            // the least keys in a piece
-constexpr int64_t kSplitItems = 16;            // as many as there are to be
+constexpr int64_t kLine = 64;               // bytes
+constexpr int64_t kMostRows = 512;          // of an item: packing keys costs a hundredth of their products then
+constexpr int64_t kFewestRows = 48;         // that an item is cut down to, so that there are
+constexpr int64_t kItems = 16;              // so many for threads to share
+constexpr int64_t kBlockBytes = 128 << 10;  // of a packed block of keys and values: a share of L2
+constexpr int64_t kMostKeys = 512;          // in a block, whose scores for a tile of queries stay in L1
+constexpr int64_t kSplitRows = 64;          // with more of them in all, keys are not split
+constexpr int64_t kSplitKeys = 512;         // the least keys in a piece
+constexpr int64_t kSplitItems = 64;         // with more items without it neither
+constexpr int64_t kMostPieces = 16;
 constexpr float kJaxMasked = -0.7f * FLT_MAX;  // jax.nn's score of a masked key
 
 int64_t CeilDiv(int64_t x, int64_t y) { return (x + y - 1) / y; }
@@ -143,6 +144,7 @@ AttentionArgs ArgsFor(const AttentionPlan& plan, const AttentionBuffers& buffers
   x.rs_scores = (CeilDiv(plan.block * 4, kLine) | 1) * kLine / 4;
   x.rs_sums = SumsRow(plan);
   x.scale = shape.scale * M_LOG2E;
+  x.few = plan.few;
   x.general = buffers.bias != nullptr || buffers.mask != nullptr || !(shape.scale > 0);
   return x;
 }
@@ -304,9 +306,8 @@ AttentionPlan PlanAttention(const AttentionInfo* kernel, const AttentionShape& s
   p.block = std::clamp(kBlockBytes / key_bytes / unit * unit, unit, RoundUp(kMostKeys, unit));
   p.block = std::min(p.block, RoundUp(shape.keys, unit));
   p.pieces = 1;
-  if (p.group * shape.queries <= kSplitRows) {
-    const int64_t wanted = CeilDiv(kSplitItems, shape.batch * shape.kv_heads);
-    p.pieces = std::max<int64_t>(1, std::min(wanted, shape.keys / kSplitKeys));
+  if (p.group * shape.queries <= kSplitRows && shape.batch * shape.kv_heads <= kSplitItems) {
+    p.pieces = std::clamp<int64_t>(shape.keys / kSplitKeys, 1, kMostPieces);
   }
   p.piece = RoundUp(CeilDiv(shape.keys, p.pieces), p.block);
   p.pieces = CeilDiv(shape.keys, p.piece);
@@ -328,15 +329,16 @@ AttentionPlan PlanAttention(const AttentionInfo* kernel, const AttentionShape& s
     cut();
   }
 
-  const int64_t padded = PaddedRows(p);
+  p.few = kernel->few && p.rows() <= kFewQueries && shape.k[3] == 1 && shape.v[3] == 1;
+  const int64_t padded = PaddedRows(p), tile_rows = std::max<int64_t>(kernel->mr, kFewQueries);
   const auto bytes = [](int64_t x) { return RoundUp(x, kLine); };
   p.q_pack = bytes(padded * PackedRow(*kernel, shape.depth)) + kPackSlackBytes;
   p.k_pack =
       bytes(RoundUp(p.block, kernel->nr) * RoundUp(shape.depth, kernel->kr) * kernel->pack_bytes) + kPackSlackBytes;
   p.v_pack =
       bytes(RoundUp(shape.width, kernel->nr) * RoundUp(p.block, kernel->kr) * kernel->pack_bytes) + kPackSlackBytes;
-  p.scores = kernel->mr * (CeilDiv(p.block * 4, kLine) | 1) * kLine;
-  p.weights = kernel->converts ? kernel->mr * PackedRow(*kernel, p.block) : 0;
+  p.scores = tile_rows * (CeilDiv(p.block * 4, kLine) | 1) * kLine;
+  p.weights = kernel->converts ? tile_rows * PackedRow(*kernel, p.block) : 0;
   p.table = bytes(p.rows() * static_cast<int64_t>(sizeof(AttentionRow)));
   p.mask_row = bytes(shape.keys);
   // Twice: a query that is computed once more has a state of its own.
@@ -348,18 +350,20 @@ AttentionPlan PlanAttention(const AttentionInfo* kernel, const AttentionShape& s
 }
 
 void RunAttentionItem(const AttentionPlan& plan, const AttentionBuffers& buffers, void* shared, int64_t item) {
-  const Output output = OutputAt(plan, item / plan.pieces);
+  // Heads inside pieces: where the heads of a position lie side by side, they share pages, and with few queries to
+  // compute it is the pages that take the time.
+  const int64_t index = item % plan.outputs(), piece = item / plan.outputs();
+  const Output output = OutputAt(plan, index);
   const Rooms rooms = TakeRooms(plan);
   const bool split = plan.pieces > 1;
-  const State state = StateAt(plan, split ? Advance(shared, item, plan.state) : rooms.state);
+  const State state = StateAt(plan, split ? Advance(shared, index * plan.pieces + piece, plan.state) : rooms.state);
   const int64_t rows = FillTable(plan, buffers, output, rooms.table);
   if (rows > 0) {
     AttentionArgs x = ArgsFor(plan, buffers, output, rooms, state);
     const Keys keys = KeysFor(plan, rooms.table, rows);
-    const int64_t piece = item % plan.pieces * plan.piece;
     x.count = rows;
-    x.begin = std::max(keys.begin, piece);
-    x.end = std::min(keys.end, piece + plan.piece);
+    x.begin = std::max(keys.begin, piece * plan.piece);
+    x.end = std::min(keys.end, (piece + 1) * plan.piece);
     x.first = 1;
     x.finish = !split;
     plan.kernel->fn(&x);

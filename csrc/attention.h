@@ -65,6 +65,7 @@ struct AttentionPlan {
   int64_t heads_at_once;      // of a group in one item
   int64_t positions;          // in one item
   int64_t block;              // keys that are packed at once
+  bool few;                   // keys and values are read where they lie
   int64_t pieces, piece;      // of the keys, and how many keys one has
   // Workspace of a thread in bytes, in this order.
   int64_t q_pack, k_pack, v_pack, scores, weights, table, mask_row, state;

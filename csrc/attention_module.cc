@@ -90,6 +90,7 @@ double RunOften(std::string_view name, const Addresses& at, const Sizes& sizes, 
 nb::dict ExplainAttention(std::string_view name, const Sizes& sizes, const std::array<Strides, 4>& strides) {
   const AttentionPlan plan = PlanFor(name, sizes, strides, {}, {}, 1, kUnbounded, kUnbounded);
   nb::dict d;
+  d["few"] = plan.few;
   d["block"] = plan.block;
   d["pieces"] = plan.pieces;
   d["piece"] = plan.piece;

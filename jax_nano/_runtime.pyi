@@ -55,10 +55,12 @@ class _Attention(TypedDict):
     unit: int  # what blocks of keys are multiples of
     lanes: int  # elements of a vector of sums
     pack_bytes: int  # of a packed element
+    few: bool  # whether few queries can read keys and values where they lie
     converts: bool  # whether weights are converted before they are multiplied
 
 class _AttentionPlan(TypedDict):
-    block: int  # keys that are packed at once
+    few: bool  # keys and values are read where they lie
+    block: int  # keys that are looked at at once
     pieces: int  # of the keys, merged in a fixed order
     piece: int  # keys in one
     heads_at_once: int

@@ -475,6 +475,7 @@ ATTENTION_ARGS: Final = (
     Field("int64_t", "rs_sums", "elements between rows of sums: at least width, a multiple of nr"),
     Field("double", "scale", "of scores, times the logarithm of e to base 2"),
     Field("int64_t", "general", "1: there is a bias or a mask, or the scale is not above 0"),
+    Field("int64_t", "few", "1: keys and values are read where they lie (AttentionInfo::few)"),
     Field("int64_t", "first", "1: sums, maxima and totals begin; 0: they go on"),
     Field("int64_t", "finish", "1: results are written"),
 )
@@ -491,6 +492,7 @@ ATTENTION_INFO: Final = (
     Field("int32_t", "unit", "what blocks of keys are multiples of"),
     Field("int32_t", "lanes", "elements of a vector of sums"),
     Field("int32_t", "pack_bytes", "bytes of a packed element"),
+    Field("bool", "few", "whether up to kFewQueries can read keys and values where they lie, if csk and csv are 1"),
     Field("bool", "converts", "whether weights are converted from float32, to memory of their own"),
     Field("AttentionFn", "fn"),
 )
@@ -504,6 +506,9 @@ ATTENTION_SIGNATURES: Final = (
     ("float32", "float16"),
 )
 """The dtypes of queries and results, and of keys and values, that attentions are generated for."""
+
+FEW_QUERIES: Final = 8
+"""So many are computed without packing keys and values, which memory delivers no faster than they are multiplied."""
 
 MASKED_SCORE: Final = -3e38
 """The score of a key that a mask excludes, in base 2: finite, so that a query without any key weighs all alike."""

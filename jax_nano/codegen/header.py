@@ -58,6 +58,7 @@ def _calls() -> str:
         f"inline constexpr const char* kDotGeneralCall = {_string(_spec.DOT_GENERAL_CALL)};\n"
         f"inline constexpr const char* kLinearCall = {_string(_spec.LINEAR_CALL)};\n"
         f"inline constexpr const char* kAttentionCall = {_string(_spec.ATTENTION_CALL)};\n"
+        f"inline constexpr int64_t kFewQueries = {_spec.FEW_QUERIES};\n"
         f"inline constexpr float kMaskedScore = {_spec.MASKED_SCORE}f;\n"
         f"inline constexpr int64_t kPackSlackBytes = {_spec.PACK_SLACK_BYTES};\n"
     )

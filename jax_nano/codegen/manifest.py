@@ -54,6 +54,7 @@ def attention_entry(kernel: AttentionKernel) -> dict[str, Any]:
         "unit": attention.unit,
         "lanes": kernel.tile.lanes,
         "pack_bytes": ir.elem_bytes(kernel.family.b_elem),
+        "few": attention.inner is not None,
         "converts": attention.converts,
     }
     return {"symbol": kernel.symbol} | {

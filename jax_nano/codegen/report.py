@@ -27,9 +27,7 @@ def _main_microkernel(kernel: Kernel | AttentionKernel) -> str:
     return f"{kernel.symbol}_{kernel.tile.mr}x{kernel.tile.nr}"
 
 
-def _object_loops(
-    kernel: Kernel | AttentionKernel, tools: Toolchain, optimized: str
-) -> dict[str, checks.Checked]:
+def _object_loops(kernel: Kernel | AttentionKernel, tools: Toolchain, optimized: str) -> dict[str, checks.Checked]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.o"
         tools.object_file(optimized, kernel.target, path)

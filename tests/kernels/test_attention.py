@@ -232,6 +232,25 @@ def test_what_is_not_seen_does_not_leak(info, rng, poison):
             assert np.isnan(out[0, ~rows].astype(np.float32)).all() or not (~rows).any() or np.isinf(poison)
 
 
+def test_exponentials(info, rng):
+    """One key of score 0 and value 0, another of score -y and value 1: the result is exp(-y), for y above 20.
+
+    The exponential itself is within 2 ulp; y in base 2 is rounded once more, which moves it by half an ulp of y.
+    """
+    if info["q"] != "float32" or info["kv"] != "float32":
+        pytest.skip("results or values are too narrow to tell")
+    y = rng.uniform(20, 87, 4096).astype(np.float32)
+    zero = np.zeros((1, 4096, 1, 1), np.float32)
+    v = np.zeros((1, 2, 1, 1), np.float32)
+    v[0, 1] = 1
+    bias = np.stack([np.zeros_like(y), -y], -1)[None, None]
+    out, _ = attention.run(info["name"], Case(zero, v * 0, v, bias=bias))
+    want = np.exp(-y.astype(np.float64))
+    ulp = np.spacing(want.astype(np.float32)).astype(np.float64)
+    moved = want * np.spacing((y * np.float32(np.log2(np.e))).astype(np.float32)) * np.log(2)
+    assert (np.abs(out[0, :, 0, 0] - want) <= 2 * ulp + 1.01 * moved).all()
+
+
 def test_masked_keys_do_not_leak(info, rng):
     x = case(rng, info, t=11, s=30, mask=np.arange(30)[None, None, None, :] % 3 != 1)
     clean, _ = attention.run(info["name"], x)
@@ -279,6 +298,18 @@ class TestEmulated:
             want, _ = attention.expected(x)
             for block in (facts["unit"], 3 * facts["unit"]):
                 want.check(attention.call(facts, function, x, block=block, at=at), (list(given), block))
+
+    @pytest.mark.parametrize(("t", "s", "h", "at"), [(1, 1, 1, "end"), (4, 70, 33, "begin"), (3, 129, 64, "end")])
+    def test_few_queries(self, subject, rng, t, s, h, at):
+        facts, function = subject
+        if not facts["few"]:
+            pytest.skip("reads no keys where they lie")
+        bias, mask = rng.standard_normal((1, 2, t, s)).astype(np.float32), rng.random((1, 2, t, s)) < 0.7
+        for given in ({}, {"right": 3}, {"left": 9, "right": 30}, {"bias": bias, "mask": mask, "right": s - t}):
+            x = case(rng, facts, 1, t, s, 2, 1, h, **given)
+            want, _ = attention.expected(x)
+            for block in (facts["unit"], 3 * facts["unit"]):
+                want.check(attention.call(facts, function, x, block=block, at=at, few=True), (list(given), block))
 
     def test_keys_one_part_after_the_other(self, subject, rng):
         facts, function = subject
