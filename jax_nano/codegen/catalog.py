@@ -121,7 +121,7 @@ class AttentionKernel:
             self.attention.emit(module, self.symbol)
             return module.text()
 
-    def microkernels(self) -> dict[str, Microkernel | AmxMicrokernel]:
+    def microkernels(self) -> dict[str, Microkernel | AmxMicrokernel | InnerMicrokernel | SweepMicrokernel]:
         """Its microkernels by the names of their generated functions."""
         return {m.name(self.symbol): m for m in self.attention.microkernels()}
 
