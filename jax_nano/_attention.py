@@ -23,6 +23,7 @@ from jax import Array, lax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
+from jax.sharding import PartitionSpec
 
 from jax_nano import _jax_compat as compat
 from jax_nano._primitive import bind_labels
@@ -145,10 +146,10 @@ def composition(
 def _abstract_eval(
     q: ShapedArray, k: ShapedArray, v: ShapedArray, *extras: ShapedArray, options: Options
 ) -> tuple[ShapedArray, ShapedArray]:
-    b, t, n, _ = q.shape
-    return q.update(shape=(b, t, n, v.shape[-1]), weak_type=False), q.update(
-        shape=(b, t, n), dtype=np.dtype(np.float32), weak_type=False
-    )
+    rows = q.sharding.update(spec=PartitionSpec(*q.sharding.spec[:3]))
+    whole = q.sharding.update(spec=PartitionSpec(*q.sharding.spec[:3], None))
+    out = q.update(shape=(*q.shape[:3], v.shape[-1]), weak_type=False, sharding=whole)
+    return out, q.update(shape=q.shape[:3], dtype=np.dtype(np.float32), weak_type=False, sharding=rows)
 
 
 # --- forward mode ---------------------------------------------------------------------------------------------
