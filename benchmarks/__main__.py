@@ -106,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     regret.add_argument("--sample-ms", type=float, default=2, help="length of a sample (default: 2)")
     regret.add_argument("--out", type=pathlib.Path, help="keep the times in this JSON file")
     regret.add_argument("--of", type=pathlib.Path, metavar="JSON", help="tell the regret of an earlier measurement")
+    attention = commands.add_parser("attention", help="attention in one pass, beside jax.nn's and PyTorch's")
+    attention.set_defaults(command=_attention)
+    attention.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
 
     shapes = commands.add_parser("list", help="list the products of a suite")
     shapes.set_defaults(command=_list)
@@ -309,6 +312,12 @@ def _regret(args: argparse.Namespace) -> int:
                 regret.save(rows, args.out)
     if rows:
         print(regret.Summary.of(rows))
+
+
+def _attention(args: argparse.Namespace) -> int:
+    from benchmarks import attention
+
+    print(attention.report(quick=args.quick))
     return 0
 
 

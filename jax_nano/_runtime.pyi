@@ -48,6 +48,31 @@ class _Kernel(TypedDict):
     narrow_out: bool
     epilogue: bool  # whether it can finish its sums with scale, bias, activation and residual
 
+class _Attention(TypedDict):
+    name: str
+    target: str
+    q: str  # dtype of queries and results
+    kv: str  # of keys and values
+    mr: int
+    nr: int
+    kr: int
+    unit: int  # what blocks of keys are multiples of
+    lanes: int  # elements of a vector of sums
+    pack_bytes: int  # of a packed element
+    few: bool  # whether few queries can read keys and values where they lie
+    converts: bool  # whether weights are converted before they are multiplied
+
+class _AttentionPlan(TypedDict):
+    few: bool  # keys and values are read where they lie
+    block: int  # keys that are looked at at once
+    pieces: int  # of the keys, merged in a fixed order
+    piece: int  # keys in one
+    heads_at_once: int
+    positions: int
+    items: int
+    workspace_bytes: int
+    shared_bytes: int
+
 class _Caches(TypedDict):
     l1d: int
     l2: int
@@ -112,6 +137,53 @@ def supports(lhs: str, rhs: str, out: str, algorithm: str = "default") -> bool:
 
 def kernels() -> list[_Kernel]:
     """Every kernel in this build, runnable on this CPU or not."""
+
+def attentions() -> list[_Attention]:
+    """Every attention in this build, runnable on this CPU or not."""
+
+def supports_attention(q: str, kv: str) -> bool:
+    """Whether there is an attention for these dtypes.
+
+    Raises:
+      ValueError: as `selected_target`.
+    """
+
+def plan_attention(name: str, sizes: Sequence[int], strides: Sequence[Sequence[int]]) -> _AttentionPlan:
+    """What `attention` would do, for tests."""
+
+def attention(
+    name: str,
+    addresses: Sequence[int],
+    sizes: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    bias: Sequence[int],
+    mask: Sequence[int],
+    scale: float,
+    left: int,
+    right: int,
+    threads: int,
+    trips: int = 1,
+) -> float:
+    """Run one attention on arrays, on threads of its own, without XLA. Releases the GIL.
+
+    Args:
+      name: of `attentions`.
+      addresses: of q, k, v, the result, bias (float32), mask (bytes), lengths of queries and of keys (int32), and
+        logarithms (float32, dense); 0 for what there is not.
+      sizes: batch, queries, keys, heads, heads of keys and values, elements of a key, elements of a value.
+      strides: of q, k, v and the result, between batches, positions, heads and elements.
+      bias, mask: strides between batches, heads and queries; keys are side by side.
+      scale: of the scores.
+      left, right: query t sees keys t - left <= s <= t + right.
+      threads: the caller's and others.
+      trips: how often.
+
+    Returns:
+      The seconds that all trips took.
+
+    Raises:
+      ValueError: no attention has the name, or sizes do not fit.
+    """
 
 def features() -> list[str]:
     """The CPU features found, among those that some target needs."""

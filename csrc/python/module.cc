@@ -12,8 +12,10 @@
 #include "machine/machine.h"
 #include "plan/registry.h"
 #include "plan/select.h"
+#include "python/attention.h"
 #include "python/product.h"
 #include "python/testing.h"
+#include "xla/attention_ffi.h"
 #include "xla/ffi.h"
 
 namespace nb = nanobind;
@@ -33,6 +35,7 @@ nb::dict Registrations() {
   nb::dict out;
   out[kDotGeneralCall] = stages(&DotInstantiate, &DotExecute);
   out[kLinearCall] = stages(&LinearInstantiate, &LinearExecute);
+  out[kAttentionCall] = stages(&AttentionInstantiate, &AttentionExecute);
   return out;
 }
 
@@ -109,6 +112,7 @@ NB_MODULE(_runtime, m) {
   m.def("plan", &ExplainPlan, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a, "out_labels"_a,
         "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a, "algorithm"_a = "default", "target"_a = nb::none(),
         "caches"_a = nb::none());
+  DefineAttention(m);
   DefineTesting(m.def_submodule("testing"));
 }
 

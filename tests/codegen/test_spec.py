@@ -86,7 +86,7 @@ class TestExtension:
     """The compiled extension has the facts of the spec beside it."""
 
     def test_calls(self):
-        assert set(_runtime.registrations()) == {spec.DOT_GENERAL_CALL, spec.LINEAR_CALL}
+        assert set(_runtime.registrations()) == {spec.DOT_GENERAL_CALL, spec.LINEAR_CALL, spec.ATTENTION_CALL}
         assert _runtime.ABI_VERSION == spec.FFI_ABI
 
     def test_targets_best_first(self):
@@ -117,6 +117,18 @@ class TestExtension:
             assert (kernel["lhs"], kernel["rhs"], kernel["out"]) in spec.SIGNATURES
             assert kernel["acc"] == spec.DTYPES[kernel["out"]].accumulator
             assert kernel["algorithm"] in (spec.DEFAULT_ALGORITHM, *spec.ALGORITHMS)
+
+    def test_attentions(self):
+        fields = _spec.names(_spec.ATTENTION_INFO)[:-1]
+        stub = ast.parse((PACKAGE / "_runtime.pyi").read_text())
+        (declared,) = (x for x in stub.body if isinstance(x, ast.ClassDef) and x.name == "_Attention")
+        assert sorted(x.target.id for x in declared.body) == sorted(fields)
+        for found in _runtime.attentions():
+            assert tuple(found) == fields
+        lowest, *_ = _spec.TARGETS
+        assert {(x["q"], x["kv"]) for x in _runtime.attentions() if x["target"] == lowest} == set(
+            _spec.ATTENTION_SIGNATURES
+        )
 
     def test_every_signature_has_a_kernel_on_every_cpu(self):
         built = {(k["target"], k["lhs"], k["rhs"], k["out"]) for k in _runtime.kernels()}
