@@ -312,6 +312,7 @@ def _regret(args: argparse.Namespace) -> int:
                 regret.save(rows, args.out)
     if rows:
         print(regret.Summary.of(rows))
+    return 0
 
 
 def _attention(args: argparse.Namespace) -> int:

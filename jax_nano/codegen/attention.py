@@ -650,7 +650,7 @@ class _LoopNest:
                     "m": count,
                     "n": here,
                     "k": x["depth"],
-                    "ahead": 0,
+                    "prefetch": 0,
                 }
             )
 
@@ -671,7 +671,7 @@ class _LoopNest:
                     "k": here,
                     "accumulate": 1,
                     "more": 0,
-                    "ahead": 0,
+                    "prefetch": 0,
                     "epilogue": 0,
                 }
             )

@@ -119,15 +119,15 @@ class TestExtension:
             assert kernel["algorithm"] in (spec.DEFAULT_ALGORITHM, *spec.ALGORITHMS)
 
     def test_attentions(self):
-        fields = _spec.names(_spec.ATTENTION_INFO)[:-1]
+        fields = spec.names(spec.ATTENTION_INFO)[:-1]
         stub = ast.parse((PACKAGE / "_runtime.pyi").read_text())
         (declared,) = (x for x in stub.body if isinstance(x, ast.ClassDef) and x.name == "_Attention")
         assert sorted(x.target.id for x in declared.body) == sorted(fields)
         for found in _runtime.attentions():
             assert tuple(found) == fields
-        lowest, *_ = _spec.TARGETS
+        lowest, *_ = spec.TARGETS
         assert {(x["q"], x["kv"]) for x in _runtime.attentions() if x["target"] == lowest} == set(
-            _spec.ATTENTION_SIGNATURES
+            spec.ATTENTION_SIGNATURES
         )
 
     def test_every_signature_has_a_kernel_on_every_cpu(self):
