@@ -290,7 +290,7 @@ def test_cpp_takes_up_what_is_added(grown):
         from jax_nano.codegen.catalog import find
 
         kernel = find("gemm_i64_i64_i64_i64_6x8_imaginary")
-        manifest.write([kernel], [], Path(sys.argv[1], "kernels"))
+        manifest.write([kernel], [], [], Path(sys.argv[1], "kernels"))
         print(kernel.symbol)
         """,
     ).strip()
