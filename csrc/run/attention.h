@@ -20,8 +20,8 @@
 
 #include "machine/machine.h"
 #include "plan/kernel_abi.h"
-#include "run/parallel.h"
 #include "plan/select.h"
+#include "run/parallel.h"
 #include "run/sharing.h"
 #include "run/workspace.h"
 
