@@ -100,6 +100,7 @@ def clear() -> None:
 
 
 def line(product: Product) -> str:
+    """A product as text: labels and arrays, then its kernel and plan, or why XLA computes it."""
     lhs, rhs, out = (f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in product.arrays)
     what = f"{_letters(product.labels)}  {lhs} x {rhs} -> {out}"
     algorithm = "" if product.algorithm == "default" else f" ({product.algorithm})"

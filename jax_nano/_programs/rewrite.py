@@ -54,6 +54,8 @@ class _Rewriter:
             self._in_one_function = module.called_from(hlo.is_one_function)
         for body in module.bodies("dot", "fusion"):
             dots = _products_of(body)
+            if not dots:
+                continue
             numbers, reason = frozenset(x.instruction.id for x in dots), self._why_none_in(body.computation)
             seen.update(x.dot.id for x in dots)
             found += [self._replace(body, x, numbers, reason) for x in dots]
