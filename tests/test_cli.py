@@ -165,6 +165,8 @@ def test_every_kernel_of_the_build_can_be_explained() -> None:
 def test_explain_shows_what_the_gate_decides() -> None:
     assert "left to XLA: too small" in run("explain", "2x2x2").stdout
     assert "lets it through" in run("explain", "2x2x2", JAX_NANO_GATE="off").stdout
+    # XLA would not round the operands.
+    assert "lets it through" in run("explain", "2x2x2", "--algorithm", "BF16_BF16_F32").stdout
     assert "left to XLA: sums of 16 terms" in run("explain", "1024x1024x16").stdout
     assert "lets it through" in run("explain", "4096x16x16").stdout
     assert "left to XLA: a product with a vector" in run("explain", "1024x1x1024").stdout
