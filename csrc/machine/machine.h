@@ -3,6 +3,7 @@
 #define JAX_NANO_MACHINE_MACHINE_H_
 
 #include "machine/caches.h"
+#include "machine/costs.h"
 #include "machine/profile.h"
 
 namespace jax_nano {
@@ -10,6 +11,8 @@ namespace jax_nano {
 struct Machine {
   Caches caches;
   Profile profile = {};
+  const CpuProfile* cpu = nullptr;    // NUMERIC: the built-in costs; null: the CPU was never measured
+  const CpuProfile* tuned = nullptr;  // what its user measured; decides what only moves data, instead of `cpu`
 };
 
 // The one that runs this process; detected once.

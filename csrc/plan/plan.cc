@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "plan/arithmetic.h"
 #include "plan/registry.h"
+#include "plan/search.h"
 
 namespace jax_nano {
 namespace {
@@ -169,7 +171,11 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
   const int64_t all_k = nest.all_k();
 
   Choice choice;
-  choice.schedule = ChooseOrderOfSums(kernel, x, profile);
+  // Known costs decide; else thresholds.
+  Product whole = x;
+  whole.batch = nest.products;
+  const std::optional<Schedule> fastest = FastestOrderOfSums(kernel, whole, machine);
+  choice.schedule = fastest ? *fastest : ChooseOrderOfSums(kernel, x, profile);
   choice.split_k_unit = SplitKUnit(choice.schedule, profile);
   choice.split_k = ChooseSplitK(choice.schedule, kernel, x, nest.products, nest.passes, profile);
   TakeBatch(kernel, choice.split_k, nest);
@@ -180,7 +186,8 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
     choice.split = SplitForPartialSums(kernel, x, choice.split, kMaxPartialBytes);
   }
   const Product item = LargestItem(kernel, x, choice);
-  choice.schedule = ChooseBlocks(choice.schedule, kernel, x, item.m, item.n, machine);
+  const std::optional<Schedule> blocks = FastestBlocks(choice.schedule, kernel, x, item.m, item.n, machine);
+  choice.schedule = blocks ? *blocks : ChooseBlocks(choice.schedule, kernel, x, item.m, item.n, machine);
   if (const std::string why = WhyIllegal(kernel, nest, choice); !why.empty()) {
     throw std::logic_error("jax_nano planned what its kernel " + std::string(kernel.name) + " cannot run: " + why);
   }
