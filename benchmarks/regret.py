@@ -8,6 +8,7 @@ clock: a planner's choice is looked up among the candidates.
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import math
 import pathlib
@@ -203,14 +204,16 @@ class Summary:
 
 
 def save(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    """Keeps the rows as JSON, a line for each."""
+    """Keeps the rows as JSON, a line for each; compressed if the name ends with .gz."""
     head = {"machine": machine.describe(), "when": time.strftime("%Y-%m-%d"), "choice": CHOICE}
     body = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
+    text = f'{json.dumps(head)[:-1]}, "rows": [\n{body}\n]}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{json.dumps(head)[:-1]}, "rows": [\n{body}\n]}}\n')
+    path.write_bytes(gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode())
 
 
 def load(path: pathlib.Path) -> list[dict[str, Any]]:
     """The rows of a file that `save` wrote."""
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
+    data = path.read_bytes()
+    rows: list[dict[str, Any]] = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)["rows"]
     return rows

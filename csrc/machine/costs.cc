@@ -20,7 +20,8 @@ std::string Vendor(const CpuQueries& cpu) {
 }  // namespace
 
 const CostVector* CpuProfile::Of(std::string_view kernel) const {
-  const auto it = std::find_if(kernels.begin(), kernels.end(), [&](const KernelCosts& x) { return x.kernel == kernel; });
+  const auto it =
+      std::find_if(kernels.begin(), kernels.end(), [&](const KernelCosts& x) { return x.kernel == kernel; });
   return it == kernels.end() ? nullptr : &it->ns;
 }
 

@@ -1,5 +1,5 @@
 // What a CPU family needs for each thing that a kernel does, in nanoseconds: data, measured on such a CPU, from
-// jax_nano/profiles, or by the user on his own (`python -m jax_nano tune`). plan/cost.h counts the things.
+// jax_nano/profiles. plan/cost.h counts the things.
 #ifndef JAX_NANO_MACHINE_COSTS_H_
 #define JAX_NANO_MACHINE_COSTS_H_
 

@@ -11,8 +11,7 @@ namespace jax_nano {
 struct Machine {
   Caches caches;
   Profile profile = {};
-  const CpuProfile* cpu = nullptr;    // NUMERIC: the built-in costs; null: the CPU was never measured
-  const CpuProfile* tuned = nullptr;  // what its user measured; decides what only moves data, instead of `cpu`
+  const CpuProfile* cpu = nullptr;  // NUMERIC: the built-in costs; null: such a CPU was never measured
 };
 
 // The one that runs this process; detected once.

@@ -178,14 +178,15 @@ void Counter::CountPanels(const Blocked& x, const Height& height, double depth, 
     const double first = height.panels * blocks_of_k, lines = Real(rows) * (depth * Real(a_bytes_) / kLine + 1);
     Add(Cost::kALine, a_level_, std::min(first, calls) * lines);
     Add(Cost::kALineAgain, LevelOf(block_of_a + block_of_b), std::max(calls - first, 0.0) * lines);
-    if (Aliased(x_.rsa * a_bytes_)) Add(Cost::kAAliasedLine, calls * Real(rows) * depth * Real(a_bytes_) / kLine * tiles);
+    if (Aliased(x_.rsa * a_bytes_))
+      Add(Cost::kAAliasedLine, calls * Real(rows) * depth * Real(a_bytes_) / kLine * tiles);
   } else {
     // A line for each step, which the next panels share: where all of a panel's stay.
     const int64_t stride = std::abs(x_.csa) * a_bytes_;
     const bool aliased = Aliased(stride);
     const double bytes = depth * kLine;
     constexpr int64_t kFew = 128;
-    const Level level = bytes <= Real(caches_.l1d) / 2 && !aliased ? Level::kL1
+    const Level level = bytes <= Real(caches_.l1d) / 2 && !aliased                        ? Level::kL1
                         : (aliased ? depth <= Real(kFew) : bytes <= Real(caches_.l2) / 2) ? Level::kL2
                                                                                           : Level::kNear;
     const bool far = stride >= kPage / 2 && depth > Real(kL1TlbPages);
@@ -211,8 +212,8 @@ void Counter::CountPanels(const Blocked& x, const Height& height, double depth, 
   // Lines that two tiles share stay in L1 until the next one if all of a tile's do.
   const int64_t apart = std::max<int64_t>(64, std::gcd(stride, kL1WayBytes));
   const double lines_of_a_row = Real(widest * lanes * b_bytes_) / kLine + (stride % 64 != 0 ? 1 : 0);
-  const double room = std::min(Real(kL1Ways * (kL1WayBytes / apart)),
-                               kL1Share * Real(caches_.l1d) / kLine / lines_of_a_row);
+  const double room =
+      std::min(Real(kL1Ways * (kL1WayBytes / apart)), kL1Share * Real(caches_.l1d) / kLine / lines_of_a_row);
   if (depth > room) Add(Cost::kBConflictLine, calls * lines);
   if (stride % 64 != 0) Add(Cost::kBUnalignedLine, calls * lines);
   if (depth * Real(stride) > Real(kL1TlbPages * kPage)) {

@@ -79,6 +79,15 @@ void TakeBatch(const KernelInfo& kernel, int64_t split_k, Nest& nest) {
   nest.product.unfinished = nest.passes > 1 || split_k > 1;
 }
 
+// All products as the batch of one, wherever they lie.
+Product WholeProduct(const Nest& nest) {
+  Product x = nest.product;
+  x.batch = nest.products;
+  x.bsa = x.m * x.k;
+  x.bsb = x.n * x.k;
+  return x;
+}
+
 // The largest item's rows and columns, in whole register tiles.
 int64_t ItemRows(const KernelInfo& kernel, const Product& x, const Split& split) {
   return CeilDiv(CeilDiv(x.m, kernel.mr), split.m) * kernel.mr;
@@ -172,9 +181,7 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
 
   Choice choice;
   // Known costs decide; else thresholds.
-  Product whole = x;
-  whole.batch = nest.products;
-  const std::optional<Schedule> fastest = FastestOrderOfSums(kernel, whole, machine);
+  const std::optional<Schedule> fastest = FastestOrderOfSums(kernel, WholeProduct(nest), machine);
   choice.schedule = fastest ? *fastest : ChooseOrderOfSums(kernel, x, profile);
   choice.split_k_unit = SplitKUnit(choice.schedule, profile);
   choice.split_k = ChooseSplitK(choice.schedule, kernel, x, nest.products, nest.passes, profile);
@@ -192,6 +199,11 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
     throw std::logic_error("jax_nano planned what its kernel " + std::string(kernel.name) + " cannot run: " + why);
   }
   return Assemble(contraction, kernel, std::move(nest), choice, profile);
+}
+
+std::vector<Scored> ConsideredOrders(const Contraction& contraction, const KernelInfo& kernel, const Machine& machine) {
+  if (contraction.empty) return {};
+  return OrdersOfSums(kernel, WholeProduct(MakeNest(contraction)), machine);
 }
 
 Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::string_view algorithm,

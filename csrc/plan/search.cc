@@ -18,27 +18,16 @@ struct Costs {
   CacheLevels caches;
 };
 
-// Those that numeric decisions follow.
-std::optional<Costs> BuiltIn(const KernelInfo& kernel, const Machine& machine) {
+// With the caches that the costs are for: those that numeric decisions follow.
+std::optional<Costs> CostsOf(const KernelInfo& kernel, const Machine& machine) {
   const CostVector* ns = machine.cpu == nullptr ? nullptr : machine.cpu->Of(kernel.name);
   if (ns == nullptr) return std::nullopt;
   return Costs{*ns, machine.cpu->caches};
 }
 
-// Those that the others follow: measured by the user if he did, and with the caches of the machine.
-std::optional<Costs> AtHand(const KernelInfo& kernel, const Machine& machine) {
-  const CpuProfile* profile = machine.tuned != nullptr ? machine.tuned : machine.cpu;
-  const CostVector* ns = profile == nullptr ? nullptr : profile->Of(kernel.name);
-  if (ns == nullptr) return std::nullopt;
-  CacheLevels caches = profile->caches;
-  caches.l1d = machine.caches.l1d;
-  caches.l2 = machine.caches.l2;
-  return Costs{*ns, caches};
-}
-
 // What is left open in a schedule, filled in in all ways that are worth considering.
-std::vector<Schedule> Fillings(const Blocked& open, const KernelInfo& kernel, const Product& x, const CacheLevels& caches,
-                               const Profile& profile) {
+std::vector<Schedule> Fillings(const Blocked& open, const KernelInfo& kernel, const Product& x,
+                               const CacheLevels& caches, const Profile& profile) {
   std::vector<Schedule> out;
   const int64_t mr = kernel.mr, nr = kernel.nr;
   Blocks ncs;
@@ -96,8 +85,8 @@ std::optional<Scored> Fastest(const Schedule& open, const KernelInfo& kernel, co
 std::vector<Schedule> OpenOrders(const KernelInfo& kernel, const Product& x, const Profile& profile) {
   std::vector<Schedule> out;
   const bool pack_a = x.csa != 1, pack_b = x.rsb != 1;
-  const int64_t copied = (pack_a ? x.m * x.k * ElementBytes(kernel.lhs) : 0) +
-                         (pack_b ? x.n * x.k * ElementBytes(kernel.rhs) : 0);
+  const int64_t copied =
+      (pack_a ? x.m * x.k * ElementBytes(kernel.lhs) : 0) + (pack_b ? x.n * x.k * ElementBytes(kernel.rhs) : 0);
   if (copied <= profile.inner.max_copied_bytes) out.push_back(InnerProduct{pack_a, pack_b});
   out.push_back(Sweep{});
   for (const bool packed : {false, true}) {
@@ -112,7 +101,7 @@ std::vector<Schedule> OpenOrders(const KernelInfo& kernel, const Product& x, con
 
 std::vector<Scored> OrdersOfSums(const KernelInfo& kernel, const Product& product, const Machine& machine) {
   std::vector<Scored> out;
-  const std::optional<Costs> costs = BuiltIn(kernel, machine);
+  const std::optional<Costs> costs = CostsOf(kernel, machine);
   if (!costs) return out;
   Product x = product;
   x.rs_partial = RoundUp(x.n, kernel.nr);
@@ -131,8 +120,10 @@ std::optional<Schedule> FastestOrderOfSums(const KernelInfo& kernel, const Produ
 
 std::optional<Schedule> FastestBlocks(const Schedule& schedule, const KernelInfo& kernel, const Product& product,
                                       int64_t item_m, int64_t item_n, const Machine& machine) {
-  const std::optional<Costs> costs = AtHand(kernel, machine);
+  std::optional<Costs> costs = CostsOf(kernel, machine);
   if (!costs) return std::nullopt;
+  costs->caches.l1d = machine.caches.l1d;
+  costs->caches.l2 = machine.caches.l2;
   Product item = product;
   item.m = item_m;
   item.n = item_n;

@@ -1,8 +1,8 @@
 // The schedule of least predicted time, for kernels whose costs on this CPU are known (machine/costs.h). For the others
 // policy.h has thresholds.
 //
-// Numeric decisions look at the built-in costs and the caches that these are for; those that only move data look at the
-// machine at hand and at what its user has measured.
+// Numeric decisions look at the costs and at the caches that these are for; those that only move data look at the
+// caches of the machine at hand.
 #ifndef JAX_NANO_PLAN_SEARCH_H_
 #define JAX_NANO_PLAN_SEARCH_H_
 

@@ -107,17 +107,17 @@ nb::list CandidateList(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs
   return out;
 }
 
-// What a choice's costs are counted as, by name, with the caches of the host's profile or else its own.
+// How often a choice has each cost, by name, with the caches of a profile.
 nb::dict CountsOf(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels, Ints out_labels,
                   std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, const nb::dict& choice,
-                  std::string algorithm) {
+                  const std::string& cpu, std::string algorithm) {
   const CallSpec spec = {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels,
                          lhs_dtype, rhs_dtype, out_dtype,  algorithm};
   const Plan plan = spec.MakePlanBy(ParseChoice(choice));
-  const Machine& machine = HostMachine();
-  CacheLevels caches = {machine.caches.l1d, machine.caches.l2, machine.caches.l3 / 4, machine.caches.l3 / 2};
-  if (machine.cpu != nullptr) caches = machine.cpu->caches;
-  const CostVector counts = CountCosts(plan.schedule, *plan.kernel, plan.product, plan.split_k.slices, caches);
+  const Machine machine = MachineOf(std::nullopt, cpu);
+  if (machine.cpu == nullptr) throw std::invalid_argument("a profile's name is needed");
+  const CostVector counts =
+      CountCosts(plan.schedule, *plan.kernel, plan.product, plan.split_k.slices, machine.cpu->caches);
   nb::dict out;
   for (size_t i = 0; i < kCosts; ++i) {
     if (counts[i] != 0) out[nb::str(kCostNames[i].data(), kCostNames[i].size())] = counts[i];
@@ -295,7 +295,7 @@ void DefineTesting(nb::module_ m) {
   m.def("candidates", &CandidateList, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a, "out_labels"_a,
         "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a, "algorithm"_a = "default", "target"_a = nb::none());
   m.def("counts", &CountsOf, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a, "out_labels"_a,
-        "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "choice"_a, "algorithm"_a = "default");
+        "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "choice"_a, "cpu"_a, "algorithm"_a = "default");
   m.def("time_dot", &TimeDot, "buffers"_a.noconvert(), "trips"_a, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a,
         "rhs_labels"_a, "out_labels"_a, "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a,
         "algorithm"_a = "default", "choice"_a = nb::none());

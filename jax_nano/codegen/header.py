@@ -35,7 +35,18 @@ _STATES = ("avx", "avx512", "amx")
 
 def text() -> str:
     """The header."""
-    parts = (_HEAD, _calls(), _activations(), _arguments(), _kernel_info(), _costs(), _dtypes(), _features(), _targets(), _TAIL)
+    parts = (
+        _HEAD,
+        _calls(),
+        _activations(),
+        _arguments(),
+        _kernel_info(),
+        _costs(),
+        _dtypes(),
+        _features(),
+        _targets(),
+        _TAIL,
+    )
     return "\n".join(parts)
 
 

@@ -148,7 +148,7 @@ class Gemm:
 
     @property
     def direct_vectors(self) -> list[int]:
-        """How many vectors wide tiles of 1, 2 ... mr rows are against a B where it lies; none if it is packed always."""
+        """Vectors in a row of tiles of 1, 2 ... mr rows against a B where it lies; none if it is always packed."""
         if not self.direct_b or isinstance(self.family, AmxDot):
             return []
         return [self._direct_tile(rows).nv for rows in range(1, self.tile.mr + 1)]

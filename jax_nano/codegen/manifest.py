@@ -63,8 +63,8 @@ def attention_entry(kernel: AttentionKernel) -> dict[str, Any]:
 
 
 def write(kernels: Sequence[Kernel], attentions: Sequence[AttentionKernel], objects: Sequence[Path], out: Path) -> None:
-    """Writes spec.h, profiles.h, manifest.inc and attention.inc (C++), manifest.json, kernels.cmake (objects and sources) into
-    ``out``.
+    """Writes into ``out``, for C++, spec.h, profiles.h, manifest.inc and attention.inc, and manifest.json and
+    kernels.cmake (objects and sources).
     """
     _write(out / "spec.h", header.text())
     _write(out / "profiles.h", profiles.text([x.name for x in kernels]))
