@@ -47,8 +47,9 @@ def counts(row: Row, cpu: str) -> Floats:
     table = np.zeros((len(row["choices"]), len(NAMES)))
     for line, values in zip(table, row["choices"], strict=True):
         choice: Any = dict(zip(CHOICE, values, strict=True))
-        dtypes = (dtype.operand, dtype.operand, dtype.out)
-        for name, count in _runtime.testing.counts(*shapes, *labels, *dtypes, choice, cpu).items():
+        product: tuple[Any, ...] = (*shapes, *labels, dtype.operand, dtype.operand, dtype.out)
+        counted: Any = _runtime.testing.counts
+        for name, count in counted(*product, choice, cpu).items():
             line[_AT[name]] = count
     return table
 
