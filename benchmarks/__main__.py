@@ -106,6 +106,10 @@ def _parser() -> argparse.ArgumentParser:
     regret.add_argument("--sample-ms", type=float, default=2, help="length of a sample (default: 2)")
     regret.add_argument("--out", type=pathlib.Path, help="keep the times in this JSON file")
     regret.add_argument("--of", type=pathlib.Path, metavar="JSON", help="tell the regret of an earlier measurement")
+    fit = commands.add_parser("fit", help="the costs of a CPU's profile, from times that `regret` kept")
+    fit.set_defaults(command=_fit)
+    fit.add_argument("--profile", type=pathlib.Path, required=True, metavar="JSON", help="in jax_nano/profiles")
+    fit.add_argument("--of", type=pathlib.Path, nargs="+", required=True, metavar="JSON", help="the times")
     attention = commands.add_parser("attention", help="attention in one pass, beside jax.nn's and PyTorch's")
     attention.set_defaults(command=_attention)
     attention.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
@@ -312,6 +316,13 @@ def _regret(args: argparse.Namespace) -> int:
                 regret.save(rows, args.out)
     if rows:
         print(regret.Summary.of(rows))
+    return 0
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from benchmarks import fit, regret
+
+    print(fit.profile(args.profile, [row for path in args.of for row in regret.load(path)]))
     return 0
 
 

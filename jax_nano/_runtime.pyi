@@ -47,6 +47,8 @@ class _Kernel(TypedDict):
     sweep: bool
     narrow_out: bool
     epilogue: bool  # whether it can finish its sums with scale, bias, activation and residual
+    lanes: int
+    direct_vectors: str
 
 class _Attention(TypedDict):
     name: str
@@ -79,6 +81,18 @@ class _Caches(TypedDict):
     l3: int
 
 _Loop = tuple[int, int, int, int]  # size, and strides in A, B, C
+
+class _Scored(TypedDict):
+    inner: bool
+    sweep: bool
+    prefetch: bool
+    pack_a: bool
+    pack_b: bool
+    mc: int
+    kc: int
+    nc: int
+    tile_rows: int
+    ns: float
 
 class _Plan(TypedDict):
     kernel: str
@@ -204,13 +218,42 @@ def plan(
     algorithm: str = "default",
     target: str | None = None,
     caches: tuple[int, int, int] | None = None,
+    cpu: str | None = None,
 ) -> _Plan:
     """How a product would be computed: by the selected targets, or by one that may not even run here.
 
     Args:
       target: plan for this target only.
       caches: L1d, L2, L3 in bytes instead of this machine's.
+      cpu: plan by the costs of this profile, "" as for a CPU that was never measured.
 
     Raises:
       ValueError: labels, sizes or dtypes do not fit together, or no kernel takes them.
     """
+
+def considered(
+    lhs_shape: Sequence[int],
+    rhs_shape: Sequence[int],
+    lhs_labels: Sequence[int],
+    rhs_labels: Sequence[int],
+    out_labels: Sequence[int],
+    lhs_dtype: str,
+    rhs_dtype: str,
+    out_dtype: str,
+    algorithm: str = "default",
+    target: str | None = None,
+    cpu: str | None = None,
+) -> list[_Scored]:
+    """The schedules that the planner compares for a product, with their predicted times on one thread, fastest first.
+
+    Empty if costs of the kernel on this CPU are not known: then thresholds decide.
+
+    Raises:
+      ValueError: as `plan`.
+    """
+
+def profiles() -> list[str]:
+    """Names of the CPU families whose costs are built in."""
+
+def profile() -> str:
+    """That of the CPU that runs this process, or ""."""

@@ -103,6 +103,25 @@ def candidates(
       ValueError: as `_runtime.plan`.
     """
 
+def counts(
+    lhs_shape: Sequence[int],
+    rhs_shape: Sequence[int],
+    lhs_labels: Sequence[int],
+    rhs_labels: Sequence[int],
+    out_labels: Sequence[int],
+    lhs_dtype: str,
+    rhs_dtype: str,
+    out_dtype: str,
+    choice: Choice,
+    cpu: str,
+    algorithm: str = "default",
+) -> dict[str, float]:
+    """How often each cost of `spec.cost_names` arises in a plan, with the caches of a profile; those that do.
+
+    Raises:
+      ValueError: as `plan_by`, or there is no such profile.
+    """
+
 def time_dot(
     buffers: NDArray[np.uintp],
     trips: int,

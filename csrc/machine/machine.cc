@@ -3,7 +3,7 @@
 namespace jax_nano {
 
 const Machine& HostMachine() {
-  static const Machine machine = {HostCaches()};
+  static const Machine machine = {HostCaches(), {}, FindProfile(HostQueries())};
   return machine;
 }
 

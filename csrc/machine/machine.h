@@ -3,6 +3,7 @@
 #define JAX_NANO_MACHINE_MACHINE_H_
 
 #include "machine/caches.h"
+#include "machine/costs.h"
 #include "machine/profile.h"
 
 namespace jax_nano {
@@ -10,6 +11,7 @@ namespace jax_nano {
 struct Machine {
   Caches caches;
   Profile profile = {};
+  const CpuProfile* cpu = nullptr;  // NUMERIC: the built-in costs; null: such a CPU was never measured
 };
 
 // The one that runs this process; detected once.

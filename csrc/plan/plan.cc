@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "plan/arithmetic.h"
 #include "plan/registry.h"
+#include "plan/search.h"
 
 namespace jax_nano {
 namespace {
@@ -75,6 +77,15 @@ void TakeBatch(const KernelInfo& kernel, int64_t split_k, Nest& nest) {
   nest.product.bsb = batch.b;
   nest.product.bsc = batch.c;
   nest.product.unfinished = nest.passes > 1 || split_k > 1;
+}
+
+// All products as the batch of one, wherever they lie.
+Product WholeProduct(const Nest& nest) {
+  Product x = nest.product;
+  x.batch = nest.products;
+  x.bsa = x.m * x.k;
+  x.bsb = x.n * x.k;
+  return x;
 }
 
 // The largest item's rows and columns, in whole register tiles.
@@ -169,7 +180,9 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
   const int64_t all_k = nest.all_k();
 
   Choice choice;
-  choice.schedule = ChooseOrderOfSums(kernel, x, profile);
+  // Known costs decide; else thresholds.
+  const std::optional<Schedule> fastest = FastestOrderOfSums(kernel, WholeProduct(nest), machine);
+  choice.schedule = fastest ? *fastest : ChooseOrderOfSums(kernel, x, profile);
   choice.split_k_unit = SplitKUnit(choice.schedule, profile);
   choice.split_k = ChooseSplitK(choice.schedule, kernel, x, nest.products, nest.passes, profile);
   TakeBatch(kernel, choice.split_k, nest);
@@ -180,11 +193,17 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
     choice.split = SplitForPartialSums(kernel, x, choice.split, kMaxPartialBytes);
   }
   const Product item = LargestItem(kernel, x, choice);
-  choice.schedule = ChooseBlocks(choice.schedule, kernel, x, item.m, item.n, machine);
+  const std::optional<Schedule> blocks = FastestBlocks(choice.schedule, kernel, x, item.m, item.n, machine);
+  choice.schedule = blocks ? *blocks : ChooseBlocks(choice.schedule, kernel, x, item.m, item.n, machine);
   if (const std::string why = WhyIllegal(kernel, nest, choice); !why.empty()) {
     throw std::logic_error("jax_nano planned what its kernel " + std::string(kernel.name) + " cannot run: " + why);
   }
   return Assemble(contraction, kernel, std::move(nest), choice, profile);
+}
+
+std::vector<Scored> ConsideredOrders(const Contraction& contraction, const KernelInfo& kernel, const Machine& machine) {
+  if (contraction.empty) return {};
+  return OrdersOfSums(kernel, WholeProduct(MakeNest(contraction)), machine);
 }
 
 Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::string_view algorithm,

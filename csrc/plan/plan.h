@@ -15,6 +15,7 @@
 #include "plan/kernel_abi.h"
 #include "plan/policy.h"
 #include "plan/schedule.h"
+#include "plan/search.h"
 #include "plan/select.h"
 
 namespace jax_nano {
@@ -76,6 +77,10 @@ struct Plan {
 // caches are: only the cutting of k decides in which order a sum is taken, and k is cut by the product's shape, strides
 // and dtypes alone.
 Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t threads, const Machine& machine);
+
+// What the planner compares to fix the order of sums, each with its predicted time on one thread; empty where
+// thresholds decide.
+std::vector<Scored> ConsideredOrders(const Contraction& contraction, const KernelInfo& kernel, const Machine& machine);
 
 // The whole way from labelled arrays: analysis, the best of `targets` that has a kernel, plan. Throws
 // std::invalid_argument if the arrays do not fit together or no kernel takes their dtypes. last_is_n: as in Analyze.

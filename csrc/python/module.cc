@@ -88,12 +88,23 @@ nb::dict CacheDict() {
 nb::dict ExplainPlan(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels, Ints out_labels,
                      std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads,
                      std::string algorithm, std::optional<std::string> target,
-                     std::optional<std::array<int64_t, 3>> caches) {
+                     std::optional<std::array<int64_t, 3>> caches, std::optional<std::string> cpu) {
   const CallSpec spec = {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels,
                          lhs_dtype, rhs_dtype, out_dtype,  algorithm};
-  Machine machine = HostMachine();
-  if (caches) machine.caches = {(*caches)[0], (*caches)[1], (*caches)[2]};
-  return PlanDict(spec.MakePlanFor(TargetsFor(target), threads, machine));
+  return PlanDict(spec.MakePlanFor(TargetsFor(target), threads, MachineOf(caches, cpu)));
+}
+
+nb::list ConsideredList(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels, Ints out_labels,
+                        std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, std::string algorithm,
+                        std::optional<std::string> target, std::optional<std::string> cpu) {
+  const CallSpec spec = {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels,
+                         lhs_dtype, rhs_dtype, out_dtype,  algorithm};
+  const Machine machine = MachineOf(std::nullopt, cpu);
+  nb::list out;
+  for (const Scored& x : spec.Considered(spec.MakePlanFor(TargetsFor(target), 1, machine), machine)) {
+    out.append(ScoredDict(x));
+  }
+  return out;
 }
 
 }  // namespace
@@ -111,7 +122,12 @@ NB_MODULE(_runtime, m) {
   m.def("caches", &CacheDict);
   m.def("plan", &ExplainPlan, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a, "out_labels"_a,
         "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a, "algorithm"_a = "default", "target"_a = nb::none(),
-        "caches"_a = nb::none());
+        "caches"_a = nb::none(), "cpu"_a = nb::none());
+  m.def("considered", &ConsideredList, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a, "out_labels"_a,
+        "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "algorithm"_a = "default", "target"_a = nb::none(),
+        "cpu"_a = nb::none());
+  m.def("profiles", &ProfileNames);
+  m.def("profile", [] { return HostMachine().cpu == nullptr ? std::string_view() : HostMachine().cpu->name; });
   DefineAttention(m);
   DefineTesting(m.def_submodule("testing"));
 }

@@ -67,6 +67,15 @@ Plan CallSpec::MakePlanFor(std::span<const Target* const> targets, int64_t threa
                   {out_dtype, out_shape, out_labels}, algorithm, targets, threads, machine);
 }
 
+std::vector<Scored> CallSpec::Considered(const Plan& plan, const Machine& machine) const {
+  const Ints out_shape = OutShape();
+  const Contraction contraction = Analyze({lhs_dtype, lhs_shape, lhs_labels}, {rhs_dtype, rhs_shape, rhs_labels},
+                                          {out_dtype, out_shape, out_labels});
+  std::vector<Scored> out = ConsideredOrders(contraction, *plan.kernel, machine);
+  std::stable_sort(out.begin(), out.end(), [](const Scored& x, const Scored& y) { return x.ns < y.ns; });
+  return out;
+}
+
 Plan CallSpec::MakePlanBy(const ForcedChoice& forced) const {
   const Ints out_shape = OutShape();
   const Contraction contraction = Analyze({lhs_dtype, lhs_shape, lhs_labels}, {rhs_dtype, rhs_shape, rhs_labels},
@@ -131,6 +140,34 @@ const KernelInfo& KernelNamed(std::string_view name) {
   const KernelInfo* kernel = FindKernel(name);
   if (kernel == nullptr) throw std::invalid_argument("no such kernel");
   return *kernel;
+}
+
+nb::dict ScoredDict(const Scored& scored) {
+  nb::dict d;
+  const auto* blocked = std::get_if<Blocked>(&scored.schedule);
+  const auto* inner = std::get_if<InnerProduct>(&scored.schedule);
+  const auto* sweep = std::get_if<Sweep>(&scored.schedule);
+  d["inner"] = inner != nullptr;
+  d["sweep"] = sweep != nullptr;
+  d["prefetch"] = (inner != nullptr && inner->prefetch) || (sweep != nullptr && sweep->prefetch);
+  d["pack_a"] = (inner != nullptr && inner->pack_a) || (blocked != nullptr && blocked->pack_a);
+  d["pack_b"] = (inner != nullptr && inner->pack_b) || (blocked != nullptr && blocked->pack_b);
+  d["mc"] = blocked != nullptr ? blocked->mc : 0;
+  d["kc"] = blocked != nullptr ? blocked->kc : 0;
+  d["nc"] = blocked != nullptr ? blocked->nc : 0;
+  d["tile_rows"] = blocked != nullptr ? blocked->tile_rows : 0;
+  d["ns"] = scored.ns;
+  return d;
+}
+
+Machine MachineOf(const std::optional<std::array<int64_t, 3>>& caches, const std::optional<std::string>& cpu) {
+  Machine machine = HostMachine();
+  if (caches) machine.caches = {(*caches)[0], (*caches)[1], (*caches)[2]};
+  if (cpu) {
+    machine.cpu = FindProfile(*cpu);
+    if (machine.cpu == nullptr && !cpu->empty()) throw std::invalid_argument("no profile of a CPU: " + *cpu);
+  }
+  return machine;
 }
 
 nb::dict PlanDict(const Plan& plan) {

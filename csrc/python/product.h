@@ -4,6 +4,7 @@
 
 #include <nanobind/nanobind.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -35,6 +36,8 @@ struct CallSpec {
 
   // By the planner.
   Plan MakePlanFor(std::span<const Target* const> targets, int64_t threads, const Machine& machine) const;
+  // What the planner compares for the kernel of `plan`, the fastest first.
+  std::vector<Scored> Considered(const Plan& plan, const Machine& machine) const;
   // By the caller's choice; runs nowhere else than on the CPUs of the kernel's target. Throws std::invalid_argument,
   // with the reason, if that is illegal.
   Plan MakePlanBy(const ForcedChoice& forced) const;
@@ -57,6 +60,13 @@ std::string FirstName(const std::vector<const Target*>& targets);
 const KernelInfo& KernelNamed(std::string_view name);
 
 nanobind::dict PlanDict(const Plan& plan);
+
+// A schedule with its predicted nanoseconds.
+nanobind::dict ScoredDict(const Scored& scored);
+
+// The host, or with other caches, or as if it were the CPU of this profile; "" is one that was never measured. Throws
+// std::invalid_argument if there is no such profile.
+Machine MachineOf(const std::optional<std::array<int64_t, 3>>& caches, const std::optional<std::string>& cpu);
 
 }  // namespace jax_nano
 

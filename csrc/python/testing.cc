@@ -19,6 +19,7 @@
 #include "machine/features.h"
 #include "machine/machine.h"
 #include "plan/arithmetic.h"
+#include "plan/cost.h"
 #include "plan/plan.h"
 #include "plan/policy.h"
 #include "plan/registry.h"
@@ -103,6 +104,24 @@ nb::list CandidateList(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs
                          lhs_dtype, rhs_dtype, out_dtype,  algorithm};
   nb::list out;
   for (const Plan& plan : spec.CandidatePlans(TargetsFor(target), threads, HostMachine())) out.append(PlanDict(plan));
+  return out;
+}
+
+// How often a choice has each cost, by name, with the caches of a profile.
+nb::dict CountsOf(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels, Ints out_labels,
+                  std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, const nb::dict& choice,
+                  const std::string& cpu, std::string algorithm) {
+  const CallSpec spec = {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels,
+                         lhs_dtype, rhs_dtype, out_dtype,  algorithm};
+  const Plan plan = spec.MakePlanBy(ParseChoice(choice));
+  const Machine machine = MachineOf(std::nullopt, cpu);
+  if (machine.cpu == nullptr) throw std::invalid_argument("a profile's name is needed");
+  const CostVector counts =
+      CountCosts(plan.schedule, *plan.kernel, plan.product, plan.split_k.slices, machine.cpu->caches);
+  nb::dict out;
+  for (size_t i = 0; i < kCosts; ++i) {
+    if (counts[i] != 0) out[nb::str(kCostNames[i].data(), kCostNames[i].size())] = counts[i];
+  }
   return out;
 }
 
@@ -275,6 +294,8 @@ void DefineTesting(nb::module_ m) {
         "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "choice"_a, "algorithm"_a = "default");
   m.def("candidates", &CandidateList, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a, "out_labels"_a,
         "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a, "algorithm"_a = "default", "target"_a = nb::none());
+  m.def("counts", &CountsOf, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a, "out_labels"_a,
+        "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "choice"_a, "cpu"_a, "algorithm"_a = "default");
   m.def("time_dot", &TimeDot, "buffers"_a.noconvert(), "trips"_a, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a,
         "rhs_labels"_a, "out_labels"_a, "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a,
         "algorithm"_a = "default", "choice"_a = nb::none());

@@ -435,6 +435,12 @@ KERNEL_INFO: Final = (
     Field("bool", "sweep", "whether it has a path for few rows of A and a row-major B"),
     Field("bool", "narrow_out", "whether C's type is too narrow for partial sums: these live in GemmArgs::partial"),
     Field("bool", "epilogue", "whether it takes GemmArgs::epilogue"),
+    Field("int32_t", "lanes", "elements of a vector of sums: divides nr"),
+    Field(
+        "const char*",
+        "direct_vectors",
+        "for tiles of 1, 2 ... mr rows against a B where it lies a digit each: how many vectors wide they are",
+    ),
     Field("GemmFn", "fn"),
 )
 """One generated GEMM: a target and a signature, with every microkernel behind it. The manifest gives all but `fn`."""
@@ -516,6 +522,95 @@ MASKED_SCORE: Final = -3e38
 
 PACK_SLACK_BYTES: Final = 8192
 """Packing stores whole vectors, so a packed block may be overrun by less than this."""
+
+
+CACHE_LEVELS: Final = ("l1", "l2", "near", "far", "memory")
+"""Where data lies. L3 is two of them: a hypervisor's other guests, and its distance, make the last of it slower."""
+
+COST_TERMS: Final = {
+    "call": ("a call", 1),
+    "product": ("each further product of a batch", 1),
+    "slice": ("a slice of split-K", 1),
+    "slice_element": ("an element of a slice's sums", 1),
+    # The blocked path: loops
+    "row_of_tiles": ("a row of register tiles", 1),
+    "plain_row_of_tiles": ("the same where one block is all and nothing is packed", 1),
+    "block_of_k": ("a block of k, for each block of m", 1),
+    "block_of_n": ("a block of n, for each of these", 1),
+    # products
+    "packed_step": ("a cycle of K steps of tiles against packed B", 1),
+    "direct_step": ("of whole vectors of a B where it lies", 1),
+    "masked_step": ("of its last, partial vector", 1),
+    # C
+    "c_vector": ("a vector of C stored", 1),
+    "c_masked": ("a partial vector stored", 1),
+    "c_add": ("a vector of earlier sums added", 1),
+    "c_add_masked": ("a partial one", 1),
+    "c_line": ("a cache line of C, by where C lies", 5),
+    "c_aliased_line": ("a line of a C whose rows share their sets in L1", 1),
+    "c_segment": ("a row of a tile of C beyond L2", 1),
+    "c_page": ("a row of a tile of C whose rows are a page apart", 1),
+    "partial_line": ("a line of partial sums", 5),
+    # A
+    "a_line": ("a line of rows of A where they lie, the first time", 5),
+    "a_line_again": ("and once more", 5),
+    "a_aliased_line": ("of rows that share their sets in L1", 1),
+    "a_step_line": ("a line of an A whose columns are contiguous, by where a panel of it stays", 5),
+    "a_far_step_line": ("the same where columns are far apart", 5),
+    "a_packed_line": ("a line of packed A", 5),
+    "pack_a_rows": ("an element of A packed from rows", 5),
+    "pack_a_columns": ("from columns", 5),
+    "pack_a_row_panel": ("a panel of such rows", 1),
+    "pack_a_column_panel": ("of columns", 1),
+    "pack_a_aliased": ("an element of rows that share their sets in L1", 1),
+    "pack_a_page": ("a column of a panel on a page of its own", 1),
+    # B
+    "b_line": ("a line of B where it lies, the first time", 5),
+    "b_line_again": ("and once more", 5),
+    "b_late_line": ("a line that has left L2 between its prefetch and its use, in L3 or beyond", 2),
+    "b_conflict_line": ("a line of a tile whose lines do not fit into L1 together", 1),
+    "b_unaligned_line": ("a line of rows that do not begin with one", 1),
+    "b_page": ("a row of a tile on a page of its own, beyond the reach of the L1 TLB", 1),
+    "b_packed_line": ("a line of packed B", 5),
+    "pack_b_rows": ("an element of B packed from rows", 5),
+    "pack_b_columns": ("from columns", 5),
+    "pack_b_row": ("a row of a block of B", 1),
+    "pack_b_column": ("a column of a block", 1),
+    "pack_b_panel": ("a panel of packed B", 1),
+    "pack_b_page": ("a row of a panel on a page of its own", 1),
+    # Inner products
+    "inner_step": ("a cycle of their steps", 1),
+    "inner_unaligned": ("a vector of operands that do not begin with a whole one", 1),
+    "inner_tile": ("a tile", 1),
+    "inner_lanes": ("an accumulator whose lanes are added", 1),
+    "inner_rest": ("an element of a tile with a rest of k", 1),
+    "inner_copy_a": ("an element of A copied along k", 1),
+    "inner_copy_b": ("of B", 1),
+    "inner_line": ("a line of the longer operand", 5),
+    "inner_prefetched_line": ("the same, prefetched", 5),
+    "inner_again_line": ("a line of the other one, each time", 5),
+    # Sweeps
+    "sweep": ("a sweep over a block of columns", 1),
+    "sweep_vector": ("a cycle of a sweep's vectors with 1, 2, 3, 4 rows of A", 4),
+    "sweep_masked": ("a row of sums of a partial vector", 1),
+    "sweep_line": ("a line of B", 5),
+    "sweep_prefetched_line": ("the same, prefetched", 5),
+    "sweep_a": ("an element of A", 1),
+    "sweep_page": ("a row of B a page apart from the last", 1),
+    "sweep_unaligned_line": ("a line of rows of B that do not begin with one", 1),
+    "sweep_sums_line": ("a line of C", 5),
+}
+"""What the predicted time of a plan is made of (csrc/plan/cost.h): what is counted, and how many costs the term has:
+one, one for each of CACHE_LEVELS, or others. A CPU's profile gives the nanoseconds of each."""
+
+
+def cost_names() -> tuple[str, ...]:
+    """Each cost by its name in profiles, in order: terms of several costs are followed by a level or a number."""
+    out: list[str] = []
+    for term, (_, count) in COST_TERMS.items():
+        levels = CACHE_LEVELS if count == len(CACHE_LEVELS) else tuple(map(str, range(1, count + 1)))
+        out += [f"{term}.{level}" for level in levels] if count > 1 else [term]
+    return tuple(out)
 
 
 def names(fields: tuple[Field, ...]) -> tuple[str, ...]:

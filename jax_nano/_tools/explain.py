@@ -136,12 +136,23 @@ def explain(
     lines += _rows("split", [_split_text(plan, threads)])
     shared = f", and {size(plan['shared_bytes'])} that all share" if plan["shared_bytes"] else ""
     lines += _rows("workspace", [f"{size(plan['workspace_bytes'])} a thread{shared}"])
+    considered = runtime.considered(
+        lhs_shape,
+        rhs_shape,
+        labels.lhs,
+        labels.rhs,
+        labels.out,
+        *asked.dtypes,
+        algorithm=algorithm,
+        target=target,
+    )
+    lines += _rows("considered", _considered_lines(runtime.profile(), considered))
     lines += _rows("cost", _cost_lines(runtime, asked, kernel, algorithm))
     return "\n".join(lines)
 
 
 def _rows(title: str, lines: list[str]) -> list[str]:
-    return [f"{title if i == 0 else '':11}{line}" for i, line in enumerate(lines)]
+    return [f"{title if i == 0 else '':12}{line}" for i, line in enumerate(lines)]
 
 
 def _gate_text(declined: str | None) -> str:
@@ -235,6 +246,41 @@ def _blocking_lines(plan: Mapping[str, Any]) -> list[str]:
         why = "as sums are long and the result has few tiles"
         lines.append(f"split-K: {plan['split_k']} slices on any number of threads, {why}; reduced in pairs")
     return lines
+
+
+_MOST_CONSIDERED: Final = 6
+
+
+def _considered_lines(cpu: str, considered: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The schedules that the planner compared, each with its predicted time and how much slower it is than the best."""
+    if not considered:
+        return ["nothing: there are no measured costs of this kernel on this CPU, so that thresholds decide"]
+    best = considered[0]["ns"]
+    lines = [f"predicted for one core of {cpu}:"]
+    for x in considered[:_MOST_CONSIDERED]:
+        why = "chosen" if x is considered[0] else f"{x['ns'] / best:.2f} times as long"
+        lines.append(f"{_duration(x['ns']):>8}  {_schedule_text(x)} ({why})")
+    if (more := len(considered) - _MOST_CONSIDERED) > 0:
+        lines.append(f"and {more} slower {'one' if more == 1 else 'ones'}")
+    return lines
+
+
+def _schedule_text(x: Mapping[str, Any]) -> str:
+    packed = [operand for operand in ("A", "B") if x[f"pack_{operand.lower()}"]]
+    if x["inner"]:
+        return " ".join(["inner products along K", *(f"with {operand} copied" for operand in packed)])
+    if x["sweep"]:
+        return "sweeps over B"
+    what = f"{' and '.join(packed)} packed" if packed else "nothing packed"
+    return f"register tiles, {what}, K by {x['kc']}"
+
+
+def _duration(ns: float) -> str:
+    """E.g. "12 us"."""
+    for limit, unit in ((1e9, "s"), (1e6, "ms"), (1e3, "us")):
+        if ns >= limit:
+            return f"{ns / limit:.3g} {unit}"
+    return f"{ns:.3g} ns"
 
 
 def _split_text(plan: Mapping[str, Any], threads: int) -> str:

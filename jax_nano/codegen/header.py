@@ -35,7 +35,18 @@ _STATES = ("avx", "avx512", "amx")
 
 def text() -> str:
     """The header."""
-    parts = (_HEAD, _calls(), _activations(), _arguments(), _kernel_info(), _dtypes(), _features(), _targets(), _TAIL)
+    parts = (
+        _HEAD,
+        _calls(),
+        _activations(),
+        _arguments(),
+        _kernel_info(),
+        _costs(),
+        _dtypes(),
+        _features(),
+        _targets(),
+        _TAIL,
+    )
     return "\n".join(parts)
 
 
@@ -113,6 +124,26 @@ def _kernel_info() -> str:
     for name, fields in (("KernelInfo", spec.KERNEL_INFO), ("AttentionInfo", spec.ATTENTION_INFO)):
         parts += [_struct(name, fields), _visitor(f"const {name}", fields[:-1])]
     return "\n".join(parts)
+
+
+def _costs() -> str:
+    """Terms of several costs are followed by those of the other levels."""
+    items, at = [], 0
+    for term, (comment, count) in spec.COST_TERMS.items():
+        items.append(f"  {enumerator(term)} = {at},  // {comment}{f', {count} costs' if count > 1 else ''}")
+        at += count
+    levels = ", ".join(map(enumerator, spec.CACHE_LEVELS))
+    return "\n".join(
+        [
+            f"enum class Level : size_t {{ {levels} }};",
+            "",
+            "enum class Cost : size_t {",
+            *items,
+            "};",
+            f"inline constexpr size_t kCosts = {at};",
+            _table("std::string_view kCostNames[]", map(_string, spec.cost_names())),
+        ]
+    )
 
 
 def _dtypes() -> str:

@@ -146,6 +146,16 @@ class Gemm:
         nest = _LoopNest(self, module, packing, pack_a, pack_b, names[False], names[True], others)
         module.function(symbol, ["int64"], nest.emit, internal=False)
 
+    @property
+    def direct_vectors(self) -> list[int]:
+        """Vectors in a row of tiles of 1, 2 ... mr rows against a B where it lies; none if it is always packed."""
+        if not self.direct_b or isinstance(self.family, AmxDot):
+            return []
+        return [self._direct_tile(rows).nv for rows in range(1, self.tile.mr + 1)]
+
+    def _direct_tile(self, rows: int) -> Tile:
+        return stream_tile(self.tile, rows, self.target, self.family.temporaries)
+
     def _tile_rows(self) -> Iterator[_TileRow | AmxTileRow]:
         """For each number of rows 1..mr, or of rows of tiles, against packed panels of B and B where it lies."""
         if isinstance(self.family, AmxDot):
@@ -154,9 +164,7 @@ class Gemm:
             return
         for stream in (False, True) if self.direct_b else (False,):
             for m in range(1, self.tile.mr + 1):
-                tile = Tile(m, self.tile.nv, self.tile.lanes)
-                if stream:
-                    tile = stream_tile(self.tile, m, self.target, self.family.temporaries)
+                tile = self._direct_tile(m) if stream else Tile(m, self.tile.nv, self.tile.lanes)
                 whole = [self._micro(Tile(m, nv, tile.lanes), stream) for nv in range(1, tile.nv + 1)]
                 yield _TileRow(whole, self._micro(Tile(m, 1, tile.lanes), stream, masked=True))
 

@@ -1,4 +1,6 @@
-"""Planning, which runs nothing: for both targets on any machine, with caches of our choice."""
+"""Planning, which runs nothing: for both targets on any machine, with caches of our choice.
+
+What is chosen is that of a CPU without a profile, by thresholds; test_costs.py has the choices by predicted time."""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ TARGETS = ["x86-64-v3", "x86-64-v4"]
 
 
 def plan(subscripts, *, target="x86-64-v4", threads=1, caches=ZEN4, **sizes):
-    return Contraction(subscripts, **sizes).plan(target=target, threads=threads, caches=caches)
+    return Contraction(subscripts, **sizes).plan(target=target, threads=threads, caches=caches, cpu="")
 
 
 def loops(p):
@@ -130,14 +132,16 @@ class TestLoops:
     def test_empty_result(self, zero):
         assert plan("bmk,bkn->bmn", **{"b": 2, "m": 3, "n": 5, "k": 7, zero: 0})["empty"]
 
+    @pytest.mark.parametrize("cpu", ["", *_runtime.profiles()])
     @pytest.mark.parametrize("target", TARGETS)
-    def test_loops_compute_the_contraction(self, target):
+    def test_loops_compute_the_contraction(self, target, cpu):
         """The plan, executed in NumPy by its loops and strides alone, is einsum."""
         for seed in range(300):
             rng = np.random.default_rng(seed)
             c = random_contraction(rng)
             lhs, rhs = (rng.integers(-5, 6, shape) for shape in c.shapes[:2])
-            assert np.array_equal(interpret(c, c.plan(target=target), lhs, rhs), np.einsum(c.subscripts, lhs, rhs)), c
+            plan = c.plan(target=target, cpu=cpu)
+            assert np.array_equal(interpret(c, plan, lhs, rhs), np.einsum(c.subscripts, lhs, rhs)), c
 
 
 def interpret(c, p, lhs, rhs):
@@ -191,7 +195,7 @@ class TestErrors:
 def test_few_rows_read_pairs_in_memory_once():
     """By a kernel of any target that widens them where they lie: no second sweep, and nothing packed."""
     for m, sweeps in ((4, True), (5, False), (8, False), (20, False)):
-        p = Contraction("mk,kn->mn", m=m, n=4096, k=4096).plan(dtypes=("bfloat16",) * 3, caches=ZEN4)
+        p = Contraction("mk,kn->mn", m=m, n=4096, k=4096).plan(dtypes=("bfloat16",) * 3, caches=ZEN4, cpu="")
         assert (p["sweep"], p["pack_b"]) == (sweeps, False)
 
 
@@ -281,7 +285,7 @@ class TestBlocking:
     def test_few_rows_sweep_what_instructions_want_interleaved(self, target, dtype):
         best = {"bfloat16": "avx512_bf16", "int8": "avx512_vnni"}[dtype] if target == "x86-64-v4" else target
         for m in (1, 8):
-            p = Contraction("mk,kn->mn", m=m, n=600, k=5000).plan(target=best, dtypes=(dtype,) * 3, caches=ZEN4)
+            p = Contraction("mk,kn->mn", m=m, n=600, k=5000).plan(target=best, dtypes=(dtype,) * 3, caches=ZEN4, cpu="")
             chosen = KERNELS[p["kernel"]]
             assert p["sweep"] == (m == 1 or (dtype == "bfloat16" and not chosen["direct_b"]))
             if p["sweep"]:
@@ -433,7 +437,7 @@ def plan_of(info, subscripts, **where):
     sizes = {x: where.pop(x) for x in list(where) if len(x) == 1}
     dtypes = (info["lhs"], info["rhs"], info["out"])
     where = {"target": info["target"], "algorithm": info["algorithm"], "caches": ZEN4, **where}
-    return Contraction(subscripts, **sizes).plan(dtypes=dtypes, **where)
+    return Contraction(subscripts, **sizes).plan(dtypes=dtypes, cpu="", **where)
 
 
 class TestEveryKernel:

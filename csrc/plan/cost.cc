@@ -1,0 +1,347 @@
+#include "plan/cost.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#include "plan/arithmetic.h"
+#include "plan/registry.h"
+
+namespace jax_nano {
+namespace {
+
+constexpr double kLine = 64;
+constexpr int64_t kPage = 4096;
+constexpr int64_t kL1WayBytes = 4096, kL2WayBytes = 64 << 10;  // rows so far apart share their sets
+constexpr int64_t kL1Ways = 8, kL1TlbPages = 64;
+// A cycle's products and loads, and cycles until a product can be added to: what makes a step of a tile longer than
+// the others of its size. How long a cycle takes is a cost.
+constexpr double kProducts = 2, kLoads = 2, kLatency = 4;
+// Shares of a cache that data may have, beside all else that passes through it.
+constexpr double kL1Share = 0.75, kL2Share = 0.8;
+constexpr int64_t kTilesAhead = 2;         // tiles of a B where it lies that are prefetched (codegen/microkernel.py)
+constexpr int64_t kNearSteps = 168;        // unblocked loops (codegen/macrokernel.py)
+constexpr int64_t kNearBytes = 256 << 10;  // of B
+constexpr int64_t kSweepRows = 4, kSweepDepth = 4, kSweepSumsBytes = 16 << 10;  // codegen/sweep.py
+constexpr int64_t kInnerTile = 3;                                               // codegen/inner.py, of 16 registers
+
+double Cycles(double rows, double vectors) {
+  return std::max({rows * vectors / kProducts, (rows + vectors) / kLoads, kLatency});
+}
+
+// A product's loops and caches, and the counts so far.
+class Counter {
+ public:
+  Counter(const KernelInfo& kernel, const Product& product, const CacheLevels& caches)
+      : kernel_(kernel),
+        x_(product),
+        caches_(caches),
+        a_bytes_(ElementBytes(kernel.lhs)),
+        b_bytes_(ElementBytes(kernel.rhs)),
+        c_bytes_(ElementBytes(kernel.out)) {
+    const double batch = Real(std::max<int64_t>(x_.batch, 1));
+    all_a_ = Real(x_.m) * Real(x_.k) * Real(a_bytes_) * (x_.bsa == 0 ? 1 : batch);
+    all_b_ = Real(x_.n) * Real(x_.k) * Real(b_bytes_) * (x_.bsb == 0 ? 1 : batch);
+    all_c_ = Real(x_.m) * Real(x_.n) * Real(c_bytes_) * batch;
+    together_ = LevelOf(all_a_ + all_b_ + all_c_);
+    a_level_ = std::min(LevelOf(all_a_), together_);
+    b_level_ = std::min(LevelOf(all_b_), together_);
+  }
+
+  void Count(const Blocked& x);
+  void Count(const InnerProduct& x);
+  void Count(const Sweep& x);
+
+  // So far it was one product.
+  void Repeat(int64_t batch) {
+    for (double& count : counts_) count *= Real(batch);
+    Add(Cost::kProduct, Real(std::max<int64_t>(batch - 1, 0)));
+    Add(Cost::kCall, 1);
+  }
+
+  void Slices(int64_t slices) {
+    if (slices < 2) return;
+    Add(Cost::kSlice, Real(slices));
+    Add(Cost::kSliceElement, Real(slices) * Real(x_.m) * Real(x_.n));
+  }
+
+  const CostVector& counts() const { return counts_; }
+
+ private:
+  struct Height {
+    int64_t rows;
+    double panels;
+  };
+
+  void Add(Cost cost, double count) { counts_[static_cast<size_t>(cost)] += count; }
+  void Add(Cost term, Level level, double count) {
+    counts_[static_cast<size_t>(term) + static_cast<size_t>(level)] += count;
+  }
+
+  // Where so many bytes stay that are read again and again, in rows of `run` bytes that are `stride` bytes apart: rows
+  // that share their sets leave most of a cache unused.
+  Level LevelOf(double bytes, double run = kPage * kPage, int64_t stride = 1) const {
+    const auto share = [&](int64_t way) {
+      const auto apart = static_cast<double>(std::gcd(std::abs(stride), way));
+      return std::min(1.0, std::max(run, kLine) / std::max(apart, kLine));
+    };
+    if (bytes <= kL1Share * Real(caches_.l1d) * share(kL1WayBytes)) return Level::kL1;
+    if (bytes <= kL2Share * Real(caches_.l2) * share(kL2WayBytes)) return Level::kL2;
+    return bytes <= Real(caches_.near) ? Level::kNear : bytes <= Real(caches_.far) ? Level::kFar : Level::kMemory;
+  }
+
+  static bool Within(Level level, Level most) { return level <= most; }
+  bool Aliased(int64_t stride_bytes) const { return stride_bytes != 0 && stride_bytes % kL1WayBytes == 0; }
+  int64_t DirectVectors(int64_t rows) const { return kernel_.direct_vectors[rows - 1] - '0'; }
+
+  bool IsUnblocked(const Blocked& x) const;
+  std::vector<Height> Heights(const Blocked& x) const;
+  void CountPanels(const Blocked& x, const Height& height, double depth, int64_t columns, double times);
+  void CountTiles(const Blocked& x, int64_t rows, double depth, int64_t columns, double times);
+  void CountPacking(const Blocked& x, double depth);
+
+  const KernelInfo& kernel_;
+  const Product& x_;
+  const CacheLevels& caches_;
+  int64_t a_bytes_, b_bytes_, c_bytes_;
+  double all_a_, all_b_, all_c_;
+  Level together_, a_level_, b_level_;
+  CostVector counts_ = {};
+};
+
+bool Counter::IsUnblocked(const Blocked& x) const {
+  if (x.pack_a || x.pack_b || !kernel_.direct_a || !kernel_.direct_b || x.kc < x_.k || x.nc < x_.n) return false;
+  const bool near = x_.k * x_.n * b_bytes_ <= kNearBytes;
+  constexpr int64_t kUnroll = 4, kProductsALine = 14;
+  const int64_t lines = CeilDiv(int64_t{kernel_.nr} * c_bytes_, 64), vectors = kernel_.nr / kernel_.lanes;
+  const int64_t a_turn = std::max<int64_t>(1, kernel_.mr * vectors * kUnroll / kProductsALine);
+  return x_.k / kernel_.kr < (near ? kNearSteps : 2 * kernel_.mr * lines * kUnroll / a_turn);
+}
+
+// How many panels of A there are of each height.
+std::vector<Counter::Height> Counter::Heights(const Blocked& x) const {
+  std::vector<Height> out;
+  const auto add = [&](int64_t rows, int64_t panels) {
+    if (rows > 0 && panels > 0) out.push_back({rows, Real(panels)});
+  };
+  if (IsUnblocked(x)) {
+    const int64_t rows = CeilDiv(x_.m, CeilDiv(x_.m, x.tile_rows));  // of equal height
+    add(rows, x_.m / rows);
+    add(x_.m % rows, 1);
+    return out;
+  }
+  for (const auto& [blocks, rows] : {std::pair{x_.m / x.mc, x.mc}, std::pair{int64_t{1}, x_.m % x.mc}}) {
+    add(x.tile_rows, blocks * (rows / x.tile_rows));
+    add(rows % x.tile_rows, blocks);
+  }
+  return out;
+}
+
+// The tiles of `times` rows of tiles.
+void Counter::CountTiles(const Blocked& x, int64_t rows, double depth, int64_t columns, double times) {
+  const int64_t lanes = kernel_.lanes, widest = x.pack_b ? kernel_.nr / lanes : DirectVectors(rows);
+  const double added = std::ceil(Real(x_.k) / depth) - 1, again = added / (added + 1);
+  const double steps = std::ceil(depth / Real(kernel_.kr));
+  const auto tiles = [&](int64_t vectors, int64_t count) {
+    if (vectors == 0 || count == 0) return;
+    const double all = times * Real(count), stored = all * Real(rows * vectors);
+    Add(x.pack_b ? Cost::kPackedStep : Cost::kDirectStep, all * steps * Cycles(Real(rows), Real(vectors)));
+    Add(Cost::kCVector, stored);
+    Add(Cost::kCAdd, stored * again);
+  };
+  tiles(widest, columns / (widest * lanes));
+  tiles(columns % (widest * lanes) / lanes, 1);
+  if (columns % lanes != 0) {
+    Add(x.pack_b ? Cost::kPackedStep : Cost::kMaskedStep, times * steps * Cycles(Real(rows), 1));
+    Add(Cost::kCMasked, times * Real(rows));
+    Add(Cost::kCAddMasked, times * Real(rows) * again);
+  }
+}
+
+// All panels of A of one height against the blocks of B of `columns` columns, `times` of them in each of k's blocks.
+void Counter::CountPanels(const Blocked& x, const Height& height, double depth, int64_t columns, double times) {
+  const int64_t rows = height.rows, lanes = kernel_.lanes;
+  const double blocks_of_k = std::ceil(Real(x_.k) / depth), calls = height.panels * times * blocks_of_k;
+  Add(IsUnblocked(x) ? Cost::kPlainRowOfTiles : Cost::kRowOfTiles, calls);
+  CountTiles(x, rows, depth, columns, calls);
+
+  const int64_t widest = x.pack_b ? kernel_.nr / lanes : DirectVectors(rows);
+  const double tiles = std::ceil(Real(columns) / Real(widest * lanes));
+  const double block_of_b = depth * Real(std::min(x.nc, x_.n) * b_bytes_);
+  const double block_of_a = Real(std::min(x.mc, x_.m)) * depth * Real(a_bytes_);
+  if (x.pack_a) {
+    Add(Cost::kAPackedLine, LevelOf(block_of_a), calls * Real(rows) * depth * Real(kernel_.a_panel_bytes) / kLine);
+  } else if (x_.csa == 1) {
+    const double first = height.panels * blocks_of_k, lines = Real(rows) * (depth * Real(a_bytes_) / kLine + 1);
+    Add(Cost::kALine, a_level_, std::min(first, calls) * lines);
+    Add(Cost::kALineAgain, LevelOf(block_of_a + block_of_b), std::max(calls - first, 0.0) * lines);
+    if (Aliased(x_.rsa * a_bytes_))
+      Add(Cost::kAAliasedLine, calls * Real(rows) * depth * Real(a_bytes_) / kLine * tiles);
+  } else {
+    // A line for each step, which the next panels share: where all of a panel's stay.
+    const int64_t stride = std::abs(x_.csa) * a_bytes_;
+    const bool aliased = Aliased(stride);
+    const double bytes = depth * kLine;
+    constexpr int64_t kFew = 128;
+    const Level level = bytes <= Real(caches_.l1d) / 2 && !aliased                        ? Level::kL1
+                        : (aliased ? depth <= Real(kFew) : bytes <= Real(caches_.l2) / 2) ? Level::kL2
+                                                                                          : Level::kNear;
+    const bool far = stride >= kPage / 2 && depth > Real(kL1TlbPages);
+    const double lines = depth * (1 + Real(rows - 1) * Real(a_bytes_) / kLine);
+    Add(far ? Cost::kAFarStepLine : Cost::kAStepLine, level, calls * tiles * lines);
+  }
+
+  const double lines = depth * Real(columns * b_bytes_) / kLine;
+  if (x.pack_b) {
+    Add(Cost::kBPackedLine, LevelOf(depth * Real(std::min(x.nc, x_.n)) * Real(kernel_.b_panel_bytes)),
+        calls * depth * Real(columns) * Real(kernel_.b_panel_bytes) / kLine);
+    return;
+  }
+  const int64_t stride = std::abs(x_.rsb) * b_bytes_;
+  const double first = std::min(calls, times * blocks_of_k * Real(CeilDiv(x_.m, x.mc)));
+  Add(Cost::kBLine, b_level_, first * lines);
+  const double run = Real(std::min(x_.n, (kTilesAhead + 1) * widest * lanes) * b_bytes_);
+  if (!Within(b_level_, Level::kL2) && !Within(LevelOf(depth * run, run, stride), Level::kL2)) {
+    counts_[static_cast<size_t>(Cost::kBLateLine) + (b_level_ == Level::kNear ? 0 : 1)] += first * lines;
+  }
+  const Level again = LevelOf(block_of_b + Real(rows) * depth * Real(a_bytes_), Real(columns * b_bytes_), stride);
+  Add(Cost::kBLineAgain, again, (calls - first) * lines);
+  // Lines that two tiles share stay in L1 until the next one if all of a tile's do.
+  const int64_t apart = std::max<int64_t>(64, std::gcd(stride, kL1WayBytes));
+  const double lines_of_a_row = Real(widest * lanes * b_bytes_) / kLine + (stride % 64 != 0 ? 1 : 0);
+  const double room =
+      std::min(Real(kL1Ways * (kL1WayBytes / apart)), kL1Share * Real(caches_.l1d) / kLine / lines_of_a_row);
+  if (depth > room) Add(Cost::kBConflictLine, calls * lines);
+  if (stride % 64 != 0) Add(Cost::kBUnalignedLine, calls * lines);
+  if (depth * Real(stride) > Real(kL1TlbPages * kPage)) {
+    Add(Cost::kBPage, calls * tiles * depth * std::min(1.0, Real(stride) / Real(kPage)));
+  }
+}
+
+void Counter::CountPacking(const Blocked& x, double depth) {
+  const double blocks_of_m = Real(CeilDiv(x_.m, x.mc)), blocks_of_n = Real(CeilDiv(x_.n, x.nc));
+  const double blocks_of_k = std::ceil(Real(x_.k) / depth);
+  if (x.pack_b) {
+    const double packed = blocks_of_m * Real(x_.k) * Real(x_.n);
+    Add(Cost::kPackBPanel, blocks_of_m * blocks_of_k * Real(CeilDiv(x_.n, kernel_.nr)));
+    if (x_.csb == 1) {
+      Add(Cost::kPackBRows, b_level_, packed);
+      Add(Cost::kPackBRow, blocks_of_m * blocks_of_n * Real(x_.k));
+      if (std::abs(x_.rsb) * b_bytes_ >= kPage) {
+        Add(Cost::kPackBPage, blocks_of_m * Real(x_.k) * Real(CeilDiv(x_.n, kernel_.nr)));
+      }
+    } else {
+      Add(Cost::kPackBColumns, b_level_, packed);
+      Add(Cost::kPackBColumn, blocks_of_m * blocks_of_k * Real(x_.n));
+    }
+  }
+  if (x.pack_a) {
+    const double packed = Real(x_.m) * Real(x_.k), panels = Real(CeilDiv(x_.m, x.tile_rows));
+    const int64_t rows = std::abs(x_.rsa) * a_bytes_, columns = std::abs(x_.csa) * a_bytes_;
+    if (x_.csa == 1) {
+      Add(Cost::kPackARows, a_level_, packed);
+      Add(Cost::kPackARowPanel, panels * blocks_of_k);
+      if (Aliased(rows)) Add(Cost::kPackAAliased, packed);
+    } else {
+      Add(Cost::kPackAColumns, a_level_, packed);
+      Add(Cost::kPackAColumnPanel, panels * blocks_of_k);
+      if (columns >= kPage) Add(Cost::kPackAPage, Real(x_.k) * panels);
+    }
+  }
+}
+
+void Counter::Count(const Blocked& x) {
+  const double blocks_of_k = Real(std::max<int64_t>(1, CeilDiv(x_.k, x.kc))), blocks_of_m = Real(CeilDiv(x_.m, x.mc));
+  const double blocks_of_n = Real(CeilDiv(x_.n, x.nc));
+  const double depth = Real(std::max<int64_t>(x_.k, 1)) / blocks_of_k;
+  Add(Cost::kBlockOfK, blocks_of_m * blocks_of_k);
+  Add(Cost::kBlockOfN, blocks_of_m * blocks_of_k * blocks_of_n);
+  int64_t highest = 1;
+  for (const Height& height : Heights(x)) {
+    highest = std::max(highest, height.rows);
+    if (const int64_t whole = x_.n / x.nc; whole > 0) CountPanels(x, height, depth, x.nc, Real(whole));
+    if (const int64_t rest = x_.n % x.nc; rest > 0) CountPanels(x, height, depth, rest, 1);
+  }
+  CountPacking(x, depth);
+
+  const int64_t row = x_.n * c_bytes_, apart = std::abs(x_.rsc) * c_bytes_;
+  const int64_t wide = (x.pack_b ? kernel_.nr / kernel_.lanes : DirectVectors(highest)) * kernel_.lanes;
+  const double rows = blocks_of_k * Real(x_.m);
+  if (NeedsPartialSums(x, kernel_, x_)) {
+    const double bytes = Real(x_.m) * Real(x_.n) * Real(ElementBytes(kernel_.acc));
+    Add(Cost::kPartialLine, LevelOf(bytes), bytes * blocks_of_k / kLine);
+    Add(Cost::kCLine, together_, Real(x_.m) * Real(CeilDiv(row, 64)));
+  } else {
+    Add(Cost::kCLine, together_, rows * Real(CeilDiv(row, 64)));
+  }
+  if (!Within(together_, Level::kL2)) Add(Cost::kCSegment, rows * Real(CeilDiv(x_.n, wide)));
+  if (x_.m > 1 && Aliased(apart)) Add(Cost::kCAliasedLine, rows * Real(CeilDiv(row, 64)));
+  if (x_.m > 1 && row >= kPage) Add(Cost::kCPage, rows * Real(CeilDiv(x_.n, kernel_.nr)));
+}
+
+void Counter::Count(const InnerProduct& x) {
+  const int64_t lanes = int64_t{kernel_.lanes} * kernel_.kr;
+  const auto tiles = [&](int64_t rows, int64_t columns, int64_t count) {
+    if (rows == 0 || columns == 0 || count == 0) return;
+    const double all = Real(count), steps = Real(x_.k / lanes);
+    Add(Cost::kInnerStep, all * steps * Cycles(Real(rows), Real(columns)));
+    Add(Cost::kInnerLanes, all * Real(rows * columns));
+    Add(Cost::kInnerTile, all);
+    const int64_t vector_bytes = lanes * b_bytes_;
+    if (x_.k * b_bytes_ % vector_bytes != 0) Add(Cost::kInnerUnaligned, all * steps * Real(rows + columns));
+    if (x_.k % lanes != 0) Add(Cost::kInnerRest, all * Real(rows * columns));
+  };
+  const int64_t m = x_.m / kInnerTile, n = x_.n / kInnerTile, m_rest = x_.m % kInnerTile, n_rest = x_.n % kInnerTile;
+  tiles(kInnerTile, kInnerTile, m * n);
+  tiles(kInnerTile, n_rest, m);
+  tiles(m_rest, kInnerTile, n);
+  tiles(m_rest, n_rest, 1);
+  if (x.pack_a) Add(Cost::kInnerCopyA, Real(x_.m) * Real(x_.k));
+  if (x.pack_b) Add(Cost::kInnerCopyB, Real(x_.n) * Real(x_.k));
+  const double a = Real(x_.m) * Real(x_.k) * Real(a_bytes_), b = Real(x_.n) * Real(x_.k) * Real(b_bytes_);
+  const auto [longer, other] = x_.n >= x_.m ? std::pair{b, a} : std::pair{a, b};
+  Add(x.prefetch ? Cost::kInnerPrefetchedLine : Cost::kInnerLine, together_, longer / kLine);
+  Add(Cost::kInnerAgainLine, LevelOf(other), other / kLine * Real(CeilDiv(std::max(x_.m, x_.n), kInnerTile)));
+}
+
+void Counter::Count(const Sweep& x) {
+  const int64_t lanes = int64_t{kernel_.lanes} * kernel_.kr, stride = std::abs(x_.rsb) * b_bytes_;
+  const double lines = Real(x_.k) * std::ceil(Real(x_.n * b_bytes_) / kLine);
+  for (int64_t i = 0; i < x_.m; i += kSweepRows) {
+    const int64_t rows = std::min(kSweepRows, x_.m - i);
+    const int64_t width = kSweepSumsBytes / ElementBytes(kernel_.acc) / rows;
+    const double blocks = Real(CeilDiv(x_.n, width)), sweeps = Real(CeilDiv(x_.k, kSweepDepth));
+    Add(Cost::kSweep, sweeps * blocks);
+    const double cycles = std::max(Cycles(Real(rows), Real(kSweepDepth)), Real(rows));
+    counts_[static_cast<size_t>(Cost::kSweepVector) + static_cast<size_t>(rows - 1)] +=
+        sweeps * Real(CeilDiv(x_.n, lanes)) * cycles;
+    if (x_.n % lanes != 0) Add(Cost::kSweepMasked, sweeps * blocks * Real(rows));
+    Add(x.prefetch ? Cost::kSweepPrefetchedLine : Cost::kSweepLine, b_level_, lines);
+    Add(Cost::kSweepA, Real(rows) * Real(x_.k) * blocks);
+    if (stride >= kPage) Add(Cost::kSweepPage, Real(x_.k) * blocks);
+    if (stride % 64 != 0) Add(Cost::kSweepUnalignedLine, lines);
+  }
+  Add(Cost::kSweepSumsLine, together_, Real(x_.m) * std::ceil(Real(x_.n * c_bytes_) / kLine));
+}
+
+}  // namespace
+
+CostVector CountCosts(const Schedule& schedule, const KernelInfo& kernel, const Product& product, int64_t slices,
+                      const CacheLevels& caches) {
+  Counter counter(kernel, product, caches);
+  if (product.m > 0 && product.n > 0) {
+    std::visit([&](const auto& path) { counter.Count(path); }, schedule);
+  }
+  counter.Repeat(product.batch);
+  counter.Slices(slices);
+  return counter.counts();
+}
+
+double PredictedNs(const CostVector& counts, const CostVector& ns) {
+  return std::inner_product(counts.begin(), counts.end(), ns.begin(), 0.0);
+}
+
+}  // namespace jax_nano
