@@ -687,5 +687,10 @@ def export_checks() -> list[DisabledSafetyCheck]:
     """
     from jax.export import DisabledSafetyCheck
 
-    names = (native.TARGET_NAME, native.LINEAR_TARGET_NAME, native.ATTENTION_TARGET_NAME)
+    names = (
+        native.TARGET_NAME,
+        native.LINEAR_TARGET_NAME,
+        native.ATTENTION_TARGET_NAME,
+        native.ATTENTION_GRADIENTS_TARGET_NAME,
+    )
     return [DisabledSafetyCheck.custom_call(name) for name in names]
