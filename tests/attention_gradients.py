@@ -72,9 +72,9 @@ def _allowed(x: Case) -> np.ndarray:
 def expected(x: Case, g: Given) -> dict[str, reference.Expected]:
     """dq, dk, dv and, if there is a bias, dbias, from these logarithms and deltas.
 
-    The bound: a weight is off, relatively, by what its score is, by its exponential and by the rounding of the products'
-    operands; a score's cotangent by that of its weight, and by the product it comes from; then come sums over keys or
-    queries, and the rounding of the result.
+    The bound: a weight is off, relatively, by what its score is, by its exponential and by the rounding of operands; a
+    score's cotangent by that of its weight, and by the product it comes from; then come sums over keys or queries, and
+    the rounding of the result.
     """
     b, n, t, s = x.scores_shape
     kv_heads, group = x.k.shape[2], n // x.k.shape[2]

@@ -489,7 +489,7 @@ GRADIENT_ROW: Final = (
     Field("const void*", "dout", "the cotangent of its result"),
     Field("const float*", "bias", "as AttentionRow's"),
     Field("const void*", "mask", "as AttentionRow's"),
-    Field("float*", "dbias", "the cotangents of its scores are added to these, side by side; null: they are not wanted"),
+    Field("float*", "dbias", "the cotangents of its scores are added to these, side by side; null: not wanted"),
     Field("int64_t", "lo", "only keys lo <= s < hi exist for this query"),
     Field("int64_t", "hi"),
     Field("double", "lse", "the logarithm to base 2 of the sum of its exponentials"),

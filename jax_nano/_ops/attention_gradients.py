@@ -133,7 +133,7 @@ def composition(*operands: Array, options: Options, bias_too: bool) -> tuple[Arr
     dkeys, dvalues = (jnp.concatenate([x[i] for x in parts], axis=1) for i in (0, 1))
     dbias = jnp.concatenate([x[2] for x in parts], axis=3) if bias_too else None
     dq = (dq * np.float32(options.scale)).astype(q.dtype).reshape(q.shape)
-    return (dq, dkeys, dvalues, *([dbias] if bias_too else []))
+    return (dq, dkeys, dvalues) if dbias is None else (dq, dkeys, dvalues, dbias)
 
 
 @attention_gradients_p.def_abstract_eval
@@ -156,22 +156,25 @@ def _transpose_of_tangent(
     return [None] * (count + 2) + [found[i] for i in wanted]
 
 
+def _own_batches(x: Array, mapped: int | None) -> int:
+    """The size of an operand's batch dimension, which is its first but for the mapped one."""
+    return int(x.shape[1 if mapped == 0 else 0])
+
+
 def _batched(
     args: Sequence[Array], dims: Sequence[int | None], *, options: Options, bias_too: bool
 ) -> tuple[list[Array], list[int]]:
     size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
-    others = int(args[0].shape[0] if dims[0] is None else np.delete(args[0].shape, dims[0])[0])
     args, dims = list(args), list(dims)
+    others = _own_batches(args[0], dims[0])
     broadcast = set(range(3, 3 + options.bias + options.mask))
     bias_batches = others
     if bias_too:  # whose cotangents are those of one member of the batch: it has a bias of its own
-        if dims[3] is None:
-            args[3], dims[3] = jnp.broadcast_to(args[3], (size, *args[3].shape)), 0
-        bias_batches = int(np.delete(args[3].shape, dims[3])[0])
         broadcast.discard(3)
-        if bias_batches == 1 and others > 1:
-            moved = jnp.moveaxis(args[3], dims[3], 0)
-            args[3], dims[3] = jnp.broadcast_to(moved, (size, others, *moved.shape[2:])), 0
+        bias_batches = _own_batches(args[3], dims[3])
+        shared = dims[3] is None
+        bias = jnp.broadcast_to(args[3], (size, *args[3].shape)) if shared else jnp.moveaxis(args[3], dims[3] or 0, 0)
+        args[3], dims[3] = jnp.broadcast_to(bias, (size, others, *bias.shape[2:])), 0
     operands = [
         folded(x, d, size, others, broadcasts=i in broadcast) for i, (x, d) in enumerate(zip(args, dims, strict=True))
     ]

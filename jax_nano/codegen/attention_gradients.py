@@ -293,9 +293,7 @@ class _Nest:
         lo, hi = ir.loop(0, count, 1, [s0 + cols, s0], widest)
         return ir.maximum(lo - s0, 0) // unit * unit, ir.minimum(hi - s0, cols)
 
-    def _panel(
-        self, x: Arguments, args: Ptr, walks: Walks, p: Size, count: Size, columns: tuple[Size, Size]
-    ) -> None:
+    def _panel(self, x: Arguments, args: Ptr, walks: Walks, p: Size, count: Size, columns: tuple[Size, Size]) -> None:
         """Weights and dscores of some queries, zeros where only other rows see keys, and their part of dQ."""
         attention, packing = self._attention, self.packing
         nr, lanes, kr = attention.tile.nr, attention.tile.lanes, attention.family.kr
@@ -365,60 +363,66 @@ class _Nest:
 
     def _columns(self, x: Arguments, walks: Walks, first: Size, last: Size) -> None:
         """dV and dK of the keys first <= s < last."""
+        whole = self._see_all(x)
+        self._key_sums(x, walks, (first, last), whole, "weights", "dout", "dv")
+        self._key_sums(x, walks, (first, last), whole, "dscores", "q", "dk")
+
+    def _key_sums(
+        self,
+        x: Arguments,
+        walks: Walks,
+        columns: tuple[Size, Size],
+        whole: Value | bool,
+        what: str,
+        operand: str,
+        sums: str,
+    ) -> None:
+        """``sums`` += ``what``^T ``operand``, of rows that see keys; of all of them if ``whole``."""
         packing, family = self.packing, self._attention.family
         mr, nr, kr = self._attention.tile.mr, self._attention.tile.nr, family.kr
-        count, pitch = x["count"], x["rs_scores"]
         at_once = kr * family.steps_at_once  # rows that the instructions take at once
-        whole = self._see_all(x)
+        first, last = columns
+        count, pitch, source = x["count"], x["rs_scores"], x[what].at(first)
+        size, rs_sums = x["width" if sums == "dv" else "depth"], x[f"rs_{sums}"]
+        turned: Ptr = source if self.gradients.direct else x["turned"]
+        b: Ptr = x[f"{operand}_pack" if self.gradients.direct else f"{operand}_panels"]
+        step: Size = 1 if self.gradients.direct else packing.a_row(count)
+        rsa, csa = (1, pitch) if self.gradients.direct else packing.a_strides(1, pitch, count)
+        rsb, b_step = (packing.a_row(size), 1) if self.gradients.direct else (nr, packing.b_panel_rows(count))
+        if not self.gradients.direct:
+            self.module.call(self.turn[0], [source, turned, last - first, count, 1, pitch])
 
-        for what, operand, size, sums, rs_sums in (
-            ("weights", "dout", "width", "dv", "rs_dv"),
-            ("dscores", "q", "depth", "dk", "rs_dk"),
-        ):
-            source = x[what].at(first)
-            if self.gradients.direct:
-                turned, rsa, csa, panel_step = source, 1, pitch, 1
-                b, rsb, b_step = x[f"{operand}_pack"], packing.a_row(x[size]), 1
-            else:
-                turned, panel_step = x["turned"], packing.a_row(count)
-                rsa, csa = packing.a_strides(1, pitch, count)
-                self.module.call(self.turn[0], [source, turned, last - first, count, 1, pitch])
-                b, rsb, b_step = x[f"{operand}_panels"], nr, packing.b_panel_rows(count)
+        def panel(s: I64) -> None:
+            keys = ir.minimum(last - s, mr)
 
-            def panel(
-                s: I64, turned=turned, rsa=rsa, csa=csa, step=panel_step, b=b, rsb=rsb, b_step=b_step, size=size,
-                sums=sums, rs_sums=rs_sums,
-            ) -> None:  # fmt: skip
-                keys = ir.minimum(last - s, mr)
+            def some_rows() -> tuple[Size, Size]:
+                begin, end = self._rows_that_see(x, x["s0"] + s, keys)
+                return begin // at_once * at_once, end
 
-                def some_rows() -> tuple[Size, Size]:
-                    begin, end = self._rows_that_see(x, x["s0"] + s, keys)
-                    return begin // at_once * at_once, end
+            begin, end = ir.if_(whole, lambda: (0, count), some_rows, like=[count, count])
 
-                begin, end = ir.if_(whole, lambda: (0, count), some_rows, like=[count, count])
+            def product() -> None:
+                self.product(
+                    {
+                        "walks": walks.rest,
+                        "a": turned.at((s - first) * step + begin // kr * csa),
+                        "rsa": rsa,
+                        "csa": csa,
+                        "b": b.at(begin // kr * rsb),
+                        "rsb": rsb,
+                        "b_step": b_step,
+                        "k": packing.depth(end - begin),
+                        "c": x[sums].at(s * rs_sums),
+                        "rsc": rs_sums,
+                        "rows": keys,
+                        "cols": size,
+                        "mode": ADD,
+                    }
+                )
 
-                def some() -> None:
-                    self.product(
-                        {
-                            "walks": walks.rest,
-                            "a": turned.at((s - first) * step + begin // kr * csa),
-                            "rsa": rsa,
-                            "csa": csa,
-                            "b": b.at(begin // kr * rsb),
-                            "rsb": rsb,
-                            "b_step": b_step,
-                            "k": packing.depth(end - begin),
-                            "c": x[sums].at(s * x[rs_sums]),
-                            "rsc": x[rs_sums],
-                            "rows": keys,
-                            "cols": x[size],
-                            "mode": ADD,
-                        }
-                    )
+            ir.if_(ir.less(begin, end), product)
 
-                ir.if_(ir.less(begin, end), some)
-
-            ir.loop(first, last, mr, [], panel)
+        ir.loop(first, last, mr, [], panel)
 
     def _see_all(self, x: Arguments) -> Value | bool:
         """Whether each row sees all keys of the block."""

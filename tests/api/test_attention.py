@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 import jax_nano
-from jax_nano._ops import attention
+from jax_nano._ops import attention_gradients, attention_lowering
 
 TOLERANCE = {"float64": 1e-5, "float32": 2e-5, "bfloat16": 4e-2, "float16": 6e-3}
 
@@ -104,13 +104,34 @@ def test_gradients(rng, name):
     close(gradients(jax_nano.dot_product_attention), gradients(plain), 5e-5)
 
 
-def test_gradients_of_many_keys(rng):
-    """More than `backward` holds weights of at once, and no multiple of it."""
-    args = arrays(rng, 1, 17, 2 * attention.KEYS_AT_ONCE + 33, 2, 1, 24)
+@pytest.mark.parametrize("kernel", [True, False])
+def test_gradients_of_many_keys(rng, monkeypatch, kernel):
+    """More than a composition holds weights of at once, and no multiple of it."""
+    args = arrays(rng, 1, 17, 2 * attention_gradients.KEYS_AT_ONCE + 33, 2, 1, 24)
     bias = jnp.asarray(rng.standard_normal((1, 2, 1, args[1].shape[1])), np.float32)
+    if not kernel:
+        monkeypatch.setattr(attention_lowering, "has_kernel", lambda *_: False)
 
     def gradients(function):
-        return jax.grad(lambda *x: (function(*x) ** 2).sum(), (0, 1, 2, 3))(*args, bias)
+        return jax.jit(jax.grad(lambda *x: (function(*x) ** 2).sum(), (0, 1, 2, 3)))
+
+    ours = gradients(jax_nano.dot_product_attention)
+    assert ("jax_nano_attention_gradients" in ours.lower(*args, bias).as_text()) == kernel
+    close(ours(*args, bias), gradients(plain)(*args, bias), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["bias", "one bias", "bias of keys", "all"])
+def test_vmap_of_gradients_of_a_bias(rng, name):
+    """Each member of a batch has a gradient of its own, also of a bias that all share."""
+    more, options = cases(rng)[name]
+    args = arrays(rng)
+    queries = jnp.stack([args[0], 2 * args[0], args[0] - 1])
+
+    def gradients(function):
+        def one(q, bias):
+            return (function(q, *args[1:], bias, *more[1:], **options) ** 2).sum()
+
+        return jax.vmap(jax.grad(one, (0, 1)), (0, None))(queries, more[0])
 
     close(gradients(jax_nano.dot_product_attention), gradients(plain), 1e-4)
 
@@ -243,6 +264,12 @@ def test_no_matrix_of_scores(rng):
     assert memory(partial(jax_nano.dot_product_attention, is_causal=True)) < 640 * 768
     assert memory(partial(plain, is_causal=True)) >= 640 * 768 * 4
 
+    def step(*x):
+        return jax.grad(lambda *y: (jax_nano.dot_product_attention(*y, is_causal=True) ** 2).sum(), (0, 1, 2))(*x)
+
+    assert memory(step) < 640 * 768
+    assert "jax_nano_attention_gradients" in jax.jit(step).lower(q, k, v).as_text()
+
 
 def test_three_dimensions_and_other_arguments(rng):
     q, k, v = arrays(rng)
@@ -317,6 +344,22 @@ def test_shard_map_and_sharded_arrays(rng):
     sharded = [jax.device_put(x, NamedSharding(mesh, P("x"))) for x in args]
     close(jax.jit(ours)(*sharded), want)
 
+    def step(*x):
+        return jax.grad(lambda *y: (ours(*y) ** 2).sum(), (0, 1, 2))(*x)
+
+    whole = step(*args)
+    close(jax.jit(step)(*sharded), whole, 1e-4)
+
+    def summed(q, k, v):
+        return jax.lax.psum((ours(q, k, v) ** 2).sum(), "x")
+
+    total = jax.shard_map(summed, mesh=mesh, in_specs=(P("x"), P(), P()), out_specs=P())
+    shared = [args[0], *(x[:1] for x in args[1:])]
+    both = [shared[0], *(jnp.concatenate([x, x]) for x in shared[1:])]
+    of_both = jax.grad(lambda *y: (ours(*y) ** 2).sum(), (0, 1, 2))(*both)
+    want_shared = [of_both[0], *(x.sum(0, keepdims=True) for x in of_both[1:])]
+    close(jax.jit(jax.grad(total, (0, 1, 2)))(*shared), want_shared, 1e-4)
+
 
 def test_export(rng):
     args = arrays(rng)
@@ -324,3 +367,10 @@ def test_export(rng):
     exported = jax.export.export(program, disabled_checks=jax_nano.export_checks())(*args)
     again = jax.export.deserialize(exported.serialize())
     close(again.call(*args), plain(*args, is_causal=True))
+
+    def step(function, *x):
+        return jax.grad(lambda *y: (function(*y) ** 2).sum(), (0, 1, 2))(*x)
+
+    exported = jax.export.export(jax.jit(partial(step, program)), disabled_checks=jax_nano.export_checks())(*args)
+    again = jax.export.deserialize(exported.serialize())
+    close(again.call(*args), step(partial(plain, is_causal=True), *args), 1e-4)
