@@ -309,10 +309,11 @@ def call(
                             "dq": rooms["dq"] + first * rs_dq * 4,
                         }
                         run_step(**(fields | here), step=1)
+                        run_step(**(fields | here), step=2)
                     for name, size, by in (("dk", h, x.scale), ("dv", width, 1.0)):
                         result = out[name]
                         run_step(
-                            step=3,
+                            step=4,
                             dq=rooms[name],
                             rs_dq=_round_up(size, nr),
                             out=at_index(result, (batch, s0, head)),
@@ -323,7 +324,7 @@ def call(
                         )
                 result = out["dq"]
                 run_step(
-                    step=2,
+                    step=3,
                     dq=rooms["dq"],
                     rs_dq=rs_dq,
                     out=at_index(result, (batch, 0, head)),

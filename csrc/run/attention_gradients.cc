@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
+#include <optional>
 #include <stdexcept>
 #include <vector>
 
@@ -16,12 +16,13 @@ constexpr int64_t kLine = 64;               // bytes
 constexpr int64_t kBlockBytes = 176 << 10;  // of all that a block of keys keeps in L2: packed three times, and sums
 constexpr int64_t kMostKeys = 256;          // in a block
 constexpr int64_t kChunkRows = 96;          // about so many, in which sums of dk and dv are loaded and stored once
+constexpr int64_t kPackedRows = 4 << 20;    // bytes of all rows of an item, if they are to stay packed
 constexpr int64_t kItems = 32;              // so many for threads to share, with
 constexpr int64_t kPieceKeys = 512;         // no fewer keys in each; but
 constexpr int64_t kFewestItems = 8;         // so many in any case, with
 constexpr int64_t kFewestPieceKeys = 128;   // no fewer keys than these
 
-enum Step : int64_t { kKeys, kRows, kWriteQueries, kWriteKeys };
+enum Step : int64_t { kKeys, kPack, kRows, kWriteQueries, kWriteKeys };
 
 int64_t CeilDiv(int64_t x, int64_t y) { return (x + y - 1) / y; }
 int64_t RoundUp(int64_t x, int64_t unit) { return CeilDiv(x, unit) * unit; }
@@ -32,6 +33,9 @@ T* Advance(T* base, int64_t elements, int64_t element_bytes) {
   return static_cast<Byte*>(base) + elements * element_bytes;
 }
 
+// What is known of a packed chunk of rows.
+enum class Chunk : uint8_t { kUnpacked, kPacked, kFinite, kNotFinite };
+
 // One head of keys and values with the queries that share it, and the part of the keys that an item does.
 struct Head {
   int64_t batch, kv_head, first_head;
@@ -39,11 +43,12 @@ struct Head {
   int64_t begin, end;     // keys of the piece; those beyond `keys` have no part but in rows with uniform weights
   bool uniform;           // some row has these
   float* dq;
+  std::vector<Chunk> chunks;  // those of all rows, or one
 };
 
 // A thread's workspace, cut up.
 struct Rooms {
-  char *q_pack, *dout_pack, *q_panels, *dout_panels, *kt_pack, *vt_pack, *k_pack, *turned;
+  char *rows, *kt_pack, *vt_pack, *k_pack, *turned;
   float *scores, *dscores, *dk, *dv, *dq;
   GradientRow* table;
 };
@@ -57,10 +62,7 @@ Rooms TakeRooms(const GradientPlan& plan) {
   };
   const auto floats = [&](int64_t bytes) { return reinterpret_cast<float*>(next(bytes)); };
   Rooms r;
-  r.q_pack = next(plan.q_pack);
-  r.dout_pack = next(plan.dout_pack);
-  r.q_panels = next(plan.q_panels);
-  r.dout_panels = next(plan.dout_panels);
+  r.rows = next(plan.chunks() * plan.chunk_bytes());
   r.kt_pack = next(plan.kt_pack);
   r.vt_pack = next(plan.vt_pack);
   r.k_pack = next(plan.k_pack);
@@ -85,14 +87,19 @@ int64_t StatisticAt(const GradientPlan& plan, int64_t batch, int64_t t, int64_t 
 
 bool IsUniform(float lse) { return lse <= kJaxMasked && !std::isinf(lse); }
 
+// Where a chunk's packed rows are.
+void SetChunk(const GradientPlan& plan, const Rooms& rooms, int64_t chunk, GradientArgs& x) {
+  char* const at = rooms.rows + chunk * plan.chunk_bytes();
+  x.q_pack = at;
+  x.dout_pack = at + plan.q_pack;
+  x.q_panels = at + plan.q_pack + plan.dout_pack;
+  x.dout_panels = at + plan.q_pack + plan.dout_pack + plan.q_panels;
+}
+
 GradientArgs ArgsFor(const GradientPlan& plan, const Rooms& rooms) {
   const AttentionShape& shape = plan.shape.attention;
   GradientArgs x = {};
   x.rows = rooms.table;
-  x.q_pack = rooms.q_pack;
-  x.dout_pack = rooms.dout_pack;
-  x.q_panels = rooms.q_panels;
-  x.dout_panels = rooms.dout_panels;
   x.kt_pack = rooms.kt_pack;
   x.vt_pack = rooms.vt_pack;
   x.k_pack = rooms.k_pack;
@@ -207,13 +214,16 @@ Seen FillTable(const GradientPlan& plan, const GradientBuffers& buffers, const H
 template <typename Bits>
 bool AllFinite(const void* x, int64_t count, int64_t stride, Bits exponent) {
   const Bits* const p = static_cast<const Bits*>(x);
-  bool finite = true;
+  Bits found = 0;
+  const auto is_other = [exponent](Bits bits) {
+    return static_cast<Bits>((bits & exponent) == exponent ? ~Bits{0} : 0);
+  };
   if (stride == 1) {
-    for (int64_t i = 0; i < count; ++i) finite &= (p[i] & exponent) != exponent;
+    for (int64_t i = 0; i < count; ++i) found |= is_other(p[i]);
   } else {
-    for (int64_t i = 0; i < count; ++i) finite &= (p[i * stride] & exponent) != exponent;
+    for (int64_t i = 0; i < count; ++i) found |= is_other(p[i * stride]);
   }
-  return finite;
+  return found == 0;
 }
 
 bool AllFinite(const char* dtype, const void* x, int64_t count, int64_t stride) {
@@ -224,7 +234,7 @@ bool AllFinite(const char* dtype, const void* x, int64_t count, int64_t stride) 
 
 // Whether all that meets in the products of some rows and a block of keys is finite. If not, a row's zeros for keys
 // that it does not see would become NaN.
-bool IsFinite(const GradientPlan& plan, const Head& head, const GradientBuffers& buffers, const GradientArgs& x) {
+bool RowsAreFinite(const GradientPlan& plan, const GradientArgs& x) {
   const AttentionShape& shape = plan.shape.attention;
   for (int64_t i = 0; i < x.count; ++i) {
     if (!AllFinite(plan.kernel->q, x.rows[i].q, shape.depth, shape.q[3]) ||
@@ -232,13 +242,14 @@ bool IsFinite(const GradientPlan& plan, const Head& head, const GradientBuffers&
       return false;
     }
   }
-  for (int64_t s = x.s0; s < x.s0 + x.cols; ++s) {
-    const void* const k =
-        Advance(buffers.k, head.batch * shape.k[0] + s * shape.k[1] + head.kv_head * shape.k[2], plan.kv_bytes);
-    const void* const v =
-        Advance(buffers.v, head.batch * shape.v[0] + s * shape.v[1] + head.kv_head * shape.v[2], plan.kv_bytes);
-    if (!AllFinite(plan.kernel->kv, k, shape.depth, shape.k[3]) ||
-        !AllFinite(plan.kernel->kv, v, shape.width, shape.v[3])) {
+  return true;
+}
+
+bool KeysAreFinite(const GradientPlan& plan, const GradientArgs& x) {
+  const AttentionShape& shape = plan.shape.attention;
+  for (int64_t s = 0; s < x.cols; ++s) {
+    if (!AllFinite(plan.kernel->kv, Advance(x.k, s * x.rsk, plan.kv_bytes), shape.depth, x.csk) ||
+        !AllFinite(plan.kernel->kv, Advance(x.v, s * x.rsv, plan.kv_bytes), shape.width, x.csv)) {
       return false;
     }
   }
@@ -279,7 +290,9 @@ void RunRowsAlone(const GradientPlan& plan, const GradientBuffers& buffers, cons
     x.general = chunk.general;
     float *const dk = x.dk + x.cols * x.rs_dk, *const dv = x.dv + x.cols * x.rs_dv;
     const std::vector<float> kept_dk(dk, dk + plan.kernel->mr * x.rs_dk), kept_dv(dv, dv + plan.kernel->mr * x.rs_dv);
+    SetChunk(plan, rooms, plan.chunks() - 1, x);
     Run(plan, x, kKeys);
+    Run(plan, x, kPack);
     Run(plan, x, kRows);
     std::copy(kept_dk.begin(), kept_dk.end(), dk);
     std::copy(kept_dv.begin(), kept_dv.end(), dv);
@@ -287,8 +300,8 @@ void RunRowsAlone(const GradientPlan& plan, const GradientBuffers& buffers, cons
 }
 
 // dk and dv of a block of keys, and its part of dq.
-void RunBlock(const GradientPlan& plan, const GradientBuffers& buffers, const Head& head, const Rooms& rooms,
-              int64_t s0, int64_t cols) {
+void RunBlock(const GradientPlan& plan, const GradientBuffers& buffers, Head& head, const Rooms& rooms, int64_t s0,
+              int64_t cols) {
   const AttentionShape& shape = plan.shape.attention;
   GradientArgs x = BlockArgs(plan, buffers, head, rooms, s0, cols, 0);
   std::memset(rooms.dk, 0, static_cast<size_t>(cols * x.rs_dk) * sizeof(float));
@@ -301,6 +314,7 @@ void RunBlock(const GradientPlan& plan, const GradientBuffers& buffers, const He
     last = head.queries;
   }
   bool packed = false;
+  std::optional<bool> keys_are_finite;
   const int64_t rows = head.queries * plan.group;
   for (int64_t r = first * plan.group / plan.chunk * plan.chunk; r < last * plan.group; r += plan.chunk) {
     x.count = std::min(plan.chunk, rows - r);
@@ -308,13 +322,25 @@ void RunBlock(const GradientPlan& plan, const GradientBuffers& buffers, const He
     const Seen seen = FillTable(plan, buffers, head, r, x.count, s0, s0 + cols, rooms.table);
     if (!seen.any) continue;
     x.general = buffers.bias != nullptr || buffers.mask != nullptr || seen.uniform;
-    if (!seen.all && !IsFinite(plan, head, buffers, x)) {
-      RunRowsAlone(plan, buffers, head, rooms, x);
-      packed = false;
-      continue;
+    const int64_t index = plan.packs_once ? r / plan.chunk : 0;
+    Chunk& chunk = head.chunks[static_cast<size_t>(index)];
+    SetChunk(plan, rooms, index, x);
+    if (!plan.packs_once || chunk == Chunk::kUnpacked) {
+      Run(plan, x, kPack);
+      chunk = Chunk::kPacked;
     }
     if (!packed) Run(plan, x, kKeys);
     packed = true;
+    if (!seen.all) {
+      // Right behind their packing, while they are in a cache.
+      if (!keys_are_finite) keys_are_finite = KeysAreFinite(plan, x);
+      if (chunk == Chunk::kPacked) chunk = RowsAreFinite(plan, x) ? Chunk::kFinite : Chunk::kNotFinite;
+      if (!*keys_are_finite || chunk == Chunk::kNotFinite) {
+        RunRowsAlone(plan, buffers, head, rooms, x);
+        packed = false;
+        continue;
+      }
+    }
     Run(plan, x, kRows);
   }
   const int64_t key = (head.batch * shape.keys + s0) * shape.kv_heads + head.kv_head;
@@ -390,6 +416,8 @@ GradientPlan PlanGradients(const AttentionInfo* kernel, const GradientShape& giv
   };
   // A tile of keys more than there are is read, as zeros.
   p.rs_scores = (CeilDiv((keys + kernel->nr) * 4, kLine) | 1) * kLine / 4;
+  p.packs_once =
+      p.rows() * (PackedRowBytes(*kernel, shape.depth) + PackedRowBytes(*kernel, shape.width)) <= kPackedRows;
   p.q_pack = rows * PackedRowBytes(*kernel, shape.depth) + kPackSlackBytes;
   p.dout_pack = rows * PackedRowBytes(*kernel, shape.width) + kPackSlackBytes;
   if (kernel->converts) {
@@ -433,6 +461,7 @@ void RunGradientItem(const GradientPlan& plan, const GradientBuffers& buffers, v
       head.queries = Length(buffers.q_lengths, head.batch, shape.queries);
       head.keys = Length(buffers.kv_lengths, head.batch, shape.keys);
       head.uniform = AnyUniform(plan, buffers, head);
+      head.chunks.assign(static_cast<size_t>(plan.chunks() - 1), Chunk::kUnpacked);
       head.dq = plan.pieces > 1 ? PieceOf(plan, shared, head.batch, head.kv_head, piece) : rooms.dq;
       std::memset(head.dq, 0, static_cast<size_t>(plan.dq));
       for (int64_t s0 = head.begin; s0 < head.end; s0 += plan.block) {

@@ -52,10 +52,12 @@ struct GradientPlan {
   int64_t group;              // query heads that share keys
   int64_t block;              // keys that are packed at once
   int64_t chunk;              // rows (a position's heads side by side) whose scores exist at once
+  bool packs_once;            // all rows of an item stay packed; else a chunk's are packed for each block of keys
   int64_t pieces, piece;      // of the keys, and how many keys one has
   int64_t rs_scores, rs_dq, rs_dv;
   // Workspace of a thread in bytes, in this order.
-  int64_t q_pack, dout_pack, q_panels, dout_panels, kt_pack, vt_pack, k_pack, scores, dscores, turned, table, dk, dv;
+  int64_t q_pack, dout_pack, q_panels, dout_panels;  // of a chunk
+  int64_t kt_pack, vt_pack, k_pack, scores, dscores, turned, table, dk, dv;
   int64_t dq;                                  // one item's
   std::chrono::nanoseconds expected, merging;  // on one thread, roughly
 
@@ -67,9 +69,12 @@ struct GradientPlan {
   int64_t item_heads() const { return shares_heads() ? 1 : shape.attention.kv_heads; }
   int64_t items() const { return item_batches() * item_heads() * pieces; }
   int64_t merges() const { return pieces > 1 ? heads() * ((rows() + kMergedRows - 1) / kMergedRows) : 0; }
+  int64_t chunk_bytes() const { return q_pack + dout_pack + q_panels + dout_panels; }
+  // The last one is that of rows that are computed by themselves.
+  int64_t chunks() const { return (packs_once ? (rows() + chunk - 1) / chunk : 1) + 1; }
   int64_t workspace_bytes() const {
-    return q_pack + dout_pack + q_panels + dout_panels + kt_pack + vt_pack + k_pack + scores + dscores + turned +
-           table + dk + dv + (pieces > 1 ? 0 : dq);
+    return chunks() * chunk_bytes() + kt_pack + vt_pack + k_pack + scores + dscores + turned + table + dk + dv +
+           (pieces > 1 ? 0 : dq);
   }
   int64_t shared_bytes() const { return pieces > 1 ? heads() * pieces * dq : 0; }
 

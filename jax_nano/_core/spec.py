@@ -499,7 +499,7 @@ GRADIENT_ROW: Final = (
 """One query of an attention's gradients (csrc/run/attention_gradients.h)."""
 
 GRADIENT_ARGS: Final = (
-    Field("int64_t", "step", "what is to be done: 0 keys, 1 rows, 2 write as queries, 3 write as keys"),
+    Field("int64_t", "step", "0 packs a block of keys, 1 packs rows, 2 computes them, 3 writes queries, 4 writes keys"),
     Field("const GradientRow*", "rows"),
     Field("const void*", "k", "the first of a block of keys, of values"),
     Field("const void*", "v"),

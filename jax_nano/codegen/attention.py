@@ -487,20 +487,10 @@ class _Softmax:
         divisor = ir.splat(whole, lanes)
         out, width = Row(row).pointer("out", q), given["width"]
 
-        def vector(j: I64) -> None:
-            v = ir.convert(ir.divide(sums.at(j).load(lanes), divisor), "float32", q)
-            active = width - j
-            if room is None:
-                out.at(j).store(v, ir.lane_mask(active, lanes))
-                return
+        def value(j: Size) -> Value:
+            return ir.convert(ir.divide(sums.at(j).load(lanes), divisor), "float32", q)
 
-            def some() -> None:
-                room.store(v)
-                ir.loop(0, active, 1, [], lambda o: out.at(j + o).store(room.at(o).load()))
-
-            ir.if_(ir.less(active, lanes), some, lambda: out.at(j).store(v))
-
-        ir.loop(0, width, lanes, [], vector)
+        store_row(out, width, value, room, lanes)
 
 
 def _greatest(v: Value) -> Value:
@@ -516,6 +506,26 @@ def fetch_elements(row: Ptr, elements: Size, *, write: bool = False, level: int 
     """Fetches a row of elements that lie side by side."""
     size = elements * ir.elem_bytes(row.elem)
     void(ir.loop(0, size, LINE, [], lambda o: row.as_type("int8").at(o).prefetch(write=write, level=level)))
+
+
+def store_row(out: Ptr, elements: Size, value: Callable[[Size], Value], room: Ptr | None, lanes: int) -> None:
+    """Stores ``value(j)``, vectors of the elements from j on. ``room``: a vector's, where the target masks no stores.
+
+    Only the last vector may be partial: AMD's cores take 20 cycles for a masked store.
+    """
+    whole = elements // lanes * lanes
+    ir.loop(0, whole, lanes, [], lambda j: out.at(j).store(value(j)))
+    rest = elements - whole
+
+    def partial_vector() -> None:
+        v = value(whole)
+        if room is None:
+            out.at(whole).store(v, ir.lane_mask(rest, lanes))
+            return
+        room.store(v)
+        ir.loop(0, rest, 1, [], lambda o: out.at(whole + o).store(room.at(o).load()))
+
+    ir.if_(ir.less(0, rest), partial_vector)
 
 
 @dataclass(frozen=True)

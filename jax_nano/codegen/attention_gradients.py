@@ -29,7 +29,7 @@ from jax_nano._core import spec
 from jax_nano._core.spec import names
 
 from . import ir
-from .attention import LOG2_E, Arguments, Attention, Row, exist, exp2, fetch_elements, taken
+from .attention import LOG2_E, Arguments, Attention, Row, exist, exp2, fetch_elements, store_row, taken
 from .ir import I64, Ptr, Size, Value
 from .microkernel import ADD, walks_of
 from .packing import Packing, void
@@ -37,7 +37,7 @@ from .walks import Walks
 
 ARGS, ROW = names(spec.GRADIENT_ARGS), names(spec.GRADIENT_ROW)
 
-KEYS, ROWS, WRITE_QUERIES, WRITE_KEYS = range(4)
+KEYS, PACK, ROWS, WRITE_QUERIES, WRITE_KEYS = range(5)
 """GradientArgs::step."""
 
 ROWS_AHEAD = 4
@@ -226,6 +226,7 @@ class _Nest:
         rooms = {e: ir.alloca(self._attention.tile.lanes, e) for e in {self._attention.q, self._attention.kv}}
         steps = (
             lambda: self._keys(x),
+            lambda: self._pack_rows(x),
             lambda: self._rows(x, args, walks),
             lambda: self._write(x, self._attention.q, rooms),
             lambda: self._write(x, self._attention.kv, rooms),
@@ -245,7 +246,6 @@ class _Nest:
 
     def _rows(self, x: Arguments, args: Ptr, walks: Walks) -> None:
         mr, nr = self._attention.tile.mr, self._attention.tile.nr
-        self._pack_rows(x)
         count = x["count"]
         first, last = self._visible(x, x["rows"], count)
         whole = (last + (nr - 1)) // nr * nr
@@ -460,19 +460,9 @@ class _Nest:
         def row(i: I64) -> None:
             sums, out = x["dq"].at(i * x["rs_dq"]), x["out"].as_type(elem).at(i * x["rs_out"])
 
-            def vector(j: I64) -> None:
-                v = ir.convert(ir.multiply(sums.at(j).load(lanes), by), "float32", elem)
-                active = depth - j
-                if masks:
-                    out.at(j).store(v, ir.lane_mask(active, lanes))
-                    return
+            def value(j: Size) -> Value:
+                return ir.convert(ir.multiply(sums.at(j).load(lanes), by), "float32", elem)
 
-                def some() -> None:
-                    room.store(v)
-                    ir.loop(0, active, 1, [], lambda o: out.at(j + o).store(room.at(o).load()))
-
-                ir.if_(ir.less(active, lanes), some, lambda: out.at(j).store(v))
-
-            ir.loop(0, depth, lanes, [], vector)
+            store_row(out, depth, value, None if masks else room, lanes)
 
         ir.loop(0, x["count"], 1, [], row)
