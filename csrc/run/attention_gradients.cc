@@ -13,11 +13,11 @@ namespace jax_nano {
 namespace {
 
 constexpr int64_t kLine = 64;               // bytes
-constexpr int64_t kBlockBytes = 176 << 10;  // of all that a block of keys keeps in L2: packed three times, and sums
+constexpr int64_t kBlockBytes = 340 << 10;  // of all that a block of keys keeps in L2: packed three times, and sums
 constexpr int64_t kMostKeys = 256;          // in a block
 constexpr int64_t kChunkRows = 96;          // about so many, in which sums of dk and dv are loaded and stored once
 constexpr int64_t kPackedRows = 4 << 20;    // bytes of all rows of an item, if they are to stay packed
-constexpr int64_t kItems = 32;              // so many for threads to share, with
+constexpr int64_t kItems = 16;              // so many for threads to share, with
 constexpr int64_t kPieceKeys = 512;         // no fewer keys in each; but
 constexpr int64_t kFewestItems = 8;         // so many in any case, with
 constexpr int64_t kFewestPieceKeys = 128;   // no fewer keys than these

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 import jax_nano
+from jax_nano._dispatch import decision
 from jax_nano._ops import attention_gradients, attention_lowering
 
 TOLERANCE = {"float64": 1e-5, "float32": 2e-5, "bfloat16": 4e-2, "float16": 6e-3}
@@ -359,6 +360,53 @@ def test_shard_map_and_sharded_arrays(rng):
     of_both = jax.grad(lambda *y: (ours(*y) ** 2).sum(), (0, 1, 2))(*both)
     want_shared = [of_both[0], *(x.sum(0, keepdims=True) for x in of_both[1:])]
     close(jax.jit(jax.grad(total, (0, 1, 2)))(*shared), want_shared, 1e-4)
+
+
+@pytest.mark.parametrize("spec", [P("x"), P(None, None, "x")])
+def test_jit_with_sharded_batches_and_heads(rng, spec):
+    """Each device calls the kernel for its own, forward and backward; a shared bias' gradients are summed."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    args = arrays(rng)
+    bias = jnp.asarray(rng.standard_normal((1, 4, 9, 11)), np.float32)
+    mask = jnp.asarray(rng.random((2, 1, 1, 11)) < 0.8)
+
+    def step(function, *x):
+        return jax.value_and_grad(lambda *y: (function(*y, mask) ** 2).sum(), (0, 1, 2, 3))(*x)
+
+    sharded = [jax.device_put(x, NamedSharding(mesh, spec)) for x in args]
+    ours = jax.jit(partial(step, jax_nano.dot_product_attention)).lower(*sharded, bias).compile()
+    close(ours(*sharded, bias), step(plain, *args, bias), 1e-4)
+    text = ours.as_text()
+    assert "jax_nano_attention_gradients" in text
+    assert "all-gather(" not in text
+
+
+def test_jit_with_sharded_positions(rng):
+    """XLA gathers them: attention needs all keys, and causal masks know positions."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    args = arrays(rng, t=10, s=12)
+    sharded = [jax.device_put(x, NamedSharding(mesh, P(None, "x"))) for x in args]
+    ours = jax.jit(partial(jax_nano.dot_product_attention, is_causal=True))
+    close(ours(*sharded), plain(*args, is_causal=True))
+
+
+def test_why_a_kernel_does_not_compute_it():
+    machine = decision.Machine("x86-64-v3", frozenset(), frozenset({("float32", "float32"), ("float32", "bfloat16")}))
+    f32, bf16 = np.dtype(np.float32), np.dtype(jnp.bfloat16)
+    q, k = (2, 9, 4, 16), (2, 11, 2, 16)
+
+    def why(shapes, dtypes):
+        return decision.why_no_attention(decision.Attention(shapes, dtypes), machine)
+
+    assert why((q, k, k), (f32, f32, f32)) is None
+    assert why((q, k, k), (f32, bf16, bf16)) is None
+    assert why((q, k, k), (bf16, bf16, bf16)) == "no kernel for attention of bfloat16, bfloat16 and bfloat16"
+    assert why((q, k, k), (f32, f32, bf16)) == "no kernel for attention of float32, float32 and bfloat16"
+    assert why((q, (2, 0, 2, 16), k), (f32, f32, f32)) == "there are no elements"
+    assert why((q, k, (*k[:3], 1025)), (f32, f32, f32)) == "heads of 1025 elements, more than 1024"
+    (size,) = jax.export.symbolic_shape("n")
+    assert why(((size, *q[1:]), k, k), (f32, f32, f32)) == "a size is symbolic"
+    assert why((q, k, k), (f32, f32, f32)) is None
 
 
 def test_export(rng):

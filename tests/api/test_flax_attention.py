@@ -202,6 +202,7 @@ class TestNnx:
         got, want = (f(*args, **options) for f in (jax_nano.attention_fn, nnx.dot_product_attention))
         np.testing.assert_array_equal(got, want)
 
+    @pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
     def test_sown_weights(self, nnx, rng):
         x = jnp.asarray(rng.standard_normal((2, 5, 32)), np.float32)
         sown = []
