@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
@@ -407,6 +408,17 @@ def test_why_a_kernel_does_not_compute_it():
     (size,) = jax.export.symbolic_shape("n")
     assert why(((size, *q[1:]), k, k), (f32, f32, f32)) == "a size is symbolic"
     assert why((q, k, k), (f32, f32, f32)) is None
+
+
+def test_checkify_finds_nan(rng):
+    q, k, v = arrays(rng)
+    checked = checkify.checkify(jax_nano.dot_product_attention, errors=checkify.nan_checks)
+    error, out = checked(q, k, v)
+    close(out, plain(q, k, v))
+    assert error.get() is None
+    error, _ = checked(q, k.at[0, 0, 0, 0].set(np.nan), v)
+    assert "nan generated" in error.get()
+    assert "jax_nano_attention" in error.get()
 
 
 def test_export(rng):
