@@ -72,8 +72,10 @@ def report(*, quick: bool) -> str:
     head = ("attention", "ours, ms", "of products", "GB/s of the cache", "jax.nn / ours", "PyTorch / ours")
     cores = len(os.sched_getaffinity(0))
     note = f"float32 products: {peak / 1e9:.0f} GFLOP/s on {cores} cores"
-    gradients = [_gradient_row(shape, rounds, seconds) for shape in (_SMALL[:1] if quick else SHAPES[:2])]
-    backward = table(("forward and backward", "ours, ms", "jax.nn / ours"), gradients)
+    trained = _SMALL[:1] if quick else [shape for shape in SHAPES if shape.t > 1]
+    gradients = [_gradient_row(shape, min(rounds, 5), seconds, peak) for shape in trained]
+    columns = ("forward and backward", "ours, ms", "of products", "jax.nn / ours", "PyTorch / ours")
+    backward = table(columns, gradients)
     return f"{machine.describe()['cpu']}, jax_nano\n\n{note}\n\n{table(head, rows)}\n\n{backward}"
 
 
@@ -104,38 +106,50 @@ def _row(shape: Shape, rounds: int, seconds: float, peak: float) -> tuple[str, .
     samples = interleave({name: _timed(program, seconds) for name, program in programs.items()}, rounds)
     ours = statistics.median(samples["ours"])
 
-    def ratio(name: str) -> str:
-        if name not in samples:
-            return "-"
-        return f"{statistics.median(a / b for a, b in zip(samples[name], samples['ours'], strict=True)):.2f}"
-
     read = f"{shape.cache_bytes / ours / 1e9:.1f}" if shape.t == 1 else "-"
     share = "-" if shape.t == 1 else f"{shape.operations / ours / peak:.2f}"
-    return str(shape), f"{ours * 1e3:.2f}", share, read, ratio("jax.nn"), ratio("torch")
+    return str(shape), f"{ours * 1e3:.2f}", share, read, _ratio(samples, "jax.nn"), _ratio(samples, "torch")
 
 
-def _gradient_row(shape: Shape, rounds: int, seconds: float) -> tuple[str, ...]:
+def _gradient_row(shape: Shape, rounds: int, seconds: float, peak: float) -> tuple[str, ...]:
     import jax
     import jax.numpy as jnp
 
     import jax_nano
 
     given = [jnp.asarray(x, shape.dtype) for x in _operands(shape)]
-    programs = {}
+    programs: dict[str, Callable[[], Any]] = {}
     for name, function in (("ours", jax_nano.dot_product_attention), ("jax.nn", jax.nn.dot_product_attention)):
-        step = jax.grad(lambda *x, f=function: (f(*x, is_causal=shape.causal) ** 2).sum(), (0, 1, 2))
+        step = jax.grad(lambda *x, f=function: (f(*x, is_causal=shape.causal).astype(np.float32) ** 2).sum(), (0, 1, 2))
         compiled = jax.jit(step).lower(*given).compile()
         programs[name] = partial(_waited, compiled, given)
     for got, want in zip(*(programs[name]() for name in ("ours", "jax.nn")), strict=True):
-        _check(np.asarray(got.astype(np.float32)), np.asarray(want.astype(np.float32)), shape, "gradient")
+        _check(np.asarray(got.astype(np.float32)), np.asarray(want.astype(np.float32)), shape, "gradient", scaled=True)
+    torch = _torch_program(shape, given, backward=True)
+    if torch is not None:
+        programs["torch"] = torch
+        for got, want in zip(torch(), programs["jax.nn"](), strict=True):
+            by_torch = np.moveaxis(got.float().numpy(), 1, 2)
+            _check(by_torch, np.asarray(want.astype(np.float32)), shape, "torch", scaled=True)
     samples = interleave({name: _timed(program, seconds) for name, program in programs.items()}, rounds)
-    ratio = statistics.median(a / b for a, b in zip(samples["jax.nn"], samples["ours"], strict=True))
-    return str(shape), f"{statistics.median(samples['ours']) * 1e3:.2f}", f"{ratio:.2f}"
+    ours = statistics.median(samples["ours"])
+    # Two products forward, five backward.
+    share = 3.5 * shape.operations / ours / peak
+    return str(shape), f"{ours * 1e3:.2f}", f"{share:.2f}", _ratio(samples, "jax.nn"), _ratio(samples, "torch")
 
 
-def _check(got: np.ndarray, want: np.ndarray, shape: Shape, name: str) -> None:
+def _ratio(samples: dict[str, list[float]], name: str) -> str:
+    """How much longer another one takes than ours."""
+    if name not in samples:
+        return "-"
+    return f"{statistics.median(a / b for a, b in zip(samples[name], samples['ours'], strict=True)):.2f}"
+
+
+def _check(got: np.ndarray, want: np.ndarray, shape: Shape, name: str, *, scaled: bool = False) -> None:
+    """``scaled``: relative to the largest of them."""
     near = 1e-4 if shape.dtype == "float32" else 3e-2
-    np.testing.assert_allclose(got, want, rtol=near, atol=near, err_msg=f"{shape}: {name}")
+    by = float(np.abs(want).max()) if scaled else 1.0
+    np.testing.assert_allclose(got, want, rtol=near, atol=near * by, err_msg=f"{shape}: {name}")
 
 
 def _waited(program: Callable[..., Any], args: list[Any]) -> Any:
@@ -144,7 +158,7 @@ def _waited(program: Callable[..., Any], args: list[Any]) -> Any:
     return jax.block_until_ready(program(*args))
 
 
-def _torch_program(shape: Shape, given: list[Any]) -> Callable[[], Any] | None:
+def _torch_program(shape: Shape, given: list[Any], *, backward: bool = False) -> Callable[[], Any] | None:
     if importlib.util.find_spec("torch") is None:
         return None
     import torch
@@ -153,7 +167,12 @@ def _torch_program(shape: Shape, given: list[Any]) -> Callable[[], Any] | None:
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[shape.dtype]
     q, k, v = (torch.from_numpy(np.array(x, np.float32)).to(dtype).transpose(1, 2) for x in given)
     attention = torch.nn.functional.scaled_dot_product_attention
-    return lambda: attention(q, k, v, is_causal=shape.causal, enable_gqa=shape.n != shape.k)
+    run = partial(attention, q, k, v, is_causal=shape.causal, enable_gqa=shape.n != shape.k)
+    if not backward:
+        return run
+    for x in (q, k, v):
+        x.requires_grad_()
+    return lambda: torch.autograd.grad((run().float() ** 2).sum(), (q, k, v))
 
 
 def _products_per_second(seconds: float) -> float:

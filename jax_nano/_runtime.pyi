@@ -64,6 +64,15 @@ class _Attention(TypedDict):
     few: bool  # whether few queries can read keys and values where they lie
     converts: bool  # whether weights are converted before they are multiplied
 
+class _GradientPlan(TypedDict):
+    block: int
+    chunk: int
+    pieces: int
+    piece: int
+    items: int
+    workspace_bytes: int
+    shared_bytes: int
+
 class _AttentionPlan(TypedDict):
     few: bool  # keys and values are read where they lie
     block: int  # keys that are looked at at once
@@ -191,6 +200,40 @@ def attention(
       left, right: query t sees keys t - left <= s <= t + right.
       threads: the caller's and others.
       trips: how often.
+
+    Returns:
+      The seconds that all trips took.
+
+    Raises:
+      ValueError: no attention has the name, or sizes do not fit.
+    """
+
+def plan_attention_gradients(
+    name: str, sizes: Sequence[int], strides: Sequence[Sequence[int]], dbias: Sequence[int] | None
+) -> _GradientPlan:
+    """What `attention_gradients` would do, for tests."""
+
+def attention_gradients(
+    name: str,
+    addresses: Sequence[int],
+    sizes: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    bias: Sequence[int],
+    mask: Sequence[int],
+    dbias: Sequence[int] | None,
+    scale: float,
+    left: int,
+    right: int,
+    threads: int,
+    trips: int = 1,
+) -> float:
+    """Compute the gradients of one attention as `attention` computes its results.
+
+    Args:
+      addresses: of q, k, v, the cotangents of the result, bias, mask, lengths of queries and of keys, logarithms and
+        deltas (float32, dense), then dq, dk, dv and dbias (dense, in jax.nn's order); 0 for what there is not.
+      strides: of q, k, v and the cotangents of the result.
+      dbias: batches, heads and queries of the bias, 1 where it is broadcast; None: its gradient is not wanted.
 
     Returns:
       The seconds that all trips took.

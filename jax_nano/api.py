@@ -304,10 +304,11 @@ def dot_product_attention(
     """`jax.nn.dot_product_attention`: softmax(scale * Q K^T + bias) V, in one pass on CPUs.
 
     Scores and sums are float32, and no matrix of scores is formed. What a mask, a window or lengths exclude is skipped
-    where whole blocks are; Inf and NaN in keys and values behind a length or outside a window reach no result. Of
-    other dtypes than float32, bfloat16 and float16, and on other platforms, it is the composition that is computed, as
-    it is under jit with arrays that are sharded over several devices, and for forward-mode derivatives. Reverse mode
-    computes the weights once more, a block of keys at a time.
+    where whole blocks are; Inf and NaN in keys and values behind a length or outside a window reach no result. Reverse
+    mode computes the weights once more, a block of keys at a time, in one pass too; its gradients have the same bits on
+    any number of threads. Of other dtypes than float32, bfloat16 and float16, and on other platforms, it is the
+    composition that is computed, as it is for forward-mode derivatives. Under jit, batches and heads that are sharded
+    over several devices stay where they are; positions are gathered.
 
     Args:
       query: shape (B, T, N, H) or (T, N, H).
@@ -687,5 +688,10 @@ def export_checks() -> list[DisabledSafetyCheck]:
     """
     from jax.export import DisabledSafetyCheck
 
-    names = (native.TARGET_NAME, native.LINEAR_TARGET_NAME, native.ATTENTION_TARGET_NAME)
+    names = (
+        native.TARGET_NAME,
+        native.LINEAR_TARGET_NAME,
+        native.ATTENTION_TARGET_NAME,
+        native.ATTENTION_GRADIENTS_TARGET_NAME,
+    )
     return [DisabledSafetyCheck.custom_call(name) for name in names]

@@ -103,10 +103,13 @@ def load(kernels: list[CatalogKernel]) -> dict[str, Kernel]:
     return {k.name: Kernel(manifest.entry(k), _function(functions, k.symbol)) for k in kernels}
 
 
-def load_attentions(kernels: list[AttentionKernel]) -> dict[str, tuple[dict[str, Any], Any]]:
-    """The facts and the function of each of these attentions, by name; raises what `load` does."""
+def load_attentions(kernels: list[AttentionKernel], suffix: str = "") -> dict[str, tuple[dict[str, Any], Any]]:
+    """The facts and the function of each of these attentions, by name; raises what `load` does.
+
+    With the suffix "_gradients" the functions are those of their gradients.
+    """
     functions = _library("attentions", kernels)
-    return {k.name: (manifest.attention_entry(k), _function(functions, k.symbol)) for k in kernels}
+    return {k.name: (manifest.attention_entry(k), _function(functions, k.symbol + suffix)) for k in kernels}
 
 
 def _library(kind: str, kernels: list[CatalogKernel] | list[AttentionKernel]) -> ctypes.CDLL:

@@ -1,13 +1,16 @@
 #include "python/attention.h"
 
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "run/attention.h"
+#include "run/attention_gradients.h"
 #include "run/private_pool.h"
 
 namespace nb = nanobind;
@@ -37,8 +40,9 @@ using Addresses = std::array<uintptr_t, 9>;  // q, k, v, out, bias, mask, q_leng
 using Strides = AttentionShape::Strides;
 using Broadcast = std::array<int64_t, 3>;
 
-AttentionPlan PlanFor(std::string_view name, const Sizes& sizes, const std::array<Strides, 4>& strides,
-                      const Broadcast& bias, const Broadcast& mask, double scale, int64_t left, int64_t right) {
+// `strides` are those of q, k, v, and the result or its cotangents.
+AttentionShape ShapeOf(const Sizes& sizes, const std::array<Strides, 4>& strides, const Broadcast& bias,
+                       const Broadcast& mask, double scale, int64_t left, int64_t right) {
   AttentionShape shape = {};
   shape.batch = sizes[0];
   shape.queries = sizes[1];
@@ -55,12 +59,18 @@ AttentionPlan PlanFor(std::string_view name, const Sizes& sizes, const std::arra
   shape.k = strides[1];
   shape.v = strides[2];
   shape.out = strides[3];
-  if (shape.out[3] != 1) throw std::invalid_argument("elements of results must be side by side");
   shape.bias = bias;
   shape.mask = mask;
   shape.scale = scale;
   shape.left = left;
   shape.right = right;
+  return shape;
+}
+
+AttentionPlan PlanFor(std::string_view name, const Sizes& sizes, const std::array<Strides, 4>& strides,
+                      const Broadcast& bias, const Broadcast& mask, double scale, int64_t left, int64_t right) {
+  if (strides[3][3] != 1) throw std::invalid_argument("elements of results must be side by side");
+  const AttentionShape shape = ShapeOf(sizes, strides, bias, mask, scale, left, right);
   return PlanAttention(&AttentionNamed(name), shape, HostMachine().caches);
 }
 
@@ -85,6 +95,63 @@ double RunOften(std::string_view name, const Addresses& at, const Sizes& sizes, 
   const auto start = std::chrono::steady_clock::now();
   for (int64_t trip = 0; trip < trips; ++trip) RunAttention(plan, pace, buffers, pool);
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// q, k, v, cotangents of the result, bias, mask, q_lengths, kv_lengths, lse, delta, dq, dk, dv, dbias.
+using GradientAddresses = std::array<uintptr_t, 14>;
+
+GradientPlan PlanGradientsFor(std::string_view name, const Sizes& sizes, const std::array<Strides, 4>& strides,
+                              const Broadcast& bias, const Broadcast& mask,
+                              const std::optional<std::array<int64_t, 3>>& dbias, double scale, int64_t left,
+                              int64_t right) {
+  GradientShape shape = {};
+  shape.attention = ShapeOf(sizes, strides, bias, mask, scale, left, right);
+  shape.dbias = dbias.has_value();
+  shape.dbias_sizes = dbias.value_or(std::array<int64_t, 3>{1, 1, 1});
+  return PlanGradients(&AttentionNamed(name), shape);
+}
+
+// The same for gradients.
+double RunGradientsOften(std::string_view name, const GradientAddresses& at, const Sizes& sizes,
+                         const std::array<Strides, 4>& strides, const Broadcast& bias, const Broadcast& mask,
+                         const std::optional<std::array<int64_t, 3>>& dbias, double scale, int64_t left, int64_t right,
+                         int64_t threads, int64_t trips) {
+  const GradientPlan plan = PlanGradientsFor(name, sizes, strides, bias, mask, dbias, scale, left, right);
+  GradientBuffers buffers = {};
+  buffers.q = reinterpret_cast<const void*>(at[0]);
+  buffers.k = reinterpret_cast<const void*>(at[1]);
+  buffers.v = reinterpret_cast<const void*>(at[2]);
+  buffers.dout = reinterpret_cast<const void*>(at[3]);
+  buffers.bias = reinterpret_cast<const float*>(at[4]);
+  buffers.mask = reinterpret_cast<const uint8_t*>(at[5]);
+  buffers.q_lengths = reinterpret_cast<const int32_t*>(at[6]);
+  buffers.kv_lengths = reinterpret_cast<const int32_t*>(at[7]);
+  buffers.lse = reinterpret_cast<const float*>(at[8]);
+  buffers.delta = reinterpret_cast<const float*>(at[9]);
+  buffers.dq = reinterpret_cast<void*>(at[10]);
+  buffers.dk = reinterpret_cast<void*>(at[11]);
+  buffers.dv = reinterpret_cast<void*>(at[12]);
+  buffers.dbias = reinterpret_cast<float*>(at[13]);
+  const nb::gil_scoped_release release;
+  GradientPaces paces(sharing::Pace::kEndless, sharing::Pace::kEndless);
+  PrivatePool pool(threads);
+  const auto start = std::chrono::steady_clock::now();
+  for (int64_t trip = 0; trip < trips; ++trip) RunGradients(plan, paces, buffers, pool);
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+nb::dict ExplainGradients(std::string_view name, const Sizes& sizes, const std::array<Strides, 4>& strides,
+                          const std::optional<std::array<int64_t, 3>>& dbias) {
+  const GradientPlan plan = PlanGradientsFor(name, sizes, strides, {}, {}, dbias, 1, kUnbounded, kUnbounded);
+  nb::dict d;
+  d["block"] = plan.block;
+  d["chunk"] = plan.chunk;
+  d["pieces"] = plan.pieces;
+  d["piece"] = plan.piece;
+  d["items"] = plan.items();
+  d["workspace_bytes"] = plan.workspace_bytes();
+  d["shared_bytes"] = plan.shared_bytes();
+  return d;
 }
 
 nb::dict ExplainAttention(std::string_view name, const Sizes& sizes, const std::array<Strides, 4>& strides) {
@@ -115,6 +182,9 @@ void DefineAttention(nb::module_& m) {
   m.def("plan_attention", &ExplainAttention, "name"_a, "sizes"_a, "strides"_a);
   m.def("attention", &RunOften, "name"_a, "addresses"_a, "sizes"_a, "strides"_a, "bias"_a, "mask"_a, "scale"_a,
         "left"_a, "right"_a, "threads"_a, "trips"_a = 1);
+  m.def("plan_attention_gradients", &ExplainGradients, "name"_a, "sizes"_a, "strides"_a, "dbias"_a.none());
+  m.def("attention_gradients", &RunGradientsOften, "name"_a, "addresses"_a, "sizes"_a, "strides"_a, "bias"_a, "mask"_a,
+        "dbias"_a.none(), "scale"_a, "left"_a, "right"_a, "threads"_a, "trips"_a = 1);
 }
 
 }  // namespace jax_nano

@@ -36,6 +36,7 @@ nb::dict Registrations() {
   out[kDotGeneralCall] = stages(&DotInstantiate, &DotExecute);
   out[kLinearCall] = stages(&LinearInstantiate, &LinearExecute);
   out[kAttentionCall] = stages(&AttentionInstantiate, &AttentionExecute);
+  out[kAttentionGradientsCall] = stages(&GradientsInstantiate, &GradientsExecute);
   return out;
 }
 

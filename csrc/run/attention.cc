@@ -1,7 +1,6 @@
 #include "run/attention.h"
 
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
 #include <cstring>
 #include <iterator>
@@ -10,7 +9,9 @@
 #include "plan/registry.h"
 
 // attention.inc has one JAX_NANO_ATTENTION(...) line per generated attention, read twice as manifest.inc is.
-#define JAX_NANO_ATTENTION(symbol, ...) extern "C" void symbol(const jax_nano::AttentionArgs*);
+#define JAX_NANO_ATTENTION(symbol, ...)                   \
+  extern "C" void symbol(const jax_nano::AttentionArgs*); \
+  extern "C" void symbol##_gradients(const jax_nano::GradientArgs*);
 #include "attention.inc"
 #undef JAX_NANO_ATTENTION
 
@@ -18,7 +19,7 @@ namespace jax_nano {
 namespace {
 
 constexpr AttentionInfo kAttentions[] = {
-#define JAX_NANO_ATTENTION(symbol, ...) {__VA_ARGS__, &symbol},
+#define JAX_NANO_ATTENTION(symbol, ...) {__VA_ARGS__, &symbol, &symbol##_gradients},
 #include "attention.inc"
 #undef JAX_NANO_ATTENTION
     {},  // an array may not be empty, a build without kernels may
@@ -34,15 +35,9 @@ constexpr int64_t kSplitRows = 64;          // with more of them in all, keys ar
 constexpr int64_t kSplitKeys = 512;         // the least keys in a piece
 constexpr int64_t kSplitItems = 64;         // with more items without it neither
 constexpr int64_t kMostPieces = 16;
-constexpr float kJaxMasked = -0.7f * FLT_MAX;  // jax.nn's score of a masked key
 
 int64_t CeilDiv(int64_t x, int64_t y) { return (x + y - 1) / y; }
 int64_t RoundUp(int64_t x, int64_t unit) { return CeilDiv(x, unit) * unit; }
-
-// Bytes of a packed row of so many elements along K: Packing::a_row of the generator.
-int64_t PackedRow(const AttentionInfo& kernel, int64_t elements) {
-  return (CeilDiv(RoundUp(elements, kernel.kr) * kernel.pack_bytes, kLine) | 1) * kLine;
-}
 
 int64_t SumsRow(const AttentionPlan& plan) { return RoundUp(plan.shape.width, plan.kernel->nr); }
 
@@ -291,6 +286,10 @@ const AttentionInfo* SelectAttention(std::span<const Target* const> targets, std
   return nullptr;
 }
 
+int64_t PackedRowBytes(const AttentionInfo& kernel, int64_t elements) {
+  return (CeilDiv(RoundUp(elements, kernel.kr) * kernel.pack_bytes, kLine) | 1) * kLine;
+}
+
 AttentionPlan PlanAttention(const AttentionInfo* kernel, const AttentionShape& shape, const Caches& caches) {
   if (kernel == nullptr) throw std::invalid_argument("jax_nano attention: no kernel for these dtypes");
   AttentionPlan p = {};
@@ -314,7 +313,7 @@ AttentionPlan PlanAttention(const AttentionInfo* kernel, const AttentionShape& s
 
   // So are rows, though they decide no bits but where values are not finite: what leaks from a value that a query does
   // not see, through its weight of zero, is computed once more (FinishRows), in other blocks.
-  const int64_t row_bytes = PackedRow(*kernel, shape.depth) + SumsRow(p) * 4;
+  const int64_t row_bytes = PackedRowBytes(*kernel, shape.depth) + SumsRow(p) * 4;
   const int64_t fit =
       std::clamp<int64_t>(caches.l2 * 5 / 8 / row_bytes, kFewestRows, kMostRows) / kernel->mr * kernel->mr;
   int64_t rows = std::max<int64_t>(fit, kernel->mr);
@@ -332,13 +331,13 @@ AttentionPlan PlanAttention(const AttentionInfo* kernel, const AttentionShape& s
   p.few = kernel->few && p.rows() <= kFewQueries && shape.k[3] == 1 && shape.v[3] == 1;
   const int64_t padded = PaddedRows(p), tile_rows = std::max<int64_t>(kernel->mr, kFewQueries);
   const auto bytes = [](int64_t x) { return RoundUp(x, kLine); };
-  p.q_pack = bytes(padded * PackedRow(*kernel, shape.depth)) + kPackSlackBytes;
+  p.q_pack = bytes(padded * PackedRowBytes(*kernel, shape.depth)) + kPackSlackBytes;
   p.k_pack =
       bytes(RoundUp(p.block, kernel->nr) * RoundUp(shape.depth, kernel->kr) * kernel->pack_bytes) + kPackSlackBytes;
   p.v_pack =
       bytes(RoundUp(shape.width, kernel->nr) * RoundUp(p.block, kernel->kr) * kernel->pack_bytes) + kPackSlackBytes;
   p.scores = tile_rows * (CeilDiv(p.block * 4, kLine) | 1) * kLine;
-  p.weights = kernel->converts ? tile_rows * PackedRow(*kernel, p.block) : 0;
+  p.weights = kernel->converts ? tile_rows * PackedRowBytes(*kernel, p.block) : 0;
   p.table = bytes(p.rows() * static_cast<int64_t>(sizeof(AttentionRow)));
   p.mask_row = bytes(shape.keys);
   // Twice: a query that is computed once more has a state of its own.

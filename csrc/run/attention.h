@@ -13,6 +13,7 @@
 #define JAX_NANO_RUN_ATTENTION_H_
 
 #include <array>
+#include <cfloat>
 #include <chrono>
 #include <cstdint>
 #include <span>
@@ -33,8 +34,13 @@ std::span<const AttentionInfo> Attentions();
 // The first of `targets` with an attention for these dtypes; null if none has one.
 const AttentionInfo* SelectAttention(std::span<const Target* const> targets, std::string_view q, std::string_view kv);
 
+// Bytes of a packed row of so many elements along K: Packing::a_row of the generator.
+int64_t PackedRowBytes(const AttentionInfo& kernel, int64_t elements);
+
 // No bound of a window; bounds may be negative.
 inline constexpr int64_t kUnbounded = int64_t{1} << 40;
+
+inline constexpr float kJaxMasked = -0.7f * FLT_MAX;  // jax.nn's score of a masked key
 
 struct AttentionShape {
   int64_t batch, queries, keys;

@@ -1,4 +1,4 @@
-// The entry points of attention that XLA calls, for registration from Python.
+// The entry points of attention and of its gradients that XLA calls, for registration from Python.
 #ifndef JAX_NANO_XLA_ATTENTION_FFI_H_
 #define JAX_NANO_XLA_ATTENTION_FFI_H_
 
@@ -9,6 +9,9 @@ namespace jax_nano {
 
 XLA_FFI_Error* AttentionInstantiate(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* AttentionExecute(XLA_FFI_CallFrame* frame);
+
+XLA_FFI_Error* GradientsInstantiate(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* GradientsExecute(XLA_FFI_CallFrame* frame);
 
 }  // namespace jax_nano
 

@@ -337,14 +337,16 @@ FFI_ABI: Final = 1
 DOT_GENERAL_CALL: Final = "jax_nano_dot_general"
 LINEAR_CALL: Final = "jax_nano_linear"
 ATTENTION_CALL: Final = "jax_nano_attention"
+ATTENTION_GRADIENTS_CALL: Final = "jax_nano_attention_gradients"
 """The names under which XLA finds the calls (csrc/xla)."""
 
 # --- the contract between kernels and runtime -----------------------------------------------------------------
 
 # fmt: off
 CType: TypeAlias = Literal[
-    "bool", "double", "int32_t", "int64_t", "Activation", "GemmFn", "AttentionFn",
-    "void*", "const void*", "const char*", "float*", "const float*", "const Epilogue*", "const AttentionRow*",
+    "bool", "double", "int32_t", "int64_t", "Activation", "GemmFn", "AttentionFn", "GradientFn",
+    "void*", "const void*", "const char*", "float*", "const float*",
+    "const Epilogue*", "const AttentionRow*", "const GradientRow*",
 ]
 # fmt: on
 
@@ -488,6 +490,60 @@ ATTENTION_ARGS: Final = (
 )
 """The argument of a generated attention (csrc/attention.h)."""
 
+GRADIENT_ROW: Final = (
+    Field("const void*", "q", "the query"),
+    Field("const void*", "dout", "the cotangent of its result"),
+    Field("const float*", "bias", "as AttentionRow's"),
+    Field("const void*", "mask", "as AttentionRow's"),
+    Field("float*", "dbias", "the cotangents of its scores are added to these, side by side; null: not wanted"),
+    Field("int64_t", "lo", "only keys lo <= s < hi exist for this query"),
+    Field("int64_t", "hi"),
+    Field("double", "lse", "the logarithm to base 2 of the sum of its exponentials"),
+    Field("double", "delta", "the sum of its cotangents times its results"),
+    Field("double", "uniform", "above 0: the weight of each key, of which none had a part in a score"),
+)
+"""One query of an attention's gradients (csrc/run/attention_gradients.h)."""
+
+GRADIENT_ARGS: Final = (
+    Field("int64_t", "step", "0 packs a block of keys, 1 packs rows, 2 computes them, 3 writes queries, 4 writes keys"),
+    Field("const GradientRow*", "rows"),
+    Field("const void*", "k", "the first of a block of keys, of values"),
+    Field("const void*", "v"),
+    Field("void*", "q_pack", "workspace, 64-byte aligned, for `count` packed queries and cotangents: as rows"),
+    Field("void*", "dout_pack"),
+    Field("void*", "q_panels", "and as columns, where products take several K values at once; else unused"),
+    Field("void*", "dout_panels"),
+    Field("void*", "kt_pack", "for a block of keys and of values, packed along their elements"),
+    Field("void*", "vt_pack"),
+    Field("void*", "k_pack", "and of keys, along the keys"),
+    Field("float*", "weights", "for `count` rows of scores"),
+    Field("float*", "dscores", "and of their cotangents"),
+    Field("void*", "turned", "for one of both with rows and columns exchanged, where products do not take float32"),
+    Field("float*", "dq", "sums: a row for each query, for each key, for each value"),
+    Field("float*", "dk"),
+    Field("float*", "dv"),
+    Field("int64_t", "count", "queries, or rows to write"),
+    Field("int64_t", "cols", "keys of the block"),
+    Field("int64_t", "s0", "the first of them"),
+    Field("int64_t", "depth", "elements of a query and of a key, or of a row to write"),
+    Field("int64_t", "width", "elements of a value"),
+    Field("int64_t", "csq", "strides: of queries and of cotangents between elements"),
+    Field("int64_t", "cso"),
+    Field("int64_t", "rsk", "of keys between keys, and between elements"),
+    Field("int64_t", "csk"),
+    Field("int64_t", "rsv", "of values between values, and between elements"),
+    Field("int64_t", "csv"),
+    Field("int64_t", "rs_scores", "elements between rows of weights and dscores"),
+    Field("int64_t", "rs_dq", "and of sums: at least depth or width, multiples of nr"),
+    Field("int64_t", "rs_dk"),
+    Field("int64_t", "rs_dv"),
+    Field("double", "scale", "of scores, times the logarithm of e to base 2; or what sums are multiplied by"),
+    Field("int64_t", "general", "1: there is a bias or a mask, or a row has a uniform weight"),
+    Field("void*", "out", "where to write `dq`, a row of `depth` elements each rs_out elements"),
+    Field("int64_t", "rs_out"),
+)
+"""The argument of an attention's generated gradients (csrc/run/attention_gradients.h)."""
+
 ATTENTION_INFO: Final = (
     Field("const char*", "name", 'e.g. "attention_f32_f32_6x16_x86-64-v3"'),
     Field("const char*", "target"),
@@ -502,6 +558,7 @@ ATTENTION_INFO: Final = (
     Field("bool", "few", "whether up to kFewQueries can read keys and values where they lie, if csk and csv are 1"),
     Field("bool", "converts", "whether weights are converted from float32, to memory of their own"),
     Field("AttentionFn", "fn"),
+    Field("GradientFn", "gradients"),
 )
 """One generated attention: a target and two dtypes."""
 

@@ -1,7 +1,8 @@
-"""The one decision about a product on a CPU: which kernel computes it, or why XLA does.
+"""The one decision about a product on a CPU, or about attention: which kernel computes it, or why XLA does.
 
-`dispatch` is a pure function of the product, the machine and the policy, so its results can be cached. Callers pass
-`this_machine()` and a policy: that of the process, or the one that a program was marked with.
+`dispatch` is a pure function of the product, the machine and the policy, and `why_no_attention` of the first two, so
+that results can be cached. Callers pass `this_machine()` and a policy: that of the process, or the one that a program
+was marked with.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 import os
 from collections.abc import Mapping
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -30,11 +31,19 @@ class Product(NamedTuple):
     precision: Precision  # canonical
 
 
+class Attention(NamedTuple):
+    """An attention, as far as it is known when a program is compiled."""
+
+    shapes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # of q, k, v; a size may be symbolic
+    dtypes: tuple[np.dtype, np.dtype, np.dtype]
+
+
 class Machine(NamedTuple):
     """What this CPU has kernels for."""
 
     target: str  # the best one; "" if there is none
     signatures: frozenset[tuple[str, str, str, str]]  # names of the dtypes of lhs, rhs and result, and the algorithm
+    attentions: frozenset[tuple[str, str]] = frozenset()  # names of the dtypes of queries, and of keys and values
 
     @property
     def vector_bits(self) -> int:
@@ -96,7 +105,8 @@ def this_machine() -> Machine:
         for out in spec.DTYPES
         for algorithm in algorithms
     )
-    return Machine(native.target(), frozenset(x for x in found if native.supports(*x)))
+    attentions = frozenset(x for x in spec.ATTENTION_SIGNATURES if native.supports_attention(*x))
+    return Machine(native.target(), frozenset(x for x in found if native.supports(*x)), attentions)
 
 
 @lru_cache(maxsize=4096)
@@ -140,6 +150,27 @@ def signature_of(product: Product, machine: Machine) -> Signature | None:
     sizes = product.labels.sizes(product.lhs_shape, product.rhs_shape)
     terms = math.prod(sizes[x] for x in product.labels.contracting)
     return signatures.find(*product.dtypes, product.precision, terms, machine.supports)
+
+
+MOST_ATTENTION_ELEMENTS: Final = 1024
+"""Of a query, key or value: blocks of longer ones do not fit the caches that attention is planned for."""
+
+
+@lru_cache(maxsize=4096)
+def why_no_attention(attention: Attention, machine: Machine) -> str | None:
+    """Why an attention and its gradients are left to XLA, or None: a kernel computes them in one pass."""
+    shapes, dtypes = attention
+    if not all(isinstance(size, int) for shape in shapes for size in shape):
+        return "a size is symbolic"
+    if not all(size > 0 for shape in shapes for size in shape):
+        return "there are no elements"
+    longest = max(shape[-1] for shape in shapes)
+    if longest > MOST_ATTENTION_ELEMENTS:
+        return f"heads of {longest} elements, more than {MOST_ATTENTION_ELEMENTS}"
+    q, k, v = dtypes
+    if k != v or (q.name, k.name) not in machine.attentions:
+        return f"no kernel for attention of {q}, {k} and {v}"
+    return None
 
 
 class Stored(NamedTuple):

@@ -1,6 +1,7 @@
-"""How attention becomes code: one custom call on CPUs, its composition everywhere else.
+"""How attention and its gradients become code: one custom call each on CPUs, their compositions everywhere else.
 
-The custom call is `jax_nano_attention`, with the operands and attributes that csrc/xla/attention_ffi.cc describes.
+The custom calls are `jax_nano_attention` and `jax_nano_attention_gradients`, with the operands and attributes that
+csrc/xla/attention_ffi.cc and attention_gradients_ffi.cc describe.
 """
 
 from __future__ import annotations
@@ -11,59 +12,89 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 from jax.core import ShapedArray
-from jax.interpreters import mlir
+from jax.extend.core import Primitive
+from jax.interpreters import mlir, xla
 
 from jax_nano._core import jax_compat as compat
 from jax_nano._core import native
+from jax_nano._dispatch import decision
 from jax_nano._ops import sharding
 from jax_nano._ops.attention import Options, composition
 from jax_nano._ops.attention import attention_p as attention_p
+from jax_nano._ops.attention_gradients import attention_gradients_p
+from jax_nano._ops.attention_gradients import composition as gradients_composition
 from jax_nano._ops.lowering import Context, Operand, Value, fold_transposes
-
-MOST_ELEMENTS = 1024
-"""Of a query, key or value: blocks of longer ones do not fit the caches that attention is planned for."""
 
 _DIMS = (0, 1, 2, 3)
 _ffi_rule: Callable[..., Any] = jax.ffi.ffi_lowering(native.ATTENTION_TARGET_NAME)
+_gradients_ffi_rule: Callable[..., Any] = jax.ffi.ffi_lowering(native.ATTENTION_GRADIENTS_TARGET_NAME)
 
 
 def has_kernel(q: ShapedArray, k: ShapedArray, v: ShapedArray) -> bool:
     """Whether a kernel on this CPU computes it."""
-    static = all(isinstance(size, int) for x in (q, k, v) for size in x.shape)
-    return (
-        static
-        and min(*q.shape, *k.shape, *v.shape) > 0
-        and max(q.shape[-1], v.shape[-1]) <= MOST_ELEMENTS
-        and k.dtype == v.dtype
-        and native.supports_attention(q.dtype.name, k.dtype.name)
-    )
+    attention = decision.Attention((q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype))
+    return decision.why_no_attention(attention, decision.this_machine()) is None
 
 
-def _lower(ctx: Context, *values: Value, options: Options) -> Sequence[Value]:
-    out_aval, lse_aval = ctx.avals_out
+def _runs(ctx: Context) -> sharding.Placement:
+    """How the program that is being lowered calls a kernel; XLA: not at all."""
+    here = compat.lowering_platforms(ctx) == ("cpu",) and has_kernel(*ctx.avals_in[:3])
+    return sharding.placement(ctx, ctx.avals_out[0]) if here else sharding.Placement.XLA
+
+
+def _partitioned(
+    ctx: Context,
+    call: Callable[..., Sequence[Array]],
+    operands: Sequence[str],
+    results: Sequence[str],
+    sums: Sequence[int],
+) -> Callable[..., Sequence[Array]]:
+    """The call as one that XLA partitions, with dimensions of size 1 among those of a bias or mask named so."""
+    q, k = ctx.avals_in[:2]
+    sizes = {"b": q.shape[0], "n": q.shape[2], "k": k.shape[2]}
+
+    def named(dims: str, aval: ShapedArray) -> str:
+        return "".join("1" if dims.startswith("bnts") and n == 1 else x for x, n in zip(dims, aval.shape, strict=True))
+
+    operands = [named(dims, aval) for dims, aval in zip(operands, ctx.avals_in, strict=True)]
+    results = [named(dims, aval) for dims, aval in zip(results, ctx.avals_out, strict=True)]
+    return sharding.partitioned_attention(call, operands, results, sizes, sums)
+
+
+def _extras(options: Options) -> list[str]:
+    return ["bnts"] * (options.bias + options.mask) + ["b"] * (options.q_lengths + options.kv_lengths)
+
+
+def _call(
+    rule: Callable[..., Any],
+    ctx: Context,
+    values: Sequence[Value],
+    permutable: int,
+    options: Options,
+    **attributes: Any,
+) -> Sequence[Value]:
+    """A custom call whose first operands, the `permutable`, may have their dimensions in any order."""
     avals = [ShapedArray(x.shape, x.dtype) for x in ctx.avals_in]
-    local = sharding.placement(ctx, out_aval) is sharding.Placement.LOCAL
-    if not local or compat.lowering_platforms(ctx) != ("cpu",) or not has_kernel(*avals[:3]):
-        return mlir.lower_fun(partial(composition, options=options), multiple_results=True)(ctx, *values)
-    operands, dims = [], []
-    for value, aval in zip(values[:3], avals[:3], strict=True):
+    operands, dims = [], [np.asarray(_DIMS, np.int64)] * 4
+    for i, (value, aval) in enumerate(zip(values[:permutable], avals[:permutable], strict=True)):
         operand, order = fold_transposes(Operand(value, aval.shape, aval.dtype), _DIMS)
         operands.append(operand)
-        dims.append(np.asarray(order, np.int64))
+        dims[i] = np.asarray(order, np.int64)
     inner = ctx.replace(
-        avals_in=[ShapedArray(x.shape, x.dtype) for x in operands] + avals[3:],
-        avals_out=[ShapedArray(x.shape, x.dtype) for x in (out_aval, lse_aval)],
+        avals_in=[ShapedArray(x.shape, x.dtype) for x in operands] + avals[permutable:],
+        avals_out=[ShapedArray(x.shape, x.dtype) for x in ctx.avals_out],
     )
-    out, lse = _ffi_rule(
+    outs = rule(
         inner,
         *(x.value for x in operands),
-        *values[3:],
+        *values[permutable:],
         abi=np.int64(native.ABI),
         q_dims=dims[0],
         k_dims=dims[1],
         v_dims=dims[2],
-        out_dims=np.asarray(_DIMS, np.int64),
+        out_dims=dims[3],
         scale=np.float64(options.scale),
         left=np.int64(options.left),
         right=np.int64(options.right),
@@ -71,11 +102,66 @@ def _lower(ctx: Context, *values: Value, options: Options) -> Sequence[Value]:
         mask=np.int64(options.mask),
         q_lengths=np.int64(options.q_lengths),
         kv_lengths=np.int64(options.kv_lengths),
-        residual=np.int64(True),
+        **{name: np.int64(x) for name, x in attributes.items()},
     )
-    compat.set_frontend_attributes(out.owner, {native.BUILD: native.build()})
-    return [compat.lower_with_types(ctx, x, aval) for x, aval in ((out, out_aval), (lse, lse_aval))]
+    compat.set_frontend_attributes(outs[0].owner, {native.BUILD: native.build()})
+    return [compat.lower_with_types(ctx, x, aval) for x, aval in zip(outs, ctx.avals_out, strict=True)]
 
 
+def _lower_call(ctx: Context, *values: Value, options: Options) -> Sequence[Value]:
+    return _call(_ffi_rule, ctx, values, 3, options, residual=True)
+
+
+def _lower(ctx: Context, *values: Value, options: Options) -> Sequence[Value]:
+    where = _runs(ctx)
+    if where is sharding.Placement.LOCAL:
+        return _lower_call(ctx, *values, options=options)
+    meaning: Callable[..., Any] = partial(composition, options=options)
+    if where is sharding.Placement.PARTITIONED:
+        call = partial(attention_call_p.bind, options=options)
+        operands = ["btnh", "bskh", "bskw", *_extras(options)]
+        meaning = _partitioned(ctx, call, operands, ["btnw", "btn"], ())
+    return _lowered(ctx, meaning, values)
+
+
+def _lower_gradients_call(ctx: Context, *values: Value, options: Options, bias_too: bool) -> Sequence[Value]:
+    q, k, v, *extras, lse, delta, dout = range(len(values))
+    order = [q, k, v, dout, lse, delta, *extras]
+    inner = ctx.replace(avals_in=[ctx.avals_in[i] for i in order])
+    return _call(_gradients_ffi_rule, inner, [values[i] for i in order], 4, options, dbias=bias_too)
+
+
+def _lower_gradients(ctx: Context, *values: Value, options: Options, bias_too: bool) -> Sequence[Value]:
+    where = _runs(ctx)
+    if where is sharding.Placement.LOCAL:
+        return _lower_gradients_call(ctx, *values, options=options, bias_too=bias_too)
+    meaning: Callable[..., Any] = partial(gradients_composition, options=options, bias_too=bias_too)
+    if where is sharding.Placement.PARTITIONED:
+        call = partial(attention_gradients_call_p.bind, options=options, bias_too=bias_too)
+        operands = ["btnh", "bskh", "bskw", *_extras(options), "btn", "btn", "btnw"]
+        results = ["btnh", "bskh", "bskw", *["bnts"] * bias_too]
+        meaning = _partitioned(ctx, call, operands, results, (3,) * bias_too)
+    return _lowered(ctx, meaning, values)
+
+
+def _lowered(ctx: Context, meaning: Callable[..., Any], values: Sequence[Value]) -> Sequence[Value]:
+    outs = mlir.lower_fun(meaning, multiple_results=True)(ctx, *values)
+    return [compat.lower_with_types(ctx, x, aval) for x, aval in zip(outs, ctx.avals_out, strict=True)]
+
+
+def _call_primitive(primitive: Primitive, lower: Callable[..., Any]) -> Primitive:
+    """A primitive for the call alone: what is inside a partitioned operation."""
+    call = Primitive(f"{primitive.name}_call")
+    call.multiple_results = True
+    call.def_impl(partial(xla.apply_primitive, call))
+    call.def_abstract_eval(lambda *avals, **params: primitive.abstract_eval(*avals, **params)[0])
+    mlir.register_lowering(call, lower)
+    return call
+
+
+attention_call_p = _call_primitive(attention_p, _lower_call)
+attention_gradients_call_p = _call_primitive(attention_gradients_p, _lower_gradients_call)
 compat.require_devices(attention_p)
+compat.require_devices(attention_gradients_p)
 mlir.register_lowering(attention_p, _lower, cacheable=False)
+mlir.register_lowering(attention_gradients_p, _lower_gradients, cacheable=False)

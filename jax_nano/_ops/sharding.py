@@ -9,6 +9,7 @@ chosen into the product of shards, with a psum where a contracting dimension is 
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -155,3 +156,79 @@ def factor(label: int) -> str:
     """A label as letters, the only thing that a factor's name may hold: a, b, ..., z, ba, bb, ..."""
     rest, last = divmod(label, 26)
     return (factor(rest) if rest else "") + chr(ord("a") + last)
+
+
+def partitioned_attention(
+    call: Callable[..., Sequence[Array]],
+    operands: Sequence[str],
+    results: Sequence[str],
+    sizes: dict[str, int],
+    sums: Sequence[int] = (),
+) -> Callable[..., Sequence[Array]]:
+    """`call` as one operation that XLA partitions along batches and heads.
+
+    Args:
+      call: attention or its gradients, of operands to results.
+      operands, results: the dimensions of each as letters: b batches, k heads of keys and values, n of queries, 1 one
+        that is broadcast; other letters are of dimensions that stay whole.
+      sizes: of each letter.
+      sums: which results are summed over batches and heads where their dimensions are 1.
+    """
+    group = sizes["n"] // sizes["k"]
+
+    def factors(dims: str, number: int) -> str:
+        heads = "(k g)" if group > 1 else "k"
+        # A factor of its own for each dimension that is 1.
+        return " ".join(
+            {"n": heads, "1": f"{'yz'[number % 2]}{chr(97 + number)}{'pqrs'[i]}"}.get(x, x) for i, x in enumerate(dims)
+        )
+
+    def settled(mesh: Mesh, arrays: Sequence[Any]) -> dict[str, Axes]:
+        """The axes of batches and heads: the first array's that has any, if they divide them."""
+        axes: dict[str, Axes] = {"b": (), "k": ()}
+        for dims, x in zip(operands, arrays, strict=False):
+            for letter, names in zip(dims, spec_axes(x.sharding, x.ndim), strict=True):
+                key = "k" if letter == "n" else letter
+                taken = axes["k" if key == "b" else "b"] if key in axes else ()
+                if key not in axes or axes[key] or not names or set(names) & set(taken):
+                    continue
+                if sizes[key] % math.prod(mesh.shape[name] for name in names) == 0:
+                    axes[key] = names
+        return {**axes, "n": axes["k"]}
+
+    def shardings(mesh: Mesh, axes: dict[str, Axes], of: Sequence[str]) -> tuple[NamedSharding, ...]:
+        return tuple(NamedSharding(mesh, PartitionSpec(*(axes.get(x) or None for x in dims))) for dims in of)
+
+    def partition(mesh: Mesh, arrays: Sequence[Any], _: Any) -> tuple[Mesh, Any, Any, Any]:
+        axes = settled(mesh, arrays)
+
+        def shard(*local: Array) -> tuple[Array, ...]:
+            # As in `partitioned`.
+            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+                found = list(call(*local))
+                for i in sums:
+                    pairs = zip(results[i], "bn", strict=False)
+                    over = tuple(name for have, letter in pairs if have == "1" for name in axes[letter])
+                    if over:
+                        found[i] = jax.lax.psum(found[i], over)
+            return tuple(found)
+
+        return mesh, shard, shardings(mesh, axes, results), shardings(mesh, axes, operands)
+
+    def infer(mesh: Mesh, arrays: Sequence[Any], _: Any) -> tuple[NamedSharding, ...]:
+        return shardings(mesh, settled(mesh, arrays), results)
+
+    def whole(*arrays: Array) -> tuple[Array, ...]:
+        return tuple(call(*arrays))
+
+    sides = [
+        ", ".join(factors(dims, base + i) for i, dims in enumerate(x)) for base, x in ((0, operands), (12, results))
+    ]
+    wrapped = custom_partitioning(whole)
+    wrapped.def_partition(
+        partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=" -> ".join(sides),
+        **({"g": group} if group > 1 else {}),
+    )
+    return wrapped

@@ -21,6 +21,8 @@ from jax.interpreters import ad
 from jax_nano._core import contraction
 from jax_nano._core import jax_compat as compat
 from jax_nano._ops import linear as _linear
+from jax_nano._ops.attention import attention_p
+from jax_nano._ops.attention_gradients import attention_gradients_p
 from jax_nano._ops.dot_general import dot_general_p
 from jax_nano._ops.linear import linear_p
 
@@ -49,7 +51,7 @@ def _cost_of_product(rule: Any, ctx: Any, *args: Any, **params: Any) -> Any:
 
 
 def _checkify(checkify: Any) -> None:
-    for primitive in (dot_general_p, linear_p):
+    for primitive in (dot_general_p, linear_p, attention_p, attention_gradients_p):
         checkify.error_checks[primitive] = partial(checkify.nan_error_check, primitive)
 
 

@@ -136,7 +136,7 @@ class Attention:
         softmax = _Softmax(self)
         softmax.emit(module, symbol)
         inner, sweep = (path.emit(module, symbol, None) if path else None for path in (self.inner, self.sweep))
-        pack, product = packing.emit(module, symbol), self._product(module, symbol)
+        pack, product = packing.emit(module, symbol), self.product(module, symbol)
         nest = _LoopNest(self, module, packing, pack, softmax, product, inner, sweep)
         module.function(symbol, ["int64"], nest.emit, internal=False)
 
@@ -165,7 +165,7 @@ class Attention:
         assert isinstance(self.family, AmxDot)
         return [AmxTileRow(n, self.family, "float32") for n in range(1, self.tile.mr // AMX_ROWS + 1)]
 
-    def _product(self, module: ir.Module, symbol: str) -> Callable[..., None]:
+    def product(self, module: ir.Module, symbol: str) -> Callable[..., None]:
         """What emits the product of a panel of some rows and the panels of B from column 0 to ``cols``.
 
         It takes the arguments of a row of tiles (``ROW_PARAMS``) by name. C has room for whole tiles.
@@ -227,34 +227,69 @@ def maximum(a: Value, b: Value) -> Value:
     return ir.select(ir.compare(a, ">", b), a, b)
 
 
-class _Arguments:
-    """The fields of AttentionArgs, each loaded where it is asked for."""
+class Arguments:
+    """The fields of a struct of arguments, each loaded where it is asked for."""
 
-    def __init__(self, args: Ptr, pointers: dict[str, str]):
-        self._args, self._pointers = args, pointers
+    def __init__(self, args: Ptr, pointers: dict[str, str], fields: Sequence[str] = ARGS):
+        self._args, self._pointers, self._fields = args, pointers, fields
 
     def __getitem__(self, name: str) -> Any:
-        at = self._args.at(ARGS.index(name))
+        at = self._args.at(self._fields.index(name))
         if name in self._pointers:
             return Ptr(at.as_type("ptr").load(), self._pointers[name])
         return I64(at.load())
 
+    def number(self, name: str) -> Value:
+        """A double as a scalar float32."""
+        at = self._args.at(self._fields.index(name))
+        return ir.convert(at.as_type("float64").load(), "float64", "float32")
+
     def scale(self) -> Value:
         """The scale as a scalar float32."""
-        return ir.convert(self._args.at(ARGS.index("scale")).as_type("float64").load(), "float64", "float32")
+        return self.number("scale")
 
 
 @dataclass(frozen=True)
-class _Row:
-    """One entry of the table of rows."""
+class Row:
+    """One entry of a table of rows."""
 
     at: Ptr
+    fields: tuple[str, ...] = ROW
 
     def size(self, name: str) -> I64:
-        return I64(self.at.at(ROW.index(name)).load())
+        return I64(self.at.at(self.fields.index(name)).load())
 
     def pointer(self, name: str, elem: str) -> Ptr:
-        return Ptr(self.at.at(ROW.index(name)).as_type("ptr").load(), elem)
+        return Ptr(self.at.at(self.fields.index(name)).as_type("ptr").load(), elem)
+
+    def number(self, name: str) -> Value:
+        """A double as a scalar float32."""
+        at = self.at.at(self.fields.index(name)).as_type("float64")
+        return ir.convert(at.load(), "float64", "float32")
+
+
+def exist(j: Size, lo: Size, hi: Size, lanes: int) -> Value:
+    """Which of the columns from j on are in [lo, hi)."""
+    return ir.except_lanes(ir.lane_mask(hi - j, lanes), ir.lane_mask(lo - j, lanes))
+
+
+def taken(target: Target, mask: Ptr, room: Ptr, place: tuple[Size, Size, Size], lanes: int) -> Value:
+    """Which of the keys from j on the mask's bytes take, with ``place`` = (j, lo, hi): those outside [lo, hi) are not
+    read. ``room`` is that of a vector of bytes.
+    """
+    j, lo, hi = place
+    if target.masks(1):
+        return ir.nonzero(mask.load(lanes, exist(j, lo, hi, lanes)))
+
+    def some() -> list[Value]:
+        room.store(ir.zeros(lanes, "int8"))
+        begin = ir.select_size(ir.less(j, lo), lo - j, 0)
+        ir.loop(begin, ir.minimum(hi - j, lanes), 1, [], lambda o: room.at(o).store(mask.at(o).load()))
+        return [room.load(lanes)]
+
+    whole = ir.both(ir.negate(ir.less(j, lo)), ir.negate(ir.less(hi, j + lanes)))
+    (bytes_here,) = ir.if_(whole, lambda: [mask.load(lanes)], some, like=[ir.zeros(lanes, "int8")])
+    return ir.nonzero(bytes_here)
 
 
 def _pointers(attention: Attention) -> dict[str, str]:
@@ -311,14 +346,14 @@ class _Softmax:
 
     def _body(self, *args: Any) -> None:
         x: dict[str, Any] = dict(zip(self.PARAMS, args, strict=True))
-        given = _Arguments(x["args"], _pointers(self.attention))
+        given = Arguments(x["args"], _pointers(self.attention))
         lanes = self._lanes
         scale, rs_scores, general, end = given.scale(), given["rs_scores"], given["general"], given["end"]
         factor, one = ir.splat(scale, lanes), ir.constant_vector(1, lanes, "float32")
         byte_room = ir.alloca(lanes, "int8")
 
         def row(i: I64) -> None:
-            here = _Row(x["rows"].at(i * len(ROW)))
+            here = Row(x["rows"].at(i * len(ROW)))
             scores = x["scores"].at(i * rs_scores)
             lo, hi = here.size("lo") - x["s0"], ir.minimum(here.size("hi"), end) - x["s0"]
             inside = ir.both(ir.negate(ir.less(x["first"], lo)), ir.negate(ir.less(hi, x["last"])))
@@ -338,7 +373,7 @@ class _Softmax:
             def at_edges() -> list[Value]:
                 def vector(j: I64, greatest: Value) -> list[Value]:
                     at = scores.at(j)
-                    y = ir.select(self._exist(j, lo, hi), at.load(lanes), nothing)
+                    y = ir.select(exist(j, lo, hi, lanes), at.load(lanes), nothing)
                     ir.keep_order()  # else LLVM makes a masked store of it, which AMD's cores take 20 cycles for
                     at.store(y)
                     return [maximum(y, greatest)]
@@ -353,20 +388,20 @@ class _Softmax:
                 def vector(j: I64, greatest: Value) -> list[Value]:
                     at = scores.at(j)
                     y = ir.multiply(at.load(lanes), factor)
-                    exist = self._exist(j, lo, hi)
+                    present = exist(j, lo, hi, lanes)
 
                     def with_bias() -> list[Value]:
-                        addend = bias.at(x["s0"] + j).load(lanes, exist)
+                        addend = bias.at(x["s0"] + j).load(lanes, present)
                         return [ir.fma(addend, ir.like(addend, LOG2_E), y)]
 
                     (y,) = ir.if_(has_bias, with_bias, lambda: [y], like=[y])
 
                     def masked(y: Value = y) -> list[Value]:
-                        taken = self._mask(mask.at(x["s0"] + j), byte_room, j, lo, hi)
-                        return [ir.select(taken, y, ir.like(y, spec.MASKED_SCORE))]
+                        allowed = taken(self.attention.target, mask.at(x["s0"] + j), byte_room, (j, lo, hi), lanes)
+                        return [ir.select(allowed, y, ir.like(y, spec.MASKED_SCORE))]
 
                     (y,) = ir.if_(has_mask, masked, lambda: [y], like=[y])
-                    y = ir.select(exist, y, nothing)
+                    y = ir.select(present, y, nothing)
                     at.store(y)
                     return [maximum(y, greatest)]
 
@@ -408,26 +443,6 @@ class _Softmax:
         ir.loop(0, x["count"], 1, [], row)
         ir.loop(0, x["count"], 1, [], weigh)
 
-    def _exist(self, j: Size, lo: Size, hi: Size) -> Value:
-        """Which of the columns from j on are in [lo, hi)."""
-        return ir.except_lanes(ir.lane_mask(hi - j, self._lanes), ir.lane_mask(lo - j, self._lanes))
-
-    def _mask(self, mask: Ptr, room: Ptr, j: Size, lo: Size, hi: Size) -> Value:
-        """Which of the keys from j on the mask's bytes take; those outside [lo, hi) are not read."""
-        lanes = self._lanes
-        if self.attention.target.masks(1):
-            return ir.nonzero(mask.load(lanes, self._exist(j, lo, hi)))
-
-        def some() -> list[Value]:
-            room.store(ir.zeros(lanes, "int8"))
-            begin = ir.select_size(ir.less(j, lo), lo - j, 0)
-            ir.loop(begin, ir.minimum(hi - j, lanes), 1, [], lambda o: room.at(o).store(mask.at(o).load()))
-            return [room.load(lanes)]
-
-        whole = ir.both(ir.negate(ir.less(j, lo)), ir.negate(ir.less(hi, j + lanes)))
-        (taken,) = ir.if_(whole, lambda: [mask.load(lanes)], some, like=[ir.zeros(lanes, "int8")])
-        return ir.nonzero(taken)
-
     def _weigh(self, x: dict[str, Any], scores: Ptr, i: I64, by: Value, reference: Value) -> None:
         """Weights of a row in the place of its scores, or beside them as the elements that are multiplied."""
         lanes, nr = self._lanes, self.attention.tile.nr
@@ -464,28 +479,18 @@ class _Softmax:
 
     def _finish(self, row: Ptr, sums: Ptr, total: Ptr, args: Ptr) -> None:
         """Writes one result."""
-        given = _Arguments(args, _pointers(self.attention))
+        given = Arguments(args, _pointers(self.attention))
         lanes, q = self._lanes, self.attention.q
         room = None if self.attention.target.masks(ir.elem_bytes(q)) else ir.alloca(lanes, q)
         whole = ir.tree_sum(total.load(lanes))
         total.store(whole)
         divisor = ir.splat(whole, lanes)
-        out, width = _Row(row).pointer("out", q), given["width"]
+        out, width = Row(row).pointer("out", q), given["width"]
 
-        def vector(j: I64) -> None:
-            v = ir.convert(ir.divide(sums.at(j).load(lanes), divisor), "float32", q)
-            active = width - j
-            if room is None:
-                out.at(j).store(v, ir.lane_mask(active, lanes))
-                return
+        def value(j: Size) -> Value:
+            return ir.convert(ir.divide(sums.at(j).load(lanes), divisor), "float32", q)
 
-            def some() -> None:
-                room.store(v)
-                ir.loop(0, active, 1, [], lambda o: out.at(j + o).store(room.at(o).load()))
-
-            ir.if_(ir.less(active, lanes), some, lambda: out.at(j).store(v))
-
-        ir.loop(0, width, lanes, [], vector)
+        store_row(out, width, value, room, lanes)
 
 
 def _greatest(v: Value) -> Value:
@@ -497,10 +502,30 @@ def _greatest(v: Value) -> Value:
     return ir.extract(v, 0)
 
 
-def _fetch_elements(row: Ptr, elements: Size, *, write: bool = False, level: int = 1) -> None:
+def fetch_elements(row: Ptr, elements: Size, *, write: bool = False, level: int = 1) -> None:
     """Fetches a row of elements that lie side by side."""
     size = elements * ir.elem_bytes(row.elem)
     void(ir.loop(0, size, LINE, [], lambda o: row.as_type("int8").at(o).prefetch(write=write, level=level)))
+
+
+def store_row(out: Ptr, elements: Size, value: Callable[[Size], Value], room: Ptr | None, lanes: int) -> None:
+    """Stores ``value(j)``, vectors of the elements from j on. ``room``: a vector's, where the target masks no stores.
+
+    Only the last vector may be partial: AMD's cores take 20 cycles for a masked store.
+    """
+    whole = elements // lanes * lanes
+    ir.loop(0, whole, lanes, [], lambda j: out.at(j).store(value(j)))
+    rest = elements - whole
+
+    def partial_vector() -> None:
+        v = value(whole)
+        if room is None:
+            out.at(whole).store(v, ir.lane_mask(rest, lanes))
+            return
+        room.store(v)
+        ir.loop(0, rest, 1, [], lambda o: out.at(whole + o).store(room.at(o).load()))
+
+    ir.if_(ir.less(0, rest), partial_vector)
 
 
 @dataclass(frozen=True)
@@ -517,7 +542,7 @@ class _LoopNest:
     sweep: Callable[[dict[str, Any]], None] | None
 
     def emit(self, args: Ptr) -> None:
-        x = _Arguments(args, _pointers(self.attention))
+        x = Arguments(args, _pointers(self.attention))
         table = walks_of(self.attention.tile, "float32", args)
         room = table.room()
         walks = walks_of(self.attention.tile, "float32", room)
@@ -538,7 +563,7 @@ class _LoopNest:
         ir.loop(x["begin"], x["end"], x["block"], [], block)
         ir.if_(ir.negate(ir.equal(x["finish"], 0)), lambda: self._finish(x, args))
 
-    def _begin(self, x: _Arguments) -> None:
+    def _begin(self, x: Arguments) -> None:
         """Packs the queries and clears what is summed."""
         lanes = self.attention.tile.lanes
         pitch = self.packing.a_row(x["depth"])
@@ -551,8 +576,8 @@ class _LoopNest:
             share = (x["begin"] + i * keys // x["count"], x["begin"] + (i + 1) * keys // x["count"])
             for operand, stride, size in (("k", "rsk", "depth"), ("v", "rsv", "width")):
                 rows, step = x[operand], x[stride]
-                ir.loop(*share, 1, [], lambda s, r=rows, t=step, n=size: _fetch_elements(r.at(s * t), x[n], level=2))
-            q = _Row(x["rows"].at(i * len(ROW))).pointer("q", self.attention.q)
+                ir.loop(*share, 1, [], lambda s, r=rows, t=step, n=size: fetch_elements(r.at(s * t), x[n], level=2))
+            q = Row(x["rows"].at(i * len(ROW))).pointer("q", self.attention.q)
             self.module.call(self.pack[0], [q, x["q_pack"].at(i * pitch), 1, x["depth"], 0, x["csq"]])
             x["maxima"].at(i).store(ir.scalar_constant(LEAST, "float32"))
             x["totals"].at(i * lanes).store(zero)
@@ -561,12 +586,12 @@ class _LoopNest:
 
         ir.loop(0, x["count"], 1, [], row)
 
-    def _fetch(self, x: _Arguments, i: I64, field: str, elements: Size, *, write: bool) -> None:
+    def _fetch(self, x: Arguments, i: I64, field: str, elements: Size, *, write: bool) -> None:
         """Fetches a row of the caller's that comes later: each is elsewhere, where no hardware looks."""
         later = ir.minimum(i + ROWS_AHEAD, x["count"] - 1)
-        _fetch_elements(_Row(x["rows"].at(later * len(ROW))).pointer(field, self.attention.q), elements, write=write)
+        fetch_elements(Row(x["rows"].at(later * len(ROW))).pointer(field, self.attention.q), elements, write=write)
 
-    def _block(self, x: _Arguments, args: Ptr, walks: Walks, s0: Size) -> None:
+    def _block(self, x: Arguments, args: Ptr, walks: Walks, s0: Size) -> None:
         mr, nr = self.attention.tile.mr, self.attention.tile.nr
         cols = ir.minimum(x["end"] - s0, x["block"])
         k, v = x["k"].at(s0 * x["rsk"]), x["v"].at(s0 * x["rsv"])
@@ -580,7 +605,7 @@ class _LoopNest:
                 (k.at((j + KEYS_AHEAD) * x["rsk"]), x["rsk"], x["depth"], later),
                 (v.at(j * x["rsv"]), x["rsv"], x["width"], here),
             ):
-                ir.loop(0, count, 1, [], lambda s, r=rows, t=stride, n=size: _fetch_elements(r.at(s * t), n, level=2))
+                ir.loop(0, count, 1, [], lambda s, r=rows, t=stride, n=size: fetch_elements(r.at(s * t), n, level=2))
             source, target = k.at(j * x["rsk"]), x["k_pack"].at(j * height)
             self.module.call(self.pack[1], [source, target, x["depth"], here, x["csk"], x["rsk"]])
 
@@ -588,7 +613,7 @@ class _LoopNest:
         self.module.call(self.pack[1], [v, x["v_pack"], cols, x["width"], x["rsv"], x["csv"]])
         ir.loop(0, x["count"], mr, [], lambda p: self._panel(x, args, walks, s0, cols, p))
 
-    def _few(self, x: _Arguments, args: Ptr, s0: Size, room: Any) -> None:
+    def _few(self, x: Arguments, args: Ptr, s0: Size, room: Any) -> None:
         """All queries against a block of keys and values where they lie."""
         attention = self.attention
         assert self.inner is not None
@@ -615,7 +640,7 @@ class _LoopNest:
                 here = ir.minimum(last - j, at_once)
                 later = j + FETCHED_AHEAD
                 rest = ir.minimum(last - later, at_once)
-                ir.loop(0, rest, 1, [], lambda s: _fetch_elements(base.at((later + s) * step), x[size], level=2))
+                ir.loop(0, rest, 1, [], lambda s: fetch_elements(base.at((later + s) * step), x[size], level=2))
                 beyond = ir.maximum(later - last, 0)
                 following = ir.minimum(next_count - beyond, at_once)
                 following = ir.select_size(ir.less(last, later + 1), following, 0)
@@ -624,7 +649,7 @@ class _LoopNest:
                     following,
                     1,
                     [],
-                    lambda s: _fetch_elements(next_base.at((beyond + s) * other_step), x[size], level=2),
+                    lambda s: fetch_elements(next_base.at((beyond + s) * other_step), x[size], level=2),
                 )
                 product(base.at(j * step), j, here)
 
@@ -692,18 +717,18 @@ class _LoopNest:
 
         ir.if_(ir.less(first, last), visible)
 
-    def _visible(self, x: _Arguments, rows: Ptr, count: Size, s0: Size, cols: Size) -> tuple[Size, Size]:
+    def _visible(self, x: Arguments, rows: Ptr, count: Size, s0: Size, cols: Size) -> tuple[Size, Size]:
         """The columns of a block, from a multiple of `unit` on, that one of some queries sees."""
         unit = self.attention.unit
 
         def widest(i: I64, lo: I64, hi: I64) -> list[Size]:
-            row = _Row(rows.at(i * len(ROW)))
+            row = Row(rows.at(i * len(ROW)))
             return [ir.minimum(lo, row.size("lo")), ir.maximum(hi, row.size("hi"))]
 
         lo, hi = ir.loop(0, count, 1, [s0 + cols, s0], widest)
         return ir.maximum(lo - s0, 0) // unit * unit, ir.minimum(hi - s0, cols)
 
-    def _following(self, x: _Arguments, s0: Size, p: Size) -> list[Walk]:
+    def _following(self, x: Arguments, s0: Size, p: Size) -> list[Walk]:
         """Of the next block of keys and values a share, to fetch while the tile of queries at p passes: rows that lie
         far apart, each tile of sums the elements beneath it.
         """
@@ -718,7 +743,7 @@ class _LoopNest:
             walks.append(Walk(start, stride * size, ir.minimum(last, rows) - first, tile.nr * size))
         return walks
 
-    def _panel(self, x: _Arguments, args: Ptr, walks: Walks, s0: Size, cols: Size, p: I64) -> None:
+    def _panel(self, x: Arguments, args: Ptr, walks: Walks, s0: Size, cols: Size, p: I64) -> None:
         attention, packing = self.attention, self.packing
         nr = attention.tile.nr
         count = ir.minimum(x["count"] - p, attention.tile.mr)
@@ -786,7 +811,7 @@ class _LoopNest:
 
         ir.if_(ir.less(first, last), visible)
 
-    def _finish(self, x: _Arguments, args: Ptr) -> None:
+    def _finish(self, x: Arguments, args: Ptr) -> None:
         lanes = self.attention.tile.lanes
 
         def row(i: I64) -> None:

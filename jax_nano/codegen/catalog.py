@@ -14,6 +14,7 @@ from jax_nano._core.spec import ATTENTION_SIGNATURES, DEFAULT_ALGORITHM, DTYPES,
 from . import ir, nanokernel
 from .amx_microkernel import TILE_REGISTERS, AmxMicrokernel, block_tile
 from .attention import Attention
+from .attention_gradients import Gradients
 from .inner import InnerMicrokernel
 from .macrokernel import Gemm
 from .microkernel import Microkernel
@@ -119,6 +120,7 @@ class AttentionKernel:
         """The kernel's verified MLIR module, as composed."""
         with ir.new_module() as module:
             self.attention.emit(module, self.symbol)
+            Gradients(self.attention).emit(module, self.symbol)
             return module.text()
 
     def microkernels(self) -> dict[str, Microkernel | AmxMicrokernel | InnerMicrokernel | SweepMicrokernel]:

@@ -69,6 +69,7 @@ def _calls() -> str:
         f"inline constexpr const char* kDotGeneralCall = {_string(spec.DOT_GENERAL_CALL)};\n"
         f"inline constexpr const char* kLinearCall = {_string(spec.LINEAR_CALL)};\n"
         f"inline constexpr const char* kAttentionCall = {_string(spec.ATTENTION_CALL)};\n"
+        f"inline constexpr const char* kAttentionGradientsCall = {_string(spec.ATTENTION_GRADIENTS_CALL)};\n"
         f"inline constexpr int64_t kFewQueries = {spec.FEW_QUERIES};\n"
         f"inline constexpr float kMaskedScore = {spec.MASKED_SCORE}f;\n"
         f"inline constexpr int64_t kPackSlackBytes = {spec.PACK_SLACK_BYTES};\n"
@@ -113,16 +114,19 @@ def _arguments() -> str:
         ("GemmArgs", spec.GEMM_ARGS),
         ("AttentionRow", spec.ATTENTION_ROW),
         ("AttentionArgs", spec.ATTENTION_ARGS),
+        ("GradientRow", spec.GRADIENT_ROW),
+        ("GradientArgs", spec.GRADIENT_ARGS),
     ):
         parts += [_struct(name, fields), _layout(name, fields), _visitor(name, fields)]
-    functions = (f"using {x}Fn = void (*)(const {x}Args*);" for x in ("Gemm", "Attention"))
+    functions = (f"using {x}Fn = void (*)(const {x}Args*);" for x in ("Gemm", "Attention", "Gradient"))
     return "\n".join([*parts, *functions, ""])
 
 
 def _kernel_info() -> str:
     parts = []
     for name, fields in (("KernelInfo", spec.KERNEL_INFO), ("AttentionInfo", spec.ATTENTION_INFO)):
-        parts += [_struct(name, fields), _visitor(f"const {name}", fields[:-1])]
+        facts = tuple(x for x in fields if not x.c_type.endswith("Fn"))
+        parts += [_struct(name, fields), _visitor(f"const {name}", facts)]
     return "\n".join(parts)
 
 

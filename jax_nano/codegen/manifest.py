@@ -59,7 +59,9 @@ def attention_entry(kernel: AttentionKernel) -> dict[str, Any]:
         "few": attention.inner is not None,
         "converts": attention.converts,
     }
-    return {"symbol": kernel.symbol} | {x.name: facts[x.name] for x in spec.ATTENTION_INFO if x.c_type != "AttentionFn"}
+    return {"symbol": kernel.symbol} | {
+        x.name: facts[x.name] for x in spec.ATTENTION_INFO if not x.c_type.endswith("Fn")
+    }
 
 
 def write(kernels: Sequence[Kernel], attentions: Sequence[AttentionKernel], objects: Sequence[Path], out: Path) -> None:

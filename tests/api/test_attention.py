@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 import jax_nano
-from jax_nano._ops import attention
+from jax_nano._dispatch import decision
+from jax_nano._ops import attention_gradients, attention_lowering
 
 TOLERANCE = {"float64": 1e-5, "float32": 2e-5, "bfloat16": 4e-2, "float16": 6e-3}
 
@@ -104,13 +106,34 @@ def test_gradients(rng, name):
     close(gradients(jax_nano.dot_product_attention), gradients(plain), 5e-5)
 
 
-def test_gradients_of_many_keys(rng):
-    """More than `backward` holds weights of at once, and no multiple of it."""
-    args = arrays(rng, 1, 17, 2 * attention.KEYS_AT_ONCE + 33, 2, 1, 24)
+@pytest.mark.parametrize("kernel", [True, False])
+def test_gradients_of_many_keys(rng, monkeypatch, kernel):
+    """More than a composition holds weights of at once, and no multiple of it."""
+    args = arrays(rng, 1, 17, 2 * attention_gradients.KEYS_AT_ONCE + 33, 2, 1, 24)
     bias = jnp.asarray(rng.standard_normal((1, 2, 1, args[1].shape[1])), np.float32)
+    if not kernel:
+        monkeypatch.setattr(attention_lowering, "has_kernel", lambda *_: False)
 
     def gradients(function):
-        return jax.grad(lambda *x: (function(*x) ** 2).sum(), (0, 1, 2, 3))(*args, bias)
+        return jax.jit(jax.grad(lambda *x: (function(*x) ** 2).sum(), (0, 1, 2, 3)))
+
+    ours = gradients(jax_nano.dot_product_attention)
+    assert ("jax_nano_attention_gradients" in ours.lower(*args, bias).as_text()) == kernel
+    close(ours(*args, bias), gradients(plain)(*args, bias), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["bias", "one bias", "bias of keys", "all"])
+def test_vmap_of_gradients_of_a_bias(rng, name):
+    """Each member of a batch has a gradient of its own, also of a bias that all share."""
+    more, options = cases(rng)[name]
+    args = arrays(rng)
+    queries = jnp.stack([args[0], 2 * args[0], args[0] - 1])
+
+    def gradients(function):
+        def one(q, bias):
+            return (function(q, *args[1:], bias, *more[1:], **options) ** 2).sum()
+
+        return jax.vmap(jax.grad(one, (0, 1)), (0, None))(queries, more[0])
 
     close(gradients(jax_nano.dot_product_attention), gradients(plain), 1e-4)
 
@@ -243,6 +266,12 @@ def test_no_matrix_of_scores(rng):
     assert memory(partial(jax_nano.dot_product_attention, is_causal=True)) < 640 * 768
     assert memory(partial(plain, is_causal=True)) >= 640 * 768 * 4
 
+    def step(*x):
+        return jax.grad(lambda *y: (jax_nano.dot_product_attention(*y, is_causal=True) ** 2).sum(), (0, 1, 2))(*x)
+
+    assert memory(step) < 640 * 768
+    assert "jax_nano_attention_gradients" in jax.jit(step).lower(q, k, v).as_text()
+
 
 def test_three_dimensions_and_other_arguments(rng):
     q, k, v = arrays(rng)
@@ -317,6 +346,80 @@ def test_shard_map_and_sharded_arrays(rng):
     sharded = [jax.device_put(x, NamedSharding(mesh, P("x"))) for x in args]
     close(jax.jit(ours)(*sharded), want)
 
+    def step(*x):
+        return jax.grad(lambda *y: (ours(*y) ** 2).sum(), (0, 1, 2))(*x)
+
+    whole = step(*args)
+    close(jax.jit(step)(*sharded), whole, 1e-4)
+
+    def summed(q, k, v):
+        return jax.lax.psum((ours(q, k, v) ** 2).sum(), "x")
+
+    total = jax.shard_map(summed, mesh=mesh, in_specs=(P("x"), P(), P()), out_specs=P())
+    shared = [args[0], *(x[:1] for x in args[1:])]
+    both = [shared[0], *(jnp.concatenate([x, x]) for x in shared[1:])]
+    of_both = jax.grad(lambda *y: (ours(*y) ** 2).sum(), (0, 1, 2))(*both)
+    want_shared = [of_both[0], *(x.sum(0, keepdims=True) for x in of_both[1:])]
+    close(jax.jit(jax.grad(total, (0, 1, 2)))(*shared), want_shared, 1e-4)
+
+
+@pytest.mark.parametrize("spec", [P("x"), P(None, None, "x")])
+def test_jit_with_sharded_batches_and_heads(rng, spec):
+    """Each device calls the kernel for its own, forward and backward; a shared bias' gradients are summed."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    args = arrays(rng)
+    bias = jnp.asarray(rng.standard_normal((1, 4, 9, 11)), np.float32)
+    mask = jnp.asarray(rng.random((2, 1, 1, 11)) < 0.8)
+
+    def step(function, *x):
+        return jax.value_and_grad(lambda *y: (function(*y, mask) ** 2).sum(), (0, 1, 2, 3))(*x)
+
+    sharded = [jax.device_put(x, NamedSharding(mesh, spec)) for x in args]
+    ours = jax.jit(partial(step, jax_nano.dot_product_attention)).lower(*sharded, bias).compile()
+    close(ours(*sharded, bias), step(plain, *args, bias), 1e-4)
+    text = ours.as_text()
+    assert "jax_nano_attention_gradients" in text
+    assert "all-gather(" not in text
+
+
+def test_jit_with_sharded_positions(rng):
+    """XLA gathers them: attention needs all keys, and causal masks know positions."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    args = arrays(rng, t=10, s=12)
+    sharded = [jax.device_put(x, NamedSharding(mesh, P(None, "x"))) for x in args]
+    ours = jax.jit(partial(jax_nano.dot_product_attention, is_causal=True))
+    close(ours(*sharded), plain(*args, is_causal=True))
+
+
+def test_why_a_kernel_does_not_compute_it():
+    machine = decision.Machine("x86-64-v3", frozenset(), frozenset({("float32", "float32"), ("float32", "bfloat16")}))
+    f32, bf16 = np.dtype(np.float32), np.dtype(jnp.bfloat16)
+    q, k = (2, 9, 4, 16), (2, 11, 2, 16)
+
+    def why(shapes, dtypes):
+        return decision.why_no_attention(decision.Attention(shapes, dtypes), machine)
+
+    assert why((q, k, k), (f32, f32, f32)) is None
+    assert why((q, k, k), (f32, bf16, bf16)) is None
+    assert why((q, k, k), (bf16, bf16, bf16)) == "no kernel for attention of bfloat16, bfloat16 and bfloat16"
+    assert why((q, k, k), (f32, f32, bf16)) == "no kernel for attention of float32, float32 and bfloat16"
+    assert why((q, (2, 0, 2, 16), k), (f32, f32, f32)) == "there are no elements"
+    assert why((q, k, (*k[:3], 1025)), (f32, f32, f32)) == "heads of 1025 elements, more than 1024"
+    (size,) = jax.export.symbolic_shape("n")
+    assert why(((size, *q[1:]), k, k), (f32, f32, f32)) == "a size is symbolic"
+    assert why((q, k, k), (f32, f32, f32)) is None
+
+
+def test_checkify_finds_nan(rng):
+    q, k, v = arrays(rng)
+    checked = checkify.checkify(jax_nano.dot_product_attention, errors=checkify.nan_checks)
+    error, out = checked(q, k, v)
+    close(out, plain(q, k, v))
+    assert error.get() is None
+    error, _ = checked(q, k.at[0, 0, 0, 0].set(np.nan), v)
+    assert "nan generated" in error.get()
+    assert "jax_nano_attention" in error.get()
+
 
 def test_export(rng):
     args = arrays(rng)
@@ -324,3 +427,10 @@ def test_export(rng):
     exported = jax.export.export(program, disabled_checks=jax_nano.export_checks())(*args)
     again = jax.export.deserialize(exported.serialize())
     close(again.call(*args), plain(*args, is_causal=True))
+
+    def step(function, *x):
+        return jax.grad(lambda *y: (function(*y) ** 2).sum(), (0, 1, 2))(*x)
+
+    exported = jax.export.export(jax.jit(partial(step, program)), disabled_checks=jax_nano.export_checks())(*args)
+    again = jax.export.deserialize(exported.serialize())
+    close(again.call(*args), step(partial(plain, is_causal=True), *args), 1e-4)
