@@ -109,6 +109,7 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
     "PrecisionConfig": {"operand_precision": (1, "*int32"), "algorithm": (2, "int32")},
     "Metadata": {"op_name": (2, "string")},
     "Literal": {
+        "preds": (2, "*bool"),
         "u8s": (3, "bytes"),
         "s32s": (4, "*int32"),
         "u32s": (6, "*uint32"),
@@ -150,8 +151,16 @@ _OTHER_NAMES: Final = {
 """What else JAX has, for people, by PrimitiveType."""
 ELEMENT_TYPES: Final = {dtype: number for number, dtype in DTYPES.items()}
 
+PRED: Final = 1
+"""The PrimitiveType of bool."""
+
 # What is removed when nothing needs its result any more.
-_PURE: Final = frozenset(("bitcast", "convert", "copy", "dot", "fusion", "transpose"))
+_PURE: Final = frozenset(
+    (
+        *("bitcast", "broadcast", "compare", "constant", "convert", "copy", "dot", "fusion", "get-tuple-element", "iota"),
+        *("reduce", "reduce-window", "select", "slice", "transpose"),
+    )
+)
 
 TYPED_FFI: Final = 4
 """CustomCallApiVersion's API_VERSION_TYPED_FFI."""
@@ -284,6 +293,22 @@ def scalar(constant: Instruction) -> float:
         if stored:
             return float(np.frombuffer(stored, dtype)[0])
     return literal.f32s[0]
+
+
+def number(constant: Instruction) -> float | None:
+    """The value of a constant without dimensions, of any dtype that programs mask, scale and index with."""
+    literal, element_type = _Literal.FromString(constant.literal), constant.shape.element_type
+    if element_type == PRED:
+        return float(literal.preds[0]) if literal.preds else None
+    dtype = DTYPES.get(element_type)
+    if dtype is None:
+        return None
+    if np.issubdtype(dtype, np.integer):
+        return integer(constant)
+    if dtype in (BFLOAT16, np.float16, np.float32):
+        has_value = literal.bf16s or literal.f16s or literal.f32s
+        return scalar(constant) if has_value else None
+    return None
 
 
 def integer(constant: Instruction) -> int | None:
