@@ -14,6 +14,8 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "attention_ffi.h"
+#include "attention_module.h"
 #include "cpu.h"
 #include "ffi.h"
 #include "gemm.h"
@@ -45,6 +47,7 @@ nb::dict Registrations() {
   nb::dict out;
   out[kDotGeneralCall] = stages(&DotInstantiate, &DotExecute);
   out[kLinearCall] = stages(&LinearInstantiate, &LinearExecute);
+  out[kAttentionCall] = stages(&AttentionInstantiate, &AttentionExecute);
   return out;
 }
 
@@ -405,6 +408,7 @@ NB_MODULE(_runtime, m) {
           "lost", [](sharing::Ledger& self, int64_t now) { self.Lost(At(now)); }, "now"_a)
       .def_prop_ro("losses", &sharing::Ledger::losses);
   m.def("share_every_call", &sharing::ShareEveryCall, "on"_a);
+  DefineAttention(m);
 }
 
 }  // namespace jax_nano

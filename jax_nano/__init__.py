@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jax_nano._tools.report import report as report
     from jax_nano.api import dot as dot
     from jax_nano.api import dot_general as dot_general
+    from jax_nano.api import dot_product_attention as dot_product_attention
     from jax_nano.api import einsum as einsum
     from jax_nano.api import export_checks as export_checks
     from jax_nano.api import inner as inner
@@ -40,6 +41,7 @@ _HOMES = {
             "dot",
             "dot_general",
             "dot_general_p",
+            "dot_product_attention",
             "einsum",
             "export_checks",
             "inner",
@@ -67,6 +69,7 @@ __all__ = [
     "dot",
     "dot_general",
     "dot_general_p",
+    "dot_product_attention",
     "einsum",
     "export_checks",
     "inner",

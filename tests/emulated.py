@@ -21,6 +21,7 @@ from kernel_abi import FIELDS, PACK_SLACK_BYTES, packed_a_row, reads_a
 import jax_nano.codegen
 from jax_nano._core import spec
 from jax_nano.codegen import emulate, manifest
+from jax_nano.codegen.catalog import AttentionKernel
 from jax_nano.codegen.catalog import Kernel as CatalogKernel
 
 
@@ -98,18 +99,28 @@ def load(kernels: list[CatalogKernel]) -> dict[str, Kernel]:
     Raises:
       ToolchainError: there is no LLVM 22 or C compiler to build them with.
     """
+    functions = _library("products", kernels)
+    return {k.name: Kernel(manifest.entry(k), _function(functions, k.symbol)) for k in kernels}
+
+
+def load_attentions(kernels: list[AttentionKernel]) -> dict[str, tuple[dict[str, Any], Any]]:
+    """The facts and the function of each of these attentions, by name; raises what `load` does."""
+    functions = _library("attentions", kernels)
+    return {k.name: (manifest.attention_entry(k), _function(functions, k.symbol)) for k in kernels}
+
+
+def _library(kind: str, kernels: list[CatalogKernel] | list[AttentionKernel]) -> ctypes.CDLL:
     _FOLDER.mkdir(parents=True, exist_ok=True)
-    library = _FOLDER / f"{_key(kernels)}.so"
+    library = _FOLDER / f"{kind}-{_key(kernels)}.so"
     with (_FOLDER / "lock").open("w") as lock:  # other test runs share the folder
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            for old in _FOLDER.glob("*.so"):
+            for old in _FOLDER.glob(f"{kind}-*.so"):
                 old.unlink()
             unfinished = library.with_suffix(".unfinished")
             emulate.build(kernels, unfinished, os.cpu_count() or 1)
             unfinished.rename(library)
-        functions = ctypes.CDLL(str(library))
-    return {k.name: Kernel(manifest.entry(k), _function(functions, k.symbol)) for k in kernels}
+        return ctypes.CDLL(str(library))
 
 
 def _function(library: ctypes.CDLL, symbol: str) -> Any:
@@ -118,7 +129,7 @@ def _function(library: ctypes.CDLL, symbol: str) -> Any:
     return function
 
 
-def _key(kernels: list[CatalogKernel]) -> str:
+def _key(kernels: list[CatalogKernel] | list[AttentionKernel]) -> str:
     """Stands for everything that the library is made of."""
     folder = Path(jax_nano.codegen.__file__).parent
     digest = hashlib.sha256(Path(spec.__file__).read_bytes())

@@ -109,6 +109,7 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
     "PrecisionConfig": {"operand_precision": (1, "*int32"), "algorithm": (2, "int32")},
     "Metadata": {"op_name": (2, "string")},
     "Literal": {
+        "shape": (1, "Shape"),
         "preds": (2, "*bool"),
         "u8s": (3, "bytes"),
         "s32s": (4, "*int32"),
@@ -154,6 +155,8 @@ ELEMENT_TYPES: Final = {dtype: number for number, dtype in DTYPES.items()}
 PRED: Final = 1
 """The PrimitiveType of bool."""
 
+_TUPLE: Final = 13
+
 # What is removed when nothing needs its result any more.
 _PURE: Final = frozenset(
     (
@@ -186,7 +189,7 @@ def _declare() -> dict[str, type[Any]]:
 
 
 _CLASSES: Final = _declare()
-_Module, _Literal, _Shape = (_CLASSES[name] for name in ("Module", "Literal", "Shape"))
+_Module, _Instruction, _Literal, _Shape = (_CLASSES[name] for name in ("Module", "Instruction", "Literal", "Shape"))
 
 
 class Array(NamedTuple):
@@ -246,11 +249,29 @@ def same_shape(x: Any, y: Any) -> bool:
 
 def set_array(shape: Any, dtype: np.dtype, dims: Sequence[int]) -> None:
     """Makes a Shape that of an array in row-major order."""
+    set_shape(shape, ELEMENT_TYPES[dtype], dims)
+
+
+def set_shape(shape: Any, element_type: int, dims: Sequence[int]) -> None:
+    """As `set_array`, given the PrimitiveType."""
     shape.Clear()
-    shape.element_type = ELEMENT_TYPES[dtype]
+    shape.element_type = element_type
     shape.dimensions.extend(dims)
     shape.is_dynamic_dimension.extend([False] * len(dims))
     shape.layout.minor_to_major.extend(range(len(dims) - 1, -1, -1))
+
+
+def set_tuple(shape: Any, arrays: Sequence[tuple[int, Sequence[int]]]) -> None:
+    """Makes a Shape that of a tuple of arrays in row-major order, of these PrimitiveTypes and sizes."""
+    shape.Clear()
+    shape.element_type = _TUPLE
+    for element_type, dims in arrays:
+        set_shape(shape.tuple_shapes.add(), element_type, dims)
+
+
+def new_instruction(opcode: str) -> Instruction:
+    """An instruction of no computation."""
+    return _Instruction(opcode=opcode)
 
 
 def attribute(message: Any, key: str) -> str | None:
@@ -309,6 +330,23 @@ def number(constant: Instruction) -> float | None:
         has_value = literal.bf16s or literal.f16s or literal.f32s
         return scalar(constant) if has_value else None
     return None
+
+
+def set_number(constant: Instruction, value: float) -> None:
+    """Gives a constant without dimensions, of float32, int32 or bool, its value."""
+    kind = constant.shape.element_type
+    literal = _Literal()
+    literal.shape.CopyFrom(constant.shape)
+    if kind == PRED:
+        literal.preds.append(bool(value))
+    elif DTYPES[kind] == np.int32:
+        literal.s32s.append(int(value))
+    elif DTYPES[kind] == np.float32:
+        literal.f32s.append(value)
+    else:
+        stored = np.asarray(value, DTYPES[kind]).tobytes()
+        setattr(literal, {BFLOAT16: "bf16s", np.dtype(np.float16): "f16s"}[DTYPES[kind]], stored)
+    constant.literal = literal.SerializeToString()
 
 
 def integer(constant: Instruction) -> int | None:
@@ -433,6 +471,28 @@ class Module:
         computations.sort(key=lambda x: place[x.id])
         return new, ids
 
+    def add_fused(self, caller: Computation, parts: Sequence[Instruction]) -> Computation:
+        """A new fused computation that `caller` may call, of instructions that name their operands by place.
+
+        The last one is its root.
+        """
+        computations = self._proto.computations
+        number = 1 + max(x.id for x in computations)
+        new = computations.add(id=number, name=f"fused_computation.jax_nano.{number}")
+        for i, x in enumerate(parts):
+            added = new.instructions.add()
+            added.CopyFrom(x)
+            added.id, added.name = number << 32 | i, f"{x.opcode}.jax_nano.{number}.{i}"
+            added.operand_ids[:] = [number << 32 | place for place in x.operand_ids]
+        new.root_id = number << 32 | (len(parts) - 1)
+        self.set_parameters(new)
+        self._by_id[number] = new
+        self.is_changed = True
+        place = {x.id: (i, 1) for i, x in enumerate(computations)}
+        place[number] = (place[caller.id][0], 0)
+        computations.sort(key=lambda x: place[x.id])
+        return new
+
     def set_parameters(self, computation: Computation) -> None:
         """Says of a computation what it takes and gives, after its parameters were changed."""
         parameters = sorted(
@@ -509,6 +569,54 @@ class Body:
         self._users[operand.id].append(new.id)
         set_array(new.shape, dtype, dims)
         return new
+
+    def reshaped(self, operand: Instruction, dims: Sequence[int]) -> Instruction:
+        """As `bitcast`, of the same dtype, whatever it is."""
+        new = self._add(operand, "bitcast")
+        new.operand_ids.append(operand.id)
+        self._users[operand.id].append(new.id)
+        set_shape(new.shape, operand.shape.element_type, dims)
+        return new
+
+    def custom_call(self, near: Instruction, operands: Sequence[Instruction]) -> Instruction:
+        """A new instruction named after another one, whose shape and target are still to be set."""
+        new = self._add(near, "custom-call")
+        new.metadata.CopyFrom(near.metadata)
+        for x in operands:
+            new.operand_ids.append(x.id)
+            self._users[x.id].append(new.id)
+        return new
+
+    def get(self, source: Instruction, position: int) -> Instruction:
+        """A new instruction: an element of a tuple."""
+        new = self._add(source, "get-tuple-element")
+        new.shape.CopyFrom(source.shape.tuple_shapes[position])
+        new.tuple_index = position
+        new.operand_ids.append(source.id)
+        self._users[source.id].append(new.id)
+        return new
+
+    def loop(self, computation: Computation, operands: Sequence[Instruction], config: bytes) -> Instruction:
+        """A new fusion that XLA compiles as a loop."""
+        root = next(x for x in computation.instructions if x.id == computation.root_id)
+        new = self.fusion(computation, operands, root)
+        new.fusion_kind, new.backend_config = "kLoop", config
+        return new
+
+    def become_loop(
+        self, instruction: Instruction, computation: Computation, operands: Sequence[Instruction], config: bytes
+    ) -> None:
+        """Makes an instruction such a fusion, of a result of the same shape."""
+        self.set_operands(instruction, operands)
+        operand_ids = list(instruction.operand_ids)
+        _become(instruction, "fusion")
+        instruction.operand_ids.extend(operand_ids)
+        instruction.called_computation_ids.append(computation.id)
+        instruction.fusion_kind, instruction.backend_config = "kLoop", config
+
+    def copy_result(self, instruction: Instruction) -> Instruction:
+        """Gives all users of an instruction a copy of its result; returns the instruction, which is a new message."""
+        return self._insert_result(instruction, "copy")
 
     def fusion(self, computation: Computation, operands: Sequence[Instruction], value: Instruction) -> Instruction:
         """A new fusion, of a kind that is still to be set, that computes what `value` was in another one."""

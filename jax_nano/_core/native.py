@@ -25,6 +25,7 @@ from jax_nano._core import spec
 
 TARGET_NAME: Final = spec.DOT_GENERAL_CALL
 LINEAR_TARGET_NAME: Final = spec.LINEAR_CALL
+ATTENTION_TARGET_NAME: Final = spec.ATTENTION_CALL
 ABI: Final = spec.FFI_ABI
 
 # The frontend attribute of a call that names the build which made it. The handlers do not read it, so what one build
@@ -99,6 +100,12 @@ def supports(lhs_dtype: str, rhs_dtype: str, out_dtype: str, algorithm: str = sp
     """Whether a kernel for these dtypes runs on this CPU, on the target that was selected."""
     native = runtime()
     return native is not None and bool(native.supports(lhs_dtype, rhs_dtype, out_dtype, algorithm))
+
+
+def supports_attention(q: str, kv: str) -> bool:
+    """Whether an attention for queries and for keys and values of these dtypes runs on this CPU."""
+    native = runtime()
+    return native is not None and bool(native.supports_attention(q, kv))
 
 
 with contextlib.suppress(ImportError):

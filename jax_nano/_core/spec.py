@@ -335,14 +335,15 @@ FFI_ABI: Final = 1
 
 DOT_GENERAL_CALL: Final = "jax_nano_dot_general"
 LINEAR_CALL: Final = "jax_nano_linear"
+ATTENTION_CALL: Final = "jax_nano_attention"
 """The names under which XLA finds the calls (csrc/ffi.cc)."""
 
 # --- the contract between kernels and runtime -----------------------------------------------------------------
 
 # fmt: off
 CType: TypeAlias = Literal[
-    "bool", "double", "int32_t", "int64_t", "Activation", "GemmFn",
-    "void*", "const void*", "const char*", "const Epilogue*",
+    "bool", "double", "int32_t", "int64_t", "Activation", "GemmFn", "AttentionFn",
+    "void*", "const void*", "const char*", "float*", "const float*", "const Epilogue*", "const AttentionRow*",
 ]
 # fmt: on
 
@@ -356,7 +357,7 @@ class Field(NamedTuple):
 
 
 WORD_BYTES: Final = 8
-"""What each field of `GEMM_ARGS` and `EPILOGUE` takes: kernels read them by position."""
+"""What each field of these structs takes: kernels read them by position."""
 
 GEMM_ARGS: Final = (
     Field("const void*", "a"),
@@ -436,6 +437,76 @@ KERNEL_INFO: Final = (
     Field("GemmFn", "fn"),
 )
 """One generated GEMM: a target and a signature, with every microkernel behind it. The manifest gives all but `fn`."""
+
+ATTENTION_ROW: Final = (
+    Field("const void*", "q", "the query"),
+    Field("void*", "out", "its result: as many elements as a value has, side by side"),
+    Field("const float*", "bias", "added to the scaled scores: that of key 0, others side by side; null: none"),
+    Field("const void*", "mask", "a byte a key, 0: the score is kMaskedScore; null: none"),
+    Field("int64_t", "lo", "only keys lo <= s < hi exist for this query"),
+    Field("int64_t", "hi"),
+)
+"""One query of an attention (csrc/attention.h)."""
+
+ATTENTION_ARGS: Final = (
+    Field("const AttentionRow*", "rows"),
+    Field("const void*", "k"),
+    Field("const void*", "v"),
+    Field("void*", "q_pack", "workspace for packed queries, as all workspace 64-byte aligned"),
+    Field("void*", "k_pack", "for a block of keys"),
+    Field("void*", "v_pack", "for a block of values"),
+    Field("float*", "scores", "for those of a tile of queries and a block of keys"),
+    Field("void*", "weights", "for their exponentials, where products do not take float32; else `scores`"),
+    Field("float*", "sums", "a row of rs_sums elements for each query: the weighted values"),
+    Field("float*", "maxima", "one for each query: what is subtracted from its scores, which are in base 2"),
+    Field("float*", "totals", "a vector for each query: the sums of its weights; `finish` leaves the sum in its first"),
+    Field("int64_t", "count", "queries"),
+    Field("int64_t", "depth", "elements of a query and of a key"),
+    Field("int64_t", "width", "elements of a value"),
+    Field("int64_t", "begin", "keys begin <= s < end are looked at"),
+    Field("int64_t", "end"),
+    Field("int64_t", "csq", "strides: of queries between elements"),
+    Field("int64_t", "rsk", "of keys between keys, and between elements"),
+    Field("int64_t", "csk"),
+    Field("int64_t", "rsv", "of values between values, and between elements"),
+    Field("int64_t", "csv"),
+    Field("int64_t", "block", "keys that are packed at once: a multiple of AttentionInfo::unit"),
+    Field("int64_t", "rs_scores", "elements between rows of scores"),
+    Field("int64_t", "rs_sums", "elements between rows of sums: at least width, a multiple of nr"),
+    Field("double", "scale", "of scores, times the logarithm of e to base 2"),
+    Field("int64_t", "general", "1: there is a bias or a mask, or the scale is not above 0"),
+    Field("int64_t", "first", "1: sums, maxima and totals begin; 0: they go on"),
+    Field("int64_t", "finish", "1: results are written"),
+)
+"""The argument of a generated attention (csrc/attention.h)."""
+
+ATTENTION_INFO: Final = (
+    Field("const char*", "name", 'e.g. "attention_f32_f32_6x16_x86-64-v3"'),
+    Field("const char*", "target"),
+    Field("const char*", "q", "dtype of queries and results"),
+    Field("const char*", "kv", "of keys and values"),
+    Field("int32_t", "mr", "mr x nr: register tile"),
+    Field("int32_t", "nr"),
+    Field("int32_t", "kr", "values of K that are packed side by side"),
+    Field("int32_t", "unit", "what blocks of keys are multiples of"),
+    Field("int32_t", "lanes", "elements of a vector of sums"),
+    Field("int32_t", "pack_bytes", "bytes of a packed element"),
+    Field("bool", "converts", "whether weights are converted from float32, to memory of their own"),
+    Field("AttentionFn", "fn"),
+)
+"""One generated attention: a target and two dtypes."""
+
+ATTENTION_SIGNATURES: Final = (
+    ("float32", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("float16", "float16"),
+    ("float32", "bfloat16"),
+    ("float32", "float16"),
+)
+"""The dtypes of queries and results, and of keys and values, that attentions are generated for."""
+
+MASKED_SCORE: Final = -3e38
+"""The score of a key that a mask excludes, in base 2: finite, so that a query without any key weighs all alike."""
 
 PACK_SLACK_BYTES: Final = 8192
 """Packing stores whole vectors, so a packed block may be overrun by less than this."""

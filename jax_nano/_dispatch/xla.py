@@ -74,6 +74,15 @@ LOOP_VECTORS_FROM: Final = 8 << 20
 LOOP_WORK_OF_A_TASK: Final = 2**16
 
 
+# Attention in one pass, by the scores of all heads.
+ATTENTION_SCORES: Final = 2**14
+
+
+def keeps_attention(scores: int) -> bool:
+    """Whether XLA's two products and softmax are as fast as one call, for so many scores."""
+    return scores < ATTENTION_SCORES
+
+
 def is_faster(
     labels: Labels,
     lhs_shape: Sequence[int],

@@ -102,6 +102,8 @@ class Layout(NamedTuple):
 class Found(NamedTuple):
     """An attention, and what a call in its place reads."""
 
+    reader: Reader
+    result: Element  # of the root
     root: Instruction  # becomes the call
     second: Instruction  # the second product
     q: Operand
@@ -116,6 +118,10 @@ class Found(NamedTuple):
     conditions: Sequence[Condition]
     length: Length | None
     nan_rows: bool  # whether queries that see no key give NaN
+
+    def count_scores(self) -> int:
+        """Of all batches and heads."""
+        return self.reader.atoms.size(chain.from_iterable(self.layout.scores))
 
     def text(self) -> str:
         """What it does besides, for people."""
@@ -525,7 +531,7 @@ class _Search:
             if not layouts:
                 continue
             layout = min(layouts, key=self._extra_elements)
-            return self._with_masks(operands, layout, dtype)
+            return self._with_masks(result, operands, layout, dtype)
         raise NotAttention(reason)
 
     def _resolved_positions(self) -> Index | None:
@@ -560,7 +566,9 @@ class _Search:
         names = hlo.NAMES[dtype], hlo.NAMES[k.dtype]
         return dtype if native.supports_attention(*names) else None
 
-    def _with_masks(self, operands: tuple[Operand, Operand, Operand], layout: Layout, dtype: np.dtype) -> Found:
+    def _with_masks(
+        self, result: Element, operands: tuple[Operand, Operand, Operand], layout: Layout, dtype: np.dtype
+    ) -> Found:
         q, k, v = operands
         queries, keys = self._reader.atoms.size(layout.queries), self._reader.atoms.size(layout.keys)
         all_see = not self._masked or (
@@ -580,9 +588,10 @@ class _Search:
         if v.scale != 1:
             raise NotAttention("values are scaled")
         if self._length is not None and set(self._atoms(self._length.element)) - set(layout.batch):
-            element, more = self._length
             raise NotAttention("lengths differ between heads or queries")
         return Found(
+            self._reader,
+            result,
             self._root,
             self._second,
             q,
@@ -598,10 +607,6 @@ class _Search:
             self._length,
             nan_rows,
         )
-
-    @property
-    def reader(self) -> Reader:
-        return self._reader
 
 
 class _Sum(NamedTuple):

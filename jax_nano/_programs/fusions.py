@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
-from typing import Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -248,14 +248,19 @@ def _set_kind(fusion: Instruction, inner: Iterable[Instruction], root: Instructi
         fusion.fusion_kind, fusion.backend_config = like.fusion_kind, like.backend_config
         return
     fusion.fusion_kind = "kLoop"
+    fusion.backend_config = loop_config(root.shape)
+
+
+def loop_config(shape: Any) -> bytes:
+    """How a loop with a result of this shape is split over threads, as a fusion's backend_config says it."""
     partitions = []
-    dims = list(root.shape.dimensions)
+    dims = list(shape.dimensions)
     if dims:
         threads = min(machine.threads(compat.cpu_devices()), math.prod(dims) // _ELEMENTS_PER_THREAD)
-        outermost = root.shape.layout.minor_to_major[-1]
+        outermost = shape.layout.minor_to_major[-1]
         if threads > 1 and dims[outermost] >= threads:
             partitions = [str(threads)]
-    fusion.backend_config = json.dumps({"outer_dimension_partitions": partitions}).encode()
+    return json.dumps({"outer_dimension_partitions": partitions}).encode()
 
 
 def _loses_nothing(source: Instruction, move: Instruction) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import checks, emulate, manifest, report
 from .cache import Cache
-from .catalog import Kernel, find, kernels
+from .catalog import AttentionKernel, Kernel, attentions, find, kernels
 from .target import TARGETS
 from .toolchain import STAGES, Toolchain, ToolchainError
 
@@ -22,17 +22,17 @@ def build(out: Path, jobs: int, cached: Path | None = None) -> None:
     tools = Toolchain.find()
     out.mkdir(parents=True, exist_ok=True)
     cache = Cache(cached, tools)
-    chosen = list(kernels())
+    products, others = list(kernels()), list(attentions())
     with ThreadPoolExecutor(jobs) as pool:
         # The bindings' contexts stay in this thread; the tools run side by side.
-        work = [pool.submit(_object, tools, cache, out, kernel, kernel.mlir()) for kernel in chosen]
+        work = [pool.submit(_object, tools, cache, out, kernel, kernel.mlir()) for kernel in (*products, *others)]
         objects = [w.result() for w in work]
     cache.drop_the_unused()
-    manifest.write(chosen, objects, out)
+    manifest.write(products, others, objects, out)
     print(f"{len(objects)} kernels in {out}")
 
 
-def _object(tools: Toolchain, cache: Cache, out: Path, kernel: Kernel, mlir: str) -> Path:
+def _object(tools: Toolchain, cache: Cache, out: Path, kernel: Kernel | AttentionKernel, mlir: str) -> Path:
     """A kernel's checked object file in ``out``, compiled or from the cache."""
     path = out / f"{kernel.symbol}.o"
     name = cache.name(kernel, mlir)
@@ -109,11 +109,11 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     if args.command == "list":
         print("targets: " + ", ".join(TARGETS))
-        for kernel in kernels():
+        for kernel in (*kernels(), *attentions()):
             print(f"{kernel.name:48} {kernel.signature:28} {kernel.why}")
     elif args.command == "build":
         if args.emulate:
-            emulate.build(kernels(), args.out / "emulated.so", args.jobs)
+            emulate.build([*kernels(), *attentions()], args.out / "emulated.so", args.jobs)
         else:
             build(args.out, args.jobs, args.cache)
     elif args.command == "dump":

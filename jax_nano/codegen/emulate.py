@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .catalog import Kernel
+from .catalog import AttentionKernel, Kernel
 from .target import TARGETS
 from .toolchain import Toolchain, ToolchainError
 
@@ -95,7 +95,7 @@ def _wrapper(name: str, result: str, params: str, reference: str) -> tuple[str, 
     return "\n".join([head, *lines, "}"]), declaration
 
 
-def build(kernels: Iterable[Kernel], library: Path, jobs: int) -> None:
+def build(kernels: Iterable[Kernel | AttentionKernel], library: Path, jobs: int) -> None:
     """Compiles kernels for the baseline into one shared library; their functions keep names and ABI."""
     tools = Toolchain.find()
     compiler = shutil.which("cc")
@@ -104,7 +104,7 @@ def build(kernels: Iterable[Kernel], library: Path, jobs: int) -> None:
     folder = library.parent
     folder.mkdir(parents=True, exist_ok=True)
 
-    def make(kernel: Kernel, mlir: str) -> Path:
+    def make(kernel: Kernel | AttentionKernel, mlir: str) -> Path:
         path = folder / f"{kernel.symbol}.o"
         tools.object_file(tools.optimized(rewrite(tools.llvm_ir(mlir)), BASELINE), BASELINE, path, _LLC_FLAGS)
         return path

@@ -41,6 +41,7 @@ __all__ = [
     "keep_order",
     "lane_mask",
     "loop",
+    "maximum",
     "minimum",
     "multiply_add",
     "negate",
@@ -145,6 +146,12 @@ def minimum(a: Size, b: Size) -> Size:
     if isinstance(a, int) and isinstance(b, int):
         return min(a, b)
     return I64(arith.minsi(_i64(a), _i64(b)))
+
+
+def maximum(a: Size, b: Size) -> Size:
+    if isinstance(a, int) and isinstance(b, int):
+        return max(a, b)
+    return I64(arith.maxsi(_i64(a), _i64(b)))
 
 
 def equal(a: Size, b: Size) -> Value | bool:
@@ -515,6 +522,22 @@ def halves_of_power_of_two(shifted: Value, origin: float) -> tuple[Value, Value]
         return bits_as(arith.shli(biased, _constant_like(23, n)), "float32")
 
     return power(half), power(arith.subi(n, half))
+
+
+def exponent_of_low_bits(v: Value) -> Value:
+    """The float32 number whose exponent field are the low bits of float32 v's fraction, and all else zero."""
+    bits = bits_as(v, "int32")
+    return bits_as(arith.shli(bits, _constant_like(23, bits)), "float32")
+
+
+def nonzero(v: Value) -> Value:
+    """A mask of the integers that are not zero."""
+    return arith.cmpi(arith.CmpIPredicate.ne, v, _constant_like(0, v))
+
+
+def except_lanes(mask: Value, others: Value) -> Value:
+    """The lanes of ``mask`` that are not among the ``others``."""
+    return arith.andi(mask, arith.xori(others, _constant_like(1, others)))
 
 
 def rounded_to_float32(x: float) -> float:
