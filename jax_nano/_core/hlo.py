@@ -332,6 +332,16 @@ def number(constant: Instruction) -> float | None:
     return None
 
 
+def first_of_range(constant: Instruction) -> int | None:
+    """The first element of a constant of int32 with one dimension, if each of the others is one more."""
+    if len(constant.shape.dimensions) != 1 or DTYPES.get(constant.shape.element_type) != np.int32:
+        return None
+    values = np.asarray(_Literal.FromString(constant.literal).s32s)
+    if values.size != constant.shape.dimensions[0] or values.size == 0 or (np.diff(values) != 1).any():
+        return None
+    return int(values[0])
+
+
 def set_number(constant: Instruction, value: float) -> None:
     """Gives a constant without dimensions, of float32, int32 or bool, its value."""
     kind = constant.shape.element_type

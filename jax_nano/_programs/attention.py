@@ -79,6 +79,7 @@ class Length(NamedTuple):
 
     element: Element
     more: int
+    condition: Condition  # that says the same
 
 
 class Layout(NamedTuple):
@@ -118,6 +119,7 @@ class Found(NamedTuple):
     conditions: Sequence[Condition]
     length: Length | None
     nan_rows: bool  # whether queries that see no key give NaN
+    copied: bool  # whether the root has another order than the call
 
     def count_scores(self) -> int:
         """Of all batches and heads."""
@@ -145,11 +147,12 @@ def find(body: Body, instruction: Instruction) -> Found | str | None:
     """
     candidates = _results(body, instruction)
     reason: str | None = None
-    for root in reversed(candidates):
+    # Where none is as the call writes it, one of them becomes a copy.
+    for root, copied in [(x, copied) for copied in (False, True) for x in reversed(candidates)]:
         try:
-            return _Search(body, root, instruction).found()
+            return _Search(body, root, instruction).found(copied=copied)
         except NotAttention as error:
-            reason = str(error)
+            reason = reason or str(error)
         except Unknown:
             reason = reason or "its arrays are cut in more than one way"
         except _NoCandidate:
@@ -182,22 +185,24 @@ def _results(body: Body, instruction: Instruction) -> list[Instruction]:
 def _looks_like_attention(reader: Reader, instruction: Instruction) -> bool:
     """Whether a product's operand is made of exponentials and of their sum, and these of another product."""
     second = reader.look(reader.element(instruction))
-    if second.opcode != "dot":
-        return False
+    if second.opcode != "dot" or "transpose(" in second.instruction.metadata.op_name:
+        return False  # JAX's name for the backward half
     over = reader.summed(second.instruction, second.scope)
     return any(_is_softmax(reader, x) for x in reader.factors(second, over))
 
 
 def _is_softmax(reader: Reader, weights: Element) -> bool:
-    seen = {x.instruction.id: x for x in _made_of(reader, weights, ("reduce",))}
-    exponentials = [x for x in seen.values() if x.opcode == "exponential"]
-    sums = [x for x in seen.values() if x.opcode == "reduce"]
-    return bool(sums) and any(
-        y.opcode == "dot" for x in exponentials for y in _made_of(reader, reader.operands(x)[0], ())
-    )
+    seen = list(_made_of(reader, weights, through=("reduce",), up_to="exponential"))
+    exponentials = [x for x in seen if x.opcode == "exponential"]
+    sums = [x for x in seen if x.opcode == "reduce"]
+    if not sums or any(x.opcode == "dot" for x in seen):
+        return False
+    return any(y.opcode == "dot" for x in exponentials for y in _made_of(reader, reader.operands(x)[0]))
 
 
-def _made_of(reader: Reader, element: Element, through: Sequence[str]) -> Iterator[Element]:
+def _made_of(
+    reader: Reader, element: Element, *, through: Sequence[str] = (), up_to: str = ""
+) -> Iterator[Element]:
     """The operations that an element is made of, by whatever is elementwise and of `through`."""
     waiting, seen = [element], set[int]()
     while waiting:
@@ -206,6 +211,8 @@ def _made_of(reader: Reader, element: Element, through: Sequence[str]) -> Iterat
             continue
         seen.add(here.instruction.id)
         yield here
+        if here.opcode == up_to:
+            continue
         if here.opcode in ELEMENTWISE:
             waiting += reader.operands(here)
         elif here.opcode in through:
@@ -234,7 +241,8 @@ class _Search:
         self._positions: Index | None = None
         self._keys: Index = ()
 
-    def found(self) -> Found:
+    def found(self, *, copied: bool) -> Found:
+        """The attention; with `copied`, the call may write its result in another order than the root has."""
         reader = self._reader
         dtype = hlo.array_of(self._root.shape)
         if dtype is None or 0 in dtype.dims:
@@ -250,7 +258,7 @@ class _Search:
         if keys & set(self._atoms(q)):
             q, k = k, q
         self._check_users(first)
-        return self._fitted(result, *([*self._operands(x)] for x in (q, k, values)))
+        return self._fitted(result, copied, *(self._operands(x) for x in (q, k, values)))
 
     # --- the formula, from the result on ---------------------------------------------------------------------------
 
@@ -371,7 +379,7 @@ class _Search:
         raise NotAttention(f"{name} stands between the first product and softmax")
 
     def _is_made_of_a_product(self, element: Element) -> bool:
-        return any(x.opcode == "dot" for x in _made_of(self._reader, element, ()))
+        return any(x.opcode == "dot" for x in _made_of(self._reader, element))
 
     def _unrounded(self, element: Element, narrowed: set[np.dtype]) -> Element:
         """What an element is the conversion of, from a float to a float."""
@@ -443,8 +451,8 @@ class _Search:
             return True
         if sign == -1 and not parts.positions and len(parts.rest) == 1 and self._length is None:
             ((element, factor),) = parts.rest
-            if factor == 1 and not set(keys) & set(self._atoms(element)):
-                self._length = Length(element, more + 1)
+            if factor == 1 and not set(keys) & self._reader.atoms_of(element):
+                self._length = Length(element, more + 1, Condition(x, positive))
                 return True
         return False
 
@@ -459,6 +467,10 @@ class _Search:
         if x.opcode == "iota":
             atoms = self._reader.atoms.resolved(x.index[x.instruction.dimensions[0]])
             return _Sum({atoms: 1} if atoms else {}, 0, ())
+        if x.opcode == "constant":  # of an array: XLA computes positions with an offset when it compiles
+            first = hlo.first_of_range(x.instruction)
+            if first is not None:
+                return _Sum({self._reader.atoms.resolved(x.index[0]): 1}, first, ())
         if x.opcode in ("add", "subtract"):
             left, right = (self._sum(y) for y in self._reader.operands(x))
             if left is not None and right is not None:
@@ -512,7 +524,7 @@ class _Search:
                 what = "scores" if number == start.id else "what is computed between its products"
                 raise NotAttention(f"something else reads {what}, as gradients do")
 
-    def _fitted(self, result: Element, q: list[Operand], k: list[Operand], v: list[Operand]) -> Found:
+    def _fitted(self, result: Element, copied: bool, q: list[Operand], k: list[Operand], v: list[Operand]) -> Found:
         if not q or not k or not v:
             raise NotAttention("an operand is overwritten before the second product, or has a dtype without a kernel")
         reason = "its dimensions lie in memory in an order that no kernel reads"
@@ -525,27 +537,35 @@ class _Search:
                 continue
             arrays = [self._reader.in_memory(x.element) for x in operands]
             arrays.append(self._reader.in_memory(result))
-            layouts = list(_layouts(*arrays, self._reader.atoms.resolved(self._keys), self._resolved_positions()))
+            keys, positions = self._reader.atoms.resolved(self._keys), self._resolved_positions()
+            layouts = list(_layouts(*arrays, keys, positions, copied=copied))
             sizes = self._reader.atoms.size
             layouts = [x for x in layouts if max(sizes(x.depth), sizes(x.width)) <= _MOST_ELEMENTS]
             if not layouts:
                 continue
             layout = min(layouts, key=self._extra_elements)
-            return self._with_masks(result, operands, layout, dtype)
+            if self._length is not None and not self._has_lengths(layout):
+                self._conditions.append(self._length.condition)
+                self._length = None
+            return self._with_masks(result, copied, operands, layout, dtype)
         raise NotAttention(reason)
 
     def _resolved_positions(self) -> Index | None:
         return None if self._positions is None else self._reader.atoms.resolved(self._positions)
 
-    def _extra_elements(self, layout: Layout) -> int:
-        """How many elements bias and mask have in a layout."""
+    def _has_lengths(self, layout: Layout) -> bool:
+        """Whether lengths are the same for all heads and queries."""
+        return self._length is None or self._reader.atoms_of(self._length.element) <= set(layout.batch)
+
+    def _extra_elements(self, layout: Layout) -> tuple[bool, int]:
+        """Whether lengths become a mask in a layout, and how many elements bias and mask have."""
         extras = [*(x.element for x in self._terms), *(x.element for x in self._conditions)]
         count = 0
         for x in extras:
-            there = set(self._atoms(x))
+            there = self._reader.atoms_of(x)
             dims = [dim for dim in layout.scores[:3] if there & set(dim)]
             count += math.prod(self._reader.atoms.size(dim) for dim in (*dims, layout.keys))
-        return count
+        return not self._has_lengths(layout), count
 
     def _dtype(self, q: Operand, k: Operand, v: Operand) -> np.dtype | None:
         """The dtype of the queries that a kernel is to read; None if none computes this."""
@@ -567,7 +587,7 @@ class _Search:
         return dtype if native.supports_attention(*names) else None
 
     def _with_masks(
-        self, result: Element, operands: tuple[Operand, Operand, Operand], layout: Layout, dtype: np.dtype
+        self, result: Element, copied: bool, operands: tuple[Operand, Operand, Operand], layout: Layout, dtype: np.dtype
     ) -> Found:
         q, k, v = operands
         queries, keys = self._reader.atoms.size(layout.queries), self._reader.atoms.size(layout.keys)
@@ -587,8 +607,6 @@ class _Search:
         scale = self._scale * q.scale * k.scale
         if v.scale != 1:
             raise NotAttention("values are scaled")
-        if self._length is not None and set(self._atoms(self._length.element)) - set(layout.batch):
-            raise NotAttention("lengths differ between heads or queries")
         return Found(
             self._reader,
             result,
@@ -606,6 +624,7 @@ class _Search:
             self._conditions,
             self._length,
             nan_rows,
+            copied,
         )
 
 
@@ -662,9 +681,12 @@ def _note(convert: Element, narrowed: set[np.dtype]) -> None:
 
 
 def _layouts(
-    q: Index, k: Index, v: Index, out: Index, keys: Index, positions: Index | None
+    q: Index, k: Index, v: Index, out: Index, keys: Index, positions: Index | None, *, copied: bool
 ) -> Iterator[Layout]:
-    """The ways to read arrays as those of attention, from their atoms in memory, or none."""
+    """The ways to read arrays as those of attention, from their atoms in memory, or none.
+
+    With `copied`, the result is one that is not there yet, in an order of its own.
+    """
     in_q, in_k, in_v, in_out, of_keys = map(set, (q, k, v, out, keys))
     shared = in_q & in_k & in_v & in_out
     depth = (in_q & in_k) - in_v - in_out
@@ -691,6 +713,9 @@ def _layouts(
                 **dict.fromkeys((*queries, *keys), POSITION),
                 **dict.fromkeys((*depth, *width), ELEMENT),
             }
+            if copied:
+                of_queries = (tuple(a for a in q if roles.get(a) == role) for role in (BATCH, POSITION, HEAD))
+                out = (*chain.from_iterable(of_queries), *(a for a in v if a in width))
             orders = []
             for array in (q, k, v, out):
                 order = list(dict.fromkeys(roles[a] for a in array))

@@ -54,22 +54,26 @@ def write(body: Body, found: Found) -> None:
     operands += [make() for make in extras.values()]
     root, order = found.root, layout.orders[3]
     sizes = [dims[3][role] for role in order]
-    if not aliasing.has_memory_of_its_own(body, root):
-        root = body.copy_result(root)
-    if found.nan_rows:
+    if found.nan_rows or found.copied:
         call = body.custom_call(root, operands)
-        hlo.set_tuple(
-            call.shape, [(hlo.ELEMENT_TYPES[found.dtype], sizes), (_FLOAT32, [dims[0][x] for x in (BATCH, POSITION, HEAD)])]
-        )
-        out, logarithms = (body.get(call, i) for i in (0, 1))
-        atoms = reader.in_memory(found.result._replace(instruction=root))
-        loop, kind = LoopBuilder(body, reader, atoms), root.shape.element_type
-        of_logarithms = (*layout.batch, *layout.queries, *layout.heads, *layout.group)
-        sees_none = loop.compare("LE", loop.array(logarithms, of_logarithms), loop.constant(_MASKED, _FLOAT32))
-        values = loop.converted(loop.array(out, atoms), _FLOAT32)
-        result = loop.operation("select", _FLOAT32, sees_none, loop.constant(float("nan"), _FLOAT32), values)
-        loop.become(loop.converted(result, kind), root)
+        kind = hlo.ELEMENT_TYPES[found.dtype]
+        loop = LoopBuilder(body, reader, reader.in_memory(found.result))
+        roles = dict(zip((BATCH, POSITION, HEAD), (layout.batch, layout.queries, layout.scores[1]), strict=True))
+        in_call = tuple(chain.from_iterable({**roles, ELEMENT: layout.width}[role] for role in order))
+        if found.nan_rows:
+            hlo.set_tuple(call.shape, [(kind, sizes), (_FLOAT32, [dims[3][role] for role in roles])])
+            out, logarithms = (body.get(call, i) for i in (0, 1))
+            values = loop.converted(loop.array(out, in_call), _FLOAT32)
+            of_logarithms = loop.array(logarithms, tuple(chain.from_iterable(roles.values())))
+            sees_none = loop.compare("LE", of_logarithms, loop.constant(_MASKED, _FLOAT32))
+            result = loop.operation("select", _FLOAT32, sees_none, loop.constant(float("nan"), _FLOAT32), values)
+        else:
+            hlo.set_shape(call.shape, kind, sizes)
+            result = loop.array(call, in_call)
+        loop.become(loop.converted(result, root.shape.element_type), root)
     else:
+        if not aliasing.has_memory_of_its_own(body, root):
+            root = body.copy_result(root)
         if hlo.dtype_of(root) != found.dtype:
             root = body.convert_result(root, found.dtype)
         body.set_operands(root, operands)
@@ -148,7 +152,7 @@ def _extras(body: Body, found: Found) -> dict[str, Extra]:
 def _scores_dims(found: Found, elements: Sequence[Element]) -> tuple[Index, list[int]]:
     """The atoms that an array of scores needs, of all keys, and its four sizes."""
     atoms = found.reader.atoms
-    there = set(atoms.resolved(chain.from_iterable(chain.from_iterable(x.index for x in elements))))
+    there = frozenset[int]().union(*(found.reader.atoms_of(x) for x in elements))
     dims = [dim if there & set(dim) else () for dim in found.layout.scores[:3]] + [found.layout.keys]
     return tuple(chain.from_iterable(dims)), [atoms.size(dim) for dim in dims]
 

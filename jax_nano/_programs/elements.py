@@ -208,6 +208,24 @@ class Reader:
     def logical(self, element: Element) -> tuple[Index, ...]:
         return tuple(self.atoms.resolved(x) for x in element.index)
 
+    def atoms_of(self, element: Element) -> frozenset[int]:
+        """The atoms that the value of an element depends on."""
+        found: set[int] = set()
+        waiting, seen = [element], set[tuple[int, tuple[Index, ...]]]()
+        while waiting:
+            x = self.look(waiting.pop(), into_fusions=False)
+            key = x.instruction.id, self.logical(x)
+            if key in seen:
+                continue
+            seen.add(key)
+            if x.opcode == "iota":
+                found.update(self.atoms.resolved(x.index[x.instruction.dimensions[0]]))
+            elif x.opcode in ELEMENTWISE and not x.is_outside:
+                waiting += self.operands(x)
+            else:
+                found.update(a for index in x.index for a in self.atoms.resolved(index))
+        return frozenset(found)
+
     # --- sums and products ---------------------------------------------------------------------------------------
 
     def reduced(self, element: Element, over: Iterable[int], kind: str) -> Element | None:
