@@ -578,9 +578,9 @@ class _Search:
             return None
         if self._rounds_weights:
             (rounded,) = narrow
-            if inner - {rounded} or k.dtype != rounded:
+            if k.dtype not in (rounded, result, _FLOAT32) or (k.dtype == _FLOAT32 and result == _FLOAT32):
                 return None
-            dtype = rounded if q.dtype == rounded == result else _FLOAT32
+            dtype = rounded if q.dtype == k.dtype == rounded == result else _FLOAT32
         else:
             dtype = _FLOAT32
         names = hlo.NAMES[dtype], hlo.NAMES[k.dtype]
