@@ -160,7 +160,18 @@ _TUPLE: Final = 13
 # What is removed when nothing needs its result any more.
 _PURE: Final = frozenset(
     (
-        *("bitcast", "broadcast", "compare", "constant", "convert", "copy", "dot", "fusion", "get-tuple-element", "iota"),
+        *(
+            "bitcast",
+            "broadcast",
+            "compare",
+            "constant",
+            "convert",
+            "copy",
+            "dot",
+            "fusion",
+            "get-tuple-element",
+            "iota",
+        ),
         *("reduce", "reduce-window", "select", "slice", "transpose"),
     )
 )

@@ -25,8 +25,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
 from jax_nano._core import jax_compat as compat
-from jax_nano._ops.dot_general import bind_labels
 from jax_nano._core.contraction import Labels
+from jax_nano._ops.dot_general import bind_labels
 
 attention_p = Primitive("jax_nano_attention")
 attention_p.multiple_results = True

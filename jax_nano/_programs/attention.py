@@ -21,8 +21,8 @@ does), or that would have to be computed anyway. The rules of `aliasing` hold fo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, combinations, product
+from collections.abc import Iterator, Sequence
+from itertools import chain, combinations, pairwise, product
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ import numpy as np
 from jax_nano._core import hlo, native
 from jax_nano._core.hlo import Body, Instruction
 from jax_nano._programs import aliasing
-from jax_nano._programs.elements import ELEMENTWISE, Element, Index, Reader, Unknown, constant, memory_order
+from jax_nano._programs.elements import ELEMENTWISE, Element, Index, Reader, Unknown, constant
 
 UNBOUNDED: Final = 2**40
 
@@ -38,7 +38,9 @@ BATCH, POSITION, HEAD, ELEMENT = range(4)
 """The dimensions of attention, as the call's attributes number them. Keys have positions too."""
 
 _NO_SCORE: Final = -1e9  # or less: what stands for a score that a condition excludes
-_MOST_ELEMENTS: Final = 1024  # of a query, key or value: longer ones do not fit the caches that attention is planned for
+_MOST_ELEMENTS: Final = (
+    1024  # of a query, key or value: longer ones do not fit the caches that attention is planned for
+)
 _MOST_USERS: Final = 4  # that a result is followed through
 
 _FLOAT32: Final = np.dtype(np.float32)
@@ -200,9 +202,7 @@ def _is_softmax(reader: Reader, weights: Element) -> bool:
     return any(y.opcode == "dot" for x in exponentials for y in _made_of(reader, reader.operands(x)[0]))
 
 
-def _made_of(
-    reader: Reader, element: Element, *, through: Sequence[str] = (), up_to: str = ""
-) -> Iterator[Element]:
+def _made_of(reader: Reader, element: Element, *, through: Sequence[str] = (), up_to: str = "") -> Iterator[Element]:
     """The operations that an element is made of, by whatever is elementwise and of `through`."""
     waiting, seen = [element], set[int]()
     while waiting:
@@ -490,7 +490,11 @@ class _Search:
             x = here.instruction
             if here.is_outside and x.opcode != "constant":
                 array = hlo.array_of(x.shape)
-                if array is not None and array.dtype in (_FLOAT32, *_NARROW) and aliasing.keeps_its_value(self._body, x):
+                if (
+                    array is not None
+                    and array.dtype in (_FLOAT32, *_NARROW)
+                    and aliasing.keeps_its_value(self._body, x)
+                ):
                     found.append(Operand(here, array.dtype, scale, narrowed))
             before = self._reader.step(here)
             if before is None and x.opcode == "convert" and _converts_floats(here):
@@ -719,7 +723,7 @@ def _layouts(
             orders = []
             for array in (q, k, v, out):
                 order = list(dict.fromkeys(roles[a] for a in array))
-                runs = sum(roles[x] != roles[y] for x, y in zip(array, array[1:], strict=False)) + bool(array)
+                runs = sum(roles[x] != roles[y] for x, y in pairwise(array)) + bool(array)
                 if runs != len(order):
                     break
                 missing = [x for x in (BATCH, POSITION, HEAD) if x not in order]

@@ -216,4 +216,3 @@ def _lengths(body: Body, found: Found) -> Extra:
     number = loop.operation("maximum", _INT32, number, least)
     number = loop.operation("add", _INT32, number, loop.constant(found.length.more, _INT32))
     return lambda: loop.build(number, [size(layout.batch)])
-

@@ -293,16 +293,16 @@ class Reader:
         for side, operand in enumerate((lhs, rhs)):
             known = dict(zip(summed[side], parts, strict=True)) | dict(zip(batch[side], index, strict=False))
             rank = len(operand.shape.dimensions)
-            found.append(
-                Element(scope, operand, tuple(known[i] if i in known else next(free) for i in range(rank)))
-            )
+            found.append(Element(scope, operand, tuple(known[i] if i in known else next(free) for i in range(rank))))
         return found[0], found[1]
 
     def summed(self, dot: Instruction, scope: Scope) -> Index:
         """New atoms for what a dot sums over."""
         lhs = scope[dot.operand_ids[0]]
         return tuple(
-            a for i in dot.dot_dimension_numbers.lhs_contracting_dimensions for a in self.atoms.new(lhs.shape.dimensions[i])
+            a
+            for i in dot.dot_dimension_numbers.lhs_contracting_dimensions
+            for a in self.atoms.new(lhs.shape.dimensions[i])
         )
 
     # --- comparisons ---------------------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array, lax
+from programs import dots_of, ops
 
 import jax_nano
 from jax_nano._core import record
 from jax_nano._dispatch import decision
-from programs import dots_of, ops
 
 B, T, S, N, H = 2, 24, 40, 4, 16
 
@@ -138,7 +138,11 @@ FORMS: dict[str, tuple[Program, Callable[[Case], tuple[Any, ...]], str]] = {
     "divided later": (divided_later, lambda c: (c.q / 4, c.k, c.v), ""),
     "no maximum": (no_maximum, lambda c: (c.q, c.k, c.v), ""),
     "no maximum, NaN rows": (no_maximum, lambda c: (c.q, c.k, c.v, c.mask), "mask"),
-    "matrices": (lambda q, k, v: jax.nn.softmax(q @ k.T / 4) @ v, lambda c: (c.q[0, :, 0], c.k[0, :, 0], c.v[0, :, 0]), ""),
+    "matrices": (
+        lambda q, k, v: jax.nn.softmax(q @ k.T / 4) @ v,
+        lambda c: (c.q[0, :, 0], c.k[0, :, 0], c.v[0, :, 0]),
+        "",
+    ),
     "vmap": (
         jax.vmap(lambda q, k, v: jax.nn.softmax(q @ k.T / 4) @ v),
         lambda c: (c.q[:, :, 0], c.k[:, :, 0], c.v[:, :, 0]),
