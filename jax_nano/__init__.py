@@ -1,9 +1,9 @@
 """Matrix products for JAX on CPUs, computed by kernels that an MLIR pipeline composed.
 
-`jax_nano.matmul` and its relatives stand in for those of `jax.numpy` and `jax.lax`. Names are loaded when
-they are first used, so that importing the package costs nothing and `jax_nano.codegen` works without the
-compiled extension. The import does one thing more: once JAX is there too, XLA knows jax_nano's calls, so that a
-process can run programs that were exported or pickled by another one.
+`jax_nano.matmul` and its relatives replace those of `jax.numpy` and `jax.lax`. Names are loaded when they are first
+used, so that importing the package costs nothing and `jax_nano.codegen` works without the compiled extension. Importing
+it also registers jax_nano's custom calls with XLA as soon as JAX is imported, so that a process can run programs that
+were exported or pickled by another one.
 """
 
 from __future__ import annotations
@@ -104,9 +104,7 @@ def __dir__() -> list[str]:
 
 
 def _register(_: object) -> None:
-    importlib.import_module(
-        "jax_nano._core.native"
-    )  # which may be what imports jax, and then registers when it goes on
+    importlib.import_module("jax_nano._core.native")  # if that is what imports jax, it registers when it goes on
 
 
 imports.when_imported("jax", _register)

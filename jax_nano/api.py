@@ -1,8 +1,8 @@
 """The public functions. Each has the signature, the results and the errors of its namesake in JAX.
 
-In shapes, capital letters are sizes and `...` are batch dimensions. Products of dtypes that have kernels
-on this CPU run on them; all others, other platforms, and products that are too small to be worth a call
-(see `jax_nano._core.gate`) are computed by XLA, with exactly lax's result.
+In shapes, capital letters are sizes and `...` are batch dimensions. Products of dtypes for which this CPU has kernels
+run on them. XLA computes all others, those on other platforms, and those that it computes as fast (see
+`jax_nano._dispatch.xla`), with exactly lax's result.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jax_nano._ops import attention as _attention
 from jax_nano._ops import einsum as _einsum
 from jax_nano._ops import linear as _linear
 from jax_nano._ops import tables as tables  # importing it enters the primitives in JAX's tables
-from jax_nano._ops.attention_lowering import attention_p as attention_p  # importing primitives registers their lowerings
+from jax_nano._ops.attention_lowering import attention_p as attention_p  # importing it registers its lowering
 from jax_nano._ops.dot_general import bind, bind_labels
 from jax_nano._ops.linear_lowering import linear_p as linear_p
 from jax_nano._ops.lowering import dot_general_p as dot_general_p
@@ -55,10 +55,10 @@ _P = ParamSpec("_P")
 
 
 def _jit(*static: str) -> Callable[[Callable[_P, Array]], Callable[_P, Array]]:
-    """jax.jit, for arrays; tracers go straight to the function.
+    """Compiles a function with jax.jit, but calls it directly if its arguments are tracers.
 
-    There, a function that is only traced sees how its operands were made, and costs less. Its equations are in
-    the caller's program either way (`inline`), where remat policies see them.
+    Called directly, it sees which operations its operands come from (transposes, which it can fold), and tracing is
+    faster. Either way its equations are in the caller's program (`inline`), where remat policies see them.
     """
 
     def decorate(function: Callable[_P, Array]) -> Callable[_P, Array]:
@@ -78,8 +78,8 @@ def _jit(*static: str) -> Callable[[Callable[_P, Array]], Callable[_P, Array]]:
     return decorate
 
 
-# Whatever jax.config says, two arrays of one of these have a product of the same. JAX's answer takes longer than
-# all else that it takes to trace a matmul.
+# The product of two arrays of one of these dtypes has the same dtype, whatever jax.config says. Asking JAX would take
+# longer than the rest of tracing a matmul.
 _SELF_PROMOTING = frozenset(
     np.dtype(x)
     for kinds in (
@@ -183,7 +183,7 @@ def matmul(
     dimension_numbers, out_perm = contraction.dimension_numbers_of(layout.labels)
     out_sharding = compat.canonicalize_sharding(out_sharding, "dot_general")
     if out_sharding is not None and out_perm is not None:
-        # jnp takes it to be the sharding before the transpose that this product does not need.
+        # In jnp it is the sharding before a final transpose, which this product does not need.
         out_sharding = compat.permute_sharding(out_sharding, out_perm)
     out = bind(
         lax.squeeze(a, layout.lhs_squeeze) if layout.lhs_squeeze else a,
@@ -211,11 +211,11 @@ def linear(
     preferred_element_type: DTypeLike | None = None,
     out_sharding: OutSharding = None,
 ) -> Array:
-    """`activation(scale * (x @ w) + b) + residual`, one call on CPUs: C is finished before it leaves the core.
+    """`activation(scale * (x @ w) + b) + residual`, on CPUs in one call that writes its result once.
 
-    The sum and all that follows are computed in float32 where the result is narrower, and rounded to it once. Of
-    other dtypes than float32, bfloat16 and float16, and wherever a product is XLA's, it is the composition that is
-    computed.
+    The sum and all that follows are computed in float32 where the result is narrower, and rounded to it once. Results
+    of other dtypes than float32, bfloat16 and float16, and products that XLA computes, are a product followed by
+    XLA's operations.
 
     Args:
       x: shape (..., K).
@@ -227,7 +227,7 @@ def linear(
       scale: a number, part of the program.
       precision: as in `dot_general`.
       preferred_element_type: dtype of the result; by default that of all operands promoted.
-      out_sharding: as in `dot_general`, for explicit meshes; with it the composition is computed.
+      out_sharding: as in `dot_general`, for explicit meshes; with it, a product is followed by XLA's operations.
 
     Returns:
       Shape (..., N).
@@ -328,7 +328,8 @@ def dot_product_attention(
       ValueError: what jax.nn.dot_product_attention raises for wrong shapes and dtypes.
     """
     if implementation is not None:
-        return jax.nn.dot_product_attention(
+        other: Any = jax.nn.dot_product_attention  # its annotations know literals alone
+        return other(
             query,
             key,
             value,
@@ -339,7 +340,7 @@ def dot_product_attention(
             query_seq_lengths=query_seq_lengths,
             key_value_seq_lengths=key_value_seq_lengths,
             local_window_size=local_window_size,
-            implementation=implementation,  # type: ignore[arg-type]
+            implementation=implementation,
             return_residual=return_residual,
         )
     if isinstance(local_window_size, int):
@@ -361,7 +362,7 @@ def dot_product_attention(
         names=tuple(given),
         scale=None if scale is None or traced else float(scale),
         is_causal=bool(is_causal),
-        window=None if local_window_size is None else tuple(map(int, local_window_size)),
+        window=None if local_window_size is None else (int(local_window_size[0]), int(local_window_size[1])),
     )
     return (out, residual) if return_residual else out
 

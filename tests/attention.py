@@ -130,7 +130,14 @@ def fields(x: Case, out: np.ndarray, lse: np.ndarray | None) -> dict[str, Any]:
 
 
 def call(
-    info: dict[str, Any], function: Any, x: Case, *, block: int, pieces: tuple[int, ...] = (), at: str = "end"
+    info: dict[str, Any],
+    function: Any,
+    x: Case,
+    *,
+    block: int,
+    pieces: tuple[int, ...] = (),
+    at: str = "end",
+    few: bool = False,
 ) -> np.ndarray:
     """The result by a generated function itself, in memory full of NaN beforehand.
 
@@ -143,6 +150,7 @@ def call(
     rows = group * t
     padded, rs_sums = _round_up(rows, info["mr"]), _round_up(width, info["nr"])
     packed = info["pack_bytes"]
+    tile_rows = max(info["mr"], spec.FEW_QUERIES)
 
     def packed_row(elements: int) -> int:
         return (-(-_round_up(elements, info["kr"]) * packed // 64) | 1) * 64
@@ -152,13 +160,13 @@ def call(
         "q_pack": padded * packed_row(h) + spec.PACK_SLACK_BYTES,
         "k_pack": _round_up(block, info["nr"]) * _round_up(h, info["kr"]) * packed + spec.PACK_SLACK_BYTES,
         "v_pack": _round_up(width, info["nr"]) * _round_up(block, info["kr"]) * packed + spec.PACK_SLACK_BYTES,
-        "scores": info["mr"] * rs_scores * 4,
+        "scores": tile_rows * rs_scores * 4,
         "sums": padded * rs_sums * 4,
         "maxima": rows * 4,
         "totals": rows * info["lanes"] * 4,
     }
     if info["converts"]:
-        sizes["weights"] = info["mr"] * packed_row(block)
+        sizes["weights"] = tile_rows * packed_row(block)
     names, row_names = spec.names(spec.ATTENTION_ARGS), spec.names(spec.ATTENTION_ROW)
     scale = np.array(x.scale * np.log2(np.e)).view(np.int64)
     with contextlib.ExitStack() as regions:
@@ -184,7 +192,9 @@ def call(
                         if array is not None:
                             offset = sum(
                                 0 if size == 1 else i * j
-                                for i, j, size in zip((batch, here[2], position), array.strides, array.shape, strict=False)
+                                for i, j, size in zip(
+                                    (batch, here[2], position), array.strides, array.shape, strict=False
+                                )
                             )
                             row[name] = _address(array) + offset
                     for name, value in row.items():
@@ -211,6 +221,7 @@ def call(
                         "rs_sums": rs_sums,
                         "scale": int(scale),
                         "general": int(x.bias is not None or x.mask is not None or not x.scale > 0),
+                        "few": int(few),
                         "first": int(i == 0),
                         "finish": int(end == s),
                     }

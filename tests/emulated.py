@@ -45,7 +45,7 @@ class Kernel:
             "mc": _round_up(m, self.mr),
             "nc": _round_up(n, self.nr),
             "kc": _round_up(k, self.kr),
-            "panel": self.mr,
+            "tile_rows": self.mr,
         }
         x = dict.fromkeys(FIELDS, 0) | {"a": a.ctypes.data, "b": b.ctypes.data, "c": c.ctypes.data}
         x |= {"m": m, "n": n, "k": k, "batch": 1, "rs_partial": _round_up(n, self.nr), **blocks, **_strides(a, b, c)}
@@ -61,7 +61,7 @@ class Kernel:
         if x["inner"]:
             sizes = {"a_pack": x["pack_a"] and a.nbytes, "b_pack": x["pack_b"] and b.nbytes}
             sizes = {name: size for name, size in sizes.items() if size}
-        if self.narrow:
+        if self.narrow_out:
             sizes["partial"] = _round_up(m * x["rs_partial"] * np.dtype(self.acc).itemsize, 64)
         with contextlib.ExitStack() as regions:
             for name, size in sizes.items():

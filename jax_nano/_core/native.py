@@ -3,7 +3,7 @@
 On x86-64 Linux a missing extension is an error with a remedy, never a silent fallback. On any other
 platform there is none to find, and every product takes lax's own lowering.
 
-Importing this module registers the targets, unless there is no extension: that is an error where something needs it.
+Importing this module registers the targets if there is an extension; if not, it is `runtime()` that raises.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def register() -> None:
 def build() -> str:
     """The release, and a digest of what it was built from: programs compiled by two builds are never equal.
 
-    XLA's handler of a call, and what becomes of an accelerated program, differ from build to build while the program
-    that JAX lowers stays the same; so the key of the persistent compilation cache must hold this.
+    The program that JAX lowers may be the same for two builds though they handle its calls, or rewrite it, differently.
+    So this must be part of the key of the persistent compilation cache.
     """
     try:
         version = metadata.version("jax_nano")
@@ -83,7 +83,7 @@ def build() -> str:
     digest = hashlib.sha256()
     folder = Path(__file__).parent.parent
     native = runtime()
-    sources = [x for x in sorted(folder.rglob("*.py")) if "codegen" not in x.parts]  # which made the extension
+    sources = [x for x in sorted(folder.rglob("*.py")) if "codegen" not in x.parts]  # its output is in the extension
     files = [*sources, *([Path(str(native.__file__))] if native else [])]
     for file in files:
         digest.update(file.read_bytes())

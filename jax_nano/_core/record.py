@@ -1,6 +1,7 @@
-"""What became of each product that was compiled in this process: kept as it happens, told when it is asked for.
+"""The record of what became of each product that was compiled in this process; `_tools.report` makes text of it.
 
-`JAX_NANO_VERBOSE=1` in the environment (read at import) tells it as it happens too, on the standard error stream.
+With `JAX_NANO_VERBOSE=1` in the environment (read at import) each product is also printed to the standard error stream
+when it is compiled.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class Attention(NamedTuple):
 _lock = threading.Lock()
 _products: Counter[Product | Attention] = Counter()
 seen_again: Callable[[], bool] = bool
-"""Whether what a program that is lowered now leaves to XLA will be looked at when it is compiled: no, unless
-`_accelerate` puts its own answer here."""
+"""Whether the program that is lowered now will be rewritten when XLA compiles it, so that products that are left to XLA
+are recorded then. False, unless `_programs.accelerate` replaces this function."""
 verbose: bool = os.environ.get("JAX_NANO_VERBOSE", "").strip().lower() not in ("", "0", "off")
 
 
@@ -78,7 +79,7 @@ def recorded() -> Recorded:
 
 
 def withdraw(program: str, before: Recorded, why: str) -> None:
-    """Says of a program's products that were recorded since that XLA computes them after all."""
+    """Changes the record of a program's products since `before`: XLA computes them after all, for the reason `why`."""
     with _lock:
         for product, count in list(_products.items()):
             new = count - before[product]
@@ -117,12 +118,13 @@ def epilogue_text(activation: str, scale: float, *, bias: bool, residual: bool) 
 
 
 def clear() -> None:
-    """Forgets them."""
+    """Forgets all products."""
     with _lock:
         _products.clear()
 
 
 def line(product: Product | Attention) -> str:
+    """A product or attention as text: labels and arrays, then its kernel and plan, or why XLA computes it."""
     if isinstance(product, Attention):
         return _attention_line(product)
     lhs, rhs, out = (f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in product.arrays)
@@ -177,6 +179,6 @@ def _in_short(plan: Mapping[str, Any], threads: int) -> str:
         packed = [operand.upper() for operand in ("a", "b") if plan[f"pack_{operand}"]]
         blocks = f"blocks {plan['mc']} x {plan['nc']} x {plan['kc']} of {plan['m']} x {plan['n']} x {plan['k']}"
         blocking = f"{blocks}, {' and '.join(packed) or 'nothing'} packed"
-    used = min(math.prod(plan["split"]) * plan["k_pieces"], threads)
+    used = min(math.prod(plan["split"]) * plan["split_k"], threads)
     products = f"{plan['products']} products, " if plan["products"] > 1 else ""
     return f"{plan['target']}, {plan['kernel']}, {products}{blocking}, {used} thread{'s' if used > 1 else ''}"

@@ -147,7 +147,8 @@ class Feature(NamedTuple):
 
     Attributes:
       name: the public name.
-      leaf, subleaf, register, bit: where CPUID announces it; no register: csrc/cpu.cc finds out in another way.
+      leaf, subleaf, register, bit: where CPUID announces it; no register: csrc/machine/features.cc finds out in another
+        way.
       state: the registers that the operating system must save for it to be usable.
       linux: its name in /proc/cpuinfo, if that is another one.
     """
@@ -336,7 +337,7 @@ FFI_ABI: Final = 1
 DOT_GENERAL_CALL: Final = "jax_nano_dot_general"
 LINEAR_CALL: Final = "jax_nano_linear"
 ATTENTION_CALL: Final = "jax_nano_attention"
-"""The names under which XLA finds the calls (csrc/ffi.cc)."""
+"""The names under which XLA finds the calls (csrc/xla)."""
 
 # --- the contract between kernels and runtime -----------------------------------------------------------------
 
@@ -365,9 +366,7 @@ GEMM_ARGS: Final = (
     Field("void*", "c"),
     Field("void*", "a_pack", "workspace for packed A, 64-byte aligned, PackedABytes(); unused unless pack_a"),
     Field("void*", "b_pack", "workspace for packed B, 64-byte aligned, PackedBBytes(); unused unless pack_b"),
-    Field(
-        "void*", "partial", "unfinished sums of a narrow kernel, else unused: m rows of accumulators, rs_partial apart"
-    ),
+    Field("void*", "partial", "partial sums, if narrow_out, else unused: m rows of accumulators, rs_partial apart"),
     Field("int64_t", "m", "m, n, k: any may be 0; k == 0 stores zeros (or leaves C alone when accumulating)"),
     Field("int64_t", "n"),
     Field("int64_t", "k"),
@@ -381,9 +380,11 @@ GEMM_ARGS: Final = (
     Field("int64_t", "bsa", "bsa, bsb, bsc: strides between products"),
     Field("int64_t", "bsb"),
     Field("int64_t", "bsc"),
-    Field("int64_t", "accumulate", "1: add to the sums so far: C, or `partial` of a narrow kernel; 0: neither is read"),
-    Field("int64_t", "more", "1: the sum over k is not finished by this call: a narrow kernel leaves it in `partial`"),
-    Field("int64_t", "pack_a", "1: copy blocks of A into the workspace (required unless ReadsA of plan.h)"),
+    Field("int64_t", "accumulate", "1: add to the sums in C, or in `partial` if narrow_out; 0: neither is read"),
+    Field(
+        "int64_t", "more", "1: a later call continues these sums: no rounding (narrow_out: in `partial`), no epilogue"
+    ),
+    Field("int64_t", "pack_a", "1: copy blocks of A into the workspace (required unless ReadsA of plan/schedule.h)"),
     Field("int64_t", "pack_b", "1: copy blocks of B into the workspace (required unless direct_b and csb == 1)"),
     Field(
         "int64_t",
@@ -391,15 +392,15 @@ GEMM_ARGS: Final = (
         "1: the inner-product path (KernelInfo::inner; k whole, csa == 1 and rsb == 1 unless pack_a, pack_b: then a "
         "copy along k of the operand goes to the workspace)",
     ),
-    Field("int64_t", "sweep", "1: the sweep path (KernelInfo::sweep; csb == 1, nothing packed; `partial` if narrow)"),
-    Field("int64_t", "ahead", "1: these two paths fetch what they read next: it lies in memory, not in a cache"),
-    Field("int64_t", "mc", "cache blocking; a multiple of panel or below it"),
+    Field("int64_t", "sweep", "1: the sweep path (KernelInfo::sweep; csb == 1, nothing packed; narrow_out: `partial`)"),
+    Field("int64_t", "prefetch", "1: these two paths prefetch what they read next: it lies in memory, not in a cache"),
+    Field("int64_t", "mc", "cache blocking; a multiple of tile_rows or below it"),
     Field("int64_t", "kc", "a multiple of kr"),
     Field("int64_t", "nc", "a multiple of nr"),
-    Field("int64_t", "panel", "rows of A that are multiplied at once, at most mr; mr if pack_a, unless csa == 1"),
+    Field("int64_t", "tile_rows", "rows of a register tile that are used, at most mr; mr if pack_a, unless csa == 1"),
     Field("const Epilogue*", "epilogue", "applied when the sum over k is finished; null: C is the sum"),
 )
-"""The argument of a generated kernel (csrc/kernel_abi.h)."""
+"""The argument of a generated kernel (csrc/plan/kernel_abi.h)."""
 
 EPILOGUE: Final = (
     Field("Activation", "activation"),
@@ -410,7 +411,7 @@ EPILOGUE: Final = (
         "int64_t", "residual_offset", "bytes from an element of C to that of the residual, which has the same strides"
     ),
 )
-"""What becomes of finished sums (csrc/kernel_abi.h)."""
+"""What becomes of finished sums (csrc/plan/kernel_abi.h)."""
 
 KERNEL_INFO: Final = (
     Field("const char*", "name", 'e.g. "gemm_f32_f32_f32_f32_14x32_x86-64-v4"'),
@@ -432,7 +433,7 @@ KERNEL_INFO: Final = (
     Field("bool", "direct_b", "whether B can, if its columns are 1 apart"),
     Field("bool", "inner", "whether it has an inner-product path"),
     Field("bool", "sweep", "whether it has a path for few rows of A and a row-major B"),
-    Field("bool", "narrow", "whether C cannot hold unfinished sums: these live in GemmArgs::partial"),
+    Field("bool", "narrow_out", "whether C's type is too narrow for partial sums: these live in GemmArgs::partial"),
     Field("bool", "epilogue", "whether it takes GemmArgs::epilogue"),
     Field("GemmFn", "fn"),
 )
@@ -475,6 +476,7 @@ ATTENTION_ARGS: Final = (
     Field("int64_t", "rs_sums", "elements between rows of sums: at least width, a multiple of nr"),
     Field("double", "scale", "of scores, times the logarithm of e to base 2"),
     Field("int64_t", "general", "1: there is a bias or a mask, or the scale is not above 0"),
+    Field("int64_t", "few", "1: keys and values are read where they lie (AttentionInfo::few)"),
     Field("int64_t", "first", "1: sums, maxima and totals begin; 0: they go on"),
     Field("int64_t", "finish", "1: results are written"),
 )
@@ -491,6 +493,7 @@ ATTENTION_INFO: Final = (
     Field("int32_t", "unit", "what blocks of keys are multiples of"),
     Field("int32_t", "lanes", "elements of a vector of sums"),
     Field("int32_t", "pack_bytes", "bytes of a packed element"),
+    Field("bool", "few", "whether up to kFewQueries can read keys and values where they lie, if csk and csv are 1"),
     Field("bool", "converts", "whether weights are converted from float32, to memory of their own"),
     Field("AttentionFn", "fn"),
 )
@@ -504,6 +507,9 @@ ATTENTION_SIGNATURES: Final = (
     ("float32", "float16"),
 )
 """The dtypes of queries and results, and of keys and values, that attentions are generated for."""
+
+FEW_QUERIES: Final = 8
+"""So many are computed without packing keys and values, which memory delivers no faster than they are multiplied."""
 
 MASKED_SCORE: Final = -3e38
 """The score of a key that a mask excludes, in base 2: finite, so that a query without any key weighs all alike."""

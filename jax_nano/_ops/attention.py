@@ -23,6 +23,7 @@ from jax import Array, lax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
+from jax.sharding import PartitionSpec
 
 from jax_nano._core import jax_compat as compat
 from jax_nano._core.contraction import Labels
@@ -80,7 +81,11 @@ def _product(subscripts: str, lhs: Array, rhs: Array) -> Array:
     """An einsum of two operands into float32, in one product of ours."""
     dims = subscripts.replace("->", ",").split(",")
     return bind_labels(
-        lhs, rhs, Labels(*(tuple(map(ord, x)) for x in dims)), precision=None, preferred_element_type=np.dtype(np.float32)
+        lhs,
+        rhs,
+        Labels(*(tuple(map(ord, x)) for x in dims)),
+        precision=None,
+        preferred_element_type=np.dtype(np.float32),
     )
 
 
@@ -113,7 +118,9 @@ def _allowed(
     return allowed
 
 
-def composition(q: Array, k: Array, v: Array, *extras: Array, options: Options, scale: Any = None) -> tuple[Array, Array]:
+def composition(
+    q: Array, k: Array, v: Array, *extras: Array, options: Options, scale: Any = None
+) -> tuple[Array, Array]:
     """What the primitive means. `scale` may be an array, in the place of the options'."""
     bias, mask, q_lengths, kv_lengths = options.split(extras)
     (b, t, n, h), (_, s, kv_heads, _) = q.shape, k.shape
@@ -125,7 +132,7 @@ def composition(q: Array, k: Array, v: Array, *extras: Array, options: Options, 
         scores = scores + _grouped(bias, kv_heads).astype(wide)
     allowed = _allowed(options, mask, q_lengths, kv_lengths, t, s, 0, kv_heads)
     if allowed is not None:
-        scores = jnp.where(allowed, scores, jnp.asarray(-0.7 * float(jnp.finfo(wide).max), wide))
+        scores = jnp.where(allowed, scores, jnp.asarray(-0.7 * float(np.finfo(wide).max), wide))
     scores = scores.astype(np.float32)
     weights = jax.nn.softmax(scores, axis=-1).astype(k.dtype)
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, n, v.shape[-1])
@@ -139,10 +146,10 @@ def composition(q: Array, k: Array, v: Array, *extras: Array, options: Options, 
 def _abstract_eval(
     q: ShapedArray, k: ShapedArray, v: ShapedArray, *extras: ShapedArray, options: Options
 ) -> tuple[ShapedArray, ShapedArray]:
-    b, t, n, _ = q.shape
-    return q.update(shape=(b, t, n, v.shape[-1]), weak_type=False), q.update(
-        shape=(b, t, n), dtype=np.dtype(np.float32), weak_type=False
-    )
+    rows = q.sharding.update(spec=PartitionSpec(*q.sharding.spec[:3]))
+    whole = q.sharding.update(spec=PartitionSpec(*q.sharding.spec[:3], None))
+    out = q.update(shape=(*q.shape[:3], v.shape[-1]), weak_type=False, sharding=whole)
+    return out, q.update(shape=q.shape[:3], dtype=np.dtype(np.float32), weak_type=False, sharding=rows)
 
 
 # --- forward mode ---------------------------------------------------------------------------------------------
@@ -152,7 +159,7 @@ def _jvp(primals: Sequence[Array], tangents: Sequence[Any], *, options: Options)
     out, lse = bind(*primals, options=options)
     wanted = tuple(i for i, x in enumerate(tangents) if not isinstance(x, ad.Zero) and i < 3 + options.bias)
     if not wanted:
-        return (out, lse), tuple(ad.Zero.from_primal_value(x) for x in (out, lse))
+        return (out, lse), tuple(ad.Zero(jax.typeof(x).to_tangent_aval()) for x in (out, lse))
     given = [tangents[i] for i in wanted]
     return (out, lse), tuple(attention_tangent_p.bind(*primals, out, lse, *given, options=options, wanted=wanted))
 
@@ -190,9 +197,7 @@ def _tangent_jvp(primals: Sequence[Array], tangents: Sequence[Any], **params: An
 def _transpose(cotangents: Sequence[Any], *operands: Any, options: Options, wanted: tuple[int, ...]) -> list[Any]:
     count = len(operands) - len(wanted) - 2
     dout, dlse = (None if isinstance(x, ad.Zero) else x for x in cotangents)
-    found = backward(
-        *operands[: count + 2], dout=dout, dlse=dlse, options=options, bias_too=3 in wanted
-    )
+    found = backward(*operands[: count + 2], dout=dout, dlse=dlse, options=options, bias_too=3 in wanted)
     return [None] * (count + 2) + [found[i] for i in wanted]
 
 
@@ -306,7 +311,8 @@ def _batched(
                 if dims[i] is None:
                     args[i], dims[i] = jnp.broadcast_to(args[i], (size, *args[i].shape)), 0
     folded = [
-        _folded(x, d, size, int(others), broadcasts=i in broadcast) for i, (x, d) in enumerate(zip(args, dims, strict=True))
+        _folded(x, d, size, int(others), broadcasts=i in broadcast)
+        for i, (x, d) in enumerate(zip(args, dims, strict=True))
     ]
     outs = primitive.bind(*folded, **params)
     return [x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in outs], [0] * len(outs)

@@ -1,6 +1,6 @@
 """How attention becomes code: one custom call on CPUs, its composition everywhere else.
 
-The custom call is `jax_nano_attention`, with the operands and attributes that csrc/attention_ffi.cc describes.
+The custom call is `jax_nano_attention`, with the operands and attributes that csrc/xla/attention_ffi.cc describes.
 """
 
 from __future__ import annotations

@@ -23,9 +23,10 @@ def build(out: Path, jobs: int, cached: Path | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     cache = Cache(cached, tools)
     products, others = list(kernels()), list(attentions())
+    both: list[Kernel | AttentionKernel] = [*products, *others]
     with ThreadPoolExecutor(jobs) as pool:
         # The bindings' contexts stay in this thread; the tools run side by side.
-        work = [pool.submit(_object, tools, cache, out, kernel, kernel.mlir()) for kernel in (*products, *others)]
+        work = [pool.submit(_object, tools, cache, out, kernel, kernel.mlir()) for kernel in both]
         objects = [w.result() for w in work]
     cache.drop_the_unused()
     manifest.write(products, others, objects, out)
@@ -109,7 +110,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     if args.command == "list":
         print("targets: " + ", ".join(TARGETS))
-        for kernel in (*kernels(), *attentions()):
+        listed: list[Kernel | AttentionKernel] = [*kernels(), *attentions()]
+        for kernel in listed:
             print(f"{kernel.name:48} {kernel.signature:28} {kernel.why}")
     elif args.command == "build":
         if args.emulate:

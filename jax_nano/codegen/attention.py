@@ -9,6 +9,9 @@
         sums += weights V                              microkernels
     results = sums / totals
 
+Few queries, as of decoding, read keys and values once and where they lie instead: scores by inner products, sums by
+sweeps over rows of values, in chunks, each fetched while the one before it is multiplied.
+
 Both products run through the same microkernel, that of the matrix product with the same instructions. The scores have
 the logarithm of e to base 2 multiplied into their scale, so that weights are powers of two. A query's maximum follows
 its scores upwards only when they exceed it by more than ``SLACK``: until then weights are above 1, which costs no
@@ -31,12 +34,14 @@ from jax_nano._core.spec import names
 
 from . import ir
 from .amx_microkernel import AmxMicrokernel, AmxTileRow
+from .inner import InnerMicrokernel, InnerPath
 from .ir import I64, Ptr, Size, Value
 from .microkernel import ADD, ROW_PARAMS, Microkernel, walks_of
 from .nanokernel import Family
-from .nanokernel.amx import AmxDot
 from .nanokernel.amx import ROWS as AMX_ROWS
+from .nanokernel.amx import AmxDot
 from .packing import Packing, void
+from .sweep import SweepMicrokernel, SweepPath
 from .target import Target
 from .tile import Tile
 from .walks import LINE, Walk, Walks
@@ -48,6 +53,14 @@ SLACK = 8.0
 
 ROWS_AHEAD = 6
 """Rows of queries and of results that are fetched before they are read and written."""
+
+KEYS_AHEAD = 32
+"""Keys that are fetched before they are packed."""
+
+VALUES_AT_ONCE, FETCHED_AHEAD = 8, 32
+"""Values that few queries take at once, two sweeps of them; and how far ahead keys and values are fetched. So few at a
+time that those to come arrive while these are multiplied: prefetches that find no room to wait hold up all else.
+"""
 
 LEAST = -3.4028234663852886e38  # float32: where maxima begin
 NOTHING = float("-inf")  # the score of a key that does not exist
@@ -90,13 +103,31 @@ class Attention:
         """Keys that a tile's columns and the instructions' K steps are multiples of."""
         return max(self.tile.nr, self.family.kr * self.family.steps_at_once)
 
-    def microkernels(self) -> Iterator[Microkernel | AmxMicrokernel]:
+    @property
+    def inner(self) -> InnerPath | None:
+        """What few queries multiply keys by, where they lie."""
+        if isinstance(self.family, AmxDot):
+            return None
+        return InnerPath(self.target, self.tile.lanes, self.family, self.family.a_elem, self.kv, "float32")
+
+    @property
+    def sweep(self) -> SweepPath | None:
+        """What few queries multiply values by, where they lie."""
+        if isinstance(self.family, AmxDot):
+            return None
+        return SweepPath(self.target, self.tile.lanes, self.family, self.family.a_elem, self.kv, "float32")
+
+    def microkernels(self) -> Iterator[Microkernel | AmxMicrokernel | InnerMicrokernel | SweepMicrokernel]:
         """Every microkernel of this attention."""
         if isinstance(self.family, AmxDot):
             for rows in self._tile_rows():
                 yield from rows.microkernels()
-        else:
-            yield from self._microkernels()
+            return
+        yield from self._microkernels()
+        # Those that fetch for themselves are not called, and LLVM drops them.
+        if self.inner is not None and self.sweep is not None:
+            yield from (m for m in self.inner.microkernels() if not m.ahead)
+            yield from (m for m in self.sweep.microkernels() if not m.ahead)
 
     def emit(self, module: ir.Module, symbol: str) -> None:
         """Adds ``void symbol(const AttentionArgs*)`` and everything behind it to the module."""
@@ -104,7 +135,9 @@ class Attention:
         packing = Packing(self.tile, self.family, self.q, self.kv, masks)
         softmax = _Softmax(self)
         softmax.emit(module, symbol)
-        nest = _LoopNest(self, module, packing, packing.emit(module, symbol), softmax, self._product(module, symbol))
+        inner, sweep = (path.emit(module, symbol, None) if path else None for path in (self.inner, self.sweep))
+        pack, product = packing.emit(module, symbol), self._product(module, symbol)
+        nest = _LoopNest(self, module, packing, pack, softmax, product, inner, sweep)
         module.function(symbol, ["int64"], nest.emit, internal=False)
 
     def _microkernels(self) -> list[Microkernel]:
@@ -262,9 +295,7 @@ class _Softmax:
         pointers = {**_pointers(self.attention), "args": "int64"}
         types = [pointers.get(p, "i64") for p in self.PARAMS]
         module.function(self.name(prefix), types, self._body, internal=True)
-        module.function(
-            self.finish_name(prefix), ["int64", "float32", "float32", "int64"], self._finish, internal=True
-        )
+        module.function(self.finish_name(prefix), ["int64", "float32", "float32", "int64"], self._finish, internal=True)
 
     @staticmethod
     def name(prefix: str) -> str:
@@ -282,14 +313,14 @@ class _Softmax:
         x: dict[str, Any] = dict(zip(self.PARAMS, args, strict=True))
         given = _Arguments(x["args"], _pointers(self.attention))
         lanes = self._lanes
-        scale, rs_scores, general = given.scale(), given["rs_scores"], given["general"]
+        scale, rs_scores, general, end = given.scale(), given["rs_scores"], given["general"], given["end"]
         factor, one = ir.splat(scale, lanes), ir.constant_vector(1, lanes, "float32")
         byte_room = ir.alloca(lanes, "int8")
 
         def row(i: I64) -> None:
             here = _Row(x["rows"].at(i * len(ROW)))
             scores = x["scores"].at(i * rs_scores)
-            lo, hi = here.size("lo") - x["s0"], here.size("hi") - x["s0"]
+            lo, hi = here.size("lo") - x["s0"], ir.minimum(here.size("hi"), end) - x["s0"]
             inside = ir.both(ir.negate(ir.less(x["first"], lo)), ir.negate(ir.less(hi, x["last"])))
             nothing = ir.constant_vector(NOTHING, lanes, "float32")
 
@@ -369,7 +400,7 @@ class _Softmax:
             ir.if_(rises, rescale)
 
         def weigh(i: I64) -> None:
-            by = ir.splat(ir.select(ir.equal(general, 0), scale, ir.like(scale, 1)), lanes)
+            (by,) = ir.if_(ir.equal(general, 0), lambda: [factor], lambda: [one], like=[factor])
             reference = ir.splat(x["maxima"].at(i).load(), lanes)
             self._weigh(x, x["scores"].at(i * rs_scores), i, by, reference)
 
@@ -482,6 +513,8 @@ class _LoopNest:
     pack: tuple[str, str]
     softmax: _Softmax
     product: Callable[[dict[str, Any]], None]
+    inner: Callable[[dict[str, Any]], None] | None
+    sweep: Callable[[dict[str, Any]], None] | None
 
     def emit(self, args: Ptr) -> None:
         x = _Arguments(args, _pointers(self.attention))
@@ -490,7 +523,19 @@ class _LoopNest:
         walks = walks_of(self.attention.tile, "float32", room)
         walks.begin(args)
         ir.if_(ir.negate(ir.equal(x["first"], 0)), lambda: self._begin(x))
-        ir.loop(x["begin"], x["end"], x["block"], [], lambda s0: self._block(x, args, walks, s0))
+        inner = self.attention.inner
+        sums = inner.room() if inner else None
+
+        def block(s0: I64) -> None:
+            def packed() -> None:
+                self._block(x, args, walks, s0)
+
+            def few() -> None:
+                self._few(x, args, s0, sums)
+
+            ir.if_(ir.equal(x["few"], 0) if sums else True, packed, few)
+
+        ir.loop(x["begin"], x["end"], x["block"], [], block)
         ir.if_(ir.negate(ir.equal(x["finish"], 0)), lambda: self._finish(x, args))
 
     def _begin(self, x: _Arguments) -> None:
@@ -522,12 +567,141 @@ class _LoopNest:
         _fetch_elements(_Row(x["rows"].at(later * len(ROW))).pointer(field, self.attention.q), elements, write=write)
 
     def _block(self, x: _Arguments, args: Ptr, walks: Walks, s0: Size) -> None:
-        mr = self.attention.tile.mr
+        mr, nr = self.attention.tile.mr, self.attention.tile.nr
         cols = ir.minimum(x["end"] - s0, x["block"])
         k, v = x["k"].at(s0 * x["rsk"]), x["v"].at(s0 * x["rsv"])
-        self.module.call(self.pack[1], [k, x["k_pack"], x["depth"], cols, x["csk"], x["rsk"]])
+        height = self.packing.b_panel_rows(x["depth"])
+
+        def panel(j: I64) -> None:
+            """Packs keys, and fetches later ones and these keys' values, which few queries leave no time for."""
+            here = ir.minimum(cols - j, nr)
+            later = ir.minimum(x["end"] - (s0 + j + KEYS_AHEAD), nr)
+            for rows, stride, size, count in (
+                (k.at((j + KEYS_AHEAD) * x["rsk"]), x["rsk"], x["depth"], later),
+                (v.at(j * x["rsv"]), x["rsv"], x["width"], here),
+            ):
+                ir.loop(0, count, 1, [], lambda s, r=rows, t=stride, n=size: _fetch_elements(r.at(s * t), n, level=2))
+            source, target = k.at(j * x["rsk"]), x["k_pack"].at(j * height)
+            self.module.call(self.pack[1], [source, target, x["depth"], here, x["csk"], x["rsk"]])
+
+        ir.loop(0, cols, nr, [], panel)
         self.module.call(self.pack[1], [v, x["v_pack"], cols, x["width"], x["rsv"], x["csv"]])
         ir.loop(0, x["count"], mr, [], lambda p: self._panel(x, args, walks, s0, cols, p))
+
+    def _few(self, x: _Arguments, args: Ptr, s0: Size, room: Any) -> None:
+        """All queries against a block of keys and values where they lie."""
+        attention = self.attention
+        assert self.inner is not None
+        assert self.sweep is not None
+        nr, kr, elem = attention.tile.nr, attention.family.kr, attention.family.a_elem
+        count, cols = x["count"], ir.minimum(x["end"] - s0, x["block"])
+        first, last = self._visible(x, x["rows"], count, s0, cols)
+
+        def in_chunks(
+            operand: str, stride: str, size: str, other: str, product: Callable[[Ptr, I64, Size], None]
+        ) -> None:
+            """``product(where, column, how many)`` for chunks of keys or values; those to come are fetched, behind the
+            last ones the first of the ``other`` operand.
+            """
+            assert attention.inner is not None
+            at_once = 2 * attention.inner.tile[1] if operand == "k" else VALUES_AT_ONCE
+            base, step = x[operand].at(s0 * x[stride]), x[stride]
+            other_step = x[{"k": "rsk", "v": "rsv"}[other]]
+            # Values of this block, but keys of the next one.
+            next_base = x[other].at((s0 + (first if other == "v" else x["block"])) * other_step)
+            next_count = last - first if other == "v" else ir.maximum(x["end"] - (s0 + x["block"]), 0)
+
+            def chunk(j: I64) -> None:
+                here = ir.minimum(last - j, at_once)
+                later = j + FETCHED_AHEAD
+                rest = ir.minimum(last - later, at_once)
+                ir.loop(0, rest, 1, [], lambda s: _fetch_elements(base.at((later + s) * step), x[size], level=2))
+                beyond = ir.maximum(later - last, 0)
+                following = ir.minimum(next_count - beyond, at_once)
+                following = ir.select_size(ir.less(last, later + 1), following, 0)
+                ir.loop(
+                    0,
+                    following,
+                    1,
+                    [],
+                    lambda s: _fetch_elements(next_base.at((beyond + s) * other_step), x[size], level=2),
+                )
+                product(base.at(j * step), j, here)
+
+            ir.loop(first, last, at_once, [], chunk)
+
+        def score(keys: Ptr, j: I64, here: Size) -> None:
+            assert self.inner is not None
+            pitch = self.packing.a_row(x["depth"])
+            self.inner(
+                {
+                    **dict.fromkeys(("pack_a", "pack_b", "epilogue"), 0),
+                    "a": x["q_pack"].as_type(elem),
+                    "rsa": pitch * kr,
+                    "csa": 1,
+                    "a_pack": x["q_pack"],
+                    "b": keys,
+                    "rsb": 1,
+                    "csb": x["rsk"],
+                    "b_pack": x["k_pack"],
+                    "c": x["scores"].at(j),
+                    "rsc": x["rs_scores"],
+                    "sums": room,
+                    "m": count,
+                    "n": here,
+                    "k": x["depth"],
+                    "prefetch": 0,
+                }
+            )
+
+        def add(values: Ptr, j: I64, here: Size) -> None:
+            assert self.sweep is not None
+            weights = x["weights"].as_type(elem).at(j)
+            self.sweep(
+                {
+                    "a": weights,
+                    "rsa": self.packing.a_row(x["block"]) * kr,
+                    "csa": 1,
+                    "b": values,
+                    "rsb": x["rsv"],
+                    "c": x["sums"],
+                    "rsc": x["rs_sums"],
+                    "m": count,
+                    "n": x["width"],
+                    "k": here,
+                    "accumulate": 1,
+                    "more": 0,
+                    "prefetch": 0,
+                    "epilogue": 0,
+                }
+            )
+
+        def visible() -> None:
+            in_chunks("k", "rsk", "depth", "v", score)
+            whole = (last + (nr - 1)) // nr * nr
+            given = {
+                **{n: x[n] for n in ("scores", "weights", "rows", "maxima", "totals", "sums", "count")},
+                "first": first,
+                "last": whole,
+                "s0": s0,
+                "rs_weights": self.packing.a_row(x["block"]),
+                "args": args,
+            }
+            self.module.call(self.softmax.name(self._symbol), [given[n] for n in _Softmax.PARAMS])
+            in_chunks("v", "rsv", "width", "k", add)
+
+        ir.if_(ir.less(first, last), visible)
+
+    def _visible(self, x: _Arguments, rows: Ptr, count: Size, s0: Size, cols: Size) -> tuple[Size, Size]:
+        """The columns of a block, from a multiple of `unit` on, that one of some queries sees."""
+        unit = self.attention.unit
+
+        def widest(i: I64, lo: I64, hi: I64) -> list[Size]:
+            row = _Row(rows.at(i * len(ROW)))
+            return [ir.minimum(lo, row.size("lo")), ir.maximum(hi, row.size("hi"))]
+
+        lo, hi = ir.loop(0, count, 1, [s0 + cols, s0], widest)
+        return ir.maximum(lo - s0, 0) // unit * unit, ir.minimum(hi - s0, cols)
 
     def _following(self, x: _Arguments, s0: Size, p: Size) -> list[Walk]:
         """Of the next block of keys and values a share, to fetch while the tile of queries at p passes: rows that lie
@@ -546,17 +720,11 @@ class _LoopNest:
 
     def _panel(self, x: _Arguments, args: Ptr, walks: Walks, s0: Size, cols: Size, p: I64) -> None:
         attention, packing = self.attention, self.packing
-        nr, unit = attention.tile.nr, attention.unit
+        nr = attention.tile.nr
         count = ir.minimum(x["count"] - p, attention.tile.mr)
         rows = x["rows"].at(p * len(ROW))
 
-        def widest(i: I64, lo: I64, hi: I64) -> list[Size]:
-            row = _Row(rows.at(i * len(ROW)))
-            return [ir.minimum(lo, row.size("lo")), ir.maximum(hi, row.size("hi"))]
-
-        lo, hi = ir.loop(0, count, 1, [s0 + cols, s0], widest)
-        first = ir.maximum(lo - s0, 0) // unit * unit
-        last = ir.minimum(hi - s0, cols)
+        first, last = self._visible(x, rows, count, s0, cols)
 
         def visible() -> None:
             whole = (last + (nr - 1)) // nr * nr
@@ -624,9 +792,7 @@ class _LoopNest:
         def row(i: I64) -> None:
             self._fetch(x, i, "out", x["width"], write=True)
             sums, total = x["sums"].at(i * x["rs_sums"]), x["totals"].at(i * lanes)
-            self.module.call(
-                self.softmax.finish_name(self._symbol), [x["rows"].at(i * len(ROW)), sums, total, args]
-            )
+            self.module.call(self.softmax.finish_name(self._symbol), [x["rows"].at(i * len(ROW)), sums, total, args])
 
         void(ir.loop(0, x["count"], 1, [], row))
 

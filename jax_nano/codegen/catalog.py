@@ -121,7 +121,7 @@ class AttentionKernel:
             self.attention.emit(module, self.symbol)
             return module.text()
 
-    def microkernels(self) -> dict[str, Microkernel | AmxMicrokernel]:
+    def microkernels(self) -> dict[str, Microkernel | AmxMicrokernel | InnerMicrokernel | SweepMicrokernel]:
         """Its microkernels by the names of their generated functions."""
         return {m.name(self.symbol): m for m in self.attention.microkernels()}
 
@@ -157,7 +157,8 @@ def _kernel(target: Target, served: Served) -> Kernel:
 
 def find(name: str) -> Kernel | AttentionKernel:
     """The kernel of this name; KeyError names the known ones."""
-    known = {k.name: k for k in (*kernels(), *attentions())}
+    known: dict[str, Kernel | AttentionKernel] = {k.name: k for k in kernels()}
+    known |= {k.name: k for k in attentions()}
     if name not in known:
         raise KeyError(f"no kernel {name!r}; known: {', '.join(known)}")
     return known[name]

@@ -58,6 +58,7 @@ def _calls() -> str:
         f"inline constexpr const char* kDotGeneralCall = {_string(spec.DOT_GENERAL_CALL)};\n"
         f"inline constexpr const char* kLinearCall = {_string(spec.LINEAR_CALL)};\n"
         f"inline constexpr const char* kAttentionCall = {_string(spec.ATTENTION_CALL)};\n"
+        f"inline constexpr int64_t kFewQueries = {spec.FEW_QUERIES};\n"
         f"inline constexpr float kMaskedScore = {spec.MASKED_SCORE}f;\n"
         f"inline constexpr int64_t kPackSlackBytes = {spec.PACK_SLACK_BYTES};\n"
     )

@@ -34,7 +34,7 @@ def entry(kernel: Kernel) -> dict[str, Any]:
         "direct_b": kernel.gemm.direct_b,
         "inner": kernel.gemm.inner is not None,
         "sweep": kernel.gemm.sweep is not None,
-        "narrow": ir.elem_bytes(kernel.out) < ir.elem_bytes(family.acc),
+        "narrow_out": ir.elem_bytes(kernel.out) < ir.elem_bytes(family.acc),
         "epilogue": kernel.gemm.epilogue is not None,
     }
     return {"symbol": kernel.symbol} | {x.name: facts[x.name] for x in spec.KERNEL_INFO if x.c_type != "GemmFn"}
@@ -54,14 +54,13 @@ def attention_entry(kernel: AttentionKernel) -> dict[str, Any]:
         "unit": attention.unit,
         "lanes": kernel.tile.lanes,
         "pack_bytes": ir.elem_bytes(kernel.family.b_elem),
+        "few": attention.inner is not None,
         "converts": attention.converts,
     }
     return {"symbol": kernel.symbol} | {x.name: facts[x.name] for x in spec.ATTENTION_INFO if x.c_type != "AttentionFn"}
 
 
-def write(
-    kernels: Sequence[Kernel], attentions: Sequence[AttentionKernel], objects: Sequence[Path], out: Path
-) -> None:
+def write(kernels: Sequence[Kernel], attentions: Sequence[AttentionKernel], objects: Sequence[Path], out: Path) -> None:
     """Writes spec.h, manifest.inc and attention.inc (C++), manifest.json, kernels.cmake (objects and sources) into
     ``out``.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from typing import Any
@@ -101,7 +102,9 @@ def test_restrictions(info, rng, t, s, n, kv_heads, h):
 
 def test_sizes(info, rng):
     """Every number of queries and keys around tiles and blocks, and odd sizes of heads."""
-    for t, s in itertools.product((1, 2, info["mr"] - 1, info["mr"] + 1, 70), (1, 2, info["nr"] - 1, info["nr"] + 1, 67)):
+    for t, s in itertools.product(
+        (1, 2, info["mr"] - 1, info["mr"] + 1, 70), (1, 2, info["nr"] - 1, info["nr"] + 1, 67)
+    ):
         check(info, case(rng, info, t=t, s=s, right=max(0, s - t)), (t, s))
     for h in (1, 3, 16, 17, 33, 64, 80, 129, 256):
         check(info, case(rng, info, t=9, s=37, h=h), h)
@@ -140,22 +143,23 @@ def test_strides(info, rng, layout):
 
 @pytest.mark.parametrize("at", ["end", "begin"])
 def test_nothing_is_touched_beside_the_arrays(info, rng, at):
-    with Region(1 << 20) as a, Region(1 << 20) as b, Region(1 << 20) as c, Region(1 << 20) as d, Region(1 << 20) as e:
-        with Region(1 << 20) as f:
-            for t, s, h in [(1, 1, 1), (5, 17, 3), (7, 33, 16), (2, 95, 21)]:
-                x = case(rng, info, t=t, s=s, h=h, n=2, kv_heads=1)
+    with contextlib.ExitStack() as stack:
+        regions = {name: stack.enter_context(Region(1 << 20)) for name in ("q", "k", "v", "bias", "mask", "out")}
 
-                def place(region: Region, like: np.ndarray) -> np.ndarray:
-                    view = region.array(like.shape, like.dtype, at=at)
-                    view[...] = like
-                    return view
+        def place(name: str, like: np.ndarray) -> np.ndarray:
+            view = regions[name].array(like.shape, like.dtype, at=at)
+            view[...] = like
+            return view
 
-                bias, mask = rng.standard_normal((1, 2, t, s)).astype(np.float32), rng.random((1, 2, t, s)) < 0.7
-                for given in ({}, {"bias": place(e, bias), "mask": place(f, mask)}, {"left": 1, "mask": place(f, mask)}):
-                    y = Case(place(a, x.q), place(b, x.k), place(c, x.v), **given)
-                    out = d.array(x.q.shape, x.q.dtype, at=at)
-                    out.fill(np.nan)
-                    check(info, y, (t, s, h), out=out)
+        for t, s, h in [(1, 1, 1), (5, 17, 3), (7, 33, 16), (2, 95, 21)]:
+            x = case(rng, info, t=t, s=s, h=h, n=2, kv_heads=1)
+            bias = place("bias", rng.standard_normal((1, 2, t, s)).astype(np.float32))
+            mask = place("mask", rng.random((1, 2, t, s)) < 0.7)
+            for given in ({}, {"bias": bias, "mask": mask}, {"left": 1, "mask": mask}):
+                y = Case(place("q", x.q), place("k", x.k), place("v", x.v), **given)
+                out = regions["out"].array(x.q.shape, x.q.dtype, at=at)
+                out.fill(np.nan)
+                check(info, y, (t, s, h), out=out)
 
 
 def test_the_same_bits_for_any_number_of_threads(info, rng):
@@ -228,6 +232,25 @@ def test_what_is_not_seen_does_not_leak(info, rng, poison):
             assert np.isnan(out[0, ~rows].astype(np.float32)).all() or not (~rows).any() or np.isinf(poison)
 
 
+def test_exponentials(info, rng):
+    """One key of score 0 and value 0, another of score -y and value 1: the result is exp(-y), for y above 20.
+
+    The exponential itself is within 2 ulp; y in base 2 is rounded once more, which moves it by half an ulp of y.
+    """
+    if info["q"] != "float32" or info["kv"] != "float32":
+        pytest.skip("results or values are too narrow to tell")
+    y = rng.uniform(20, 87, 4096).astype(np.float32)
+    zero = np.zeros((1, 4096, 1, 1), np.float32)
+    v = np.zeros((1, 2, 1, 1), np.float32)
+    v[0, 1] = 1
+    bias = np.stack([np.zeros_like(y), -y], -1)[None, None]
+    out, _ = attention.run(info["name"], Case(zero, v * 0, v, bias=bias))
+    want = np.exp(-y.astype(np.float64))
+    ulp = np.spacing(want.astype(np.float32)).astype(np.float64)
+    moved = want * np.spacing((y * np.float32(np.log2(np.e))).astype(np.float32)) * np.log(2)
+    assert (np.abs(out[0, :, 0, 0] - want) <= 2 * ulp + 1.01 * moved).all()
+
+
 def test_masked_keys_do_not_leak(info, rng):
     x = case(rng, info, t=11, s=30, mask=np.arange(30)[None, None, None, :] % 3 != 1)
     clean, _ = attention.run(info["name"], x)
@@ -275,6 +298,18 @@ class TestEmulated:
             want, _ = attention.expected(x)
             for block in (facts["unit"], 3 * facts["unit"]):
                 want.check(attention.call(facts, function, x, block=block, at=at), (list(given), block))
+
+    @pytest.mark.parametrize(("t", "s", "h", "at"), [(1, 1, 1, "end"), (4, 70, 33, "begin"), (3, 129, 64, "end")])
+    def test_few_queries(self, subject, rng, t, s, h, at):
+        facts, function = subject
+        if not facts["few"]:
+            pytest.skip("reads no keys where they lie")
+        bias, mask = rng.standard_normal((1, 2, t, s)).astype(np.float32), rng.random((1, 2, t, s)) < 0.7
+        for given in ({}, {"right": 3}, {"left": 9, "right": 30}, {"bias": bias, "mask": mask, "right": s - t}):
+            x = case(rng, facts, 1, t, s, 2, 1, h, **given)
+            want, _ = attention.expected(x)
+            for block in (facts["unit"], 3 * facts["unit"]):
+                want.check(attention.call(facts, function, x, block=block, at=at, few=True), (list(given), block))
 
     def test_keys_one_part_after_the_other(self, subject, rng):
         facts, function = subject
