@@ -34,6 +34,7 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
         "name": (1, "string"),
         "computations": (3, "*Computation"),
         "entry_computation_id": (6, "int64"),
+        "schedule": (7, "bytes"),  # of compiled modules; never looked into
         "input_output_alias": (8, "Aliases"),
         "buffer_donor": (18, "Donors"),
         "frontend_attributes": (19, "FrontendAttributes"),
@@ -110,7 +111,7 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
     "Metadata": {"op_name": (2, "string")},
     "Literal": {
         "shape": (1, "Shape"),
-        "preds": (2, "*bool"),
+        "preds": (2, "bytes"),  # bools, packed: a byte each
         "u8s": (3, "bytes"),
         "s32s": (4, "*int32"),
         "u32s": (6, "*uint32"),
@@ -353,21 +354,43 @@ def first_of_range(constant: Instruction) -> int | None:
     return int(values[0])
 
 
+def values(constant: Instruction) -> np.ndarray | None:
+    """The elements of a constant of bool, or of a dtype in `DTYPES`; None if they are not stored one by one."""
+    literal, kind = _Literal.FromString(constant.literal), constant.shape.element_type
+    dims = list(constant.shape.dimensions)
+    dtype = np.dtype(bool) if kind == PRED else DTYPES.get(kind)
+    if dtype is None:
+        return None
+    stored = getattr(literal, _literal_field(dtype), None)
+    if stored is None:
+        return None
+    flat = np.frombuffer(stored, dtype) if isinstance(stored, bytes) else np.asarray(stored, dtype)
+    if flat.size != math.prod(dims):
+        return None
+    order = list(constant.shape.layout.minor_to_major)[::-1]
+    return flat.reshape([dims[i] for i in order]).transpose(np.argsort(order))
+
+
 def set_number(constant: Instruction, value: float) -> None:
-    """Gives a constant without dimensions, of float32, int32 or bool, its value."""
+    """Gives a constant without dimensions, of bool or of a dtype in `DTYPES`, its value."""
     kind = constant.shape.element_type
     literal = _Literal()
     literal.shape.CopyFrom(constant.shape)
-    if kind == PRED:
-        literal.preds.append(bool(value))
-    elif DTYPES[kind] == np.int32:
-        literal.s32s.append(int(value))
-    elif DTYPES[kind] == np.float32:
-        literal.f32s.append(value)
+    dtype = np.dtype(bool) if kind == PRED else DTYPES[kind]
+    name = _literal_field(dtype)
+    if isinstance(getattr(literal, name), bytes):
+        setattr(literal, name, np.asarray(value, dtype).tobytes())
     else:
-        stored = np.asarray(value, DTYPES[kind]).tobytes()
-        setattr(literal, {BFLOAT16: "bf16s", np.dtype(np.float16): "f16s"}[DTYPES[kind]], stored)
+        getattr(literal, name).append(np.asarray(value, dtype).item())
     constant.literal = literal.SerializeToString()
+
+
+def _literal_field(dtype: np.dtype) -> str:
+    """The field of a literal that holds elements of a dtype."""
+    if dtype.kind == "b":
+        return "preds"
+    kind = {"i": "s", "V": "bf"}.get(dtype.kind, dtype.kind)
+    return f"{kind}{8 * dtype.itemsize}s"
 
 
 def integer(constant: Instruction) -> int | None:
@@ -524,6 +547,10 @@ class Module:
         shape.parameters.extend(x.shape for x in parameters)
         shape.parameter_names.extend(x.name for x in parameters)
         shape.result.CopyFrom(next(x.shape for x in computation.instructions if x.id == computation.root_id))
+
+    def clear_schedule(self) -> None:
+        """Forgets in which order XLA runs the instructions of a compiled module, after some were added."""
+        self._proto.ClearField("schedule")
 
     def attribute(self, key: str) -> str | None:
         """A frontend attribute of the module."""

@@ -21,32 +21,42 @@ does), or that would have to be computed anyway. The rules of `aliasing` hold fo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, combinations, pairwise, product
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from jax_nano._core import hlo, native
 from jax_nano._core.hlo import Body, Instruction
+from jax_nano._ops.attention_lowering import MOST_ELEMENTS
 from jax_nano._programs import aliasing
-from jax_nano._programs.elements import ELEMENTWISE, Element, Index, Reader, Unknown, constant
+from jax_nano._programs.elements import ELEMENTWISE, Element, Index, Reader, Unknown, constant, converts_floats
 
 UNBOUNDED: Final = 2**40
 
 BATCH, POSITION, HEAD, ELEMENT = range(4)
 """The dimensions of attention, as the call's attributes number them. Keys have positions too."""
 
-_NO_SCORE: Final = -1e9  # or less: what stands for a score that a condition excludes
-_MOST_ELEMENTS: Final = (
-    1024  # of a query, key or value: longer ones do not fit the caches that attention is planned for
-)
+_NO_SCORE: Final = -9.9e8  # or less: what stands for a score that a condition excludes; -1e9 is -9.98e8 in bfloat16
 _MOST_USERS: Final = 4  # that a result is followed through
+
+_ABSORBING: Final = -1e30  # or less: added to a score in float32, it stays what it is
+
+_COMPARISONS: Final[Mapping[str, Callable[[Any, Any], Any]]] = {
+    "EQ": operator.eq,
+    "NE": operator.ne,
+    "LT": operator.lt,
+    "LE": operator.le,
+    "GT": operator.gt,
+    "GE": operator.ge,
+}
 
 _FLOAT32: Final = np.dtype(np.float32)
 _NARROW: Final = (hlo.BFLOAT16, np.dtype(np.float16))
 _INT32: Final = 4  # PrimitiveType
-_FLOATS: Final = frozenset(hlo.ELEMENT_TYPES[x] for x in (_FLOAT32, *_NARROW))
 
 
 class NotAttention(Exception):
@@ -60,6 +70,7 @@ class Operand(NamedTuple):
     dtype: np.dtype
     scale: float  # that it is multiplied by
     narrowed: frozenset[np.dtype]  # what it is rounded to after that
+    exact: np.dtype  # in which its values lose nothing: perhaps narrower than its own
 
 
 class Term(NamedTuple):
@@ -114,6 +125,7 @@ class Found(NamedTuple):
     v: Operand
     layout: Layout
     dtype: np.dtype  # of the queries that the kernel reads, and of what it writes
+    kv_dtype: np.dtype  # of the keys and values that it reads
     scale: float
     left: int
     right: int
@@ -151,14 +163,19 @@ def find(body: Body, instruction: Instruction) -> Found | str | None:
     reason: str | None = None
     # Where none is as the call writes it, one of them becomes a copy.
     for root, copied in [(x, copied) for copied in (False, True) for x in reversed(candidates)]:
-        try:
-            return _Search(body, root, instruction).found(copied=copied)
-        except NotAttention as error:
-            reason = reason or str(error)
-        except Unknown:
-            reason = reason or "its arrays are cut in more than one way"
-        except _NoCandidate:
-            continue
+        # If what is added to scores is no mask that a kernel can apply, it is a bias.
+        for added_masks in (True, False):
+            search = _Search(body, root, instruction, added_masks=added_masks)
+            try:
+                return search.found(copied=copied)
+            except NotAttention as error:
+                reason = reason or str(error)
+            except Unknown:
+                reason = reason or "its arrays are cut in more than one way"
+            except _NoCandidate:
+                pass
+            if not search.has_added_masks:
+                break
     try:
         return reason if reason is not None and _looks_like_attention(Reader(body), instruction) else None
     except Unknown:
@@ -224,8 +241,10 @@ def _made_of(reader: Reader, element: Element, *, through: Sequence[str] = (), u
 class _Search:
     """The comparison of one result with the formula."""
 
-    def __init__(self, body: Body, root: Instruction, second: Instruction) -> None:
+    def __init__(self, body: Body, root: Instruction, second: Instruction, *, added_masks: bool) -> None:
         self._body, self._root, self._second = body, root, second
+        self._added_masks = added_masks
+        self.has_added_masks = False
         self._reader = Reader(body)
         self._inner: set[np.dtype] = set()  # what is rounded to before the second product
         self._outer: set[np.dtype] = set()  # and after it
@@ -235,6 +254,7 @@ class _Search:
         self._terms: list[Term] = []
         self._conditions: list[Condition] = []
         self._masked: set[float] = set()
+        self._masks = 0
         self._biased_when_masked = False
         self._length: Length | None = None
         self._left = self._right = UNBOUNDED
@@ -272,9 +292,9 @@ class _Search:
             return self._dot(above), below
         if x.opcode == "multiply":
             for above, other in _both_ways(self._reader.operands(x)):
-                below = self._reciprocal(other)
-                if below is not None:
-                    return self._dot(above), below
+                total = self._reciprocal(other)
+                if total is not None:
+                    return self._dot(above), total
         raise _NoCandidate
 
     def _dot(self, element: Element) -> Element:
@@ -321,21 +341,21 @@ class _Search:
         if x.opcode == "multiply":
             for above, other in _both_ways(self._reader.operands(x)):
                 exponential = self._unrounded(above, self._inner)
-                if exponential.opcode == "exponential" and (below := self._reciprocal(other)) is not None:
-                    return exponential, below
+                if exponential.opcode == "exponential" and (total := self._reciprocal(other)) is not None:
+                    return exponential, total
         return None
 
     def _first_product(self, exponential: Element, total: Element) -> Element:
         reader = self._reader
         total = self._unrounded(total, self._inner)
-        summed = reader.reduced(total, self._keys, "add")
+        summed = reader.reduced(total, self._keys, "add", self._note)
         if summed is None or not reader.same(exponential, summed, self._note):
             raise NotAttention("its weights are not divided by their sum over the keys")
         (exponent,) = reader.operands(exponential)
         scores = self._unrounded(exponent, self._inner)
         if scores.opcode == "subtract":
             above, below = reader.operands(scores)
-            largest = reader.reduced(self._unrounded(below, self._inner), self._keys, "maximum")
+            largest = reader.reduced(self._unrounded(below, self._inner), self._keys, "maximum", self._note)
             if largest is not None:
                 if not reader.same(above, largest, self._note):
                     raise NotAttention("what is subtracted is not the largest score")
@@ -373,7 +393,8 @@ class _Search:
             for scores, other in pairs:
                 if self._is_made_of_a_product(scores):
                     sign = 1 if x.opcode == "add" else -1
-                    self._terms.append(Term(other, sign * self._scale))
+                    if not self._added_masks or not self._added_mask(other, sign):
+                        self._terms.append(Term(other, sign * self._scale))
                     return self._scores(scores)
         name = "what is computed elsewhere" if x.opcode not in ELEMENTWISE else f"the operation {x.opcode}"
         raise NotAttention(f"{name} stands between the first product and softmax")
@@ -383,16 +404,38 @@ class _Search:
 
     def _unrounded(self, element: Element, narrowed: set[np.dtype]) -> Element:
         """What an element is the conversion of, from a float to a float."""
-        x = self._reader.look(element)
-        while x.opcode == "convert" and _converts_floats(x):
-            _note(x, narrowed)
-            x = self._reader.look(self._reader.operands(x)[0])
-        return x
+        return self._reader.unrounded(element, partial(_note, narrowed))
 
-    def _note(self, convert: Element) -> None:
-        _note(convert, self._inner)
+    def _note(self, before: Instruction, convert: Instruction) -> None:
+        _note(self._inner, before, convert)
 
     # --- conditions ------------------------------------------------------------------------------------------------
+
+    def _added_mask(self, element: Element, sign: int) -> bool:
+        """Takes what is added to scores as a condition, if it is 0 where it holds, and else excludes; False if not.
+
+        An excluded score must weigh nothing beside others, and be the same as all others where a query sees no key.
+        """
+        mask = self._numbers(element)
+        if mask is None or 0 not in (mask.yes, mask.no):
+            return False
+        value = sign * self._scale * (mask.no if mask.yes == 0 else mask.yes)
+        if not value <= _NO_SCORE or np.dtype(np.float16) in self._inner:
+            return False
+        before = self._left, self._right, self._positions, list(self._conditions), self._length
+        self._condition(mask.condition, mask.yes == 0)
+        size = self._reader.atoms.size
+        is_window = len(self._conditions) == len(before[3]) and self._length == before[4]
+        all_see = is_window and (
+            self._positions is None or _all_see(size(self._positions), size(self._keys), self._left, self._right)
+        )
+        if all_see or value <= _ABSORBING:
+            self._masked.add(value)
+            self._masks += 1
+            self.has_added_masks = True
+            return True
+        self._left, self._right, self._positions, self._conditions, self._length = before
+        return False
 
     def _mask(self, condition: Element, positive: bool, value: float) -> None:
         value *= self._scale
@@ -400,6 +443,7 @@ class _Search:
         if not value <= least:
             raise NotAttention(f"scores are replaced by {value:g}, which other scores may be less than")
         self._masked.add(value)
+        self._masks += 1
         self._biased_when_masked |= bool(self._terms)
         self._condition(condition, positive)
 
@@ -415,10 +459,88 @@ class _Search:
         if constant(x.instruction) is not None:
             if bool(constant(x.instruction)) == positive:
                 return None
-        elif x.opcode == "compare" and self._comparison(x, positive):
+        elif x.opcode == "constant":
+            if self._band(x, hlo.values(x.instruction), positive):
+                return None
+        elif x.opcode == "compare" and (self._comparison(x, positive) or self._comparison_of_mask(x, positive)):
             return None
         self._conditions.append(Condition(element, positive))
         return None
+
+    def _comparison_of_mask(self, x: Element, positive: bool) -> bool:
+        """Takes a comparison of a mask of numbers with a number; False if it is none.
+
+        flax's `make_causal_mask` and haiku's masks are arrays of 0 and 1 in a float, which are compared with 0.
+        """
+        numbers, other = self._reader.operands(x)
+        direction = x.instruction.comparison_direction
+        value = constant(self._reader.look_through(other, "convert").instruction)
+        if value is None:
+            numbers, other = other, numbers
+            value = constant(self._reader.look_through(other, "convert").instruction)
+            direction = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE"}.get(direction, direction)
+        compare = _COMPARISONS.get(direction)
+        if value is None or compare is None:
+            return False
+        y = self._reader.look_through(numbers, "convert")
+        if y.opcode == "constant":
+            stored = hlo.values(y.instruction)
+            return stored is not None and self._band(y, compare(stored.astype(np.float64), value), positive)
+        mask = self._numbers(numbers)
+        if mask is not None:
+            yes, no = bool(compare(mask.yes, value)), bool(compare(mask.no, value))
+            if yes == no:
+                return yes == positive
+            self._condition(mask.condition, positive == yes)
+            return True
+        if y.opcode in ("multiply", "minimum") and positive and value == 0 and direction in ("NE", "GT"):
+            masks = [self._numbers(z) for z in self._reader.operands(y)]
+            if all(z is not None and (z.yes, z.no) == (1, 0) for z in masks):
+                for z in masks:
+                    assert z is not None
+                    self._condition(z.condition, positive)
+                return True
+        return False
+
+    def _numbers(self, element: Element) -> _Numbers | None:
+        """One of two numbers, chosen by a condition."""
+        reader = self._reader
+        x = reader.look(element)
+        if x.opcode == "convert":
+            (source,) = reader.operands(x)
+            if source.instruction.shape.element_type == hlo.PRED:
+                return _Numbers(source, 1, 0)
+            found = self._numbers(source)
+            if found is None or {found.yes, found.no} <= {0, 1}:
+                return found
+            if not converts_floats(source.instruction, x.instruction):
+                return None
+            dtype = hlo.dtype_of(x.instruction)
+            rounded = [float(np.asarray(number, dtype)) for number in (found.yes, found.no)]
+            return _Numbers(found.condition, *rounded)
+        if x.opcode == "select":
+            condition, *choices = reader.operands(x)
+            yes, no = (constant(reader.look_through(y, "convert").instruction) for y in choices)
+            return None if yes is None or no is None else _Numbers(condition, yes, no)
+        return None
+
+    def _band(self, x: Element, mask: np.ndarray | None, positive: bool) -> bool:
+        """Takes a constant mask that is a window of positions into the attributes; False if it is none."""
+        atoms = self._reader.atoms
+        index, keys = atoms.resolved(chain.from_iterable(x.indices)), atoms.resolved(self._keys)
+        positions = tuple(a for a in index if a not in keys)
+        if mask is None or not keys or len(set(index)) != len(index) or not set(keys) <= set(index):
+            return False
+        if not positions or self._resolved_positions() not in (None, positions):
+            return False
+        order = [index.index(a) for a in (*positions, *keys)]
+        seen = mask.reshape([atoms.size((a,)) for a in index]).transpose(order) == positive
+        window = _window_of(seen.reshape(atoms.size(positions), atoms.size(keys)))
+        if window is None:
+            return False
+        self._positions = positions
+        self._left, self._right = min(self._left, window[0]), min(self._right, window[1])
+        return True
 
     def _comparison(self, x: Element, positive: bool) -> bool:
         """Takes a comparison of positions or with a length into the attributes; False if it is none."""
@@ -441,7 +563,7 @@ class _Search:
             return False
         if not parts.rest and len(parts.positions) == 1:
             ((positions, other),) = parts.positions.items()
-            if other != -sign or self._positions not in (None, positions):
+            if other != -sign or self._resolved_positions() not in (None, positions):
                 return False
             self._positions = positions
             if sign < 0:
@@ -465,12 +587,12 @@ class _Search:
         if value is not None:
             return _Sum({}, int(value), ())
         if x.opcode == "iota":
-            atoms = self._reader.atoms.resolved(x.index[x.instruction.dimensions[0]])
+            atoms = self._reader.atoms.resolved(x.indices[x.instruction.dimensions[0]])
             return _Sum({atoms: 1} if atoms else {}, 0, ())
         if x.opcode == "constant":  # of an array: XLA computes positions with an offset when it compiles
             first = hlo.first_of_range(x.instruction)
             if first is not None:
-                return _Sum({self._reader.atoms.resolved(x.index[0]): 1}, first, ())
+                return _Sum({self._reader.atoms.resolved(x.indices[0]): 1}, first, ())
         if x.opcode in ("add", "subtract"):
             left, right = (self._sum(y) for y in self._reader.operands(x))
             if left is not None and right is not None:
@@ -480,11 +602,12 @@ class _Search:
     # --- operands, and how they lie in memory ----------------------------------------------------------------------
 
     def _atoms(self, element: Element) -> Index:
-        return self._reader.atoms.resolved(chain.from_iterable(element.index))
+        return self._reader.atoms.resolved(chain.from_iterable(element.indices))
 
     def _operands(self, element: Element) -> list[Operand]:
         """What a product's operand could be read from, the origin first."""
-        found, scale, narrowed = [], 1.0, frozenset[np.dtype]()
+        found, scale, narrowed = list[Operand](), 1.0, frozenset[np.dtype]()
+        moved = 0  # the first one that is only moved from here on
         here: Element | None = element
         while here is not None:
             x = here.instruction
@@ -495,19 +618,25 @@ class _Search:
                     and array.dtype in (_FLOAT32, *_NARROW)
                     and aliasing.keeps_its_value(self._body, x)
                 ):
-                    found.append(Operand(here, array.dtype, scale, narrowed))
+                    found.append(Operand(here, array.dtype, scale, narrowed, array.dtype))
             before = self._reader.step(here)
-            if before is None and x.opcode == "convert" and _converts_floats(here):
-                taken = set(narrowed)
-                _note(here, taken)
-                narrowed = frozenset(taken)
-                (before,) = self._reader.operands(here)
+            if before is None and x.opcode == "convert":
+                (source,) = self._reader.operands(here)
+                if converts_floats(source.instruction, x):
+                    exact = hlo.dtype_of(source.instruction)
+                    found[moved:] = [
+                        y._replace(exact=exact) if np.can_cast(exact, y.dtype, "safe") else y for y in found[moved:]
+                    ]
+                    moved = len(found)
+                    taken = set(narrowed)
+                    _note(taken, source.instruction, x)
+                    narrowed, before = frozenset(taken), source
             elif before is None and x.opcode in ("multiply", "divide") and not here.is_outside:
                 first, other = self._reader.operands(here)
                 for source, factor in ((first, other), (other, first))[: 2 if x.opcode == "multiply" else 1]:
                     value = constant(self._reader.look_through(factor, "convert").instruction)
                     if value is not None and math.isfinite(value) and value != 0:
-                        before = source
+                        before, moved = source, len(found)
                         scale = scale * value if x.opcode == "multiply" else scale / value
                         break
             here = before
@@ -531,27 +660,29 @@ class _Search:
     def _fitted(self, result: Element, copied: bool, q: list[Operand], k: list[Operand], v: list[Operand]) -> Found:
         if not q or not k or not v:
             raise NotAttention("an operand is overwritten before the second product, or has a dtype without a kernel")
+        if any(self._reader.arrays_of(x) & self._between for x in self._extras()):
+            raise NotAttention("its bias or mask is computed from scores")
         reason = "its dimensions lie in memory in an order that no kernel reads"
         for operands in product(q, k, v):
             if any(x.element.instruction.id in self._between for x in operands):
                 continue
-            dtype = self._dtype(*operands)
-            if dtype is None:
+            dtypes = self._dtypes(*operands)
+            if dtypes is None:
                 reason = "no kernel for its dtypes and roundings"
                 continue
-            arrays = [self._reader.in_memory(x.element) for x in operands]
-            arrays.append(self._reader.in_memory(result))
+            in_q, in_k, in_v = (self._reader.in_memory(x.element) for x in operands)
             keys, positions = self._reader.atoms.resolved(self._keys), self._resolved_positions()
-            layouts = list(_layouts(*arrays, keys, positions, copied=copied))
+            in_result = self._reader.in_memory(result)
+            layouts = list(_layouts(in_q, in_k, in_v, in_result, keys, positions, copied=copied))
             sizes = self._reader.atoms.size
-            layouts = [x for x in layouts if max(sizes(x.depth), sizes(x.width)) <= _MOST_ELEMENTS]
+            layouts = [x for x in layouts if max(sizes(x.depth), sizes(x.width)) <= MOST_ELEMENTS]
             if not layouts:
                 continue
             layout = min(layouts, key=self._extra_elements)
             if self._length is not None and not self._has_lengths(layout):
                 self._conditions.append(self._length.condition)
                 self._length = None
-            return self._with_masks(result, copied, operands, layout, dtype)
+            return self._with_masks(result, copied, operands, layout, *dtypes)
         raise NotAttention(reason)
 
     def _resolved_positions(self) -> Index | None:
@@ -561,37 +692,50 @@ class _Search:
         """Whether lengths are the same for all heads and queries."""
         return self._length is None or self._reader.atoms_of(self._length.element) <= set(layout.batch)
 
+    def _extras(self) -> list[Element]:
+        """What bias, mask and lengths are made of."""
+        length = [] if self._length is None else [self._length.element]
+        return [*(x.element for x in self._terms), *(x.element for x in self._conditions), *length]
+
     def _extra_elements(self, layout: Layout) -> tuple[bool, int]:
         """Whether lengths become a mask in a layout, and how many elements bias and mask have."""
-        extras = [*(x.element for x in self._terms), *(x.element for x in self._conditions)]
         count = 0
-        for x in extras:
+        for x in self._extras():
             there = self._reader.atoms_of(x)
             dims = [dim for dim in layout.scores[:3] if there & set(dim)]
             count += math.prod(self._reader.atoms.size(dim) for dim in (*dims, layout.keys))
         return not self._has_lengths(layout), count
 
-    def _dtype(self, q: Operand, k: Operand, v: Operand) -> np.dtype | None:
-        """The dtype of the queries that a kernel is to read; None if none computes this."""
-        result = hlo.dtype_of(self._root)
+    def _dtypes(self, q: Operand, k: Operand, v: Operand) -> tuple[np.dtype, np.dtype] | None:
+        """The dtypes of queries, and of keys and values, that a kernel is to read; None if none computes this."""
         inner = set(self._inner).union(*(x.narrowed for x in (q, k, v)))
         narrow = self._outer | inner
-        if len(narrow) > 1 or (inner and not self._rounds_weights and result == _FLOAT32):
+        if len(narrow) > 1:
             return None
-        if k.dtype != v.dtype or not self._outer <= {result}:
+        kv = k.dtype
+        if k.dtype != v.dtype:
+            kv = next((x for x in (k.dtype, v.dtype) if x != _FLOAT32 and k.exact == v.exact == x), _FLOAT32)
+        # What the result is rounded to, even if it is stored as something wider.
+        (result,) = self._outer or {hlo.dtype_of(self._root)}
+        if inner and not self._rounds_weights and result == _FLOAT32:
             return None
         if self._rounds_weights:
             (rounded,) = narrow
-            if k.dtype not in (rounded, result, _FLOAT32) or (k.dtype == _FLOAT32 and result == _FLOAT32):
+            if kv not in (rounded, result, _FLOAT32) or (kv == _FLOAT32 and result == _FLOAT32):
                 return None
-            dtype = rounded if q.dtype == k.dtype == rounded == result else _FLOAT32
+            dtype = rounded if q.dtype == kv == rounded == result else _FLOAT32
         else:
             dtype = _FLOAT32
-        names = hlo.NAMES[dtype], hlo.NAMES[k.dtype]
-        return dtype if native.supports_attention(*names) else None
+        return (dtype, kv) if native.supports_attention(hlo.NAMES[dtype], hlo.NAMES[kv]) else None
 
     def _with_masks(
-        self, result: Element, copied: bool, operands: tuple[Operand, Operand, Operand], layout: Layout, dtype: np.dtype
+        self,
+        result: Element,
+        copied: bool,
+        operands: tuple[Operand, Operand, Operand],
+        layout: Layout,
+        dtype: np.dtype,
+        kv_dtype: np.dtype,
     ) -> Found:
         q, k, v = operands
         queries, keys = self._reader.atoms.size(layout.queries), self._reader.atoms.size(layout.keys)
@@ -605,6 +749,9 @@ class _Search:
             (value,) = self._masked
             if self._terms and (self._biased_when_masked or math.isinf(value)):
                 raise NotAttention("a bias is added to scores that a condition excludes")
+            alone = self._masks == 1 and not self._terms and value <= _ABSORBING
+            if self.has_added_masks and not math.isinf(value) and not alone:
+                raise NotAttention("a mask is added to scores that are no more alike where it excludes them all")
             nan_rows = math.isinf(value) or not self._subtracts_maximum
         elif self._terms and self._masked and any(math.isinf(x) for x in self._masked):
             raise NotAttention("a bias is added to scores that a condition excludes")
@@ -621,6 +768,7 @@ class _Search:
             v,
             layout,
             dtype,
+            kv_dtype,
             scale,
             self._left,
             self._right,
@@ -630,6 +778,14 @@ class _Search:
             nan_rows,
             copied,
         )
+
+
+class _Numbers(NamedTuple):
+    """A mask of numbers: `yes` where a condition holds, or else `no`."""
+
+    condition: Element
+    yes: float
+    no: float
 
 
 class _Sum(NamedTuple):
@@ -646,6 +802,20 @@ class _Sum(NamedTuple):
 
     def minus(self, other: _Sum) -> _Sum:
         return self.plus(other, -1)
+
+
+def _window_of(mask: np.ndarray) -> tuple[int, int] | None:
+    """How many keys before and after its own position each query sees, if a mask [queries, keys] says nothing else."""
+    queries, keys = mask.shape
+    # One element for each distance of a key, from the last query's first key to the first query's last.
+    distances = np.concatenate((mask[::-1, 0], mask[0, 1:]))
+    rows = np.lib.stride_tricks.sliding_window_view(distances, keys)[::-1]
+    (seen,) = np.nonzero(distances)
+    if seen.size == 0 or seen[-1] - seen[0] + 1 != seen.size or not np.array_equal(mask, rows):
+        return None
+    first, last = seen[0] - (queries - 1), seen[-1] - (queries - 1)
+    left = UNBOUNDED if seen[0] == 0 else int(-first)
+    return left, UNBOUNDED if seen[-1] == distances.size - 1 else int(last)
 
 
 def _all_see(queries: int, keys: int, left: int, right: int) -> bool:
@@ -669,15 +839,9 @@ def _closure(start: int, more: object) -> set[int]:
     return found
 
 
-def _converts_floats(x: Element) -> bool:
-    before = x.scope[x.instruction.operand_ids[0]]
-    return {before.shape.element_type, x.instruction.shape.element_type} <= _FLOATS
-
-
-def _note(convert: Element, narrowed: set[np.dtype]) -> None:
-    before = hlo.dtype_of(convert.scope[convert.instruction.operand_ids[0]])
-    after = hlo.dtype_of(convert.instruction)
-    if not np.can_cast(before, after, "safe"):
+def _note(narrowed: set[np.dtype], before: Instruction, convert: Instruction) -> None:
+    after = hlo.dtype_of(convert)
+    if not np.can_cast(hlo.dtype_of(before), after, "safe"):
         narrowed.add(after)
 
 

@@ -48,7 +48,7 @@ def write(body: Body, found: Found) -> None:
     reader, layout = found.reader, found.layout
     dims = _dims(found)
     operands = [
-        _operand(body, x, found.dtype if i == 0 else x.dtype, [dims[i][role] for role in layout.orders[i]])
+        _operand(body, x, found.kv_dtype if i else found.dtype, [dims[i][role] for role in layout.orders[i]])
         for i, x in enumerate((found.q, found.k, found.v))
     ]
     operands += [make() for make in extras.values()]

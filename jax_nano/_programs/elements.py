@@ -27,6 +27,9 @@ ELEMENTWISE: Final = frozenset(
 )
 _FLOATS: Final = frozenset((10, 11, 16))  # PrimitiveType: float16, float32, bfloat16
 
+Rounding: TypeAlias = Callable[[Instruction, Instruction], None]
+"""Is told of a conversion from a float to a float that is looked through: what is converted, and the conversion."""
+
 # Steps of one search: what takes more is no pattern that is known here.
 _MOST_STEPS: Final = 20000
 
@@ -107,7 +110,7 @@ class Element(NamedTuple):
 
     scope: Scope
     instruction: Instruction
-    index: tuple[Index, ...]  # one for each dimension
+    indices: tuple[Index, ...]  # one for each dimension
 
     @property
     def opcode(self) -> str:
@@ -183,7 +186,8 @@ class Reader:
         if x.shape.element_type != operand.shape.element_type:
             return None
         sizes = list(operand.shape.dimensions)
-        before, after = range(len(sizes)), range(len(index))
+        before: Sequence[int] = range(len(sizes))
+        after: Sequence[int] = range(len(index))
         if x.opcode == "bitcast":
             before, after = memory_order(operand), memory_order(x)
         parts = self.atoms.divided([a for i in after for a in index[i]], [sizes[i] for i in before])
@@ -203,14 +207,22 @@ class Reader:
 
     def in_memory(self, element: Element) -> Index:
         """The atoms of an element in the order of memory."""
-        return self.atoms.resolved(a for i in memory_order(element.instruction) for a in element.index[i])
+        return self.atoms.resolved(a for i in memory_order(element.instruction) for a in element.indices[i])
 
     def logical(self, element: Element) -> tuple[Index, ...]:
-        return tuple(self.atoms.resolved(x) for x in element.index)
+        return tuple(self.atoms.resolved(x) for x in element.indices)
 
     def atoms_of(self, element: Element) -> frozenset[int]:
         """The atoms that the value of an element depends on."""
+        return self._origins(element)[0]
+
+    def arrays_of(self, element: Element) -> frozenset[int]:
+        """The ids of the arrays outside of fusions that an element is computed from."""
+        return self._origins(element)[1]
+
+    def _origins(self, element: Element) -> tuple[frozenset[int], frozenset[int]]:
         found: set[int] = set()
+        arrays: set[int] = set()
         waiting, seen = [element], set[tuple[int, tuple[Index, ...]]]()
         while waiting:
             x = self.look(waiting.pop(), into_fusions=False)
@@ -219,28 +231,33 @@ class Reader:
                 continue
             seen.add(key)
             if x.opcode == "iota":
-                found.update(self.atoms.resolved(x.index[x.instruction.dimensions[0]]))
+                found.update(self.atoms.resolved(x.indices[x.instruction.dimensions[0]]))
             elif x.opcode in ELEMENTWISE and not x.is_outside:
                 waiting += self.operands(x)
             else:
-                found.update(a for index in x.index for a in self.atoms.resolved(index))
-        return frozenset(found)
+                found.update(a for index in x.indices for a in self.atoms.resolved(index))
+                if x.is_outside:
+                    arrays.add(x.instruction.id)
+        return frozenset(found), frozenset(arrays)
 
     # --- sums and products ---------------------------------------------------------------------------------------
 
-    def reduced(self, element: Element, over: Iterable[int], kind: str) -> Element | None:
+    def reduced(
+        self, element: Element, over: Iterable[int], kind: str, rounding: Rounding | None = None
+    ) -> Element | None:
         """What is reduced by an operation of a kind ("add", "maximum"), at `over` along what it is reduced over.
 
-        XLA reduces in steps, windows first; that is one reduction. None if the element is no such reduction.
+        XLA reduces in steps, windows first; that is one reduction. None if the element is no such reduction. With
+        `rounding`, each step may round, as in `same`.
         """
         scope, x, index = element
-        if x.opcode != "reduce" or len(x.operand_ids) != 2 or not self._applies(x, kind):
+        if x.opcode != "reduce" or len(x.operand_ids) != 2 or not self._applies(x, kind, rounding):
             return None
         if not self._starts_neutral(scope[x.operand_ids[1]], scope, kind):
             return None
         dims = list(x.dimensions)
         source = Element(scope, scope[x.operand_ids[0]], ())
-        while (window := self._windows(source, dims, kind)) is not None:
+        while (window := self._windows(source, dims, kind, rounding)) is not None:
             source = window
         sizes = list(source.instruction.shape.dimensions)
         if self.atoms.size(self.atoms.resolved(over)) != math.prod(sizes[i] for i in dims):
@@ -248,9 +265,9 @@ class Reader:
         parts = self.atoms.divided(over, [sizes[i] for i in dims])
         kept = iter(index)
         inner = tuple(parts[dims.index(i)] if i in dims else next(kept) for i in range(len(sizes)))
-        return source._replace(index=inner)
+        return source._replace(indices=inner)
 
-    def _windows(self, source: Element, dims: Sequence[int], kind: str) -> Element | None:
+    def _windows(self, source: Element, dims: Sequence[int], kind: str, rounding: Rounding | None) -> Element | None:
         """What a reduction of windows reads, if each element is in one window, of `dims` alone."""
         while source.opcode in ("parameter", "fusion"):
             before = self.step(source)
@@ -258,7 +275,7 @@ class Reader:
                 return None
             source = before
         scope, x, _ = source
-        if x.opcode != "reduce-window" or len(x.operand_ids) != 2 or not self._applies(x, kind):
+        if x.opcode != "reduce-window" or len(x.operand_ids) != 2 or not self._applies(x, kind, rounding):
             return None
         if not self._starts_neutral(scope[x.operand_ids[1]], scope, kind):
             return None
@@ -270,9 +287,24 @@ class Reader:
                 return None
         return Element(scope, scope[x.operand_ids[0]], ())
 
-    def _applies(self, x: Instruction, kind: str) -> bool:
-        applied = self.body.module.computation(x.called_computation_ids[0]).instructions
-        return [y.opcode for y in applied] == ["parameter", "parameter", kind]
+    def _applies(self, x: Instruction, kind: str, rounding: Rounding | None) -> bool:
+        computation = self.body.module.computation(x.called_computation_ids[0])
+        by_id = {y.id: y for y in computation.instructions}
+
+        def unrounded(here: Instruction) -> Instruction:
+            while rounding is not None and here.opcode == "convert":
+                before = by_id[here.operand_ids[0]]
+                if not converts_floats(before, here):
+                    break
+                rounding(before, here)
+                here = before
+            return here
+
+        here = unrounded(by_id[computation.root_id])
+        if here.opcode != kind:
+            return False
+        parameters = [unrounded(by_id[number]) for number in here.operand_ids]
+        return all(y.opcode == "parameter" for y in parameters) and len({y.id for y in parameters}) == 2
 
     def _starts_neutral(self, start: Instruction, scope: Scope, kind: str) -> bool:
         origin = self.look_through(Element(scope, start, ()), "convert")
@@ -307,18 +339,24 @@ class Reader:
 
     # --- comparisons ---------------------------------------------------------------------------------------------
 
-    def same(self, x: Element, y: Element, rounding: Callable[[Element], None] | None = None) -> bool:
+    def unrounded(self, element: Element, rounding: Rounding) -> Element:
+        """What an element is the conversion of, from a float to a float."""
+        x = self.look(element)
+        while x.opcode == "convert":
+            (before,) = self.operands(x)
+            if not converts_floats(before.instruction, x.instruction):
+                break
+            rounding(before.instruction, x.instruction)
+            x = self.look(before)
+        return x
+
+    def same(self, x: Element, y: Element, rounding: Rounding | None = None) -> bool:
         """Whether two elements have the same value, computed in the same way wherever.
 
-        With `rounding`, conversions between floats are looked through, and given to it.
+        With `rounding`, conversions between floats are looked through, and given to it: what is converted, and the
+        conversion.
         """
-        x, y = self.look(x), self.look(y)
-        while rounding is not None and x.opcode == "convert" and self._is_of_floats(x):
-            rounding(x)
-            x = self.look(self.operands(x)[0])
-        while rounding is not None and y.opcode == "convert" and self._is_of_floats(y):
-            rounding(y)
-            y = self.look(self.operands(y)[0])
+        x, y = (self.look(z) if rounding is None else self.unrounded(z, rounding) for z in (x, y))
         if x.instruction is y.instruction and self.logical(x) == self.logical(y):
             return True
         a, b = x.instruction, y.instruction
@@ -329,7 +367,7 @@ class Reader:
             return is_scalar and bool(a.literal == b.literal)
         if a.opcode == "iota":
             i, j = a.dimensions[0], b.dimensions[0]
-            return self.atoms.resolved(x.index[i]) == self.atoms.resolved(y.index[j])
+            return self.atoms.resolved(x.indices[i]) == self.atoms.resolved(y.indices[j])
         if a.opcode in ELEMENTWISE:
             if a.comparison_direction != b.comparison_direction:
                 return False
@@ -339,7 +377,7 @@ class Reader:
             sizes = [x.scope[a.operand_ids[0]].shape.dimensions[i] for i in a.dimensions]
             over = tuple(atom for size in sizes for atom in self.atoms.new(size))
             for kind in ("add", "maximum"):
-                left, right = self.reduced(x, over, kind), self.reduced(y, over, kind)
+                left, right = (self.reduced(z, over, kind, rounding) for z in (x, y))
                 if left is not None and right is not None:
                     return self.same(left, right, rounding)
             return False
@@ -353,10 +391,9 @@ class Reader:
             return all(self.same(*pair) for pair in pairs)
         return False
 
-    @staticmethod
-    def _is_of_floats(element: Element) -> bool:
-        before = element.scope[element.instruction.operand_ids[0]]
-        return {before.shape.element_type, element.instruction.shape.element_type} <= _FLOATS
+
+def converts_floats(before: Instruction, convert: Instruction) -> bool:
+    return {before.shape.element_type, convert.shape.element_type} <= _FLOATS
 
 
 def memory_order(x: Instruction) -> Sequence[int]:

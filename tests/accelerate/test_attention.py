@@ -61,6 +61,63 @@ def added_mask(q: Array, k: Array, v: Array, seen: Array) -> Array:
     return einsums(q, k, v, lambda scores: scores + bias)
 
 
+def masked_by(mask: Callable[[], Any]) -> Program:
+    """Scores that a mask which reads no argument excludes."""
+    return lambda q, k, v: einsums(q, k, v, lambda s: jnp.where(mask(), s, jnp.finfo(s.dtype).min))
+
+
+def adds(mask: Callable[[], Any], excluded: float | None = None) -> Program:
+    """The same as a number that is added."""
+
+    def change(s: Array) -> Array:
+        number = jnp.finfo(s.dtype).min if excluded is None else excluded
+        return s + jnp.where(mask(), 0, number).astype(s.dtype)
+
+    return lambda q, k, v: einsums(q, k, v, change)
+
+
+def causal_of_floats() -> Array:
+    """As flax's make_causal_mask makes it."""
+    rows, columns = (lax.broadcasted_iota(jnp.int32, (1, 1, T, S), i) for i in (2, 3))
+    return (rows >= columns).astype(jnp.float32)
+
+
+def padded(q: Array, k: Array, v: Array, seen: Array) -> Array:
+    """Causal and padded, as flax's combine_masks and make_attention_mask put it."""
+    pairs = jnp.multiply(jnp.ones((B, 1, T, 1)), seen[:, None, None, :].astype(jnp.float32))
+    mask = jnp.logical_and(causal_of_floats(), pairs).astype(jnp.float32)
+    return einsums(q, k, v, lambda s: jnp.where(mask, s, jnp.finfo(s.dtype).min))
+
+
+def added_padding(q: Array, k: Array, v: Array, seen: Array, bias: Array | None = None) -> Array:
+    def change(s: Array) -> Array:
+        excluded = jnp.where(seen[:, None, None, :], 0, jnp.finfo(s.dtype).min).astype(s.dtype)
+        return s + excluded if bias is None else s + bias + excluded
+
+    return einsums(q, k, v, change)
+
+
+def cached(x: Array, keys: Array, values: Array, at: Array) -> tuple[Array, Array, Array]:
+    """Decoding: one position is written, and all up to it are read."""
+    row = x[:, :1].reshape(B, 1, N, H)
+    start = jnp.zeros_like(at)
+    keys, values = (lax.dynamic_update_slice(y, row, (start, at, start, start)) for y in (keys, values))
+    seen = jnp.arange(S) <= at
+    out = einsums(row, keys, values, lambda s: jnp.where(seen, s, jnp.finfo(s.dtype).min))
+    return out, keys, values
+
+
+def decoded(x: Array, keys: Array, values: Array) -> Array:
+    """Some positions one after the other, the cache carried by a loop."""
+
+    def step(state: tuple[Array, Array, Array], at: Array) -> tuple[tuple[Array, Array, Array], Array]:
+        y, keys, values = state
+        out, keys, values = cached(y, keys, values, at)
+        return (0.5 * y + out.reshape(B, 1, N * H), keys, values), out
+
+    return lax.scan(step, (x[:, :1], keys, values), jnp.arange(3))[1]
+
+
 def block(x: Array, *weights: Array) -> Array:
     q, k, v = ((x @ w).reshape(*x.shape[:2], N, H) for w in weights[:3])
     return attend(q, k, v, is_causal=True).reshape(x.shape) @ weights[3]
@@ -134,6 +191,30 @@ FORMS: dict[str, tuple[Program, Callable[[Case], tuple[Any, ...]], str]] = {
         lambda c: (c.q, c.k, c.v, c.mask),
         "mask",
     ),
+    "mask of floats": (masked_by(lambda: causal_of_floats() > 0), lambda c: (c.q, c.k, c.v), "causal"),
+    "constant mask": (masked_by(lambda: jnp.asarray(np.tri(T, S, dtype=bool))), lambda c: (c.q, c.k, c.v), "causal"),
+    "constant mask of floats": (
+        masked_by(lambda: jnp.asarray(np.tri(T, S, dtype=np.float32)) != 0),
+        lambda c: (c.q, c.k, c.v),
+        "causal",
+    ),
+    "constant window": (
+        masked_by(lambda: jnp.asarray(np.tri(T, S, 2, dtype=bool) ^ np.tri(T, S, -5, dtype=bool))),
+        lambda c: (c.q, c.k, c.v),
+        "window",
+    ),
+    "constant of no window": (
+        masked_by(lambda: jnp.asarray(np.arange(T * S).reshape(T, S) % 7 < 4)),
+        lambda c: (c.q, c.k, c.v),
+        "mask",
+    ),
+    "causal and padded": (padded, lambda c: (c.q, c.k, c.v, c.seen), "causal, mask"),
+    "added causal mask": (adds(causal_of_floats), lambda c: (c.q, c.k, c.v), "causal"),
+    "added 1e9": (adds(lambda: jnp.tri(T, S, dtype=bool), -1e9), lambda c: (c.q, c.k, c.v), "causal"),
+    "added padding": (added_padding, lambda c: (c.q, c.k, c.v, c.seen), "mask"),
+    "added padding and bias": (added_padding, lambda c: (c.q, c.k, c.v, c.seen, c.bias), "bias"),
+    "cache": (cached, lambda c: (c.x, c.k, c.v, jnp.int32(5)), "lengths"),
+    "decoding": (decoded, lambda c: (c.x, c.k, c.v), "lengths"),
     "added mask": (added_mask, lambda c: (c.q, c.k, c.v, c.seen), "bias"),
     "divided later": (divided_later, lambda c: (c.q / 4, c.k, c.v), ""),
     "no maximum": (no_maximum, lambda c: (c.q, c.k, c.v), ""),
@@ -191,15 +272,17 @@ def test_becomes_one_call(rng: np.random.Generator, form: str, dtype: Any) -> No
     args = arguments(Case(rng, dtype))
     got, told = run(fun, *args)
     assert [(x.detail, x.declined) for x in told] == [(detail, None)]
-    if dtype == jnp.float32 or form not in ("scan", "block"):  # which round between attentions
-        check_close(got, in_float64(fun, *args), dtype)
+    if dtype == jnp.float32 or form not in ("scan", "block", "decoding"):  # which round between attentions
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(in_float64(fun, *args)), strict=True):
+            check_close(x, y, dtype)
     plain = jax.jit(lambda *x: fun(*x))(*args)
-    assert got.dtype == plain.dtype
-    # XLA rounds more often to a narrow dtype.
-    if dtype == jnp.float32:
-        check_close(got, plain, dtype)
-    else:
-        np.testing.assert_allclose(*(np.asarray(x, np.float64) for x in (got, plain)), rtol=0, atol=0.1)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(plain), strict=True):
+        assert x.dtype == y.dtype
+        # XLA rounds more often to a narrow dtype.
+        if dtype == jnp.float32:
+            check_close(x, y, dtype)
+        else:
+            np.testing.assert_allclose(*(np.asarray(z, np.float64) for z in (x, y)), rtol=0, atol=0.1)
 
 
 @pytest.mark.usefixtures("accelerated")
@@ -265,6 +348,28 @@ NEAR_MISSES: dict[str, tuple[Program, Callable[[Case], tuple[Any, ...]], str]] =
 }
 
 
+def test_queries_that_an_added_mask_excludes_from_all_keys(rng: np.random.Generator) -> None:
+    c = Case(rng, jnp.float32)
+    seen = c.seen.at[0].set(False)
+    got, told = run(added_padding, c.q, c.k, c.v, seen)
+    assert [(x.detail, x.declined) for x in told] == [("mask", None)]
+    check_close(got, jax.jit(lambda *x: added_padding(*x))(c.q, c.k, c.v, seen), jnp.float32)
+    check_close(got[0], jnp.broadcast_to(c.v[0].mean(0), got[0].shape), jnp.float32)
+
+
+@pytest.mark.parametrize("excluded", [-1e9, -np.inf])
+def test_masks_added_to_each_other(rng: np.random.Generator, excluded: float) -> None:
+    c = Case(rng, jnp.float32)
+
+    def program(q: Array, k: Array, v: Array, seen: Array, masks: Array) -> Array:
+        first, second = (jnp.where(x, 0.0, excluded) for x in (seen[:, None, None, :], masks))
+        return einsums(q, k, v, lambda s: s + first + second)
+
+    args = c.q, c.k, c.v, c.seen, c.masks.at[:, :, 0].set(False)
+    got, _ = run(program, *args)
+    check_close(got, jax.jit(lambda *x: program(*x))(*args), jnp.float32)
+
+
 @pytest.mark.parametrize("name", NEAR_MISSES)
 def test_what_is_not_attention_stays(rng: np.random.Generator, name: str) -> None:
     fun, arguments, reason = NEAR_MISSES[name]
@@ -307,7 +412,7 @@ def test_a_donated_query_is_not_overwritten_while_it_is_read(rng: np.random.Gene
     k, v = c.k[:, :T], c.v[:, :T]
     expected = in_float64(attend, c.q, k, v)
     with jax_nano.accelerate():
-        got = jax.jit(lambda *x: attend(*x), donate_argnums=(0, 1, 2))(jnp.array(c.q), jnp.array(k), jnp.array(v))
+        got = jax.jit(lambda *x: attend(*x), donate_argnums=0)(jnp.array(c.q), k, v)
     check_close(got, expected, jnp.float32)
 
 
@@ -343,14 +448,20 @@ def _nnx(x: Array, dtype: Any) -> tuple[Program, tuple[Any, ...]]:
         num_heads=N, in_features=x.shape[-1], decode=False, dtype=dtype, deterministic=True, rngs=nnx.Rngs(0)
     )
     graph, state = nnx.split(layer)
-    return lambda x, s: nnx.merge(graph, s)(x), (x, state)
+    return lambda x, s: nnx.merge(graph, s)(x, mask=nnx.make_causal_mask(x[..., 0])), (x, state)
 
 
 def _equinox(x: Array, dtype: Any) -> tuple[Program, tuple[Any, ...]]:
-    nn = pytest.importorskip("equinox").nn
-    layer = nn.MultiheadAttention(N, x.shape[-1], key=jax.random.key(0), dtype=dtype)
+    equinox = pytest.importorskip("equinox")
+    layer = equinox.nn.MultiheadAttention(N, x.shape[-1], key=jax.random.key(0), dtype=dtype)
+    arrays, rest = equinox.partition(layer, equinox.is_array)
     mask = np.tril(np.ones((T, T), bool))
-    return lambda x, e: jax.vmap(lambda y: e(y, y, y, mask=jnp.asarray(mask)))(x.astype(dtype)), (x, layer)
+
+    def program(x: Array, arrays: Any) -> Array:
+        attend = equinox.combine(arrays, rest)
+        return jax.vmap(lambda y: attend(y, y, y, mask=jnp.asarray(mask)))(x.astype(dtype))
+
+    return program, (x, arrays)
 
 
 def _haiku(x: Array, dtype: Any) -> tuple[Program, tuple[Any, ...]]:
@@ -370,7 +481,7 @@ def _haiku(x: Array, dtype: Any) -> tuple[Program, tuple[Any, ...]]:
 def test_frameworks(rng: np.random.Generator, make: Any, dtype: Any) -> None:
     fun, args = make(jnp.asarray(rng.standard_normal((B, T, N * H)), jnp.float32), dtype)
     got, told = run(fun, *args)
-    assert [x.declined for x in told] == [None]
+    assert [(x.detail, x.declined) for x in told] == [("causal", None)]
     expected = np.asarray(jax.jit(lambda *x: fun(*x))(*args), np.float64)
     tolerance = 1e-5 if dtype == jnp.float32 else 0.03
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=0, atol=tolerance * np.abs(expected).max())
