@@ -104,6 +104,22 @@ class Scope:
     def __getitem__(self, number: int) -> Instruction:
         return self.body[number] if self.fusion is None else self._by_id[number]
 
+    def ancestors(self, value: Instruction) -> list[Instruction]:
+        """The instructions of a fusion that compute a value, itself the last."""
+        needed, waiting = {value.id}, [value]
+        while waiting:
+            for number in waiting.pop().operand_ids:
+                if number not in needed:
+                    needed.add(number)
+                    waiting.append(self[number])
+        return [x for x in self.computation.instructions if x.id in needed]
+
+    def read_by(self, parts: Iterable[Instruction]) -> list[Instruction]:
+        """What the parameters among a fusion's instructions stand for."""
+        assert self.fusion is not None
+        operands = self.body.operands(self.fusion)
+        return [operands[x.parameter_number] for x in parts if x.opcode == "parameter"]
+
 
 class Element(NamedTuple):
     """An element of what an instruction computes."""
@@ -238,6 +254,8 @@ class Reader:
                 found.update(a for index in x.indices for a in self.atoms.resolved(index))
                 if x.is_outside:
                     arrays.add(x.instruction.id)
+                else:
+                    arrays.update(y.id for y in x.scope.read_by(x.scope.ancestors(x.instruction)))
         return frozenset(found), frozenset(arrays)
 
     # --- sums and products ---------------------------------------------------------------------------------------
@@ -373,6 +391,16 @@ class Reader:
                 return False
             pairs = zip(self.operands(x), self.operands(y), strict=True)
             return all(self.same(*pair, rounding) for pair in pairs)
+        if a.opcode == "dynamic-slice":
+            if self.logical(x) != self.logical(y) or list(a.shape.dimensions) != list(b.shape.dimensions):
+                return False
+            whole = tuple(self.atoms.new(size) for size in x.scope[a.operand_ids[0]].shape.dimensions)
+            starts = ((),) * (len(a.operand_ids) - 1)
+            left, right = (
+                [Element(z.scope, z.scope[number], at) for number, at in zip(ids, (whole, *starts), strict=True)]
+                for z, ids in ((x, a.operand_ids), (y, b.operand_ids))
+            )
+            return all(self.same(*pair) for pair in zip(left, right, strict=True))
         if a.opcode == "reduce":
             sizes = [x.scope[a.operand_ids[0]].shape.dimensions[i] for i in a.dimensions]
             over = tuple(atom for size in sizes for atom in self.atoms.new(size))

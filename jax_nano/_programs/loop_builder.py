@@ -6,13 +6,17 @@ it, where XLA reads them element by element, so that nothing but the result is w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 from jax_nano._core import hlo
 from jax_nano._core.hlo import Body, Computation, Instruction
 from jax_nano._programs import aliasing, fusions
 from jax_nano._programs.elements import ELEMENTWISE, Element, Index, Reader, constant
+
+
+# What is too much work to compute once more, or does not compute a value of its own.
+_NOT_TWICE: Final = frozenset((*fusions.COSTLY, *fusions.IN_PLACE, "fusion", "get-tuple-element", "tuple"))
 
 
 class CannotBuild(Exception):
@@ -27,21 +31,25 @@ class LoopBuilder:
         self._atoms = atoms
         self._dims = tuple(reader.atoms.size((a,)) for a in atoms)
         self._parts: list[Instruction] = []
-        self._operands: list[Instruction] = []
+        self._operands: list[Instruction | Callable[[], Instruction]] = []
         self._known: dict[tuple[int, tuple[Index, ...]], int] = {}
 
     # --- operations ------------------------------------------------------------------------------------------------
 
     def array(self, instruction: Instruction, in_memory: Index) -> int:
         """An array that other instructions compute, given the atoms of its dimensions in the order of memory."""
+        return self._read(instruction, instruction, in_memory)
+
+    def _read(self, like: Instruction, operand: Instruction | Callable[[], Instruction], in_memory: Index) -> int:
+        """An array of the shape of `like`, which may be made only when the loop is."""
         if len(set(in_memory)) != len(in_memory) or not set(in_memory) <= set(self._atoms):
             raise CannotBuild("it is read along a diagonal or where the loop does not go")
-        parameter = self._add("parameter", instruction.shape.element_type, ())
+        parameter = self._add("parameter", like.shape.element_type, ())
         part = self._parts[parameter]
-        part.shape.CopyFrom(instruction.shape)
+        part.shape.CopyFrom(like.shape)
         part.parameter_number = len(self._operands)
-        self._operands.append(instruction)
-        kind = instruction.shape.element_type
+        self._operands.append(operand)
+        kind = like.shape.element_type
         sizes = [self._reader.atoms.size((a,)) for a in in_memory]
         number = self._add("bitcast", kind, [parameter], sizes)
         order = sorted(range(len(in_memory)), key=lambda i: self._atoms.index(in_memory[i]))
@@ -87,7 +95,7 @@ class LoopBuilder:
         if x.opcode == "iota":
             return self._iota(self._reader.logical(x)[instruction.dimensions[0]], kind)
         if x.opcode not in ELEMENTWISE:
-            raise CannotBuild(f"it is computed by {x.opcode}")
+            return self._read(instruction, self._taken_out(x), self._reader.in_memory(x))
         operands = [self.element(y) for y in self._reader.operands(x)]
         number = self._add(x.opcode, kind, operands)
         part = self._parts[number]
@@ -98,6 +106,22 @@ class LoopBuilder:
         part.operand_ids.extend(operands)
         part.shape.CopyFrom(shape)
         return number
+
+    def _taken_out(self, x: Element) -> Callable[[], Instruction]:
+        """How to make an array of what an operation inside of a fusion computes."""
+        parts = x.scope.ancestors(x.instruction)
+        for part in parts:
+            if part.opcode in _NOT_TWICE:
+                raise CannotBuild(f"it is computed by {part.opcode}")
+        operands = x.scope.read_by(parts)
+        if not all(aliasing.keeps_its_value(self._body, y) for y in operands):
+            raise CannotBuild("an array that it is made of is overwritten")
+
+        def make() -> Instruction:
+            computation, _ = self._body.module.copy_of(x.scope.computation, parts, x.instruction)
+            return self._body.loop(computation, operands, fusions.loop_config(x.instruction.shape))
+
+        return make
 
     def _iota(self, index: Index, kind: int) -> int:
         total: int | None = None
@@ -133,14 +157,16 @@ class LoopBuilder:
         """A new instruction of the body: the loop, whose result has these row-major sizes."""
         shape = hlo.new_instruction("bitcast").shape
         hlo.set_shape(shape, self._parts[result].shape.element_type, dims)
-        return self._body.loop(self._fused(result, shape), self._operands, fusions.loop_config(shape))
+        return self._body.loop(self._fused(result, shape), self._read_arrays(), fusions.loop_config(shape))
 
     def become(self, result: int, instruction: Instruction) -> None:
         """Makes an instruction of the body the loop; its shape stays."""
         shape = instruction.shape
-        self._body.become_loop(
-            instruction, self._fused(result, shape), self._operands, fusions.loop_config(instruction.shape)
-        )
+        config = fusions.loop_config(shape)
+        self._body.become_loop(instruction, self._fused(result, shape), self._read_arrays(), config)
+
+    def _read_arrays(self) -> list[Instruction]:
+        return [x() if callable(x) else x for x in self._operands]
 
     def _fused(self, result: int, shape: Any) -> Computation:
         root = hlo.new_instruction("bitcast")
