@@ -14,7 +14,6 @@ from jax_nano._core.hlo import Body, Computation, Instruction
 from jax_nano._programs import aliasing, fusions
 from jax_nano._programs.elements import ELEMENTWISE, Element, Index, Reader, constant
 
-
 # What is too much work to compute once more, or does not compute a value of its own.
 _NOT_TWICE: Final = frozenset((*fusions.COSTLY, *fusions.IN_PLACE, "fusion", "get-tuple-element", "tuple"))
 
