@@ -396,11 +396,11 @@ class Reader:
                 return False
             whole = tuple(self.atoms.new(size) for size in x.scope[a.operand_ids[0]].shape.dimensions)
             starts = ((),) * (len(a.operand_ids) - 1)
-            left, right = (
+            of_x, of_y = (
                 [Element(z.scope, z.scope[number], at) for number, at in zip(ids, (whole, *starts), strict=True)]
                 for z, ids in ((x, a.operand_ids), (y, b.operand_ids))
             )
-            return all(self.same(*pair) for pair in zip(left, right, strict=True))
+            return all(self.same(*pair) for pair in zip(of_x, of_y, strict=True))
         if a.opcode == "reduce":
             sizes = [x.scope[a.operand_ids[0]].shape.dimensions[i] for i in a.dimensions]
             over = tuple(atom for size in sizes for atom in self.atoms.new(size))
