@@ -232,7 +232,7 @@ class Attentions(Updates):
         q = self._operand(scope, (*batch, t, h * g, d), 0)
         k, v = (self._operand(scope, (*batch, n, h, d), i) for i in (1, 2))
         operands, options = [q, k, v], []
-        scores = (*((b,) if self.chance(0.5) else (1,)), *((h * g,) if self.chance(0.5) else (1,)), t, n)
+        scores = (*((b,) if batch and self.chance(0.5) else (1,)), *((h * g,) if self.chance(0.5) else (1,)), t, n)
         if self.chance(0.25):
             operands.append(self.need(scope, scores, self.dtype))
             options.append(f"bias={{{len(operands) - 1}}}")
