@@ -29,9 +29,7 @@ from jax_nano._ops import linear as _linear
 from jax_nano._ops import tables as tables  # importing it enters the primitives in JAX's tables
 from jax_nano._ops.attention_lowering import attention_p as attention_p  # importing it registers its lowering
 from jax_nano._ops.dot_general import bind, bind_labels
-from jax_nano._ops.linear_lowering import (
-    linear_p as linear_p,  # importing primitives from here registers their lowerings
-)
+from jax_nano._ops.linear_lowering import linear_p as linear_p
 from jax_nano._ops.lowering import dot_general_p as dot_general_p
 
 if TYPE_CHECKING:

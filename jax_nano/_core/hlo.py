@@ -34,6 +34,7 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
         "name": (1, "string"),
         "computations": (3, "*Computation"),
         "entry_computation_id": (6, "int64"),
+        "schedule": (7, "bytes"),  # of compiled modules; never looked into
         "input_output_alias": (8, "Aliases"),
         "buffer_donor": (18, "Donors"),
         "frontend_attributes": (19, "FrontendAttributes"),
@@ -109,6 +110,8 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
     "PrecisionConfig": {"operand_precision": (1, "*int32"), "algorithm": (2, "int32")},
     "Metadata": {"op_name": (2, "string")},
     "Literal": {
+        "shape": (1, "Shape"),
+        "preds": (2, "bytes"),  # bools, packed: a byte each
         "u8s": (3, "bytes"),
         "s32s": (4, "*int32"),
         "u32s": (6, "*uint32"),
@@ -150,8 +153,29 @@ _OTHER_NAMES: Final = {
 """JAX's other dtypes by PrimitiveType, for messages."""
 ELEMENT_TYPES: Final = {dtype: number for number, dtype in DTYPES.items()}
 
+PRED: Final = 1
+"""The PrimitiveType of bool."""
+
+_TUPLE: Final = 13
+
 # Operations that are removed when nothing uses their result any more.
-_PURE: Final = frozenset(("bitcast", "convert", "copy", "dot", "fusion", "transpose"))
+_PURE: Final = frozenset(
+    (
+        *(
+            "bitcast",
+            "broadcast",
+            "compare",
+            "constant",
+            "convert",
+            "copy",
+            "dot",
+            "fusion",
+            "get-tuple-element",
+            "iota",
+        ),
+        *("reduce", "reduce-window", "select", "slice", "transpose"),
+    )
+)
 
 TYPED_FFI: Final = 4
 """CustomCallApiVersion's API_VERSION_TYPED_FFI."""
@@ -177,7 +201,7 @@ def _declare() -> dict[str, type[Any]]:
 
 
 _CLASSES: Final = _declare()
-_Module, _Literal, _Shape = (_CLASSES[name] for name in ("Module", "Literal", "Shape"))
+_Module, _Instruction, _Literal, _Shape = (_CLASSES[name] for name in ("Module", "Instruction", "Literal", "Shape"))
 
 
 class Array(NamedTuple):
@@ -237,11 +261,29 @@ def same_shape(x: Any, y: Any) -> bool:
 
 def set_array(shape: Any, dtype: np.dtype, dims: Sequence[int]) -> None:
     """Makes a Shape that of an array in row-major order."""
+    set_shape(shape, ELEMENT_TYPES[dtype], dims)
+
+
+def set_shape(shape: Any, element_type: int, dims: Sequence[int]) -> None:
+    """As `set_array`, given the PrimitiveType."""
     shape.Clear()
-    shape.element_type = ELEMENT_TYPES[dtype]
+    shape.element_type = element_type
     shape.dimensions.extend(dims)
     shape.is_dynamic_dimension.extend([False] * len(dims))
     shape.layout.minor_to_major.extend(range(len(dims) - 1, -1, -1))
+
+
+def set_tuple(shape: Any, arrays: Sequence[tuple[int, Sequence[int]]]) -> None:
+    """Makes a Shape that of a tuple of arrays in row-major order, of these PrimitiveTypes and sizes."""
+    shape.Clear()
+    shape.element_type = _TUPLE
+    for element_type, dims in arrays:
+        set_shape(shape.tuple_shapes.add(), element_type, dims)
+
+
+def new_instruction(opcode: str) -> Instruction:
+    """An instruction of no computation."""
+    return _Instruction(opcode=opcode)
 
 
 def attribute(message: Any, key: str) -> str | None:
@@ -284,6 +326,71 @@ def scalar(constant: Instruction) -> float:
         if stored:
             return float(np.frombuffer(stored, dtype)[0])
     return literal.f32s[0]
+
+
+def number(constant: Instruction) -> float | None:
+    """The value of a constant without dimensions, of any dtype that programs mask, scale and index with."""
+    literal, element_type = _Literal.FromString(constant.literal), constant.shape.element_type
+    if element_type == PRED:
+        return float(literal.preds[0]) if literal.preds else None
+    dtype = DTYPES.get(element_type)
+    if dtype is None:
+        return None
+    if np.issubdtype(dtype, np.integer):
+        return integer(constant)
+    if dtype in (BFLOAT16, np.float16, np.float32):
+        has_value = literal.bf16s or literal.f16s or literal.f32s
+        return scalar(constant) if has_value else None
+    return None
+
+
+def first_of_range(constant: Instruction) -> int | None:
+    """The first element of a constant of int32 with one dimension, if each of the others is one more."""
+    if len(constant.shape.dimensions) != 1 or DTYPES.get(constant.shape.element_type) != np.int32:
+        return None
+    values = np.asarray(_Literal.FromString(constant.literal).s32s)
+    if values.size != constant.shape.dimensions[0] or values.size == 0 or (np.diff(values) != 1).any():
+        return None
+    return int(values[0])
+
+
+def values(constant: Instruction) -> np.ndarray | None:
+    """The elements of a constant of bool, or of a dtype in `DTYPES`; None if they are not stored one by one."""
+    literal, kind = _Literal.FromString(constant.literal), constant.shape.element_type
+    dims = list(constant.shape.dimensions)
+    dtype = np.dtype(bool) if kind == PRED else DTYPES.get(kind)
+    if dtype is None:
+        return None
+    stored = getattr(literal, _literal_field(dtype), None)
+    if stored is None:
+        return None
+    flat = np.frombuffer(stored, dtype) if isinstance(stored, bytes) else np.asarray(stored, dtype)
+    if flat.size != math.prod(dims):
+        return None
+    order = list(constant.shape.layout.minor_to_major)[::-1]
+    return flat.reshape([dims[i] for i in order]).transpose(np.argsort(order))
+
+
+def set_number(constant: Instruction, value: float) -> None:
+    """Gives a constant without dimensions, of bool or of a dtype in `DTYPES`, its value."""
+    kind = constant.shape.element_type
+    literal = _Literal()
+    literal.shape.CopyFrom(constant.shape)
+    dtype = np.dtype(bool) if kind == PRED else DTYPES[kind]
+    name = _literal_field(dtype)
+    if isinstance(getattr(literal, name), bytes):
+        setattr(literal, name, np.asarray(value, dtype).tobytes())
+    else:
+        getattr(literal, name).append(np.asarray(value, dtype).item())
+    constant.literal = literal.SerializeToString()
+
+
+def _literal_field(dtype: np.dtype) -> str:
+    """The field of a literal that holds elements of a dtype."""
+    if dtype.kind == "b":
+        return "preds"
+    kind = {"i": "s", "V": "bf"}.get(dtype.kind, dtype.kind)
+    return f"{kind}{8 * dtype.itemsize}s"
 
 
 def integer(constant: Instruction) -> int | None:
@@ -408,6 +515,28 @@ class Module:
         computations.sort(key=lambda x: place[x.id])
         return new, ids
 
+    def add_fused(self, caller: Computation, parts: Sequence[Instruction]) -> Computation:
+        """A new fused computation that `caller` may call, of instructions that name their operands by place.
+
+        The last one is its root.
+        """
+        computations = self._proto.computations
+        number = 1 + max(x.id for x in computations)
+        new = computations.add(id=number, name=f"fused_computation.jax_nano.{number}")
+        for i, x in enumerate(parts):
+            added = new.instructions.add()
+            added.CopyFrom(x)
+            added.id, added.name = number << 32 | i, f"{x.opcode}.jax_nano.{number}.{i}"
+            added.operand_ids[:] = [number << 32 | place for place in x.operand_ids]
+        new.root_id = number << 32 | (len(parts) - 1)
+        self.set_parameters(new)
+        self._by_id[number] = new
+        self.is_changed = True
+        place = {x.id: (i, 1) for i, x in enumerate(computations)}
+        place[number] = (place[caller.id][0], 0)
+        computations.sort(key=lambda x: place[x.id])
+        return new
+
     def set_parameters(self, computation: Computation) -> None:
         """Updates a computation's program_shape after its parameters were changed."""
         parameters = sorted(
@@ -418,6 +547,10 @@ class Module:
         shape.parameters.extend(x.shape for x in parameters)
         shape.parameter_names.extend(x.name for x in parameters)
         shape.result.CopyFrom(next(x.shape for x in computation.instructions if x.id == computation.root_id))
+
+    def clear_schedule(self) -> None:
+        """Forgets in which order XLA runs the instructions of a compiled module, after some were added."""
+        self._proto.ClearField("schedule")
 
     def attribute(self, key: str) -> str | None:
         """A frontend attribute of the module."""
@@ -484,6 +617,54 @@ class Body:
         self._users[operand.id].append(new.id)
         set_array(new.shape, dtype, dims)
         return new
+
+    def reshaped(self, operand: Instruction, dims: Sequence[int]) -> Instruction:
+        """As `bitcast`, of the same dtype, whatever it is."""
+        new = self._add(operand, "bitcast")
+        new.operand_ids.append(operand.id)
+        self._users[operand.id].append(new.id)
+        set_shape(new.shape, operand.shape.element_type, dims)
+        return new
+
+    def custom_call(self, near: Instruction, operands: Sequence[Instruction]) -> Instruction:
+        """A new instruction named after another one, whose shape and target are still to be set."""
+        new = self._add(near, "custom-call")
+        new.metadata.CopyFrom(near.metadata)
+        for x in operands:
+            new.operand_ids.append(x.id)
+            self._users[x.id].append(new.id)
+        return new
+
+    def get(self, source: Instruction, position: int) -> Instruction:
+        """A new instruction: an element of a tuple."""
+        new = self._add(source, "get-tuple-element")
+        new.shape.CopyFrom(source.shape.tuple_shapes[position])
+        new.tuple_index = position
+        new.operand_ids.append(source.id)
+        self._users[source.id].append(new.id)
+        return new
+
+    def loop(self, computation: Computation, operands: Sequence[Instruction], config: bytes) -> Instruction:
+        """A new fusion that XLA compiles as a loop."""
+        root = next(x for x in computation.instructions if x.id == computation.root_id)
+        new = self.fusion(computation, operands, root)
+        new.fusion_kind, new.backend_config = "kLoop", config
+        return new
+
+    def become_loop(
+        self, instruction: Instruction, computation: Computation, operands: Sequence[Instruction], config: bytes
+    ) -> None:
+        """Makes an instruction such a fusion, of a result of the same shape."""
+        self.set_operands(instruction, operands)
+        operand_ids = list(instruction.operand_ids)
+        _become(instruction, "fusion")
+        instruction.operand_ids.extend(operand_ids)
+        instruction.called_computation_ids.append(computation.id)
+        instruction.fusion_kind, instruction.backend_config = "kLoop", config
+
+    def copy_result(self, instruction: Instruction) -> Instruction:
+        """Gives all users of an instruction a copy of its result; returns the instruction, which is a new message."""
+        return self._insert_result(instruction, "copy")
 
     def fusion(self, computation: Computation, operands: Sequence[Instruction], value: Instruction) -> Instruction:
         """A new fusion that computes what `value` is in another one; its kind must be set afterwards."""

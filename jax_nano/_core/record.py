@@ -38,23 +38,37 @@ class Product(NamedTuple):
     epilogue: str = ""  # what the call does besides
 
 
+class Attention(NamedTuple):
+    """An attention of a program: two products with softmax between them, and what became of it.
+
+    Where a kernel computes it, its products are no others; where not, they are listed by themselves.
+    """
+
+    program: str
+    source: str
+    arrays: tuple[Array, ...]  # queries, keys, values, result; what was declined may name the result alone
+    detail: str  # "causal, bias"
+    declined: str | None  # why it stays two products; None: a kernel computes it in one pass
+    epilogue: str = ""
+
+
 _lock = threading.Lock()
-_products: Counter[Product] = Counter()
+_products: Counter[Product | Attention] = Counter()
 seen_again: Callable[[], bool] = bool
 """Whether the program that is lowered now will be rewritten when XLA compiles it, so that products that are left to XLA
 are recorded then. False, unless `_programs.accelerate` replaces this function."""
 verbose: bool = os.environ.get("JAX_NANO_VERBOSE", "").strip().lower() not in ("", "0", "off")
 
 
-def add(product: Product) -> None:
-    """Remembers a product of a program that is being compiled."""
+def add(product: Product | Attention) -> None:
+    """Remembers a product or attention of a program that is being compiled."""
     with _lock:
         _products[product] += 1
     if verbose:
         print(f"jax_nano: {line(product)}", file=sys.stderr, flush=True)
 
 
-Recorded: TypeAlias = Counter[Product]
+Recorded: TypeAlias = Counter[Product | Attention]
 """How often each product has been compiled."""
 
 
@@ -78,6 +92,16 @@ def withdraw(program: str, before: Recorded, why: str) -> None:
 
 def products() -> list[tuple[Product, int]]:
     """Every product compiled so far, in order, and how often."""
+    return [(x, count) for x, count in everything() if isinstance(x, Product)]
+
+
+def attentions() -> list[tuple[Attention, int]]:
+    """Every attention compiled so far, in order, and how often."""
+    return [(x, count) for x, count in everything() if isinstance(x, Attention)]
+
+
+def everything() -> list[tuple[Product | Attention, int]]:
+    """Both, in order."""
     with _lock:
         return list(_products.items())
 
@@ -99,14 +123,26 @@ def clear() -> None:
         _products.clear()
 
 
-def line(product: Product) -> str:
-    """A product as text: labels and arrays, then its kernel and plan, or why XLA computes it."""
+def line(product: Product | Attention) -> str:
+    """A product or attention as text: labels and arrays, then its kernel and plan, or why XLA computes it."""
+    if isinstance(product, Attention):
+        return _attention_line(product)
     lhs, rhs, out = (f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in product.arrays)
     what = f"{_letters(product.labels)}  {lhs} x {rhs} -> {out}"
     algorithm = "" if product.algorithm == "default" else f" ({product.algorithm})"
     algorithm += f", then {product.epilogue}" if product.epilogue else ""
     fate = _kernel(product) if product.declined is None else f"left to XLA: {product.declined}"
     return f"{what}{algorithm}: {fate}  [{product.source}]"
+
+
+def _attention_line(attention: Attention) -> str:
+    *operands, out = (f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in attention.arrays)
+    what = " ".join(filter(None, ("attention ", " x ".join(operands), "->", out)))
+    what += f", {attention.detail}" if attention.detail else ""
+    fate = f"{native.target()}, in one pass"
+    if attention.declined is not None:
+        fate = f"stays two products and softmax: {attention.declined}"
+    return f"{what}: {fate}  [{attention.source}]"
 
 
 def _letters(labels: Labels) -> str:

@@ -74,6 +74,16 @@ LOOP_VECTORS_FROM: Final = 8 << 20
 LOOP_WORK_OF_A_TASK: Final = 2**16
 
 
+# Attention in one pass, by the scores of all heads: from 768 on one call is 1.06 to 2.6 times as fast, with 256 it is
+# 0.90 to 1.9 times as fast (two cores, Zen 3, both JAX versions; docs/experiments/0081).
+ATTENTION_SCORES: Final = 2**9
+
+
+def keeps_attention(scores: int) -> bool:
+    """Whether XLA's two products and softmax are as fast as one call, for so many scores."""
+    return scores < ATTENTION_SCORES
+
+
 def is_faster(
     labels: Labels,
     lhs_shape: Sequence[int],

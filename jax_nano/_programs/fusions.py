@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
-from typing import Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from jax_nano._dispatch.decision import Policy
 # Operations that change neither values nor which element is which; a conversion is one if it loses nothing.
 _MOVES: Final = frozenset(("bitcast", "convert", "copy", "transpose"))
 # Operations too costly to be computed twice, which XLA's libraries compute faster than its loops.
-_COSTLY: Final = frozenset(
+COSTLY: Final = frozenset(
     (
         *("cholesky", "convolution", "custom-call", "dot", "fft", "reduce", "reduce-window", "select-and-scatter"),
         *("sort", "triangular-solve"),
@@ -40,7 +40,7 @@ _COSTLY: Final = frozenset(
 )
 # A fusion with one of these stays as it is: with fewer operations it could become one that XLA runs in place, over an
 # array that others still read, after XLA has decided which arrays need a copy.
-_IN_PLACE: Final = frozenset(("dynamic-update-slice", "scatter"))
+IN_PLACE: Final = frozenset(("dynamic-update-slice", "scatter"))
 
 # Elements of a loop for which one more thread pays. XLA has split its own loops over threads before the hook.
 _ELEMENTS_PER_THREAD: Final = 1 << 15
@@ -116,7 +116,7 @@ class _Fusion:
             self._settle()
 
     def _why_fixed(self) -> str | None:
-        if self._instruction.output_operand_aliasing or any(x.opcode in _IN_PLACE for x in self._by_id.values()):
+        if self._instruction.output_operand_aliasing or any(x.opcode in IN_PLACE for x in self._by_id.values()):
             return "its fusion updates an array in place"
         return None
 
@@ -176,7 +176,7 @@ class _Fusion:
         """The first operation on the way to a value that is costly, and that the rest of the fusion needs as well."""
         rest = {x.id for x in self._ancestors(self._root, without=value)}
         return next(
-            (x for x in self._ancestors(value) if x.opcode in _COSTLY and x.id in rest and x.id != value.id), None
+            (x for x in self._ancestors(value) if x.opcode in COSTLY and x.id in rest and x.id != value.id), None
         )
 
     def _ancestors(self, value: Instruction, without: Instruction | None = None) -> list[Instruction]:
@@ -245,18 +245,23 @@ def _set_kind(fusion: Instruction, inner: Iterable[Instruction], root: Instructi
     """Makes a fusion a library's, if `like` is one and it contains what libraries compute better; otherwise a loop."""
     if fusion is like and like.fusion_kind == "kLoop":
         return
-    if like.fusion_kind == "kCustom" and (root.opcode == "tuple" or any(x.opcode in _COSTLY for x in inner)):
+    if like.fusion_kind == "kCustom" and (root.opcode == "tuple" or any(x.opcode in COSTLY for x in inner)):
         fusion.fusion_kind, fusion.backend_config = like.fusion_kind, like.backend_config
         return
     fusion.fusion_kind = "kLoop"
+    fusion.backend_config = loop_config(root.shape)
+
+
+def loop_config(shape: Any) -> bytes:
+    """How a loop with a result of this shape is split over threads, as a fusion's backend_config says it."""
     partitions = []
-    dims = list(root.shape.dimensions)
+    dims = list(shape.dimensions)
     if dims:
         threads = min(machine.threads(compat.cpu_devices()), math.prod(dims) // _ELEMENTS_PER_THREAD)
-        outermost = root.shape.layout.minor_to_major[-1]
+        outermost = shape.layout.minor_to_major[-1]
         if threads > 1 and dims[outermost] >= threads:
             partitions = [str(threads)]
-    fusion.backend_config = json.dumps({"outer_dimension_partitions": partitions}).encode()
+    return json.dumps({"outer_dimension_partitions": partitions}).encode()
 
 
 def _loses_nothing(source: Instruction, move: Instruction) -> bool:

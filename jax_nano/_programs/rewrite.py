@@ -20,8 +20,9 @@ from typing import Final
 from jax_nano._core import hlo, record
 from jax_nano._core import jax_compat as compat
 from jax_nano._core.hlo import Body, Computation, Instruction, Module
+from jax_nano._dispatch import xla
 from jax_nano._dispatch.decision import Policy
-from jax_nano._programs import calls, fusions, inner_products, loops, products
+from jax_nano._programs import attention, attention_calls, calls, fusions, inner_products, loops, products
 from jax_nano._programs.products import Dot
 
 # Where the results of a changed module are not stored in donated memory, each call gets new pages for those that are
@@ -32,8 +33,8 @@ _MOST_DONATED: Final = 16 << 20
 _SMALL: Final = "part of a small loop that XLA compiles into one function, in which no call can stand"
 
 
-def rewrite(module: Module, policy: Policy) -> list[record.Product]:
-    """Turns the products of a module into calls; returns what became of each."""
+def rewrite(module: Module, policy: Policy) -> list[record.Product | record.Attention]:
+    """Turns the attentions and products of a module into calls; returns what became of each."""
     return _Rewriter(module, policy).rewrite()
 
 
@@ -45,14 +46,17 @@ class _Rewriter:
         self._why_none = _why_none(module)
         self._in_one_function = module.called_from(hlo.is_one_function)
 
-    def rewrite(self) -> list[record.Product]:
-        module, found, seen = self._module, list[record.Product](), set[int]()
+    def rewrite(self) -> list[record.Product | record.Attention]:
+        module, found, seen = self._module, list[record.Product | record.Attention](), set[int]()
         inner_products.restore(module, self._why_not_taken_out)
         why = fusions.take_out(module, self._why_not_taken_out, self._policy)
         if self._why_none is None:
             loops.carry_narrow_arrays(module, module.fused(), self._calls_in, self._policy)
             self._in_one_function = module.called_from(hlo.is_one_function)
         for body in module.bodies("dot", "fusion"):
+            attentions, body, inside = self._replace_attentions(body)
+            found += attentions
+            seen |= inside
             dots = _products_of(body)
             if not dots:
                 continue
@@ -90,6 +94,40 @@ class _Rewriter:
                 )
         return found
 
+    def _replace_attentions(self, body: Body) -> tuple[list[record.Attention], Body, set[int]]:
+        """Puts calls in the place of attentions; the ids of the dots in them, and what is left of the computation."""
+        found = list[record.Attention]()
+        before = _dots_of(body)
+        for number in before:
+            if all(x.id != number for x in body.instructions):
+                continue
+            second = body[number]
+            attended = attention.find(body, second)
+            if attended is None:
+                continue
+            arrays: tuple[record.Array, ...] = (_array(second),)
+            detail, declined = "", attended if isinstance(attended, str) else self._why_none_in(body.computation)
+            if not isinstance(attended, str):
+                shown = (*(x.element.instruction for x in (attended.q, attended.k, attended.v)), attended.root)
+                arrays, detail = tuple(map(_array, shown)), attended.text()
+                if declined is None and self._policy.declines and xla.keeps_attention(attended.count_scores()):
+                    declined = "XLA is as fast with so few scores"
+                source = attended.second.metadata.op_name or attended.second.name
+                if declined is None:
+                    try:
+                        attention_calls.write(body, attended)
+                    except attention.NotAttention as error:
+                        declined = str(error)
+                    else:
+                        body.commit()
+                        body = Body(body.module, body.computation)
+            else:
+                source = second.metadata.op_name or second.name
+            found.append(record.Attention(self._module.name, source, arrays, detail, declined))
+        left = _dots_of(body)
+        inside = {dot for number, dots in before.items() if number not in left for dot in dots}
+        return found, body, inside
+
     def _replace(self, body: Body, product: Dot, numbers: frozenset[int], why_none: str | None) -> record.Product:
         """Replaces a product by a call, unless XLA is to compute it."""
         seen = products.see(body, product)
@@ -124,6 +162,21 @@ class _Rewriter:
         labels = products.labels_of(dot, *(len(x.shape.dimensions) for x in arrays[:2]))
         a, b, c = (record.Array(hlo.dtype_name(x.shape), tuple(x.shape.dimensions)) for x in arrays)
         return record.Product(self._module.name, source, (a, b, c), labels, "default", why)
+
+
+def _dots_of(body: Body) -> dict[int, set[int]]:
+    """The ids of the dots that a computation's instructions are or hold, by the ids of these."""
+    found = {}
+    for x in body.instructions:
+        inner = body.module.computation(x.called_computation_ids[0]).instructions if x.opcode == "fusion" else [x]
+        dots = {y.id for y in inner if y.opcode == "dot"}
+        if dots:
+            found[x.id] = dots
+    return found
+
+
+def _array(x: Instruction) -> record.Array:
+    return record.Array(hlo.dtype_name(x.shape), tuple(x.shape.dimensions))
 
 
 def _products_of(body: Body) -> list[Dot]:

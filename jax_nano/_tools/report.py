@@ -15,15 +15,20 @@ def report() -> str:
 
     A line for each product: how often it was compiled; its dimensions in einsum's letters as they lie in memory, so
     that `ba,bc->ac` has its left operand stored transposed; dtypes and shapes; then target, kernel, blocking and
-    threads, or why it was left to XLA. `jax_nano.matmul` and its relatives are always listed, other products of JAX if
-    `jax_nano.accelerate` was on.
+    threads, or why it was left to XLA. A line for each attention: queries x keys x values -> result, each as it lies in
+    memory, and what masks its scores; the two products of one that runs in one pass have no lines of their own.
+    `jax_nano.matmul` and its relatives are always listed, other products of JAX if `jax_nano.accelerate` was on.
     """
-    found = record.products()
+    found = record.everything()
     if not found:
         return "jax_nano: no product was compiled"
-    total = sum(count for _, count in found)
-    ours = sum(count for product, count in found if product.declined is None)
+    products = record.products()
+    total = sum(count for _, count in products)
+    ours = sum(count for product, count in products if product.declined is None)
     lines = [f"jax_nano: {total} products compiled, {ours} run on kernels, {total - ours} are left to XLA"]
+    attentions = sum(count for attention, count in record.attentions() if attention.declined is None)
+    if attentions:
+        lines[0] += f"; {attentions} attention{'s' if attentions > 1 else ''} run in one pass"
     programs = dict.fromkeys(product.program for product, _ in found)
     for program in programs:
         lines.append(program)

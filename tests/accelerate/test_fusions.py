@@ -39,16 +39,18 @@ def gate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 both_gates = pytest.mark.parametrize("gate", [True, False], ids=["gate", "no gate"], indirect=True)
 
 
-def counted(fun: Program, *args: Any, rtol: float = 2e-5) -> tuple[int, list[record.Product]]:
+def counted(fun: Program, *args: Any, rtol: float = 2e-5) -> tuple[int, list[record.Product | record.Attention]]:
     """The products of a program, and those that run on kernels. Checks results and report.
 
-    Every product is in the report, with a reason if it is XLA's, and no other one is.
+    Every product is in the report, with a reason if it is XLA's, and no other one is. An attention in one pass stands
+    for two products.
     """
     plain = jax.jit(fun).lower(*args).compile()
     jax_nano.clear_report()
     with jax_nano.accelerate():
         accelerated = jax.jit(fun).lower(*args).compile()
-    told = [product for product, count in record.products() for _ in range(count)]
+    told: list[record.Product | record.Attention] = [x for x, count in record.products() for _ in range(count)]
+    told += [x for x, count in record.attentions() if x.declined is None for _ in range(2 * count)]
     before, after = dots_of(plain.as_text()), dots_of(accelerated.as_text())
     assert len(told) == before, jax_nano.report()
     left = [product for product in told if product.declined is not None]
@@ -65,6 +67,11 @@ def counted(fun: Program, *args: Any, rtol: float = 2e-5) -> tuple[int, list[rec
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / 8
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
+
+
+def with_weights(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) / 8)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v), weights
 
 
 def network(x: jax.Array, f: jax.Array, g: jax.Array, w: jax.Array, v: jax.Array) -> jax.Array:
@@ -102,6 +109,7 @@ PROGRAMS: Final[dict[str, tuple[Program, tuple[tuple[int, ...], ...], int]]] = {
         2,
     ),
     "attention": (attention, HEADS, 2),
+    "attention that returns its weights": (with_weights, HEADS, 2),
     "jax.nn's attention": (jax.nn.dot_product_attention, HEADS, 2),
     "causal attention": (lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True), HEADS, 2),
     "gradients of attention": (jax.grad(lambda *x: (attention(*x) ** 2).sum(), (0, 1, 2)), HEADS, 6),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import jax_nano
+from jax_nano._dispatch import decision
 from jax_nano._ops import cost_analysis
 
 PROGRAMS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
@@ -93,3 +94,31 @@ def test_flax_tabulates_our_products() -> None:
         table = model.tabulate(jax.random.key(0), jnp.ones((8, 32)), compute_flops=True, console_kwargs={"width": 200})
         flops.append([word for word in table.split() if word == str(2 * 8 * 32 * 16)])
     assert flops[0] == flops[1] != []
+
+
+def attention_flops(program: Callable[..., Any], *shapes: tuple[int, ...]) -> tuple[float, float]:
+    """Of the lowered and the compiled program."""
+    lowered = jax.jit(program).lower(*specs(list(shapes)))
+    return lowered.cost_analysis()["flops"], lowered.compile().cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("heads", [4, 2], ids=["", "grouped"])
+def test_attention_counts_as_its_products(heads: int) -> None:
+    q, kv = (2, 24, 4, 16), (2, 40, heads, 16)
+    products = 2 * 2 * 2 * 4 * 24 * 40 * 16
+    for flops in attention_flops(lambda *x: jax_nano.dot_product_attention(*x, is_causal=True), q, kv, kv):
+        assert flops == products
+
+
+def test_accelerated_attention_counts_as_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decision, "policy", decision.Policy(declines=False))
+    q = (2, 40, 4, 16)
+
+    def program(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(q, k, v)
+
+    with jax_nano.accelerate():
+        compiled = jax.jit(program).lower(*specs([q, q, q])).compile()
+    assert "jax_nano_attention" in compiled.as_text()
+    products = 2 * 2 * 2 * 4 * 40 * 40 * 16
+    assert products <= compiled.cost_analysis()["flops"] < 1.1 * products

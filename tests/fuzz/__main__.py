@@ -178,6 +178,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _tell(said: dict[str, Any], counts: Counter[str], arguments: argparse.Namespace, bar: Any) -> None:
     counts["programs"] += 1
     counts["with calls"] += said.get("calls", 0) > 0
+    counts["with attention"] += said.get("attentions", 0) > 0
     counts["with epilogues"] += said.get("epilogues", 0) > 0
     counts["skipped"] += bool(said.get("skipped"))
     counts["where XLA is wrong"] += bool(said.get("plain_wrong"))

@@ -26,7 +26,7 @@ MARGIN: Final = 2.0
 CHAOS: Final = 0.25
 """Elements that may be off by this part of the largest are not judged: a few draws do not say how far they may go.
 
-Seed 82 chains thirty products of float16 through steep functions. Computed exactly but for one rounding after every
+A program chained thirty products of float16 through steep functions. Computed exactly but for one rounding after every
 operation, 192 of its 2048 elements are off by more than the bound that the draws give, by up to 1.27 of at most 1.
 """
 FLOOR: Final = 0.6
@@ -46,6 +46,7 @@ class Outcome:
     plain_wrong: str = ""
     """What is wrong with XLA's own result."""
     calls: int = 0
+    attentions: int = 0
     declined: int = 0
     epilogues: int = 0
     unjudged: float = 0.0
@@ -91,6 +92,8 @@ def _accelerated(program: Program, *, plain: bool) -> Outcome:
                 outcome.failure = outcome.sort = ""
                 outcome.skipped = f"{type(other).__name__}: {other}"
             return outcome
+    outcome.attentions = sum(count for x, count in record.attentions() if x.declined is None)
+    outcome.calls = outcome.attentions
     for product, count in record.products():
         outcome.calls += count * (product.declined is None)
         outcome.declined += count * (product.declined is not None)
