@@ -31,7 +31,7 @@ import numpy as np
 
 from jax_nano._core import hlo, native
 from jax_nano._core.hlo import Body, Instruction
-from jax_nano._ops.attention_lowering import MOST_ELEMENTS
+from jax_nano._dispatch.decision import MOST_ATTENTION_ELEMENTS
 from jax_nano._programs import aliasing
 from jax_nano._programs.elements import ELEMENTWISE, Element, Index, Reader, Unknown, constant, converts_floats
 
@@ -675,7 +675,7 @@ class _Search:
             in_result = self._reader.in_memory(result)
             layouts = list(_layouts(in_q, in_k, in_v, in_result, keys, positions, copied=copied))
             sizes = self._reader.atoms.size
-            layouts = [x for x in layouts if max(sizes(x.depth), sizes(x.width)) <= MOST_ELEMENTS]
+            layouts = [x for x in layouts if max(sizes(x.depth), sizes(x.width)) <= MOST_ATTENTION_ELEMENTS]
             if not layouts:
                 continue
             layout = min(layouts, key=self._extra_elements)
