@@ -75,7 +75,7 @@ LOOP_WORK_OF_A_TASK: Final = 2**16
 
 
 # Attention in one pass, by the scores of all heads: from 768 on one call is 1.06 to 2.6 times as fast, with 256 it is
-# 0.90 to 1.9 times as fast (two cores, Zen 3, both JAX versions; docs/experiments/0081).
+# 0.90 to 1.9 times as fast (two cores, Zen 3, both JAX versions; docs/experiments/0082).
 ATTENTION_SCORES: Final = 2**9
 
 
