@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from jax_nano import checkpoint_policies as checkpoint_policies
     from jax_nano._core.native import register as register
     from jax_nano._ops.dot_general import dot_general_p as dot_general_p
-    from jax_nano._ops.flax_attention import attention_fn as attention_fn
     from jax_nano._programs.accelerate import accelerate as accelerate
     from jax_nano._tools.report import clear_report as clear_report
     from jax_nano._tools.report import report as report
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from jax_nano.api import tensordot as tensordot
     from jax_nano.api import vdot as vdot
     from jax_nano.api import vecmat as vecmat
+    from jax_nano.flax_attention import attention_fn as attention_fn
 
 # Where each public name lives.
 _HOMES = {
@@ -57,7 +57,7 @@ _HOMES = {
         "jax_nano.api",
     ),
     "accelerate": "jax_nano._programs.accelerate",
-    "attention_fn": "jax_nano._ops.flax_attention",
+    "attention_fn": "jax_nano.flax_attention",
     "clear_report": "jax_nano._tools.report",
     "register": "jax_nano._core.native",
     "report": "jax_nano._tools.report",
