@@ -335,13 +335,14 @@ FFI_ABI: Final = 1
 
 DOT_GENERAL_CALL: Final = "jax_nano_dot_general"
 LINEAR_CALL: Final = "jax_nano_linear"
+QUANTIZED_CALL: Final = "jax_nano_quantized"
 """The names under which XLA finds the calls (csrc/ffi.cc)."""
 
 # --- the contract between kernels and runtime -----------------------------------------------------------------
 
 # fmt: off
 CType: TypeAlias = Literal[
-    "bool", "double", "int32_t", "int64_t", "Activation", "GemmFn",
+    "bool", "double", "int32_t", "int64_t", "Activation", "GemmFn", "QuantizedFn",
     "void*", "const void*", "const char*", "const Epilogue*",
 ]
 # fmt: on
@@ -436,6 +437,88 @@ KERNEL_INFO: Final = (
     Field("GemmFn", "fn"),
 )
 """One generated GEMM: a target and a signature, with every microkernel behind it. The manifest gives all but `fn`."""
+
+# --- quantised weights ----------------------------------------------------------------------------------------
+
+
+class Weight(NamedTuple):
+    """A dtype of quantised weights.
+
+    Attributes:
+      name: NumPy's or ml_dtypes' name for it.
+      number: its number in XLA's PrimitiveType and in the FFI's DataType.
+      form: what kernels take for it, by the names in codegen/quantized/formats.py.
+      bits: of one weight; two of 4 bits share a byte, the first one in its lower half.
+      flip: what is added to stored integers to make them unsigned; its bit is flipped.
+    """
+
+    name: str
+    number: int
+    form: str
+    bits: int
+    flip: int
+
+
+WEIGHTS: Final[dict[str, Weight]] = {
+    x.name: x
+    for x in (
+        Weight("int8", 2, "i8", 8, 128),
+        Weight("uint8", 6, "i8", 8, 0),
+        Weight("int4", 21, "i4", 4, 8),
+        Weight("uint4", 22, "i4", 4, 0),
+        Weight("float8_e4m3fn", 20, "f8e4m3", 8, 0),
+        Weight("float8_e5m2", 19, "f8e5m2", 8, 0),
+    )
+}
+
+QUANTIZED_ROWS: Final = ("float32", "bfloat16", "float16", "int8", "uint8")
+"""What x, scales and results (the first three) and zero points (the last two) may be; kernels know them by number."""
+
+QUANTIZED_GROUP: Final = 16
+"""What sizes of groups are multiples of, unless one group is all of K."""
+
+QUANTIZED_TASKS: Final = ("columns", "inner", "dequantize_columns", "dequantize_along_k", "round")
+"""What a kernel for quantised weights can be asked for, by number."""
+
+QUANTIZED_ARGS: Final = (
+    Field("int64_t", "task", "a place in QUANTIZED_TASKS"),
+    Field("int64_t", "m", "rows of x, 1 to 4"),
+    Field("int64_t", "n"),
+    Field("int64_t", "k"),
+    Field("int64_t", "group", "values of K that share a scale; k if all do"),
+    Field("int64_t", "first", "to dequantise: values of K of its first group that come before the block"),
+    Field("int64_t", "flip", "Weight::flip"),
+    Field("const void*", "x"),
+    Field("int64_t", "rsx", "elements between rows of x"),
+    Field("int64_t", "x_dtype", "dtypes of rows: places in QUANTIZED_ROWS"),
+    Field("const void*", "q", "weights: rows of columns, or for along K and inner a row along K for each column"),
+    Field("int64_t", "rsq", "BYTES between them"),
+    Field("const void*", "scale", "a row for each group, or for along K and inner one for each column"),
+    Field("int64_t", "rs_scale", "elements between them"),
+    Field("int64_t", "scale_dtype"),
+    Field("const void*", "zero", "zero points like the scales; null: none"),
+    Field("int64_t", "rs_zero"),
+    Field("int64_t", "zero_dtype"),
+    Field("void*", "out", "the result"),
+    Field("int64_t", "rs_out"),
+    Field("int64_t", "out_dtype"),
+    Field("int64_t", "nc", "columns at once, whole registers; and float32 between rows of y"),
+    Field("void*", "x_pack", "workspace: m + 1 rows of k rounded up to 128 float32"),
+    Field("void*", "sums", "workspace: m * nc float32, at least 256"),
+    Field("void*", "y", "workspace: m * nc float32; float32 weights, or what is to be rounded"),
+    Field("void*", "zeros", "workspace: nc float32, for inner 4 * (groups + 32)"),
+    Field("void*", "scales", "workspace: the same"),
+)
+"""The argument of a generated kernel for quantised weights (csrc/quantized.h)."""
+
+QUANTIZED_INFO: Final = (
+    Field("const char*", "name"),
+    Field("const char*", "target"),
+    Field("const char*", "form"),
+    Field("int32_t", "bits"),
+    Field("int32_t", "block", "weights in a register"),
+    Field("QuantizedFn", "fn"),
+)
 
 PACK_SLACK_BYTES: Final = 8192
 """Packing stores whole vectors, so a packed block may be overrun by less than this."""

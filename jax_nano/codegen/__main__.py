@@ -13,8 +13,11 @@ from pathlib import Path
 from . import checks, emulate, manifest, report
 from .cache import Cache
 from .catalog import Kernel, find, kernels
+from .quantized import checks as quantized_checks
+from .quantized.kernel import QuantizedKernel
+from .quantized.kernel import kernels as quantized_kernels
 from .target import TARGETS
-from .toolchain import STAGES, Toolchain, ToolchainError
+from .toolchain import LLC_FLAGS, STAGES, Toolchain, ToolchainError
 
 
 def build(out: Path, jobs: int, cached: Path | None = None) -> None:
@@ -22,25 +25,29 @@ def build(out: Path, jobs: int, cached: Path | None = None) -> None:
     tools = Toolchain.find()
     out.mkdir(parents=True, exist_ok=True)
     cache = Cache(cached, tools)
-    chosen = list(kernels())
+    chosen, quantized = list(kernels()), list(quantized_kernels())
     with ThreadPoolExecutor(jobs) as pool:
         # The bindings' contexts stay in this thread; the tools run side by side.
-        work = [pool.submit(_object, tools, cache, out, kernel, kernel.mlir()) for kernel in chosen]
+        work = [pool.submit(_object, tools, cache, out, k, k.mlir()) for k in (*quantized, *chosen)]
         objects = [w.result() for w in work]
     cache.drop_the_unused()
-    manifest.write(chosen, objects, out)
+    manifest.write(chosen, quantized, objects, out)
     print(f"{len(objects)} kernels in {out}")
 
 
-def _object(tools: Toolchain, cache: Cache, out: Path, kernel: Kernel, mlir: str) -> Path:
+def _object(tools: Toolchain, cache: Cache, out: Path, kernel: Kernel | QuantizedKernel, mlir: str) -> Path:
     """A kernel's checked object file in ``out``, compiled or from the cache."""
     path = out / f"{kernel.symbol}.o"
     name = cache.name(kernel, mlir)
     if cache.fetch(name, path):
         return path
     scratch = path.with_suffix(".part.o")
-    tools.object_file(tools.optimized(tools.llvm_ir(mlir), kernel.target), kernel.target, scratch)
-    checks.k_loops(kernel, tools.disassemble(scratch))
+    flags = kernel.flags if isinstance(kernel, QuantizedKernel) else LLC_FLAGS
+    tools.object_file(tools.optimized(tools.llvm_ir(mlir), kernel.target), kernel.target, scratch, flags)
+    if isinstance(kernel, QuantizedKernel):
+        quantized_checks.sweeps(kernel, tools.disassemble(scratch))
+    else:
+        checks.k_loops(kernel, tools.disassemble(scratch))
     scratch.replace(path)
     cache.keep(name, path)
     return path
@@ -57,7 +64,8 @@ def _report(jobs: int, cached: Path | None, *, markdown: bool) -> str:
 
 def show(name: str, stage: str, function: str | None) -> str:
     """One kernel at one stage of the pipeline, as text."""
-    kernel = find(name)
+    known = {k.name: k for k in quantized_kernels()}
+    kernel = known.get(name) or find(name)
     mlir = kernel.mlir()
     if stage == "mlir":
         return mlir
@@ -71,8 +79,19 @@ def show(name: str, stage: str, function: str | None) -> str:
     if stage == "optimized":
         return optimized
     if stage == "asm":
-        return tools.asm(optimized, kernel.target)
+        return _asm(tools, optimized, kernel)
+    if isinstance(kernel, QuantizedKernel):
+        raise KeyError("mca reports are of plain kernels")
     return report.mca_text(kernel, tools, optimized, function)
+
+
+def _asm(tools: Toolchain, optimized: str, kernel: Kernel | QuantizedKernel) -> str:
+    if not isinstance(kernel, QuantizedKernel):
+        return tools.asm(optimized, kernel.target)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.o"
+        tools.object_file(optimized, kernel.target, path, kernel.flags)
+        return tools.disassemble(path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,6 +130,8 @@ def _run(args: argparse.Namespace) -> None:
         print("targets: " + ", ".join(TARGETS))
         for kernel in kernels():
             print(f"{kernel.name:48} {kernel.signature:28} {kernel.why}")
+        for quantized in quantized_kernels():
+            print(f"{quantized.name:48} quantised weights of {quantized.form.bits} bits")
     elif args.command == "build":
         if args.emulate:
             emulate.build(kernels(), args.out / "emulated.so", args.jobs)

@@ -1,0 +1,261 @@
+"""Few rows of x and weights whose columns lie side by side, which are read once, where they lie.
+
+    for jc in n by nc                           sums and what belongs to columns stay in the caches
+      for each group of k
+        [zero points of the group]              in the order of fields, plus what a field holds for zero bits
+        for kk in the group by steps            one sweep: ``depth`` rows of weights
+          for each register of columns
+            sums[rows, fields] += x[rows, kk..] * (fields of the weights - zero points)
+        y += scales * sums                      in natural order; the sums are zero again
+
+A sweep goes through a few rows of weights side by side, as that many streams which the hardware prefetches, and fetches
+those that come next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from jax_nano._core.spec import DTYPES, QUANTIZED_ROWS
+
+from .. import ir
+from ..ir import I64, Ptr, Size, Value
+from ..microkernel import A_ROWS_PER_POINTER, RowOffsets
+from ..target import Target
+from .formats import Format, Integers, block, field_count
+from .rows import Rows
+
+ROWS = 4  # of x at once: with more of them products, not memory, are the limit
+DEPTH = 8  # rows of weights in a sweep
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One sweep of ``depth`` rows of weights with ``rows`` rows of x."""
+
+    form: Format
+    target: Target
+    rows: int
+    depth: int
+
+    PARAMS = ("q", "rsq", "x", "sums", "zeros", "zeros_step", "cols", "flip")
+    _POINTERS = {"q": "int8", "x": "float32", "sums": "float32", "zeros": "float32"}
+
+    def name(self, prefix: str) -> str:
+        return f"{prefix}_sweep_{self.rows}x{self.depth}"
+
+    def emit(self, module: ir.Module, prefix: str) -> None:
+        params = [self._POINTERS.get(p, "i64") for p in self.PARAMS]
+        module.function(self.name(prefix), params, self._body, internal=True)
+
+    @property
+    def fields_at_once(self) -> int:
+        """As many as leave their sums in registers."""
+        room, count = self.target.vector_registers - 10, field_count(self.form)
+        while count > 1 and count * self.rows > room:
+            count //= 2
+        return count
+
+    def _body(self, *args: Any) -> None:
+        q, rsq, x, sums, zeros, zeros_step, cols, flip = args
+        form, lanes, rows = self.form, self.form.lanes, self.rows
+        count, width = field_count(form), block(form)
+        offsets = RowOffsets(rsq)
+        behind = rsq * self.depth
+        words = (cols % width) * form.bits // 32
+        mask = ir.lane_mask(words, lanes)
+
+        def register(at: Sequence[Ptr], load: Callable[[Ptr], Value], *, ahead: bool) -> None:
+            """A register of columns: ``at`` points to rows of weights, then to sums, then to zeros."""
+            *of_q, total, zero = at
+            rows_of_q = [
+                offsets.of(of_q[d // A_ROWS_PER_POINTER], d % A_ROWS_PER_POINTER) for d in range(self.depth)
+            ]
+            for first in range(0, count, self.fields_at_once):
+                which = range(first, first + self.fields_at_once)
+                places = [[total.at((i * count + f) * lanes) for f in which] for i in range(rows)]
+                acc = [[p.load(lanes) for p in of_row] for of_row in places]
+                for d, row in enumerate(rows_of_q):
+                    if ahead and first == 0:
+                        row.at(behind).prefetch(level=2)
+                    # Or LLVM keeps what every row of weights needs in registers, of which there are not enough.
+                    ir.keep_order()
+                    factors = [ir.splat(x.at(d * rows + i).load(), lanes) for i in range(rows)]
+                    for j, v in enumerate(form.fields(load(row), which, flip)):
+                        if form.is_integer:
+                            v = ir.subtract(v, zero.at(which[j] * lanes).load(lanes))
+                        for i, factor in enumerate(factors):
+                            acc[i][j] = ir.fma(factor, v, acc[i][j])
+                for of_row, values in zip(places, acc, strict=True):
+                    for p, v in zip(of_row, values, strict=True):
+                        p.store(v)
+
+        def whole(p: Ptr) -> Value:
+            return p.as_type("int32").load(lanes, alignment=1)
+
+        def partial_(p: Ptr) -> Value:
+            return p.as_type("int32").load(lanes, mask, alignment=1)
+
+        def body(_: I64, *at: Ptr) -> list[Any]:
+            *of_q, total, zero = at
+            register(at, whole, ahead=self.depth > 1)
+            return [
+                *(p.at(lanes * 4) for p in of_q),
+                total.at(rows * count * lanes),
+                zero.at(zeros_step),
+            ]
+
+        first = [q.at(d * rsq) for d in range(0, self.depth, A_ROWS_PER_POINTER)]
+        at = ir.loop(0, cols // width, 1, [*first, sums, zeros], body)
+        ir.if_(ir.less(0, words), lambda: register(at, partial_, ahead=False))
+
+
+def sweeps(form: Format, target: Target, *, rows: Sequence[int] = range(1, ROWS + 1)) -> list[Sweep]:
+    """Those for so many rows of x, in the order in which they go through K."""
+    return [Sweep(form, target, count, depth) for count in rows for depth in (DEPTH, 1)]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The sweeps, and the loops around them."""
+
+    module: ir.Module
+    prefix: str
+    form: Format
+    target: Target
+    rows: Rows
+
+    def emit(self) -> None:
+        """Adds all functions."""
+        module, name = self.module, self._name
+        for sweep in sweeps(self.form, self.target):
+            sweep.emit(module, self.prefix)
+        module.function(name("flush"), ["float32"] * 3 + ["i64"] * 3, self._flush, internal=True)
+        module.function(name("clear"), ["float32", "i64"], self._clear, internal=True)
+        if isinstance(self.form, Integers):
+            module.function(name("zeros"), ["float32", "float32", "i64", "i64"], self._zeros, internal=True)
+
+    def _name(self, what: str) -> str:
+        return f"{self.prefix}_columns_{what}"
+
+    def _clear(self, p: Ptr, count: I64) -> None:
+        """Whole vectors of zeros."""
+        zero = ir.zeros(self.form.lanes, "float32")
+        ir.loop(0, count, self.form.lanes, [], lambda i: p.at(i).store(zero))
+
+    def _zeros(self, points: Ptr, to: Ptr, registers: I64, flip: I64) -> None:
+        """What fields hold for the zero points, of which whole registers of float32 are given."""
+        form, lanes, count = self.form, self.form.lanes, field_count(self.form)
+        assert isinstance(form, Integers)
+        bits = form.zeros(ir.int32_to_float32(ir.as_int32(flip)))
+
+        def register(_: I64, source: Ptr, target: Ptr) -> list[Any]:
+            natural = [source.at(j * lanes).load(lanes) for j in range(count)]
+            for f, v in enumerate(form.permuted(natural)):
+                target.at(f * lanes).store(ir.add_vectors(v, bits[f]))
+            return [source.at(count * lanes), target.at(count * lanes)]
+
+        ir.loop(0, registers, 1, [points, to], register)
+
+    def _flush(self, sums: Ptr, y: Ptr, scales: Ptr, rs_y: I64, registers: I64, rows: I64) -> None:
+        """``y += scales * sums`` for whole registers of columns; the sums are zero afterwards."""
+        form, lanes, count = self.form, self.form.lanes, field_count(self.form)
+        zero = ir.zeros(lanes, "float32")
+
+        def row(j: I64, i: I64) -> None:
+            source, target = sums.at((j * rows + i) * (count * lanes)), y.at(i * rs_y + j * (count * lanes))
+            fields = [source.at(f * lanes).load(lanes) for f in range(count)]
+            for f, v in enumerate(form.natural(fields)):
+                p, factor = target.at(f * lanes), scales.at(j * (count * lanes) + f * lanes).load(lanes)
+                total = ir.multiply(v, ir.like(v, form.factor)) if form.factor != 1 else v
+                p.store(ir.fma(total, factor, p.load(lanes)))
+            for f in range(count):
+                source.at(f * lanes).store(zero)
+
+        def of_register(j: I64) -> None:
+            ir.loop(0, rows, 1, [], lambda i: row(j, i))
+
+        ir.loop(0, registers, 1, [], of_register)
+
+    def nest(self, x: dict[str, Any]) -> None:
+        """The product, given the fields of the arguments."""
+        module, form, rows = self.module, self.form, self.rows
+        width = block(form)
+        ir.loop(
+            0,
+            x["m"],
+            1,
+            [],
+            lambda i: rows.load(
+                x["x"] + i * x["rsx"] * bytes_of(x["x_dtype"]), x["x_dtype"], x["x_pack"].at(i), x["k"], x["m"]
+            ),
+        )
+        flip, q, sums, y, zeros, scales = (x[name] for name in ("flip", "q", "sums", "y", "zeros", "scales"))
+        has_points = ir.negate(ir.equal(x["zero"], 0))
+
+        def block_of_columns(jc: I64) -> None:
+            cols = ir.minimum(x["n"] - jc, x["nc"])
+            registers = (cols + (width - 1)) // width
+            room = registers * width
+            module.call(self._name("clear"), [sums, room * x["m"]])
+            ir.loop(0, x["m"], 1, [], lambda i: module.call(self._name("clear"), [y.at(i * x["nc"]), room]))
+
+            if form.is_integer:
+
+                def no_points() -> None:
+                    module.call(self._name("clear"), [scales, width])
+                    module.call(self._name("zeros"), [scales, zeros, 1, flip])
+
+                ir.if_(ir.negate(has_points), no_points)
+
+            def sweep(rows_of_x: int, begin: I64, end: Size) -> None:
+                done: Size = begin
+                step = ir.select_size(has_points, width, 0)
+                for sweep_ in sweeps(form, self.target, rows=[rows_of_x]):
+                    last = done + (end - done) // sweep_.depth * sweep_.depth
+
+                    def one(kk: I64, sweep_: Sweep = sweep_) -> None:
+                        row = q.at(kk * x["rsq"] + jc * form.bits // 8)
+                        arguments = [row, x["rsq"], x["x_pack"].at(kk * rows_of_x), sums, zeros, step, cols, flip]
+                        module.call(sweep_.name(self.prefix), arguments)
+
+                    ir.loop(done, last, sweep_.depth, [], one)
+                    done = last
+
+            def group(begin: I64) -> None:
+                number = begin // x["group"]
+                end = ir.minimum(begin + x["group"], x["k"])
+                if form.is_integer:
+
+                    def points() -> None:
+                        at = x["zero"] + (number * x["rs_zero"] + jc) * bytes_of(x["zero_dtype"])
+                        rows.load(at, x["zero_dtype"], scales, cols)
+                        module.call(self._name("zeros"), [scales, zeros, registers, flip])
+
+                    ir.if_(has_points, points)
+                ir.switch(x["m"], [partial(sweep, count, begin, end) for count in range(1, ROWS + 1)], first=1)
+                at = x["scale"] + (number * x["rs_scale"] + jc) * bytes_of(x["scale_dtype"])
+                rows.load(at, x["scale_dtype"], scales, cols)
+                module.call(self._name("flush"), [sums, y, scales, x["nc"], registers, x["m"]])
+
+            ir.loop(0, x["k"], x["group"], [], group)
+
+            def finish(i: I64) -> None:
+                to = x["out"] + (i * x["rs_out"] + jc) * bytes_of(x["out_dtype"])
+                rows.store(y.at(i * x["nc"]), to, x["out_dtype"], cols)
+
+            ir.loop(0, x["m"], 1, [], finish)
+
+        ir.loop(0, x["n"], x["nc"], [], block_of_columns)
+
+
+def bytes_of(dtype: Size) -> Size:
+    """Bytes of an element of one of the dtypes of rows, by its number."""
+    size: Size = 0
+    for number, name in enumerate(QUANTIZED_ROWS):
+        size = ir.select_size(ir.equal(dtype, number), DTYPES[name].bytes, size)
+    return size
+
