@@ -91,6 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     linear.set_defaults(command=_linear)
     linear.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
 
+    quantized = commands.add_parser("quantized", help="layers with weights of 8 and 4 bits, beside reading their bytes")
+    quantized.set_defaults(command=_quantized)
+    quantized.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
+
     shapes = commands.add_parser("list", help="list the products of a suite")
     shapes.set_defaults(command=_list)
     shapes.add_argument("--suite", choices=SUITES, default="full")
@@ -260,6 +264,13 @@ def _linear(args: argparse.Namespace) -> int:
     from benchmarks import epilogues
 
     print(epilogues.report(quick=args.quick))
+    return 0
+
+
+def _quantized(args: argparse.Namespace) -> int:
+    from benchmarks import quantized
+
+    print(quantized.report(quick=args.quick))
     return 0
 
 

@@ -19,6 +19,8 @@
 #include "gemm.h"
 #include "plan.h"
 #include "private_pool.h"
+#include "quantized.h"
+#include "quantized_ffi.h"
 #include "registry.h"
 #include "select.h"
 #include "sharing.h"
@@ -45,6 +47,7 @@ nb::dict Registrations() {
   nb::dict out;
   out[kDotGeneralCall] = stages(&DotInstantiate, &DotExecute);
   out[kLinearCall] = stages(&LinearInstantiate, &LinearExecute);
+  out[kQuantizedCall] = stages(&QuantizedInstantiate, &QuantizedExecute);
   return out;
 }
 
@@ -358,6 +361,56 @@ void CallKernelOften(std::string_view kernel_name, const GemmArgsRows& rows) {
   }
 }
 
+// The addresses of an array that may be absent are 0.
+void Quantized(std::array<uintptr_t, 5> addresses, int64_t m, int64_t n, int64_t k, int64_t group, bool along_k,
+               std::string x, std::string q, std::string scale, std::string zero, std::string out, int64_t threads) {
+  const nb::gil_scoped_release release;
+  const QuantizedPlan plan =
+      PlanQuantized({m, n, k, group, along_k, x, q, scale, zero, out}, SelectedTargets(), threads, HostCaches());
+  const auto at = [&](size_t i) { return reinterpret_cast<void*>(addresses[i]); };
+  PrivatePool pool(threads);
+  sharing::Pace pace(sharing::Pace::kEndless);
+  RunQuantized(plan, {at(0), at(1), at(2), at(3), at(4)}, pace, pool);
+}
+
+// How a product would be computed, by the selected targets.
+nb::dict PlanOfQuantized(int64_t m, int64_t n, int64_t k, int64_t group, bool along_k, std::string x, std::string q,
+                         std::string scale, std::string zero, std::string out, int64_t threads) {
+  const QuantizedPlan plan =
+      PlanQuantized({m, n, k, group, along_k, x, q, scale, zero, out}, SelectedTargets(), threads, HostCaches());
+  nb::dict d;
+  d["kernel"] = plan.kernel->name;
+  d["gemm"] = plan.gemm == nullptr ? "" : plan.gemm->name;
+  d["few"] = plan.few;
+  d["m_pieces"] = plan.m_pieces;
+  d["n_pieces"] = plan.n_pieces;
+  return d;
+}
+
+// One call of a kernel; the fields of QuantizedArgs by name, pointers as addresses.
+void CallQuantized(std::string_view name, const nb::dict& fields) {
+  for (const QuantizedInfo& kernel : QuantizedKernels()) {
+    if (name != kernel.name) continue;
+    size_t used = 0;
+    QuantizedArgs x = {};
+    ForEachField(x, [&]<typename T>(const char* field_name, T& field) {
+      if (!fields.contains(field_name)) return;
+      ++used;
+      const auto given = nb::cast<int64_t>(fields[field_name]);
+      if constexpr (std::is_pointer_v<T>) {
+        field = reinterpret_cast<T>(given);
+      } else {
+        field = given;
+      }
+    });
+    if (used != fields.size()) throw std::invalid_argument("unknown field among the arguments");
+    const nb::gil_scoped_release release;
+    kernel.fn(&x);
+    return;
+  }
+  throw std::invalid_argument("no such kernel");
+}
+
 }  // namespace
 
 NB_MODULE(_runtime, m) {
@@ -383,6 +436,11 @@ NB_MODULE(_runtime, m) {
         "algorithm"_a = "default");
   m.def("call", &CallKernel, "kernel_name"_a, "args"_a);
   m.def("call_many", &CallKernelOften, "kernel_name"_a, "rows"_a.noconvert());
+  m.def("quantized", &Quantized, "addresses"_a, "m"_a, "n"_a, "k"_a, "group"_a, "along_k"_a, "x"_a, "q"_a, "scale"_a,
+        "zero"_a, "out"_a, "threads"_a);
+  m.def("quantized_plan", &PlanOfQuantized, "m"_a, "n"_a, "k"_a, "group"_a, "along_k"_a, "x"_a, "q"_a, "scale"_a,
+        "zero"_a, "out"_a, "threads"_a);
+  m.def("call_quantized", &CallQuantized, "kernel_name"_a, "args"_a);
   m.def("workspace_bytes", &WorkspaceHighWater);
   m.def("handed_jobs", &standby::HandedJobs);
   nb::class_<sharing::Pace>(m, "Pace")

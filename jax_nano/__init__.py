@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from jax_nano.api import tensordot as tensordot
     from jax_nano.api import vdot as vdot
     from jax_nano.api import vecmat as vecmat
+    from jax_nano.quantized import QuantizedArray as QuantizedArray
+    from jax_nano.quantized import quantize as quantize
+    from jax_nano.quantized import quantized_matmul as quantized_matmul
 
 # Where each public name lives.
 _HOMES = {
@@ -53,6 +56,7 @@ _HOMES = {
         ),
         "jax_nano.api",
     ),
+    **dict.fromkeys(("QuantizedArray", "quantize", "quantized_matmul"), "jax_nano.quantized"),
     "accelerate": "jax_nano._programs.accelerate",
     "clear_report": "jax_nano._tools.report",
     "register": "jax_nano._core.native",
@@ -61,6 +65,7 @@ _HOMES = {
 _MODULES = ("checkpoint_policies",)
 
 __all__ = [
+    "QuantizedArray",
     "accelerate",
     "checkpoint_policies",
     "clear_report",
@@ -74,6 +79,8 @@ __all__ = [
     "linear_p",
     "matmul",
     "matvec",
+    "quantize",
+    "quantized_matmul",
     "register",
     "report",
     "tensordot",

@@ -245,5 +245,62 @@ class Ledger:
 def share_every_call(on: bool) -> None:
     """For tests, whose machine may be busy: all calls wake all helpers, which stand by for as long as they ever may."""
 
+class _QuantizedPlan(TypedDict):
+    kernel: str
+    gemm: str  # the kernel that multiplies with float32 weights; "" where they are read where they lie
+    few: bool
+    m_pieces: int
+    n_pieces: int
+
+def quantized(
+    addresses: tuple[int, int, int, int, int],
+    m: int,
+    n: int,
+    k: int,
+    group: int,
+    along_k: bool,
+    x: str,
+    q: str,
+    scale: str,
+    zero: str,
+    out: str,
+    threads: int,
+) -> None:
+    """Run a product with quantised weights (csrc/quantized.h) with a thread pool of its own, without XLA.
+
+    Args:
+      addresses: of x, q, scale, zero points (0: none) and out.
+      x, q, scale, zero, out: dtypes by name; "" for zero points that there are none of.
+
+    Raises:
+      ValueError: sizes or dtypes are none that kernels take.
+    """
+
+def quantized_plan(
+    m: int,
+    n: int,
+    k: int,
+    group: int,
+    along_k: bool,
+    x: str,
+    q: str,
+    scale: str,
+    zero: str,
+    out: str,
+    threads: int,
+) -> _QuantizedPlan:
+    """How such a product would be computed.
+
+    Raises:
+      ValueError: as `quantized`.
+    """
+
+def call_quantized(kernel_name: str, args: Mapping[str, int]) -> None:
+    """Call one kernel for quantised weights with these fields of QuantizedArgs, the others zero.
+
+    Raises:
+      ValueError: no such kernel, or an unknown field.
+    """
+
 def workspace_bytes() -> int:
     """The largest workspace that any thread of this process has held."""

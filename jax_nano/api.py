@@ -521,5 +521,5 @@ def export_checks() -> list[DisabledSafetyCheck]:
     """
     from jax.export import DisabledSafetyCheck
 
-    names = (native.TARGET_NAME, native.LINEAR_TARGET_NAME)
+    names = (native.TARGET_NAME, native.LINEAR_TARGET_NAME, native.QUANTIZED_TARGET_NAME)
     return [DisabledSafetyCheck.custom_call(name) for name in names]

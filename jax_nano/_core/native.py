@@ -25,6 +25,7 @@ from jax_nano._core import spec
 
 TARGET_NAME: Final = spec.DOT_GENERAL_CALL
 LINEAR_TARGET_NAME: Final = spec.LINEAR_CALL
+QUANTIZED_TARGET_NAME: Final = spec.QUANTIZED_CALL
 ABI: Final = spec.FFI_ABI
 
 # The frontend attribute of a call that names the build which made it. The handlers do not read it, so what one build

@@ -42,9 +42,7 @@ def entry(gemm: Kernel) -> dict[str, Any]:
     return {"symbol": gemm.symbol} | {x.name: facts[x.name] for x in spec.KERNEL_INFO if x.c_type != "GemmFn"}
 
 
-def write(
-    kernels: Sequence[Kernel], quantized: Sequence[QuantizedKernel], objects: Sequence[Path], out: Path
-) -> None:
+def write(kernels: Sequence[Kernel], quantized: Sequence[QuantizedKernel], objects: Sequence[Path], out: Path) -> None:
     """Writes spec.h, manifest.inc and quantized.inc (C++), manifest.json, kernels.cmake (objects and sources) into
     ``out``.
     """

@@ -6,6 +6,7 @@ from .. import inspect_asm
 from ..checks import Checked, SpillError
 from .formats import field_count
 from .kernel import QuantizedKernel
+
 MOST_SCALARS = 2  # sizes that a loop of hundreds of instructions may fetch from the stack
 
 

@@ -42,13 +42,13 @@ class Sweep:
     depth: int
 
     PARAMS = ("q", "rsq", "x", "sums", "zeros", "zeros_step", "cols", "flip")
-    _POINTERS = {"q": "int8", "x": "float32", "sums": "float32", "zeros": "float32"}
 
     def name(self, prefix: str) -> str:
         return f"{prefix}_sweep_{self.rows}x{self.depth}"
 
     def emit(self, module: ir.Module, prefix: str) -> None:
-        params = [self._POINTERS.get(p, "i64") for p in self.PARAMS]
+        pointers = {"q": "int8", "x": "float32", "sums": "float32", "zeros": "float32"}
+        params = [pointers.get(p, "i64") for p in self.PARAMS]
         module.function(self.name(prefix), params, self._body, internal=True)
 
     @property
@@ -71,9 +71,7 @@ class Sweep:
         def register(at: Sequence[Ptr], load: Callable[[Ptr], Value], *, ahead: bool) -> None:
             """A register of columns: ``at`` points to rows of weights, then to sums, then to zeros."""
             *of_q, total, zero = at
-            rows_of_q = [
-                offsets.of(of_q[d // A_ROWS_PER_POINTER], d % A_ROWS_PER_POINTER) for d in range(self.depth)
-            ]
+            rows_of_q = [offsets.of(of_q[d // A_ROWS_PER_POINTER], d % A_ROWS_PER_POINTER) for d in range(self.depth)]
             for first in range(0, count, self.fields_at_once):
                 which = range(first, first + self.fields_at_once)
                 places = [[total.at((i * count + f) * lanes) for f in which] for i in range(rows)]
@@ -258,4 +256,3 @@ def bytes_of(dtype: Size) -> Size:
     for number, name in enumerate(QUANTIZED_ROWS):
         size = ir.select_size(ir.equal(dtype, number), DTYPES[name].bytes, size)
     return size
-

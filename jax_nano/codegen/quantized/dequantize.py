@@ -28,9 +28,15 @@ class Dequantize:
     rows: Rows
 
     def _stretch(
-        self, q: Ptr, out: Ptr, count: Size, flip: I64, finish: Callable[[Value, Size, int], Value], tail: tuple[Ptr, Ptr]
+        self,
+        q: Ptr,
+        out: Ptr,
+        count: Size,
+        flip: I64,
+        finish: Callable[[Value, Size, int], Value],
+        tail: tuple[Ptr, Ptr],
     ) -> None:
-        """``count`` weights that lie side by side; ``finish(v, first, j)`` gives vector j of those from ``first`` on."""
+        """``count`` weights that lie side by side; ``finish(v, first, j)`` makes vector j, of those from ``first``."""
         form = self.form
         some, result = tail
 
@@ -65,9 +71,7 @@ class Dequantize:
 
         def group(number: I64) -> None:
             begin, end = _part(x, number)
-            rows.load(
-                x["scale"] + number * x["rs_scale"] * bytes_of(x["scale_dtype"]), x["scale_dtype"], scales, n
-            )
+            rows.load(x["scale"] + number * x["rs_scale"] * bytes_of(x["scale_dtype"]), x["scale_dtype"], scales, n)
 
             def points() -> None:
                 rows.load(x["zero"] + number * x["rs_zero"] * bytes_of(x["zero_dtype"]), x["zero_dtype"], zeros, n)

@@ -1,0 +1,130 @@
+"""How products with quantised weights become code: one custom call on CPUs, the composition everywhere else.
+
+The custom call is `jax_nano_quantized`, with the operands and attributes that csrc/quantized_ffi.cc describes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import mlir, xla
+
+from jax_nano._core import jax_compat as compat
+from jax_nano._core import native
+from jax_nano._ops import sharding
+from jax_nano._ops.lowering import Context, Operand, Value, fold_transposes, tell
+from jax_nano._ops.quantized import composition, labels
+from jax_nano._ops.quantized import quantized_p as quantized_p
+
+_ffi_rule: Callable[..., Any] = jax.ffi.ffi_lowering(native.QUANTIZED_TARGET_NAME)
+
+_BYTES = {np.dtype(jnp.int4): np.dtype(np.int8), np.dtype(jnp.uint4): np.dtype(np.uint8)}
+"""Zero points of 4 bits, of which there are few, go to the kernel as bytes."""
+
+
+@cache
+def has_kernel(
+    n: int,
+    k: int,
+    groups: int,
+    along_k: bool,
+    x: str,
+    q: str,
+    scale: str,
+    zero: str,
+    out: str,
+) -> bool:
+    """Whether this CPU has a kernel for a product of these sizes and dtypes, with however many rows."""
+    runtime = native.runtime()
+    if runtime is None or not native.target():
+        return False
+    try:
+        runtime.quantized_plan(1, n, k, k // groups, along_k, x, q, scale, zero, out, 1)
+    except ValueError:
+        return False
+    return True
+
+
+# The call as a primitive of its own: of matrices, never seen by a transformation.
+call_p = Primitive("jax_nano_quantized_call")
+call_p.def_impl(partial(xla.apply_primitive, call_p))
+
+
+@call_p.def_abstract_eval
+def _call_abstract_eval(x: ShapedArray, q: ShapedArray, *_: ShapedArray, along_k: bool, dtype: np.dtype) -> ShapedArray:
+    return ShapedArray((x.shape[0], q.shape[0 if along_k else 1]), dtype)
+
+
+def _call_lower_cpu(ctx: Context, *values: Value, along_k: bool, dtype: np.dtype) -> Sequence[Value]:
+    del dtype
+    (out,) = _ffi_rule(ctx, *values, abi=np.int64(native.ABI), along_k=np.int64(along_k))
+    compat.set_frontend_attributes(out.owner, {native.BUILD: native.build()})
+    return [out]
+
+
+mlir.register_lowering(call_p, _call_lower_cpu, platform="cpu")
+mlir.register_lowering(call_p, mlir.lower_fun(composition, multiple_results=False))
+
+
+def _lower(ctx: Context, *values: Value, along_k: bool, dtype: np.dtype) -> Sequence[Value]:
+    (out_aval,) = ctx.avals_out
+    x, q, scale, *zero = (Operand(v, aval.shape, aval.dtype) for v, aval in zip(values, ctx.avals_in, strict=True))
+    whole: Callable[..., Array] = partial(composition, along_k=along_k, dtype=dtype)
+    operands = [x, q, scale, *zero]
+    n = out_aval.shape[-1]
+    if "cpu" in compat.lowering_platforms(ctx):
+        local = sharding.placement(ctx, out_aval) is sharding.Placement.LOCAL
+        served = _served(x, q, scale, zero, along_k, dtype)
+        if local and served:
+            # Behind a transpose of the weights lies the other order of storage, which is read as it is.
+            q, (_, last) = fold_transposes(q, (0, 1))
+            flipped = last == 0
+            turn = (lambda v: v.T) if flipped else (lambda v: v)
+            operands = [x, q, scale, *zero]
+            call = partial(call_p.bind, along_k=along_k != flipped, dtype=dtype)
+
+            def whole(x: Array, q: Array, scale: Array, *zero: Array) -> Array:
+                points = (turn(z).astype(_BYTES.get(z.dtype, z.dtype)) for z in zero)
+                rows = x if x.ndim == 2 else jnp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
+                return jnp.reshape(call(rows, q, turn(scale), *points), (*x.shape[:-1], n))
+
+        text = f"(q{' - zero' if zero else ''}) * scale, {scale.shape[1 if along_k else 0]} groups"
+        declined = None if local and served else "no kernel for these quantised weights" if local else "several devices"
+        shapes = (x.shape, ctx.avals_in[1].shape, (*x.shape[:-1], n))
+        dtypes = (x.dtype, q.dtype, dtype)
+        tell(ctx, labels(len(x.shape), along_k=along_k), shapes, dtypes, "default", declined, text)
+    inner = ctx.replace(
+        avals_in=[ShapedArray(o.shape, o.dtype) for o in operands], avals_out=[ShapedArray(out_aval.shape, dtype)]
+    )
+    (out,) = mlir.lower_fun(whole, multiple_results=False)(inner, *(o.value for o in operands))
+    return [compat.lower_with_types(ctx, out, out_aval)]
+
+
+def _served(
+    x: Operand,
+    q: Operand,
+    scale: Operand,
+    zero: Sequence[Operand],
+    along_k: bool,
+    dtype: np.dtype,
+) -> bool:
+    axis = 1 if along_k else 0
+    sizes = (q.shape[1 - axis], q.shape[axis], scale.shape[axis])
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        return False
+    points = [np.dtype(_BYTES.get(z.dtype, z.dtype)).name for z in zero]
+    names = [np.dtype(d).name for d in (x.dtype, q.dtype, scale.dtype)]
+    return has_kernel(*sizes, along_k, *names, points[0] if points else "", np.dtype(dtype).name)
+
+
+compat.require_devices(quantized_p)
+mlir.register_lowering(quantized_p, _lower, cacheable=False)
