@@ -86,7 +86,7 @@ def test_small_integers_are_exact(weights: str, along_k: bool, rng: np.random.Ge
     for m in (1, 4, 8, 40):
         case = Case.random(rng, m, 272, 256, 32, weights, "float32", "float32", "int8", "float32", along_k)
         case = case.with_x(reference.small_integers(rng, case.x.shape)).with_scale(
-            np.exp2(rng.integers(-2, 3, case.scale.shape)).astype(np.float32)
+            np.exp2(rng.integers(-2, 3, case.given_scale.shape)).astype(np.float32)
         )
         np.testing.assert_array_equal(run(case), case.exact())
 
