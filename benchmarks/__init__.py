@@ -1,4 +1,4 @@
-"""Benchmarks of jax_nano beside its peers: ``python -m benchmarks --help``.
+"""Benchmarks of jax_nano and its peers: ``python -m benchmarks --help``.
 
 The arrows point one way:
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from benchmarks import ROOT, machine
-from benchmarks.cases import DTYPES, SUITES, select
+from benchmarks.cases import DTYPES, SUITES, Case, matmul, select
 from benchmarks.peers import PEERS
 from benchmarks.report import Results, Section
 
@@ -91,9 +91,27 @@ def _parser() -> argparse.ArgumentParser:
     linear.set_defaults(command=_linear)
     linear.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
 
+    regret = commands.add_parser("regret", help="how much slower the planner's plans are than the best candidates")
+    regret.set_defaults(command=_regret)
+    regret.add_argument("--shapes", nargs="+", default=[], metavar="MxNxK", help="these products")
+    regret.add_argument("--suite", choices=SUITES, help="and those of this suite")
+    regret.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="of the suite, whose name has a TEXT")
+    regret.add_argument("--random", type=int, default=0, metavar="N", help="and N random ones in each dtype")
+    regret.add_argument("--dtype", nargs="+", default=["f32"], choices=DTYPES, help="(default: f32)")
+    regret.add_argument("--layout", nargs="+", default=["NN"], choices=("NN", "NT", "TN", "TT"), help="of --shapes")
+    regret.add_argument("--cores", nargs="+", default=["1"], metavar="N", help="(default: 1)")
+    regret.add_argument("--most-mflop", type=float, default=300, help="of a random product (default: 300)")
+    regret.add_argument("--most", type=int, default=0, metavar="N", help="time N candidates drawn at random, not all")
+    regret.add_argument("--rounds", type=int, default=9, help="samples of candidates near the best (default: 9)")
+    regret.add_argument("--sample-ms", type=float, default=2, help="length of a sample (default: 2)")
+    regret.add_argument("--out", type=pathlib.Path, help="keep the times in this JSON file")
+    regret.add_argument("--of", type=pathlib.Path, metavar="JSON", help="tell the regret of an earlier measurement")
     quantized = commands.add_parser("quantized", help="layers with weights of 8 and 4 bits, beside reading their bytes")
     quantized.set_defaults(command=_quantized)
     quantized.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
+    attention = commands.add_parser("attention", help="attention in one pass, beside jax.nn's and PyTorch's")
+    attention.set_defaults(command=_attention)
+    attention.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
 
     shapes = commands.add_parser("list", help="list the products of a suite")
     shapes.set_defaults(command=_list)
@@ -267,10 +285,50 @@ def _linear(args: argparse.Namespace) -> int:
     return 0
 
 
+def _product(shape: str, dtype: str, layout: str) -> Case:
+    m, n, k = map(int, shape.split("x"))
+    return matmul(m, n, k, dtype, layout=layout)
+
+
+def _regret(args: argparse.Namespace) -> int:
+    from benchmarks import regret
+
+    if args.of:
+        print(regret.Summary.of(regret.load(args.of)))
+        return 0
+    cores = _cores(args.cores)
+    if cores is None:
+        return _no_such_cores()
+    cases = [_product(shape, dtype, layout) for dtype in args.dtype for layout in args.layout for shape in args.shapes]
+    if args.suite:
+        cases += select(args.suite, args.only, args.dtype)
+    for dtype in args.dtype:
+        cases += regret.random_cases(args.random, dtype, args.most_mflop * 1e6)
+    if not cases:
+        return _complain("no products: name some with --shapes, --suite or --random")
+    settings = [regret.Settings(count, args.rounds, args.sample_ms / 1e3, args.most) for count in cores]
+    rows = []
+    with _stoppable():
+        for row in regret.measure(cases, settings):
+            rows.append(row)
+            if args.out:
+                regret.save(rows, args.out)
+    if rows:
+        print(regret.Summary.of(rows))
+    return 0
+
+
 def _quantized(args: argparse.Namespace) -> int:
     from benchmarks import quantized
 
     print(quantized.report(quick=args.quick))
+    return 0
+
+
+def _attention(args: argparse.Namespace) -> int:
+    from benchmarks import attention
+
+    print(attention.report(quick=args.quick))
     return 0
 
 

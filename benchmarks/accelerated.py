@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks import ROOT, machine
 
 _TRUST = 16
-"""Units in the last place, relative to the whole result, that two programs may be apart. The tests are stricter: this
+"""Units in the last place, relative to the whole result, by which two programs may differ. The tests are stricter: this
 finds a result that is wrong, and a time that means nothing."""
 
 _EPS = {2: 2**-7, 4: 2**-23}  # of bfloat16 and float32

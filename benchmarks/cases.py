@@ -230,7 +230,7 @@ def _full() -> list[Case]:
 
 
 def _growth() -> list[Case]:
-    """Squares at powers of two, beside them and between them."""
+    """Squares at powers of two, next to them and between them."""
     sizes = {size for power in (256, 512, 1024, 2048) for size in (power - 1, power, power + 1, power * 3 // 2)}
     return [matmul(n, n, n, group="growth") for n in sorted(sizes)]
 

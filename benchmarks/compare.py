@@ -8,7 +8,7 @@ from benchmarks.report import Group, Results, Row, table
 def regressions(old: Results, new: Results, threshold: float) -> tuple[str, int]:
     """A table of what changed by more than `threshold`, and how many products became slower.
 
-    Times are compared as shares of the peak that was measured beside them, so that a machine that is
+    Times are compared as shares of the peak that was measured along with them, so that a machine that is
     slower today (or another one of its kind) does not look like a regression. A change counts when
     it is larger than the threshold and than the spread of both runs.
     """

@@ -1,4 +1,4 @@
-"""What an epilogue saves: `linear` beside our product followed by XLA's operations, and beside jnp's composition.
+"""What an epilogue saves: `linear` compared with our product followed by XLA's operations, and with jnp's.
 
 Results are checked against the composition in float32 first. The product alone is measured too: what `linear` takes
 longer is what the epilogue costs.

@@ -1,4 +1,4 @@
-"""What a product takes beside time: memory beyond its operands, the time of the very first call, disk."""
+"""What a product costs apart from time: memory beyond its operands, the time of the very first call, disk."""
 
 from __future__ import annotations
 

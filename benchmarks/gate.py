@@ -1,4 +1,4 @@
-"""Where the decline gate belongs: products in a loop, ours with the gate open beside XLA's own, dtype by dtype."""
+"""Where the decline gate belongs: products in a loop, ours with the gate off compared with XLA's own, by dtype."""
 
 from __future__ import annotations
 

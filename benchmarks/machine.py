@@ -1,4 +1,4 @@
-"""Facts about the machine that belong beside every number measured on it."""
+"""Facts about the machine that are reported with every number measured on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a product costs beside its arithmetic: calls, tracing and compilation, import."""
+"""What a product costs apart from its arithmetic: calls, tracing and compilation, import."""
 
 from __future__ import annotations
 

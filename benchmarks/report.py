@@ -101,7 +101,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A table of something measured beside the products' times."""
+    """A table of something measured in addition to the products' times."""
 
     title: str
     note: str  # what the numbers are of, in a sentence or two
@@ -154,7 +154,7 @@ class Results:
         yield from (Group(rows) for rows in cases.values())
 
     def save(self, path: pathlib.Path) -> None:
-        """Replaces the file as one: whoever stops the run between two cases finds all of it."""
+        """Replaces the file atomically: a run that is stopped between two cases leaves a complete one."""
         path.parent.mkdir(parents=True, exist_ok=True)
         written = path.with_suffix(".part")
         written.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")

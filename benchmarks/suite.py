@@ -1,4 +1,4 @@
-"""The programs of benchmarks/programs, accelerated and not, on one core and on all, beside a busy process and alone.
+"""The programs of benchmarks/programs, accelerated and not, on one core and on all, alone and with a busy process.
 
 The same functions run both ways in one process, in turn, inside `jax_nano.accelerate()` and outside of it, as a user
 would call them: what is timed has the program's own Python in it. Each number of cores has a process of its own, which
@@ -34,14 +34,14 @@ GOAL, MEAN_GOAL = 0.98, 1.1
 
 _SAMPLE_SECONDS = 0.15
 _TRUST = 512
-"""Units in the last place, relative to the whole result, that two runs may be apart: after dozens of steps."""
+"""Units in the last place, relative to the whole result, by which two runs may differ: after dozens of steps."""
 
 
 class Setting(NamedTuple):
     """What the machine does while a program runs."""
 
     cores: int
-    busy: bool  # beside another process
+    busy: bool  # while another process computes
 
     def __str__(self) -> str:
         return f"{self.cores} core{'s' * (self.cores > 1)}" + ", busy" * self.busy

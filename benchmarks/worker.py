@@ -1,7 +1,7 @@
 """A process that runs one or a few peers, on a given number of cores, and times them on request.
 
-Peers are kept apart because thread counts, affinities and XLA's flags belong to a process. Between
-two requests a worker is stopped (SIGSTOP), so that no pool of threads spins beside a measurement.
+Peers run in separate processes because thread counts, affinities and XLA's flags belong to a process. Between
+two requests a worker is stopped (SIGSTOP), so that no pool of threads spins during a measurement.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Matrix products for JAX on CPUs, computed by kernels that an MLIR pipeline composed.
 
-`jax_nano.matmul` and its relatives stand in for those of `jax.numpy` and `jax.lax`. Names are loaded when
-they are first used, so that importing the package costs nothing and `jax_nano.codegen` works without the
-compiled extension. The import does one thing more: once JAX is there too, XLA knows jax_nano's calls, so that a
-process can run programs that were exported or pickled by another one.
+`jax_nano.matmul` and its relatives replace those of `jax.numpy` and `jax.lax`. Names are loaded when they are first
+used, so that importing the package costs nothing and `jax_nano.codegen` works without the compiled extension. Importing
+it also registers jax_nano's custom calls with XLA as soon as JAX is imported, so that a process can run programs that
+were exported or pickled by another one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jax_nano._tools.report import report as report
     from jax_nano.api import dot as dot
     from jax_nano.api import dot_general as dot_general
+    from jax_nano.api import dot_product_attention as dot_product_attention
     from jax_nano.api import einsum as einsum
     from jax_nano.api import export_checks as export_checks
     from jax_nano.api import inner as inner
@@ -43,6 +44,7 @@ _HOMES = {
             "dot",
             "dot_general",
             "dot_general_p",
+            "dot_product_attention",
             "einsum",
             "export_checks",
             "inner",
@@ -72,6 +74,7 @@ __all__ = [
     "dot",
     "dot_general",
     "dot_general_p",
+    "dot_product_attention",
     "einsum",
     "export_checks",
     "inner",
@@ -108,9 +111,7 @@ def __dir__() -> list[str]:
 
 
 def _register(_: object) -> None:
-    importlib.import_module(
-        "jax_nano._core.native"
-    )  # which may be what imports jax, and then registers when it goes on
+    importlib.import_module("jax_nano._core.native")  # if that is what imports jax, it registers when it goes on
 
 
 imports.when_imported("jax", _register)

@@ -74,7 +74,7 @@ def _runtime() -> Any:
 
 
 def _explain_product(runtime: Any, args: argparse.Namespace) -> int:
-    from jax_nano._dispatch import decision, xla
+    from jax_nano._dispatch import decision
 
     if runtime is None:
         raise ValueError("this platform has no kernels; XLA computes every product")
@@ -82,10 +82,11 @@ def _explain_product(runtime: Any, args: argparse.Namespace) -> int:
         raise ValueError(f"--threads {args.threads}: expected at least 1")
     asked = _explain.request(args.sizes, args.dtype, args.layout, args.batch)
     machine = decision.this_machine()
-    bits = (machine._replace(target=args.target) if args.target else machine).vector_bits
-    declined = None
-    if decision.policy.declines:
-        declined = xla.is_faster(asked.labels, *asked.shapes, dtypes=asked.dtypes[:2], vector_bits=bits)
+    if args.target:
+        machine = machine._replace(target=args.target)
+    declined = decision.why_declined(
+        asked.labels, asked.shapes, asked.dtypes[:2], args.algorithm, machine, decision.policy
+    )
     text = _explain.explain(
         runtime, asked, threads=args.threads, algorithm=args.algorithm, target=args.target, declined=declined
     )

@@ -1,15 +1,19 @@
 """The compiled half of jax_nano: generated kernels, planning, and the handler that XLA calls.
 
+What only tests and benchmarks call is in its submodule `testing` (_runtime_testing.pyi describes it).
+
 Sizes and strides are in elements. Labels are einsum's letters as integers: in lhs, rhs and out they mean batch;
 in lhs and rhs only, contracting; in lhs and out, M; in rhs and out, N. dtypes go by their NumPy / ml_dtypes names.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal, TypedDict
 
-import numpy as np
-from numpy.typing import NDArray
 from typing_extensions import CapsuleType  # types.CapsuleType is new in Python 3.13; stubs may always use this one
+
+from jax_nano import _runtime_testing
+
+testing = _runtime_testing
 
 ABI_VERSION: int
 """Version of the custom call's attributes, part of every exported program."""
@@ -41,8 +45,33 @@ class _Kernel(TypedDict):
     direct_b: bool
     inner: bool
     sweep: bool
-    narrow: bool
+    narrow_out: bool
     epilogue: bool  # whether it can finish its sums with scale, bias, activation and residual
+
+class _Attention(TypedDict):
+    name: str
+    target: str
+    q: str  # dtype of queries and results
+    kv: str  # of keys and values
+    mr: int
+    nr: int
+    kr: int
+    unit: int  # what blocks of keys are multiples of
+    lanes: int  # elements of a vector of sums
+    pack_bytes: int  # of a packed element
+    few: bool  # whether few queries can read keys and values where they lie
+    converts: bool  # whether weights are converted before they are multiplied
+
+class _AttentionPlan(TypedDict):
+    few: bool  # keys and values are read where they lie
+    block: int  # keys that are looked at at once
+    pieces: int  # of the keys, merged in a fixed order
+    piece: int  # keys in one
+    heads_at_once: int
+    positions: int
+    items: int
+    workspace_bytes: int
+    shared_bytes: int
 
 class _Caches(TypedDict):
     l1d: int
@@ -72,19 +101,19 @@ class _Plan(TypedDict):
     pack_b: bool
     inner: bool
     sweep: bool
-    ahead: bool  # these two fetch what they read next
+    prefetch: bool  # these two fetch what they read next
     mc: int
     kc: int
     nc: int
-    panel: int  # rows of A that are multiplied at once
+    tile_rows: int  # rows of a register tile that are used
     rs_partial: int  # row stride of unfinished sums; 0: no element of the result has any
     outer: list[_Loop]  # independent loops around the kernel's own batch loop, outermost first
     k_outer: list[_Loop]  # accumulating passes, outermost first
     products: int  # outer sizes times batch
     split: tuple[int, int, int]  # pieces of products, m, n
-    k_pieces: int  # pieces of k, whose sums are taken apart and then added
+    split_k: int  # slices of k, each summed separately, then reduced in pairs
     workspace_bytes: int  # of one thread
-    shared_bytes: int  # of all threads of a call: the sums of the pieces
+    shared_bytes: int  # of all threads of a call: the sums of the slices of k
 
 def registrations() -> dict[str, dict[Literal["instantiate", "execute"], CapsuleType]]:
     """FFI targets by name, for `jax.ffi.register_ffi_target(..., platform="cpu")`."""
@@ -99,13 +128,6 @@ def selected_target() -> str:
       ValueError: JAX_NANO_TARGET names no target, or one that cannot be used here.
     """
 
-def select_target(features: Sequence[str], forced: str = "") -> str:
-    """What `selected_target` would say on a CPU with these features and with JAX_NANO_TARGET=forced.
-
-    Raises:
-      ValueError: as `selected_target`; or a feature is unknown.
-    """
-
 def supports(lhs: str, rhs: str, out: str, algorithm: str = "default") -> bool:
     """Whether there is a kernel for these dtypes, in either order of the operands.
 
@@ -116,16 +138,80 @@ def supports(lhs: str, rhs: str, out: str, algorithm: str = "default") -> bool:
 def kernels() -> list[_Kernel]:
     """Every kernel in this build, runnable on this CPU or not."""
 
+def attentions() -> list[_Attention]:
+    """Every attention in this build, runnable on this CPU or not."""
+
+def supports_attention(q: str, kv: str) -> bool:
+    """Whether there is an attention for these dtypes.
+
+    Raises:
+      ValueError: as `selected_target`.
+    """
+
+def plan_attention(name: str, sizes: Sequence[int], strides: Sequence[Sequence[int]]) -> _AttentionPlan:
+    """What `attention` would do, for tests."""
+
+def attention(
+    name: str,
+    addresses: Sequence[int],
+    sizes: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    bias: Sequence[int],
+    mask: Sequence[int],
+    scale: float,
+    left: int,
+    right: int,
+    threads: int,
+    trips: int = 1,
+) -> float:
+    """Run one attention on arrays, on threads of its own, without XLA. Releases the GIL.
+
+    Args:
+      name: of `attentions`.
+      addresses: of q, k, v, the result, bias (float32), mask (bytes), lengths of queries and of keys (int32), and
+        logarithms (float32, dense); 0 for what there is not.
+      sizes: batch, queries, keys, heads, heads of keys and values, elements of a key, elements of a value.
+      strides: of q, k, v and the result, between batches, positions, heads and elements.
+      bias, mask: strides between batches, heads and queries; keys are side by side.
+      scale: of the scores.
+      left, right: query t sees keys t - left <= s <= t + right.
+      threads: the caller's and others.
+      trips: how often.
+
+    Returns:
+      The seconds that all trips took.
+
+    Raises:
+      ValueError: no attention has the name, or sizes do not fit.
+    """
+
+class _QuantizedPlan(TypedDict):
+    kernel: str
+    gemm: str  # the kernel that multiplies with float32 weights; "" where they are read where they lie
+    few: bool  # they are
+    m_parts: int
+    n_parts: int
+    k_parts: int
+
+def plan_quantized(
+    sizes: tuple[int, int, int, int], along_k: bool, dtypes: tuple[str, str, str, str, str], threads: int
+) -> _QuantizedPlan:
+    """How a product with quantised weights would be computed.
+
+    Args:
+      sizes: m, n, k, and how many values of k share a scale.
+      along_k: weights are [n, k], else [k, n].
+      dtypes: of x, weights, scales, zero points ("": there are none), and the result.
+
+    Raises:
+      ValueError: sizes or dtypes are none that kernels take.
+    """
+
 def features() -> list[str]:
     """The CPU features found, among those that some target needs."""
 
 def caches() -> _Caches:
     """Data cache sizes of one core in bytes; L3 is the whole shared cache."""
-
-def decode_features(
-    cpuid: Mapping[tuple[int, int], tuple[int, int, int, int]], xcr0: int, amx_permission: bool
-) -> list[str]:
-    """What detection finds where CPUID (leaf, subleaf) answers (eax, ebx, ecx, edx), zeros if not listed."""
 
 def plan(
     lhs_shape: Sequence[int],
@@ -150,157 +236,3 @@ def plan(
     Raises:
       ValueError: labels, sizes or dtypes do not fit together, or no kernel takes them.
     """
-
-def dot(
-    lhs: int,
-    rhs: int,
-    out: int,
-    lhs_shape: Sequence[int],
-    rhs_shape: Sequence[int],
-    lhs_labels: Sequence[int],
-    rhs_labels: Sequence[int],
-    out_labels: Sequence[int],
-    lhs_dtype: str,
-    rhs_dtype: str,
-    out_dtype: str,
-    threads: int,
-    algorithm: str = "default",
-) -> None:
-    """Run a plan on dense arrays at these addresses with a thread pool of its own, without XLA. Releases the GIL.
-
-    Raises:
-      ValueError: as `plan`.
-    """
-
-def time_dot(
-    buffers: NDArray[np.uintp],
-    trips: int,
-    lhs_shape: Sequence[int],
-    rhs_shape: Sequence[int],
-    lhs_labels: Sequence[int],
-    rhs_labels: Sequence[int],
-    out_labels: Sequence[int],
-    lhs_dtype: str,
-    rhs_dtype: str,
-    out_dtype: str,
-    threads: int,
-    algorithm: str = "default",
-) -> float:
-    """Run one plan on each of several sets of dense arrays in turn, `trips` times. Releases the GIL.
-
-    Args:
-      buffers: a row for each set, the addresses of lhs, rhs and out.
-
-    Returns:
-      The seconds it took, without planning and without starting threads.
-
-    Raises:
-      ValueError: as `plan`.
-    """
-
-def call(kernel_name: str, args: Mapping[str, int]) -> None:
-    """Call one kernel. Releases the GIL.
-
-    Args:
-      args: fields of GemmArgs (csrc/kernel_abi.h), pointers as addresses. By default operands are dense and
-        row-major, batch is 1 and nothing is packed that need not be. Where blocking and workspace are left out or 0,
-        the planner chooses and memory is provided until the call returns.
-
-    Raises:
-      ValueError: no such kernel, an unknown field, or values that break the kernel's contract.
-    """
-
-def call_many(kernel_name: str, rows: NDArray[np.int64]) -> None:
-    """Call one kernel once for each row, in order. Releases the GIL.
-
-    Args:
-      rows: every row has all fields of GemmArgs in their order, as in `call`; only blocking and workspace may be 0.
-
-    Raises:
-      ValueError: as `call`; the rows before the bad one have run.
-    """
-
-def handed_jobs() -> int:
-    """How many shares of calls went to threads that stood by, since the process began (csrc/standby.h)."""
-
-class Pace:
-    """How long the calls of one plan take one thread, in ns (csrc/sharing.h). For tests."""
-
-    def __init__(self, guess: int) -> None: ...
-    @property
-    def alone(self) -> int: ...
-    def saw(self, alone: int) -> None: ...
-
-class Ledger:
-    """Whether short calls share their work, by what helpers met lately (csrc/sharing.h). Times in ns. For tests."""
-
-    def __init__(self) -> None: ...
-    @property
-    def losses(self) -> int: ...
-    def may_wake(self, wanted: int, alone: int, now: int) -> int: ...
-    def is_open(self, now: int) -> bool: ...
-    def paid(self) -> None: ...
-    def lost(self, now: int) -> None: ...
-
-def share_every_call(on: bool) -> None:
-    """For tests, whose machine may be busy: all calls wake all helpers, which stand by for as long as they ever may."""
-
-class _QuantizedPlan(TypedDict):
-    kernel: str
-    gemm: str  # the kernel that multiplies with float32 weights; "" where they are read where they lie
-    few: bool
-    m_pieces: int
-    n_pieces: int
-
-def quantized(
-    addresses: tuple[int, int, int, int, int],
-    m: int,
-    n: int,
-    k: int,
-    group: int,
-    along_k: bool,
-    x: str,
-    q: str,
-    scale: str,
-    zero: str,
-    out: str,
-    threads: int,
-) -> None:
-    """Run a product with quantised weights (csrc/quantized.h) with a thread pool of its own, without XLA.
-
-    Args:
-      addresses: of x, q, scale, zero points (0: none) and out.
-      x, q, scale, zero, out: dtypes by name; "" for zero points that there are none of.
-
-    Raises:
-      ValueError: sizes or dtypes are none that kernels take.
-    """
-
-def quantized_plan(
-    m: int,
-    n: int,
-    k: int,
-    group: int,
-    along_k: bool,
-    x: str,
-    q: str,
-    scale: str,
-    zero: str,
-    out: str,
-    threads: int,
-) -> _QuantizedPlan:
-    """How such a product would be computed.
-
-    Raises:
-      ValueError: as `quantized`.
-    """
-
-def call_quantized(kernel_name: str, args: Mapping[str, int]) -> None:
-    """Call one kernel for quantised weights with these fields of QuantizedArgs, the others zero.
-
-    Raises:
-      ValueError: no such kernel, or an unknown field.
-    """
-
-def workspace_bytes() -> int:
-    """The largest workspace that any thread of this process has held."""

@@ -1,12 +1,13 @@
 """The public functions. Each has the signature, the results and the errors of its namesake in JAX.
 
-In shapes, capital letters are sizes and `...` are batch dimensions. Products of dtypes that have kernels
-on this CPU run on them; all others, other platforms, and products that are too small to be worth a call
-(see `jax_nano._core.gate`) are computed by XLA, with exactly lax's result.
+In shapes, capital letters are sizes and `...` are batch dimensions. Products of dtypes for which this CPU has kernels
+run on them. XLA computes all others, those on other platforms, and those that it computes as fast (see
+`jax_nano._dispatch.xla`), with exactly lax's result.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
@@ -22,9 +23,11 @@ from jax.typing import ArrayLike, DTypeLike
 from jax_nano._core import activations, contraction, native
 from jax_nano._core import jax_compat as compat
 from jax_nano._core.jax_compat import OutSharding
+from jax_nano._ops import attention as _attention
 from jax_nano._ops import einsum as _einsum
 from jax_nano._ops import linear as _linear
 from jax_nano._ops import tables as tables  # importing it enters the primitives in JAX's tables
+from jax_nano._ops.attention_lowering import attention_p as attention_p  # importing it registers its lowering
 from jax_nano._ops.dot_general import bind, bind_labels
 from jax_nano._ops.linear_lowering import (
     linear_p as linear_p,  # importing primitives from here registers their lowerings
@@ -38,6 +41,7 @@ __all__ = [
     "dot",
     "dot_general",
     "dot_general_p",
+    "dot_product_attention",
     "einsum",
     "export_checks",
     "inner",
@@ -53,10 +57,10 @@ _P = ParamSpec("_P")
 
 
 def _jit(*static: str) -> Callable[[Callable[_P, Array]], Callable[_P, Array]]:
-    """jax.jit, for arrays; tracers go straight to the function.
+    """Compiles a function with jax.jit, but calls it directly if its arguments are tracers.
 
-    There, a function that is only traced sees how its operands were made, and costs less. Its equations are in
-    the caller's program either way (`inline`), where remat policies see them.
+    Called directly, it sees which operations its operands come from (transposes, which it can fold), and tracing is
+    faster. Either way its equations are in the caller's program (`inline`), where remat policies see them.
     """
 
     def decorate(function: Callable[_P, Array]) -> Callable[_P, Array]:
@@ -76,8 +80,8 @@ def _jit(*static: str) -> Callable[[Callable[_P, Array]], Callable[_P, Array]]:
     return decorate
 
 
-# Whatever jax.config says, two arrays of one of these have a product of the same. JAX's answer takes longer than
-# all else that it takes to trace a matmul.
+# The product of two arrays of one of these dtypes has the same dtype, whatever jax.config says. Asking JAX would take
+# longer than the rest of tracing a matmul.
 _SELF_PROMOTING = frozenset(
     np.dtype(x)
     for kinds in (
@@ -181,7 +185,7 @@ def matmul(
     dimension_numbers, out_perm = contraction.dimension_numbers_of(layout.labels)
     out_sharding = compat.canonicalize_sharding(out_sharding, "dot_general")
     if out_sharding is not None and out_perm is not None:
-        # jnp takes it to be the sharding before the transpose that this product does not need.
+        # In jnp it is the sharding before a final transpose, which this product does not need.
         out_sharding = compat.permute_sharding(out_sharding, out_perm)
     out = bind(
         lax.squeeze(a, layout.lhs_squeeze) if layout.lhs_squeeze else a,
@@ -209,11 +213,11 @@ def linear(
     preferred_element_type: DTypeLike | None = None,
     out_sharding: OutSharding = None,
 ) -> Array:
-    """`activation(scale * (x @ w) + b) + residual`, one call on CPUs: C is finished before it leaves the core.
+    """`activation(scale * (x @ w) + b) + residual`, on CPUs in one call that writes its result once.
 
-    The sum and all that follows are computed in float32 where the result is narrower, and rounded to it once. Of
-    other dtypes than float32, bfloat16 and float16, and wherever a product is XLA's, it is the composition that is
-    computed.
+    The sum and all that follows are computed in float32 where the result is narrower, and rounded to it once. Results
+    of other dtypes than float32, bfloat16 and float16, and products that XLA computes, are a product followed by
+    XLA's operations.
 
     Args:
       x: shape (..., K).
@@ -225,7 +229,7 @@ def linear(
       scale: a number, part of the program.
       precision: as in `dot_general`.
       preferred_element_type: dtype of the result; by default that of all operands promoted.
-      out_sharding: as in `dot_general`, for explicit meshes; with it the composition is computed.
+      out_sharding: as in `dot_general`, for explicit meshes; with it, a product is followed by XLA's operations.
 
     Returns:
       Shape (..., N).
@@ -280,6 +284,168 @@ def _run_linear(
         dtype=dtype,
     )
     return compat.convert_element_type(out, dtype, weak_type)
+
+
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: Any = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+) -> Any:
+    """`jax.nn.dot_product_attention`: softmax(scale * Q K^T + bias) V, in one pass on CPUs.
+
+    Scores and sums are float32, and no matrix of scores is formed. What a mask, a window or lengths exclude is skipped
+    where whole blocks are; Inf and NaN in keys and values behind a length or outside a window reach no result. Of
+    other dtypes than float32, bfloat16 and float16, and on other platforms, it is the composition that is computed, as
+    it is under jit with arrays that are sharded over several devices, and for forward-mode derivatives. Reverse mode
+    computes the weights once more, a block of keys at a time.
+
+    Args:
+      query: shape (B, T, N, H) or (T, N, H).
+      key, value: shape (B, S, K, H) or (S, K, H), where K divides N, of the query's dtype; or, with a query of float32,
+        both bfloat16 or both float16.
+      bias: added to the scores, four dimensions that broadcast to (B, N, T, S).
+      mask: bool, likewise; False excludes a score.
+      scale: of the scores, by default 1 / sqrt(H).
+      is_causal: query t sees no key behind t.
+      query_seq_lengths, key_value_seq_lengths: int32, shape (B,): beyond them queries give zeros, and keys count not.
+      local_window_size: (left, right) or one number for both: query t sees keys t - left to t + right.
+      implementation: None. With another one, "xla" or "cudnn", it is jax.nn's function that is called.
+      return_residual: whether to return the logarithms of the sums of exponentials too, (B, T, N) or (T, N) of the
+        key's dtype, without a derivative.
+
+    Returns:
+      Shape and dtype of query.
+
+    Raises:
+      ValueError: what jax.nn.dot_product_attention raises for wrong shapes and dtypes.
+    """
+    if implementation is not None:
+        other: Any = jax.nn.dot_product_attention  # its annotations know literals alone
+        return other(
+            query,
+            key,
+            value,
+            bias,
+            mask,
+            scale=scale,
+            is_causal=is_causal,
+            query_seq_lengths=query_seq_lengths,
+            key_value_seq_lengths=key_value_seq_lengths,
+            local_window_size=local_window_size,
+            implementation=implementation,
+            return_residual=return_residual,
+        )
+    if isinstance(local_window_size, int):
+        local_window_size = (local_window_size, local_window_size)
+    named = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "bias": bias,
+        "mask": mask,
+        "q_lengths": query_seq_lengths,
+        "kv_lengths": key_value_seq_lengths,
+    }
+    given = {name: jnp.asarray(x) for name, x in named.items() if x is not None}
+    traced = isinstance(scale, Tracer)
+    out, residual = _run_attention(
+        *given.values(),
+        *((scale,) if traced else ()),
+        names=tuple(given),
+        scale=None if scale is None or traced else float(scale),
+        is_causal=bool(is_causal),
+        window=None if local_window_size is None else (int(local_window_size[0]), int(local_window_size[1])),
+    )
+    return (out, residual) if return_residual else out
+
+
+@_jit("names", "scale", "is_causal", "window")
+def _run_attention(
+    *operands: Array,
+    names: tuple[str, ...],
+    scale: float | None,
+    is_causal: bool,
+    window: tuple[int, int] | None,
+) -> Any:
+    given = dict(zip(names, operands, strict=False))
+    for name in ("query", "key", "value", "bias", "mask"):
+        if name in given and given[name].ndim < 4:
+            x = given[name]
+            given[name] = lax.expand_dims(x, tuple(range(4 - x.ndim)))
+    q, k, v = (given[name] for name in ("query", "key", "value"))
+    _check_attention(given)
+    (b, t, n, h), s = q.shape, k.shape[1]
+    bias, mask = (_broadcast_to_scores(given.get(name), name, (b, n, t, s)) for name in ("bias", "mask"))
+    extras = {
+        "bias": None if bias is None else bias.astype(np.float32),
+        "mask": mask,
+        "q_lengths": given.get("q_lengths"),
+        "kv_lengths": given.get("kv_lengths"),
+    }
+    left, right = (_attention.UNBOUNDED,) * 2 if window is None else (max(-(2**30), min(x, 2**30)) for x in window)
+    if is_causal:
+        right = min(right, 0)
+    options = _attention.Options(
+        1 / math.sqrt(h) if scale is None else scale, left, right, *(x is not None for x in extras.values())
+    )
+    present = [x for x in extras.values() if x is not None]
+    if len(operands) > len(names):
+        out, lse = _attention.composition(q, k, v, *present, options=options, scale=operands[-1])
+    else:
+        out, lse = _attention.bind(q, k, v, *present, options=options)
+    residual = lax.stop_gradient(lse.astype(k.dtype))
+    shape = operands[0].shape
+    return out.reshape(shape), residual.reshape(shape[:-1])
+
+
+def _check_attention(given: dict[str, Array]) -> None:
+    """The errors of jax.nn.dot_product_attention."""
+    q, k = given["query"], given["key"]
+    if k.ndim != 4:
+        raise ValueError(f"not enough values to unpack (expected 4, got {k.ndim})")
+    b, s, kv_heads, h = k.shape
+    wider = q.dtype == np.float32 and k.dtype in (jnp.bfloat16, np.float16)
+    for name, shape, dtype in (
+        ("value", [b, s, kv_heads, h], k.dtype),
+        ("query", [b, -1, -1, h], None if wider else k.dtype),
+        ("mask", [-1] * 4, np.dtype(bool)),
+        ("bias", [-1] * 4, None),
+        ("q_lengths", [b], np.dtype(np.int32)),
+        ("kv_lengths", [b], np.dtype(np.int32)),
+    ):
+        x = given.get(name)
+        if x is None:
+            continue
+        shown = {"q_lengths": "query_seq_lengths", "kv_lengths": "key_value_seq_lengths"}.get(name, name)
+        if x.ndim != len(shape):
+            raise ValueError(f"{shown} ndim should be {len(shape)}, but got {x.ndim}")
+        if dtype is not None and x.dtype != dtype:
+            raise ValueError(f"{shown} dtype should be {dtype}, but got {x.dtype}")
+        if any(want not in (-1, have) for want, have in zip(shape, x.shape, strict=True)):
+            raise ValueError(f"{shown} shape should be {shape}: but got {x.shape}")
+    if q.shape[-2] % kv_heads != 0:
+        raise ValueError(
+            f"The number of query heads must be a multiple of key/value heads, but got {q.shape[-2]} vs {kv_heads}"
+        )
+
+
+def _broadcast_to_scores(x: Array | None, name: str, scores: tuple[int, ...]) -> Array | None:
+    """A bias or mask with all keys in its last dimension; the others may be 1."""
+    if x is None:
+        return None
+    if any(have not in (1, want) for have, want in zip(x.shape, scores, strict=True)):
+        raise ValueError(f"{name} of shape {x.shape} does not broadcast to {scores}")
+    return jnp.broadcast_to(x, (*x.shape[:3], scores[3]))
 
 
 @_jit("precision", "preferred_element_type", "out_sharding")
@@ -521,5 +687,5 @@ def export_checks() -> list[DisabledSafetyCheck]:
     """
     from jax.export import DisabledSafetyCheck
 
-    names = (native.TARGET_NAME, native.LINEAR_TARGET_NAME, native.QUANTIZED_TARGET_NAME)
+    names = (native.TARGET_NAME, native.LINEAR_TARGET_NAME, native.ATTENTION_TARGET_NAME, native.QUANTIZED_TARGET_NAME)
     return [DisabledSafetyCheck.custom_call(name) for name in names]

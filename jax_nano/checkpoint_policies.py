@@ -1,8 +1,8 @@
 """Policies for `jax.checkpoint` that save jax_nano's products: those of `jax.checkpoint_policies`, by the same names.
 
-A policy recognises products by their primitive, and would recompute ours. So jax_nano answers for them: whatever a
-policy decides about lax.dot_general holds for ours, `linear` included (see `jax_nano._ops.tables`). Nothing here is
-needed any more; programs that were written for earlier releases go on as they are.
+A policy recognises products by their primitive. jax_nano makes every policy decide about its own primitives, `linear`
+included, as about lax.dot_general (see `jax_nano._ops.tables`). So nothing here is needed any more; it is kept for
+programs that were written for earlier releases.
 """
 
 from __future__ import annotations
@@ -33,5 +33,5 @@ offload_dot_with_no_batch_dims: Callable[[str, str], Policy] = jax.checkpoint_po
 
 
 def extend(policy: Policy) -> Policy:
-    """A policy that decides about jax_nano's products as `policy` does about lax.dot_general: every one does."""
+    """A policy that decides about jax_nano's products as about lax.dot_general: `policy` itself."""
     return policy

@@ -10,9 +10,10 @@ import ctypes
 import fcntl
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from guarded import Region
@@ -21,7 +22,11 @@ from kernel_abi import FIELDS, PACK_SLACK_BYTES, packed_a_row, reads_a
 import jax_nano.codegen
 from jax_nano._core import spec
 from jax_nano.codegen import emulate, manifest
+from jax_nano.codegen.catalog import AttentionKernel
 from jax_nano.codegen.catalog import Kernel as CatalogKernel
+from jax_nano.codegen.quantized.kernel import QuantizedKernel
+
+_AnyKernel: TypeAlias = CatalogKernel | AttentionKernel | QuantizedKernel
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Kernel:
             "mc": _round_up(m, self.mr),
             "nc": _round_up(n, self.nr),
             "kc": _round_up(k, self.kr),
-            "panel": self.mr,
+            "tile_rows": self.mr,
         }
         x = dict.fromkeys(FIELDS, 0) | {"a": a.ctypes.data, "b": b.ctypes.data, "c": c.ctypes.data}
         x |= {"m": m, "n": n, "k": k, "batch": 1, "rs_partial": _round_up(n, self.nr), **blocks, **_strides(a, b, c)}
@@ -60,7 +65,7 @@ class Kernel:
         if x["inner"]:
             sizes = {"a_pack": x["pack_a"] and a.nbytes, "b_pack": x["pack_b"] and b.nbytes}
             sizes = {name: size for name, size in sizes.items() if size}
-        if self.narrow:
+        if self.narrow_out:
             sizes["partial"] = _round_up(m * x["rs_partial"] * np.dtype(self.acc).itemsize, 64)
         with contextlib.ExitStack() as regions:
             for name, size in sizes.items():
@@ -98,18 +103,29 @@ def load(kernels: list[CatalogKernel]) -> dict[str, Kernel]:
     Raises:
       ToolchainError: there is no LLVM 22 or C compiler to build them with.
     """
+    functions = library("products", kernels)
+    return {k.name: Kernel(manifest.entry(k), _function(functions, k.symbol)) for k in kernels}
+
+
+def load_attentions(kernels: list[AttentionKernel]) -> dict[str, tuple[dict[str, Any], Any]]:
+    """The facts and the function of each of these attentions, by name; raises what `load` does."""
+    functions = library("attentions", kernels)
+    return {k.name: (manifest.attention_entry(k), _function(functions, k.symbol)) for k in kernels}
+
+
+def library(kind: str, kernels: Sequence[_AnyKernel]) -> ctypes.CDLL:
+    """These kernels, from an earlier run or built anew; raises what `load` does."""
     _FOLDER.mkdir(parents=True, exist_ok=True)
-    library = _FOLDER / f"{_key(kernels)}.so"
+    path = _FOLDER / f"{kind}-{_key(kernels)}.so"
     with (_FOLDER / "lock").open("w") as lock:  # other test runs share the folder
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            for old in _FOLDER.glob("*.so"):
+        if not path.exists():
+            for old in _FOLDER.glob(f"{kind}-*.so"):
                 old.unlink()
-            unfinished = library.with_suffix(".unfinished")
+            unfinished = path.with_suffix(".unfinished")
             emulate.build(kernels, unfinished, os.cpu_count() or 1)
-            unfinished.rename(library)
-        functions = ctypes.CDLL(str(library))
-    return {k.name: Kernel(manifest.entry(k), _function(functions, k.symbol)) for k in kernels}
+            unfinished.rename(path)
+        return ctypes.CDLL(str(path))
 
 
 def _function(library: ctypes.CDLL, symbol: str) -> Any:
@@ -118,7 +134,7 @@ def _function(library: ctypes.CDLL, symbol: str) -> Any:
     return function
 
 
-def _key(kernels: list[CatalogKernel]) -> str:
+def _key(kernels: Sequence[_AnyKernel]) -> str:
     """Stands for everything that the library is made of."""
     folder = Path(jax_nano.codegen.__file__).parent
     digest = hashlib.sha256(Path(spec.__file__).read_bytes())

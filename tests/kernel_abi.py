@@ -17,6 +17,6 @@ def packed_a_row(nbytes: int) -> int:
 
 
 def reads_a(kernel: Mapping[str, Any], fields: Mapping[str, Any]) -> Any:
-    """Whether a kernel of the manifest can read A with these k, rsa and csa where it lies: ReadsA of csrc/plan.h."""
+    """Whether a kernel of the manifest can read A with these k, rsa and csa where it lies, as plan.h's ReadsA."""
     in_units = (fields["csa"] == 1) & (fields["k"] % kernel["kr"] == 0) & (fields["rsa"] % kernel["kr"] == 0)
     return kernel["direct_a"] & ((kernel["kr"] == 1) | in_units)

@@ -155,31 +155,25 @@ class Case:
 
 
 def call_kernel(function: Any, block: int, case: Case, task: str) -> NDArray[Any]:
-    """One call of a kernel, a ctypes function, for a task: the product, or for "dequantize_..." the weights [k, n].
+    """One call of a kernel, a ctypes function, for a task: the sums, or for "dequantize_..." the weights [k, n].
 
     The workspace is as large as the spec says, between pages that may not be touched, and full of NaN.
     """
     rows, facts = spec.QUANTIZED_ROWS, spec.WEIGHTS[case.weights]
     x, packed, scale, zero = case.x, case.packed, case.scale, case.zero
-    out = reference.poisoned((case.m, case.n), dtype(case.out))
     nc, k = -(-case.n // 128) * 128, -(-case.k // 128) * 128
     line = max(nc, 4 * (case.k // case.group + 32))
-    floats = {
-        "x_pack": (case.m + 1) * k,
-        "sums": max(case.m * nc, 256),
-        "y": case.m * nc,
-        "zeros": line,
-        "scales": line,
-    }
     of_weights = task.startswith("dequantize")
-    pitch = k if case.along_k else nc
-    if of_weights:
-        floats["y"] = (case.n if case.along_k else case.k) * pitch
+    pitch = (k if case.along_k else nc) if of_weights else nc
+    count = (case.n if case.along_k else case.k) if of_weights else case.m
+    sizes = {"x_pack": (case.m + 1) * k, "sums": max(case.m * nc, 512), "zeros": line, "scales": line}
     with contextlib.ExitStack() as stack:
         room = {}
-        for name, count in floats.items():
-            room[name] = stack.enter_context(Region(4 * count)).array((count,), np.float32)
+        for name, size in {**sizes, "y": count * pitch}.items():
+            room[name] = stack.enter_context(Region(4 * size)).array((size,), np.float32)
             room[name][...] = np.nan
+        if task == "columns":
+            room["y"][...] = 0  # it adds
         fields = dict.fromkeys(spec.names(spec.QUANTIZED_ARGS), 0) | {
             "task": spec.QUANTIZED_TASKS.index(task),
             "m": case.m,
@@ -187,6 +181,7 @@ def call_kernel(function: Any, block: int, case: Case, task: str) -> NDArray[Any
             "k": case.k,
             "group": case.group,
             "flip": facts.flip,
+            "points": int(zero is not None or case.weights == "uint8"),
             "x": x.ctypes.data,
             "rsx": case.k,
             "x_dtype": rows.index(x.dtype.name),
@@ -198,15 +193,46 @@ def call_kernel(function: Any, block: int, case: Case, task: str) -> NDArray[Any
             "zero": 0 if zero is None else zero.ctypes.data,
             "rs_zero": scale.shape[1],
             "zero_dtype": 0 if zero is None else rows.index(zero.dtype.name),
-            "out": out.ctypes.data,
-            "rs_out": case.n,
-            "out_dtype": rows.index(case.out),
-            "nc": pitch if of_weights else nc,
+            "nc": pitch,
             **{name: v.ctypes.data for name, v in room.items()},
         }
         assert nc % block == 0
         function((ctypes.c_int64 * len(fields))(*fields.values()))
-        if not of_weights:
-            return out
-        weights = room["y"].reshape(-1, pitch)
-        return (weights[: case.n, : case.k].T if case.along_k else weights[:, : case.n]).copy()
+        found = room["y"].reshape(-1, pitch)
+        if of_weights:
+            return (found[: case.n, : case.k].T if case.along_k else found[:, : case.n]).copy()
+        return found[:, : case.n].astype(dtype(case.out))
+
+
+def finish(
+    function: Any,
+    sums: NDArray[np.float32],
+    n: int,
+    out: str,
+    bias: NDArray[Any] | None,
+    residual: NDArray[Any] | None,
+    factor: float,
+) -> NDArray[Any]:
+    """Calls what finishes sums, a ctypes function; with a bias and a residual, and then relu, or without an epilogue."""
+    result = reference.poisoned((len(sums), n), dtype(out))
+    epilogue = (ctypes.c_int64 * len(spec.EPILOGUE))()
+    if bias is not None and residual is not None:
+        places = spec.names(spec.EPILOGUE)
+        epilogue[places.index("activation")] = spec.activation_code("relu")
+        epilogue[places.index("bias")] = bias.ctypes.data
+        epilogue[places.index("has_residual")] = 1
+        epilogue[places.index("residual_offset")] = residual.ctypes.data - result.ctypes.data
+        ctypes.cast(epilogue, ctypes.POINTER(ctypes.c_double))[places.index("scale")] = factor
+    fields = dict.fromkeys(spec.names(spec.QUANTIZED_ARGS), 0) | {
+        "task": spec.QUANTIZED_TASKS.index("finish"),
+        "m": len(sums),
+        "n": n,
+        "y": sums.ctypes.data,
+        "nc": sums.shape[1],
+        "out": result.ctypes.data,
+        "rs_out": n,
+        "out_dtype": spec.QUANTIZED_ROWS.index(out),
+        "epilogue": 0 if bias is None else ctypes.addressof(epilogue),
+    }
+    function((ctypes.c_int64 * len(fields))(*fields.values()))
+    return result

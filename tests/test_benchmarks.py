@@ -20,12 +20,13 @@ pytestmark = pytest.mark.xdist_group("benchmarks")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks takes it off again, so that jax_nano is the installed one
 
-from benchmarks import machine, operands  # noqa: E402
+from benchmarks import machine, operands, regret  # noqa: E402
 from benchmarks.cases import DTYPES, matmul, select  # noqa: E402
 from benchmarks.native import why_not  # noqa: E402
 from benchmarks.peers.in_jax import loop_of, product  # noqa: E402
 from benchmarks.report import Results, Row, Section, markdown  # noqa: E402
 from benchmarks.worker import Failed, check  # noqa: E402
+from jax_nano import _runtime  # noqa: E402
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
@@ -134,7 +135,7 @@ def test_compare_finds_what_became_slower(results, tmp_path):
     assert "8x8x8 f32" in found.stdout
 
 
-@pytest.mark.parametrize("command", ["overheads", "callers", "gate", "compile", "footprint", "linear", "quantized"])
+@pytest.mark.parametrize("command", ["overheads", "callers", "gate", "compile", "footprint", "linear", "attention", "quantized"])
 def test_the_other_measurements_run(command):
     done = run(command, "--quick")
     assert done.returncode == 0, done.stderr
@@ -321,3 +322,48 @@ def test_rows_give_medians_and_ratios_of_neighbouring_samples():
     theirs = dataclasses.replace(ours, peer="jnp", seconds=(2e-6, 4e-6, 30e-6))
     assert ours.gflops == pytest.approx(1.0)
     assert ours.times_faster_than(theirs) == pytest.approx(2.0)
+
+
+class TestRegret:
+    def test_every_candidate_is_checked_and_timed(self, tmp_path):
+        """Of two products; the planner's own choice is the first, and what is kept is a choice that can be forced."""
+        path = tmp_path / "regret.json"
+        tiny = ("--shapes", "5x40x30", "33x20x70", "--layout", "NT", "--rounds", "1", "--sample-ms", "0.01")
+        done = run("regret", *tiny, "--out", str(path))
+        assert done.returncode == 0, done.stderr
+        assert "2 products" in done.stdout
+        data = json.loads(path.read_text())
+        assert data["machine"]["cpu"]
+        for row, sizes in zip(data["rows"], ((5, 40, 30), (33, 20, 70)), strict=True):
+            assert tuple(row["dims"].values()) == sizes
+            given = ([sizes[0], sizes[2]], [sizes[1], sizes[2]], [0, 2], [1, 2], [0, 1], *["float32"] * 3)
+            listed = _runtime.testing.candidates(*given, 1)
+            choices = [dict(zip(data["choice"], choice, strict=True)) for choice in row["choices"]]
+            assert len(choices) == len(listed) == len(row["us"]) > 5
+            assert min(row["us"]) > 0
+            assert row["planned"] == 0
+            assert _runtime.testing.plan_by(*given, choices[0]) == _runtime.plan(*given, 1) == listed[0]
+        again = run("regret", "--of", str(path))
+        assert again.stdout == done.stdout
+
+    def test_arithmetic(self):
+        """The fastest is looked for among those that were timed as often as the planned one."""
+        rows = [
+            {"product": "x", "threads": 1, "planned": 0, "us": [2.0, 1.0, 0.5], "samples": [9, 9, 3]},
+            {"product": "y", "threads": 2, "planned": 1, "us": [2.0, 1.0], "samples": [3, 9]},
+        ]
+        assert regret.ratios(rows) == [2.0, 1.0]
+        summary = regret.Summary.of(rows)
+        assert summary.mean == pytest.approx(2**0.5)
+        assert summary.worst[0] == (2.0, "x, 1 threads")
+
+    def test_random_products_are_the_same_each_time(self):
+        cases = list(regret.random_cases(20, "bf16", 1e8))
+        assert cases == list(regret.random_cases(20, "bf16", 1e8))
+        assert len({case.key for case in cases}) == 20
+        assert all(case.flops <= 1e8 for case in cases)
+
+    def test_needs_products(self):
+        done = run("regret")
+        assert done.returncode == 2
+        assert "no products" in done.stderr

@@ -133,9 +133,9 @@ def test_explain_prints_the_plan_of_the_runtime() -> None:
     assert "flop" in done.stdout
 
 
-def test_explain_says_that_k_is_in_pieces() -> None:
+def test_explain_tells_of_split_k() -> None:
     text = run("explain", "16x16x65536", "--threads", "1").stdout
-    assert "K in 16 pieces" in text
+    assert "split-K: 16 slices" in text
     assert "16 items (16 of K)" in text
 
 
@@ -165,6 +165,8 @@ def test_every_kernel_of_the_build_can_be_explained() -> None:
 def test_explain_shows_what_the_gate_decides() -> None:
     assert "left to XLA: too small" in run("explain", "2x2x2").stdout
     assert "lets it through" in run("explain", "2x2x2", JAX_NANO_GATE="off").stdout
+    # XLA would not round the operands.
+    assert "lets it through" in run("explain", "2x2x2", "--algorithm", "BF16_BF16_F32").stdout
     assert "left to XLA: sums of 16 terms" in run("explain", "1024x1024x16").stdout
     assert "lets it through" in run("explain", "4096x16x16").stdout
     assert "left to XLA: a product with a vector" in run("explain", "1024x1x1024").stdout

@@ -126,7 +126,7 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
 DTYPES: Final = {x.number: np.dtype(getattr(jnp, x.name)) for x in spec.DTYPES.values()}
 """By PrimitiveType, as far as kernels or numbers around them need it."""
 BFLOAT16: Final = np.dtype(jnp.bfloat16)
-NAMES: Final = {dtype: dtype.name for dtype in DTYPES.values()}  # which NumPy makes up each time
+NAMES: Final = {dtype: dtype.name for dtype in DTYPES.values()}  # NumPy would build the string each time
 _OTHER_NAMES: Final = {
     1: "bool",
     5: "int64",
@@ -147,10 +147,10 @@ _OTHER_NAMES: Final = {
     32: "float4_e2m1fn",
     33: "float8_e8m0fnu",
 }
-"""What else JAX has, for people, by PrimitiveType."""
+"""JAX's other dtypes by PrimitiveType, for messages."""
 ELEMENT_TYPES: Final = {dtype: number for number, dtype in DTYPES.items()}
 
-# What is removed when nothing needs its result any more.
+# Operations that are removed when nothing uses their result any more.
 _PURE: Final = frozenset(("bitcast", "convert", "copy", "dot", "fusion", "transpose"))
 
 TYPED_FFI: Final = 4
@@ -196,7 +196,7 @@ def dtype_of(instruction: Instruction) -> np.dtype:
 
 
 def dtype_name(shape: Any) -> str:
-    """A shape's dtype, in words for people."""
+    """A shape's dtype, for messages."""
     dtype = DTYPES.get(shape.element_type)
     if dtype is not None:
         return NAMES[dtype]
@@ -250,7 +250,7 @@ def attribute(message: Any, key: str) -> str | None:
 
 
 def is_one_function(instruction: Instruction) -> bool:
-    """Whether XLA compiles all that an instruction calls, loops too, into one function: no call can stand in it."""
+    """Whether XLA compiles all that an instruction calls, loops too, into a function that cannot hold custom calls."""
     return instruction.opcode == "call" and attribute(instruction, "xla_cpu_small_call") == "true"
 
 
@@ -303,11 +303,11 @@ class Module:
         self._by_id = {computation.id: computation for computation in self._proto.computations}
         taken_over = (*self._proto.input_output_alias.entries, *self._proto.buffer_donor.entries)
         self.donated = frozenset(entry.parameter_number for entry in taken_over)
-        """Numbers of the parameters whose memory results may take over."""
+        """Numbers of the parameters in whose memory results may be stored."""
         self.is_changed = False
-        """Whether there are other computations than before."""
+        """Whether computations were added."""
         self.only_read: dict[int, frozenset[int]] = {}
-        """Of each loop, by its id, the elements that nothing writes; see `_carried`."""
+        """Of each loop, by its id, the elements of its state that nothing writes; see `_programs.carried`."""
 
     def copy(self) -> Module:
         """The same module once more, to try something on."""
@@ -351,7 +351,7 @@ class Module:
     def called_from(self, is_caller: Callable[[Instruction], bool]) -> set[int]:
         """Ids of the computations that some instructions call, and of those that these call in turn."""
         found: set[int] = set()
-        for computation in reversed(self._proto.computations):  # callers stand behind those that they call
+        for computation in reversed(self._proto.computations):  # callers come after their callees
             for instruction in computation.instructions:
                 if computation.id in found or is_caller(instruction):
                     found.update(instruction.called_computation_ids)
@@ -402,14 +402,14 @@ class Module:
         self.set_parameters(new)
         self._by_id[number] = new
         self.is_changed = True
-        # It calls what the other one does, and is called from where that one is called.
+        # Like the original it must come after the computations that it calls and before its callers.
         place = {x.id: (i, 0) for i, x in enumerate(computations)}
         place[number] = (place[computation.id][0], 1)
         computations.sort(key=lambda x: place[x.id])
         return new, ids
 
     def set_parameters(self, computation: Computation) -> None:
-        """Says of a computation what it takes and gives, after its parameters were changed."""
+        """Updates a computation's program_shape after its parameters were changed."""
         parameters = sorted(
             (x for x in computation.instructions if x.opcode == "parameter"), key=lambda x: x.parameter_number
         )
@@ -486,7 +486,7 @@ class Body:
         return new
 
     def fusion(self, computation: Computation, operands: Sequence[Instruction], value: Instruction) -> Instruction:
-        """A new fusion, of a kind that is still to be set, that computes what `value` was in another one."""
+        """A new fusion that computes what `value` is in another one; its kind must be set afterwards."""
         new = self._add(value, "fusion")
         new.shape.CopyFrom(value.shape)
         new.metadata.CopyFrom(value.metadata)
@@ -518,7 +518,7 @@ class Body:
         return new
 
     def copy_operand(self, instruction: Instruction, position: int) -> None:
-        """Gives an instruction a copy of one of its operands instead, in memory that nothing else uses."""
+        """Replaces an operand of an instruction by a copy, in memory that nothing else uses."""
         operand = self.operands(instruction)[position]
         new = self._add(operand, "copy")
         new.operand_ids.append(operand.id)
@@ -546,17 +546,20 @@ class Body:
         return new
 
     def bitcast_result(self, instruction: Instruction, dtype: np.dtype, dims: Sequence[int]) -> Instruction:
-        """Makes `instruction`, in row-major order with these sizes, what all its users see as they saw it before.
+        """Gives an instruction's result a row-major shape of these sizes; its users get a bitcast to the old shape.
 
-        The bitcast between takes over name and id, so that users, and the root, need not change. Returned is the
-        instruction, which is a new message.
+        The bitcast takes over name and id, so that users, and the root, need not change. Returned is the instruction,
+        which is a new message.
         """
         new = self._insert_result(instruction, "bitcast")
         set_array(new.shape, dtype, dims)
         return new
 
     def _insert_result(self, instruction: Instruction, opcode: str) -> Instruction:
-        """Puts an operation between an instruction, which is returned, and its users: it has the old message."""
+        """Puts an operation between an instruction and its users; the instruction, a new message, is returned.
+
+        The operation takes over the old message, and with it the name and id that users refer to.
+        """
         new = self._add(instruction, opcode)
         number, name = new.id, new.name
         new.CopyFrom(instruction)
@@ -583,7 +586,7 @@ class Body:
         return new
 
     def set_operands(self, instruction: Instruction, operands: Sequence[Instruction]) -> None:
-        """Gives an instruction other operands; what is left without a user will be removed, and what made it."""
+        """Gives an instruction other operands; `commit` removes old ones without users, and what only they used."""
         old = list(instruction.operand_ids)
         del instruction.operand_ids[:]
         for x in operands:

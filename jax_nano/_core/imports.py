@@ -1,6 +1,6 @@
-"""Acts when a module is imported, without importing it: what belongs to JAX's experimental parts waits for their users.
+"""Runs a function once a module has been imported, without importing it: for modules of JAX that few programs need.
 
-Nothing but the standard library, because `import jax_nano` comes here before it knows whether there is a JAX.
+It imports the standard library alone: `import jax_nano` uses it before it is known whether JAX is installed.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Action: TypeAlias = Callable[[ModuleType], None]
 
 
 def when_imported(name: str, action: Action) -> None:
-    """Calls `action` with the module of that name: now if it has been imported, else when it will have been.
+    """Calls `action` with the module of that name: now if it has been imported, else right after its import.
 
-    What the action raises is a RuntimeWarning: the import is somebody else's and goes on.
+    An exception of the action becomes a RuntimeWarning: it must not break somebody else's import.
     """
     module = sys.modules.get(name)
     spec = getattr(module, "__spec__", None)
@@ -42,7 +42,7 @@ def _act(module: ModuleType, actions: Sequence[Action]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds what is waited for by the other finders, and lets its loader act afterwards."""
+    """Finds the modules that actions wait for, through the other finders, and makes their loaders run the actions."""
 
     def __init__(self) -> None:
         self.waiting: dict[str, list[Action]] = {}
@@ -60,7 +60,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """A module's own loader, and actions after it."""
+    """A module's own loader, which runs actions after it."""
 
     def __init__(self, loader: Any, actions: list[Action]) -> None:
         self._loader = loader

@@ -70,7 +70,7 @@ __all__ = [
 ]
 
 # An equation's source is the line that called us, as it is for JAX's own functions.
-source_info_util.register_exclusion(str(Path(__file__).parent) + os.sep)
+source_info_util.register_exclusion(str(Path(__file__).parent.parent) + os.sep)
 
 OutSharding: TypeAlias = NamedSharding | PartitionSpec | None
 
@@ -81,9 +81,9 @@ INLINE: Any = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
 # Whether a module that an HLO transformation changed keeps its donated arguments (JAX issue 40280).
 KEEPS_DONATION: bool = jaxlib_version >= (0, 11, 1)
 
-# Whether YNNPACK, where a product and what follows it are one fusion, gets wrong what is beyond the first 32768 columns
-# of the product: jaxlib 0.10.2 does, for [3, 3] x [40000, 3] along the last dimensions, then squared and summed; 0.12.0
-# does not. In between it was not tried.
+# Whether YNNPACK computes wrong values beyond the first 32768 columns of a product that is fused with what follows it:
+# jaxlib 0.10.2 does, for [3, 3] x [40000, 3] along the last dimensions, then squared and summed; 0.12.0 does not.
+# Releases between them were not tried.
 MISCOUNTS_LARGE_FUSED_DOTS: bool = jaxlib_version < (0, 12, 0)
 
 # Renamed in 0.10.1. Casts an operand that is replicated over a manual mesh axis to one that varies over it
@@ -92,7 +92,7 @@ match_varying_axes: Callable[..., Any] = (
     core.auto_insert_reshard if hasattr(core, "auto_insert_reshard") else getattr(core, "standard_insert_pvary")  # noqa: B009
 )
 
-# A rule of linearization returns one thing more from some release on.
+# From some release on, a linearization rule returns one value more.
 _STRUCTURED_RESIDUALS = "structured_residuals" in ad.LinearizeTrace.process_primitive.__code__.co_names
 
 # 0.11 added layouts to the types that a lowered result must be annotated with.
@@ -162,9 +162,9 @@ def untransposed(x: Any) -> tuple[Array, tuple[int, ...]] | None:
 
 
 def define_bilinear(primitive: Primitive, product: Callable[..., Array], *transposes: Callable[..., Array]) -> None:
-    """ad.defbilinear, with tangents that are computed by `product`, which sees how its operands were made.
+    """ad.defbilinear, with tangents that are computed by `product`, which can fold transposes of its operands.
 
-    JAX's own rule for linearization would trace the product of a tangent out of sight of the rest.
+    JAX's own linearization rule would trace the product of a tangent separately, where transposes cannot be seen.
     """
     ad.defbilinear(primitive, *transposes)
     ad.defjvp(
@@ -204,7 +204,7 @@ def when_tables_exist(**actions: Callable[[Any], None]) -> None:
 
 
 def treat_as_dot_general(primitive: Primitive, like: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Lets the policies of jax.checkpoint take a primitive for lax.dot_general, whoever wrote them.
+    """Makes all policies of jax.checkpoint, also users' own, treat a primitive as lax.dot_general.
 
     Args:
       primitive: of one result. Where a policy would recompute lax.dot_general, it is asked about `primitive` as well.
@@ -319,7 +319,7 @@ def lowering_platforms(ctx: mlir.LoweringRuleContext) -> tuple[str, ...]:
 
 
 class TooOld(Exception):
-    """This JAX has no hook that is asked for."""
+    """This JAX lacks a hook that is needed."""
 
 
 def cpu_devices() -> int:

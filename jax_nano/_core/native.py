@@ -3,7 +3,7 @@
 On x86-64 Linux a missing extension is an error with a remedy, never a silent fallback. On any other
 platform there is none to find, and every product takes lax's own lowering.
 
-Importing this module registers the targets, unless there is no extension: that is an error where something needs it.
+Importing this module registers the targets if there is an extension; if not, it is `runtime()` that raises.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from jax_nano._core import spec
 
 TARGET_NAME: Final = spec.DOT_GENERAL_CALL
 LINEAR_TARGET_NAME: Final = spec.LINEAR_CALL
+ATTENTION_TARGET_NAME: Final = spec.ATTENTION_CALL
 QUANTIZED_TARGET_NAME: Final = spec.QUANTIZED_CALL
 ABI: Final = spec.FFI_ABI
 
@@ -73,8 +74,8 @@ def register() -> None:
 def build() -> str:
     """The release, and a digest of what it was built from: programs compiled by two builds are never equal.
 
-    XLA's handler of a call, and what becomes of an accelerated program, differ from build to build while the program
-    that JAX lowers stays the same; so the key of the persistent compilation cache must hold this.
+    The program that JAX lowers may be the same for two builds though they handle its calls, or rewrite it, differently.
+    So this must be part of the key of the persistent compilation cache.
     """
     try:
         version = metadata.version("jax_nano")
@@ -83,7 +84,7 @@ def build() -> str:
     digest = hashlib.sha256()
     folder = Path(__file__).parent.parent
     native = runtime()
-    sources = [x for x in sorted(folder.rglob("*.py")) if "codegen" not in x.parts]  # which made the extension
+    sources = [x for x in sorted(folder.rglob("*.py")) if "codegen" not in x.parts]  # its output is in the extension
     files = [*sources, *([Path(str(native.__file__))] if native else [])]
     for file in files:
         digest.update(file.read_bytes())
@@ -100,6 +101,12 @@ def supports(lhs_dtype: str, rhs_dtype: str, out_dtype: str, algorithm: str = sp
     """Whether a kernel for these dtypes runs on this CPU, on the target that was selected."""
     native = runtime()
     return native is not None and bool(native.supports(lhs_dtype, rhs_dtype, out_dtype, algorithm))
+
+
+def supports_attention(q: str, kv: str) -> bool:
+    """Whether an attention for queries and for keys and values of these dtypes runs on this CPU."""
+    native = runtime()
+    return native is not None and bool(native.supports_attention(q, kv))
 
 
 with contextlib.suppress(ImportError):

@@ -1,6 +1,7 @@
-"""What became of each product that was compiled in this process: kept as it happens, told when it is asked for.
+"""The record of what became of each product that was compiled in this process; `_tools.report` makes text of it.
 
-`JAX_NANO_VERBOSE=1` in the environment (read at import) tells it as it happens too, on the standard error stream.
+With `JAX_NANO_VERBOSE=1` in the environment (read at import) each product is also printed to the standard error stream
+when it is compiled.
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ class Product(NamedTuple):
     algorithm: str
     declined: str | None  # why XLA computes it; None: a kernel does
     epilogue: str = ""  # what the call does besides
+    kernel: str = ""  # what computes it; "" if that is to be asked of the planner of plain products
 
 
 _lock = threading.Lock()
 _products: Counter[Product] = Counter()
 seen_again: Callable[[], bool] = bool
-"""Whether what a program that is lowered now leaves to XLA will be looked at when it is compiled: no, unless
-`_accelerate` puts its own answer here."""
+"""Whether the program that is lowered now will be rewritten when XLA compiles it, so that products that are left to XLA
+are recorded then. False, unless `_programs.accelerate` replaces this function."""
 verbose: bool = os.environ.get("JAX_NANO_VERBOSE", "").strip().lower() not in ("", "0", "off")
 
 
@@ -64,7 +66,7 @@ def recorded() -> Recorded:
 
 
 def withdraw(program: str, before: Recorded, why: str) -> None:
-    """Says of a program's products that were recorded since that XLA computes them after all."""
+    """Changes the record of a program's products since `before`: XLA computes them after all, for the reason `why`."""
     with _lock:
         for product, count in list(_products.items()):
             new = count - before[product]
@@ -93,17 +95,18 @@ def epilogue_text(activation: str, scale: float, *, bias: bool, residual: bool) 
 
 
 def clear() -> None:
-    """Forgets them."""
+    """Forgets all products."""
     with _lock:
         _products.clear()
 
 
 def line(product: Product) -> str:
+    """A product as text: labels and arrays, then its kernel and plan, or why XLA computes it."""
     lhs, rhs, out = (f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in product.arrays)
     what = f"{_letters(product.labels)}  {lhs} x {rhs} -> {out}"
     algorithm = "" if product.algorithm == "default" else f" ({product.algorithm})"
     algorithm += f", then {product.epilogue}" if product.epilogue else ""
-    fate = _kernel(product) if product.declined is None else f"left to XLA: {product.declined}"
+    fate = product.kernel or _kernel(product) if product.declined is None else f"left to XLA: {product.declined}"
     return f"{what}{algorithm}: {fate}  [{product.source}]"
 
 
@@ -141,6 +144,6 @@ def _in_short(plan: Mapping[str, Any], threads: int) -> str:
         packed = [operand.upper() for operand in ("a", "b") if plan[f"pack_{operand}"]]
         blocks = f"blocks {plan['mc']} x {plan['nc']} x {plan['kc']} of {plan['m']} x {plan['n']} x {plan['k']}"
         blocking = f"{blocks}, {' and '.join(packed) or 'nothing'} packed"
-    used = min(math.prod(plan["split"]) * plan["k_pieces"], threads)
+    used = min(math.prod(plan["split"]) * plan["split_k"], threads)
     products = f"{plan['products']} products, " if plan["products"] > 1 else ""
     return f"{plan['target']}, {plan['kernel']}, {products}{blocking}, {used} thread{'s' if used > 1 else ''}"

@@ -2,7 +2,7 @@
 
 lax says what a product means: operands of different dtypes are first converted to that of the result, and a
 DotAlgorithm names the dtypes that operands are rounded to and summed in. A kernel that reads an operand as it is
-does the same wherever that conversion changes no value, or, in integers, no bit that is left in the result.
+does the same wherever that conversion changes no value, or, for integers, none of the bits that the result keeps.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Signature(NamedTuple):
 
 
 class _Meaning(NamedTuple):
-    """What lax converts the operands to, what its product gives before it is converted to the result."""
+    """The dtypes that lax converts operands to, and that of its product before it is converted to the result's."""
 
     lhs: np.dtype
     rhs: np.dtype
@@ -73,7 +73,7 @@ def find(
         return None
     for a in _operand(lhs, meaning.lhs, meaning):
         for b in _operand(rhs, meaning.rhs, meaning):
-            # What is bfloat16 already is not rounded to it, nor has it a rest for a second term.
+            # bfloat16 operands need no rounding to bfloat16, and have no further parts.
             algorithm = DEFAULT if a == b == _BFLOAT16 else meaning.algorithm
             for c in _results(a, b, out, meaning, terms):
                 if supports(a.name, b.name, c.name, algorithm):

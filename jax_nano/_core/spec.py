@@ -147,7 +147,8 @@ class Feature(NamedTuple):
 
     Attributes:
       name: the public name.
-      leaf, subleaf, register, bit: where CPUID announces it; no register: csrc/cpu.cc finds out in another way.
+      leaf, subleaf, register, bit: where CPUID announces it; no register: csrc/machine/features.cc finds out in another
+        way.
       state: the registers that the operating system must save for it to be usable.
       linux: its name in /proc/cpuinfo, if that is another one.
     """
@@ -335,15 +336,16 @@ FFI_ABI: Final = 1
 
 DOT_GENERAL_CALL: Final = "jax_nano_dot_general"
 LINEAR_CALL: Final = "jax_nano_linear"
+ATTENTION_CALL: Final = "jax_nano_attention"
 QUANTIZED_CALL: Final = "jax_nano_quantized"
-"""The names under which XLA finds the calls (csrc/ffi.cc)."""
+"""The names under which XLA finds the calls (csrc/xla)."""
 
 # --- the contract between kernels and runtime -----------------------------------------------------------------
 
 # fmt: off
 CType: TypeAlias = Literal[
-    "bool", "double", "int32_t", "int64_t", "Activation", "GemmFn", "QuantizedFn",
-    "void*", "const void*", "const char*", "const Epilogue*",
+    "bool", "double", "int32_t", "int64_t", "Activation", "GemmFn", "AttentionFn", "QuantizedFn",
+    "void*", "const void*", "const char*", "float*", "const float*", "const Epilogue*", "const AttentionRow*",
 ]
 # fmt: on
 
@@ -357,7 +359,7 @@ class Field(NamedTuple):
 
 
 WORD_BYTES: Final = 8
-"""What each field of `GEMM_ARGS` and `EPILOGUE` takes: kernels read them by position."""
+"""What each field of these structs takes: kernels read them by position."""
 
 GEMM_ARGS: Final = (
     Field("const void*", "a"),
@@ -365,9 +367,7 @@ GEMM_ARGS: Final = (
     Field("void*", "c"),
     Field("void*", "a_pack", "workspace for packed A, 64-byte aligned, PackedABytes(); unused unless pack_a"),
     Field("void*", "b_pack", "workspace for packed B, 64-byte aligned, PackedBBytes(); unused unless pack_b"),
-    Field(
-        "void*", "partial", "unfinished sums of a narrow kernel, else unused: m rows of accumulators, rs_partial apart"
-    ),
+    Field("void*", "partial", "partial sums, if narrow_out, else unused: m rows of accumulators, rs_partial apart"),
     Field("int64_t", "m", "m, n, k: any may be 0; k == 0 stores zeros (or leaves C alone when accumulating)"),
     Field("int64_t", "n"),
     Field("int64_t", "k"),
@@ -381,9 +381,11 @@ GEMM_ARGS: Final = (
     Field("int64_t", "bsa", "bsa, bsb, bsc: strides between products"),
     Field("int64_t", "bsb"),
     Field("int64_t", "bsc"),
-    Field("int64_t", "accumulate", "1: add to the sums so far: C, or `partial` of a narrow kernel; 0: neither is read"),
-    Field("int64_t", "more", "1: the sum over k is not finished by this call: a narrow kernel leaves it in `partial`"),
-    Field("int64_t", "pack_a", "1: copy blocks of A into the workspace (required unless ReadsA of plan.h)"),
+    Field("int64_t", "accumulate", "1: add to the sums in C, or in `partial` if narrow_out; 0: neither is read"),
+    Field(
+        "int64_t", "more", "1: a later call continues these sums: no rounding (narrow_out: in `partial`), no epilogue"
+    ),
+    Field("int64_t", "pack_a", "1: copy blocks of A into the workspace (required unless ReadsA of plan/schedule.h)"),
     Field("int64_t", "pack_b", "1: copy blocks of B into the workspace (required unless direct_b and csb == 1)"),
     Field(
         "int64_t",
@@ -391,15 +393,15 @@ GEMM_ARGS: Final = (
         "1: the inner-product path (KernelInfo::inner; k whole, csa == 1 and rsb == 1 unless pack_a, pack_b: then a "
         "copy along k of the operand goes to the workspace)",
     ),
-    Field("int64_t", "sweep", "1: the sweep path (KernelInfo::sweep; csb == 1, nothing packed; `partial` if narrow)"),
-    Field("int64_t", "ahead", "1: these two paths fetch what they read next: it lies in memory, not in a cache"),
-    Field("int64_t", "mc", "cache blocking; a multiple of panel or below it"),
+    Field("int64_t", "sweep", "1: the sweep path (KernelInfo::sweep; csb == 1, nothing packed; narrow_out: `partial`)"),
+    Field("int64_t", "prefetch", "1: these two paths prefetch what they read next: it lies in memory, not in a cache"),
+    Field("int64_t", "mc", "cache blocking; a multiple of tile_rows or below it"),
     Field("int64_t", "kc", "a multiple of kr"),
     Field("int64_t", "nc", "a multiple of nr"),
-    Field("int64_t", "panel", "rows of A that are multiplied at once, at most mr; mr if pack_a, unless csa == 1"),
+    Field("int64_t", "tile_rows", "rows of a register tile that are used, at most mr; mr if pack_a, unless csa == 1"),
     Field("const Epilogue*", "epilogue", "applied when the sum over k is finished; null: C is the sum"),
 )
-"""The argument of a generated kernel (csrc/kernel_abi.h)."""
+"""The argument of a generated kernel (csrc/plan/kernel_abi.h)."""
 
 EPILOGUE: Final = (
     Field("Activation", "activation"),
@@ -410,7 +412,7 @@ EPILOGUE: Final = (
         "int64_t", "residual_offset", "bytes from an element of C to that of the residual, which has the same strides"
     ),
 )
-"""What becomes of finished sums (csrc/kernel_abi.h)."""
+"""What becomes of finished sums (csrc/plan/kernel_abi.h)."""
 
 KERNEL_INFO: Final = (
     Field("const char*", "name", 'e.g. "gemm_f32_f32_f32_f32_14x32_x86-64-v4"'),
@@ -432,11 +434,86 @@ KERNEL_INFO: Final = (
     Field("bool", "direct_b", "whether B can, if its columns are 1 apart"),
     Field("bool", "inner", "whether it has an inner-product path"),
     Field("bool", "sweep", "whether it has a path for few rows of A and a row-major B"),
-    Field("bool", "narrow", "whether C cannot hold unfinished sums: these live in GemmArgs::partial"),
+    Field("bool", "narrow_out", "whether C's type is too narrow for partial sums: these live in GemmArgs::partial"),
     Field("bool", "epilogue", "whether it takes GemmArgs::epilogue"),
     Field("GemmFn", "fn"),
 )
 """One generated GEMM: a target and a signature, with every microkernel behind it. The manifest gives all but `fn`."""
+
+ATTENTION_ROW: Final = (
+    Field("const void*", "q", "the query"),
+    Field("void*", "out", "its result: as many elements as a value has, side by side"),
+    Field("const float*", "bias", "added to the scaled scores: that of key 0, others side by side; null: none"),
+    Field("const void*", "mask", "a byte a key, 0: the score is kMaskedScore; null: none"),
+    Field("int64_t", "lo", "only keys lo <= s < hi exist for this query"),
+    Field("int64_t", "hi"),
+)
+"""One query of an attention (csrc/attention.h)."""
+
+ATTENTION_ARGS: Final = (
+    Field("const AttentionRow*", "rows"),
+    Field("const void*", "k"),
+    Field("const void*", "v"),
+    Field("void*", "q_pack", "workspace for packed queries, as all workspace 64-byte aligned"),
+    Field("void*", "k_pack", "for a block of keys"),
+    Field("void*", "v_pack", "for a block of values"),
+    Field("float*", "scores", "for those of a tile of queries and a block of keys"),
+    Field("void*", "weights", "for their exponentials, where products do not take float32; else `scores`"),
+    Field("float*", "sums", "a row of rs_sums elements for each query: the weighted values"),
+    Field("float*", "maxima", "one for each query: what is subtracted from its scores, which are in base 2"),
+    Field("float*", "totals", "a vector for each query: the sums of its weights; `finish` leaves the sum in its first"),
+    Field("int64_t", "count", "queries"),
+    Field("int64_t", "depth", "elements of a query and of a key"),
+    Field("int64_t", "width", "elements of a value"),
+    Field("int64_t", "begin", "keys begin <= s < end are looked at"),
+    Field("int64_t", "end"),
+    Field("int64_t", "csq", "strides: of queries between elements"),
+    Field("int64_t", "rsk", "of keys between keys, and between elements"),
+    Field("int64_t", "csk"),
+    Field("int64_t", "rsv", "of values between values, and between elements"),
+    Field("int64_t", "csv"),
+    Field("int64_t", "block", "keys that are packed at once: a multiple of AttentionInfo::unit"),
+    Field("int64_t", "rs_scores", "elements between rows of scores"),
+    Field("int64_t", "rs_sums", "elements between rows of sums: at least width, a multiple of nr"),
+    Field("double", "scale", "of scores, times the logarithm of e to base 2"),
+    Field("int64_t", "general", "1: there is a bias or a mask, or the scale is not above 0"),
+    Field("int64_t", "few", "1: keys and values are read where they lie (AttentionInfo::few)"),
+    Field("int64_t", "first", "1: sums, maxima and totals begin; 0: they go on"),
+    Field("int64_t", "finish", "1: results are written"),
+)
+"""The argument of a generated attention (csrc/attention.h)."""
+
+ATTENTION_INFO: Final = (
+    Field("const char*", "name", 'e.g. "attention_f32_f32_6x16_x86-64-v3"'),
+    Field("const char*", "target"),
+    Field("const char*", "q", "dtype of queries and results"),
+    Field("const char*", "kv", "of keys and values"),
+    Field("int32_t", "mr", "mr x nr: register tile"),
+    Field("int32_t", "nr"),
+    Field("int32_t", "kr", "values of K that are packed side by side"),
+    Field("int32_t", "unit", "what blocks of keys are multiples of"),
+    Field("int32_t", "lanes", "elements of a vector of sums"),
+    Field("int32_t", "pack_bytes", "bytes of a packed element"),
+    Field("bool", "few", "whether up to kFewQueries can read keys and values where they lie, if csk and csv are 1"),
+    Field("bool", "converts", "whether weights are converted from float32, to memory of their own"),
+    Field("AttentionFn", "fn"),
+)
+"""One generated attention: a target and two dtypes."""
+
+ATTENTION_SIGNATURES: Final = (
+    ("float32", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("float16", "float16"),
+    ("float32", "bfloat16"),
+    ("float32", "float16"),
+)
+"""The dtypes of queries and results, and of keys and values, that attentions are generated for."""
+
+FEW_QUERIES: Final = 8
+"""So many are computed without packing keys and values, which memory delivers no faster than they are multiplied."""
+
+MASKED_SCORE: Final = -3e38
+"""The score of a key that a mask excludes, in base 2: finite, so that a query without any key weighs all alike."""
 
 # --- quantised weights ----------------------------------------------------------------------------------------
 
@@ -477,8 +554,8 @@ QUANTIZED_ROWS: Final = ("float32", "bfloat16", "float16", "int8", "uint8")
 QUANTIZED_GROUP: Final = 16
 """What sizes of groups are multiples of, unless one group is all of K."""
 
-QUANTIZED_TASKS: Final = ("columns", "inner", "dequantize_columns", "dequantize_along_k", "round")
-"""What a kernel for quantised weights can be asked for, by number."""
+QUANTIZED_TASKS: Final = ("columns", "inner", "dequantize_columns", "dequantize_along_k", "finish")
+"""What a kernel for quantised weights can be asked for, by number; the last one of those of no format alone."""
 
 QUANTIZED_ARGS: Final = (
     Field("int64_t", "task", "a place in QUANTIZED_TASKS"),
@@ -488,6 +565,7 @@ QUANTIZED_ARGS: Final = (
     Field("int64_t", "group", "values of K that share a scale; k if all do"),
     Field("int64_t", "first", "to dequantise: values of K of its first group that come before the block"),
     Field("int64_t", "flip", "Weight::flip"),
+    Field("int64_t", "points", "1: numbers are subtracted from weights: zero points, or what makes uint8 of int8"),
     Field("const void*", "x"),
     Field("int64_t", "rsx", "elements between rows of x"),
     Field("int64_t", "x_dtype", "dtypes of rows: places in QUANTIZED_ROWS"),
@@ -499,15 +577,17 @@ QUANTIZED_ARGS: Final = (
     Field("const void*", "zero", "zero points like the scales; null: none"),
     Field("int64_t", "rs_zero"),
     Field("int64_t", "zero_dtype"),
-    Field("void*", "out", "the result"),
-    Field("int64_t", "rs_out"),
-    Field("int64_t", "out_dtype"),
-    Field("int64_t", "nc", "columns at once, whole registers; and float32 between rows of y"),
+    Field("void*", "y", "float32: sums (columns adds to them), whole registers; or weights that are float32 now"),
+    Field("int64_t", "nc", "elements between rows of y"),
     Field("void*", "x_pack", "workspace: m + 1 rows of k rounded up to 128 float32"),
-    Field("void*", "sums", "workspace: m * nc float32, at least 256"),
-    Field("void*", "y", "workspace: m * nc float32; float32 weights, or what is to be rounded"),
-    Field("void*", "zeros", "workspace: nc float32, for inner 4 * (groups + 32)"),
+    Field("int64_t", "keep_x", "1: inner finds x there from its last call"),
+    Field("void*", "sums", "workspace: m * (n rounded up to 128) float32, at least 512"),
+    Field("void*", "zeros", "workspace: n rounded up to 128 float32, for inner 4 * (groups + 32)"),
     Field("void*", "scales", "workspace: the same"),
+    Field("void*", "out", "to finish: the result"),
+    Field("int64_t", "rs_out", "elements between its rows"),
+    Field("int64_t", "out_dtype"),
+    Field("const Epilogue*", "epilogue", "null: none"),
 )
 """The argument of a generated kernel for quantised weights (csrc/quantized.h)."""
 

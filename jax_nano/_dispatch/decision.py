@@ -1,7 +1,7 @@
 """The one decision about a product on a CPU: which kernel computes it, or why XLA does.
 
-`dispatch` is a pure function of the product, the machine and the policy, so what it has decided once can be kept. Who
-asks passes `this_machine()` and a policy: that of the process, or the one that a program was marked with.
+`dispatch` is a pure function of the product, the machine and the policy, so its results can be cached. Callers pass
+`this_machine()` and a policy: that of the process, or the one that a program was marked with.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Decision(NamedTuple):
 
 
 policy: Policy = Policy.of_environment(os.environ)
-"""That of the process."""
+"""The policy of this process."""
 
 
 @cache
@@ -106,13 +106,33 @@ def dispatch(product: Product, machine: Machine, policy: Policy) -> Decision:
     signature = signature_of(product, machine)
     if signature is None:
         return Decision(labels, None, "no kernel for {} x {} -> {} at precision {}".format(*dtypes, precision))
-    # XLA computes the algorithms that round operands in plain float32: they go to a kernel at any size.
-    rounds = signature.algorithm != signatures.DEFAULT
-    declined = None
-    if policy.declines and not rounds:
-        names = dtypes[0].name, dtypes[1].name
-        declined = xla.is_faster(labels, lhs_shape, rhs_shape, dtypes=names, vector_bits=machine.vector_bits)
+    names = dtypes[0].name, dtypes[1].name
+    declined = why_declined(labels, (lhs_shape, rhs_shape), names, signature.algorithm, machine, policy)
     return Decision(labels, None if declined else signature, declined)
+
+
+def why_declined(
+    labels: Labels,
+    shapes: tuple[tuple[int, ...], tuple[int, ...]],
+    dtypes: tuple[str, str],
+    algorithm: str,
+    machine: Machine,
+    policy: Policy,
+) -> str | None:
+    """Why a product that a kernel could compute is left to XLA, or None.
+
+    Args:
+      labels: of the product's dimensions.
+      shapes: those of its operands.
+      dtypes: names of theirs.
+      algorithm: that of the kernel.
+      machine: what there are kernels for.
+      policy: that of the process, or of the program.
+    """
+    # XLA would compute an algorithm that rounds operands in plain float32, so it goes to a kernel at any size.
+    if not policy.declines or algorithm != signatures.DEFAULT:
+        return None
+    return xla.is_faster(labels, *shapes, dtypes=dtypes, vector_bits=machine.vector_bits)
 
 
 def signature_of(product: Product, machine: Machine) -> Signature | None:
@@ -132,7 +152,7 @@ class Stored(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def stored(labels: Labels, lhs_shape: tuple[int, ...], rhs_shape: tuple[int, ...]) -> Stored:
-    """The closest to `labels` that kernels can store."""
+    """How kernels store a result: in the order of dimensions closest to `labels.out` that they can write."""
     out = contraction.runnable_out(labels, lhs_shape, rhs_shape)
     shape = labels._replace(out=out).out_shape(lhs_shape, rhs_shape)
     return Stored(

@@ -1,9 +1,9 @@
-"""The decline gate: what XLA computes faster stays with XLA, which can also fuse it.
+"""The decline gate: products that XLA computes at least as fast stay with XLA, which can also fuse them.
 
-A call costs about 0.15 us, and one product of a batch about 25 ns; XLA emits tiny products inline, and fuses
-outer products into what reads them. The gate looks only at the static shapes and at how wide elements are, so that a
-program always makes the same choice; a symbolic size counts as large. `JAX_NANO_GATE=off` in the environment (read at
-import) lets every product through.
+A call costs about 0.15 us, and one product of a batch about 25 ns; XLA emits tiny products inline, and fuses outer
+products into the operations that read them. The gate looks only at static shapes, dtypes and the width of vectors, so
+that a program always makes the same choice; a symbolic size counts as large. `JAX_NANO_GATE=off` in the environment
+(read at import) sends every product to a kernel. docs/planner.md has all rules in a table.
 
 The constants were measured on one AMD EPYC (Zen 4) core, products in a fori_loop, November 2026:
 `python -m benchmarks gate` repeats it, and says what is still on the wrong side.
@@ -25,7 +25,7 @@ MIN_SINGLE: Final = 8**3
 MIN_SINGLE_OTHER: Final = 6**3  # where elements have not 4 bytes
 MIN_BATCHED: Final = 64
 
-# Large results of sums this short are written by XLA as fast as memory takes them (512x512 of K = 2: 14 us against 41,
+# XLA writes large results of sums this short at the speed of memory (512x512 of K = 2: 14 us against 41,
 # 4: 30 against 50, 16: 55 against 76, 32: 119 against 126).
 SHALLOW_K: Final = 16
 SHALLOW_MIN_RESULT: Final = 2**16
@@ -41,35 +41,35 @@ SHALLOW_SHORT_ROWS: Final = range(6, 33)
 # two cores take 1.2 to 2.8 times less, one 0.94 to 1.5 times (64x8192: 32 us against 33, two cores 36 and 19).
 VECTOR_FROM_MEMORY: Final = 16 << 20
 VECTOR_ALONG_K: Final = (256 << 10, 1 << 20)
-# With vectors of 32 bytes later (Zen 3, float32: 500x200 13.4 us against 16.4, 512x256 20.6 against 23.7, 512x512 40.3
-# against 33.8).
+# AVX2 kernels are faster only for larger ones (Zen 3, float32: 500x200 13.4 us against 16.4, 512x256 20.6 against 23.7,
+# 512x512 40.3 against 33.8).
 VECTOR_ALONG_K_AVX2_FLOAT32: Final = 1 << 20
 VECTOR_LONG_K: Final = 4096
-# Narrow elements XLA converts first. Multiply-adds: along K from 256x256 on (bfloat16: 2.9 us against 1.9; 64x64: 0.24
-# against 0.42), across K from 128x128 (0.84 against 0.66), of bytes and float16 from 16x16 on (0.60 us against 0.25,
-# 0.94 against 0.44; 64x64 of float16: 2.0 against 0.48).
+# XLA converts elements of 8 and 16 bits first. Multiply-adds: along K from 256x256 on (bfloat16: 2.9 us against 1.9;
+# 64x64: 0.24 against 0.42), across K from 128x128 (0.84 against 0.66), of bytes and float16 from 16x16 on (0.60 us
+# against 0.25, 0.94 against 0.44; 64x64 of float16: 2.0 against 0.48).
 VECTOR_NARROW_ALONG_K: Final = 2**16
 VECTOR_NARROW_ACROSS_K: Final = 2**14
 VECTOR_OTHERS_ACROSS_K: Final = 2**8
-# In a batch XLA takes one after the other in a loop that neither vectorizes nor splits well: decoding's attention, 32
+# XLA computes a batch one by one in a loop that it neither vectorizes nor splits well: decoding's attention, 32
 # times 1x128x1024, 3.1 ms against 14.3, 12 times 1x64x128 23 us against 60, twice 1x16x16 1.5 against 2.5 (float32, one
 # core; on two 1.6 to 5.9 times, bfloat16 1.1 to 16 times). Smaller ones have not been measured.
 VECTOR_BATCHED: Final = 2**8
-# A library computes a large result in parts, each of which is still in a cache when what follows reads it. What a call
-# writes goes through memory, and that must be worth it. Parts of XLA's speed, one core (Zen 3, November 2026), softmax
-# and a sum of squares on JAX 0.10.2, the same on 0.12: 2048x1024 of K = 64 0.73, 0.74, 0.74, 0.68, 2048x512 0.72, 0.93,
-# 0.81, 0.91, 2048x1024 of K = 256 1.11, 1.32, 1.09, 1.17, of K = 512 1.20, 1.89, 1.41, 1.43; twelve times 128x128 of
-# K = 64, as a part of attention, 1.07 and 1.00.
+# A library computes a large result in parts, each of which is still in a cache when the next operation reads it. The
+# result of a call goes through memory, so the call must save more than that costs. Speed with a call relative to XLA's
+# fusion, one core (Zen 3, November 2026), softmax and a sum of squares on JAX 0.10.2, the same on 0.12: 2048x1024 of K
+# = 64 0.73, 0.74, 0.74, 0.68, 2048x512 0.72, 0.93, 0.81, 0.91, 2048x1024 of K = 256 1.11, 1.32, 1.09, 1.17, of K = 512
+# 1.20, 1.89, 1.41, 1.43; twelve times 128x128 of K = 64, as a part of attention, 1.07 and 1.00.
 FUSED_LARGE_RESULT: Final = 1 << 20
 FUSED_SHORT_SUMS: Final = 128
 
-# Loops with vectors times matrices: bytes of all that a loop would carry narrow, as float32. What fits into a core's
-# part of the caches, XLA reads as fast in float32 (4 MB: 1.03 times the time of plain XLA, 16 MB: 0.45, 36 MB: 0.62;
-# batches of 4 gain from 1 MB on, to 0.82 at 4 MB and 0.3 at 16 MB; one core, AMD Zen 3, AVX2, JAX 0.10.2, November
-# 2026).
+# Loops with vectors times matrices: bytes, as float32, of all arrays that a loop would carry in 16 bits. If they fit
+# into a core's share of the caches, XLA is as fast with float32 (4 MB: 1.03 times the time of plain XLA, 16 MB: 0.45,
+# 36 MB: 0.62; batches of 4 gain from 1 MB on, to 0.82 at 4 MB and 0.3 at 16 MB; one core, AMD Zen 3, AVX2, JAX 0.10.2,
+# November 2026).
 LOOP_VECTORS_FROM: Final = 8 << 20
 
-# Multiply-adds that calls gain on, for each task of a loop that XLA had compiled into one function: a task costs 0.2 us
+# Multiply-adds in calls that pay for one task of a loop that XLA had compiled into one function: a task costs 0.2 us
 # (12 of them, with four products of 1x64x256: 7.4 us against 5.3; the same machine, JAX 0.12).
 LOOP_WORK_OF_A_TASK: Final = 2**16
 
@@ -166,7 +166,7 @@ def keeps_fused(result_bytes: int, terms: int) -> str | None:
 def reads_wide_as_fast(wide_bytes: int) -> bool:
     """Whether a loop of products with vectors is as fast with matrices that were widened in front of it.
 
-    `wide_bytes` are those of all such matrices, as float32.
+    `wide_bytes` is the size of all such matrices as float32.
     """
     return wide_bytes < LOOP_VECTORS_FROM
 

@@ -1,10 +1,10 @@
-"""What XLA counts for a program that holds our calls: as if each were the dot that it stands for.
+"""XLA's cost analysis of programs with our calls: each call counts as the dot that it replaces.
 
-XLA's cost analysis asks nobody about a custom call: it takes -1 operations and -1 bytes for each, in a lowered program
-and in a compiled one, and there is no attribute by which a call could tell (JAX 0.10 to 0.12: a product of 256^3 has
--1.0 flops). So `Lowered.cost_analysis()` and `Compiled.cost_analysis()`, and with them what flax's tabulate prints, are
-made to ask about a copy of the program with dots in the places of our calls. A program without calls is analysed as it
-is. What XLA itself does stays: the body of a loop counts once, however often it runs.
+XLA's cost analysis counts -1 operations and -1 bytes for a custom call, in a lowered program and in a compiled one, and
+no attribute of a call can change that (JAX 0.10 to 0.12: a product of 256^3 has -1.0 flops). So
+`Lowered.cost_analysis()` and `Compiled.cost_analysis()`, and with them what flax's tabulate prints, are made to analyse
+a copy of the program with dots instead of our calls. A program without calls is analysed as it is. Everything else is
+as XLA counts it: the body of a loop counts once, however often it runs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LABELS: Final = re.compile(rb"(lhs|rhs|out)_labels = dense<\[?([0-9, ]*)\]?>")
 def with_dots(serialized: bytes) -> bytes | None:
     """The HLO module with dots in the places of our calls, None if there are none.
 
-    What an epilogue does is not counted: a bias, a residual and an activation are a hundredth of what a product is.
+    Epilogues are not counted: a bias, a residual and an activation cost about a hundredth of the product.
     """
     if not any(target.encode() in serialized for target in _TARGETS):
         return None

@@ -44,8 +44,8 @@ def bind(
 ) -> Array:
     """transpose(dot_general(lhs, rhs), out_perm), as one equation. All arguments are canonical.
 
-    out_sharding is that of the transposed result. Where an operand is known to be a transpose, the equation is
-    of what was transposed, and so its gradients are in that layout too.
+    out_sharding is that of the transposed result. If an operand was traced as a transpose, the equation takes the array
+    before the transpose, so that gradients have that layout too.
     """
     lhs, rhs = compat.match_varying_axes(lhs, rhs)
     params: dict[str, Any] = {"precision": precision, "preferred_element_type": preferred_element_type}

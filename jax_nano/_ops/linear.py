@@ -1,9 +1,9 @@
-"""The primitive of `linear`: a product and what is done to it while it is in registers.
+"""The primitive of `linear`: a product with an epilogue, which is applied while the sums are in registers.
 
     activation(scale * product + bias) + residual
 
-is computed in float32 where the result is narrower, and rounded to it once. `composition` says the same in JAX's own
-operations: it is what the primitive becomes where nothing can be fused, and what its rules are made of.
+is computed in float32 where the result is narrower, and rounded to it once. `composition` computes the same in JAX's
+own operations: the primitive is lowered to it where nothing can be fused, and some of its rules are derived from it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ linear_p.def_impl(partial(xla.apply_primitive, linear_p))
 
 
 class Epilogue(NamedTuple):
-    """What is done to a product. Bias runs along the result's last dimension, a residual has the result's shape."""
+    """What is done to sums. A bias lies along the result's last dimension, a residual has the result's shape."""
 
     activation: str
     scale: float
@@ -108,7 +108,7 @@ def _abstract_eval(
 
 
 def _jvp(primals: Sequence[Array], tangents: Sequence[Any], **params: Any) -> tuple[Array, Any]:
-    """Forward in one call wherever the slope follows from the result; else the call stops before the activation."""
+    """One call if the activation's slope follows from the result; else a call without activation, then the rest."""
     x, w, *extras = primals
     epilogue, dtype = params["epilogue"], params["dtype"]
     bias, residual = epilogue.split(extras)
@@ -178,7 +178,7 @@ def _batch(args: Sequence[Array], dims: Sequence[int | None], **params: Any) -> 
     labels, epilogue, dtype = params["labels"], params["epilogue"], params["dtype"]
     bias, residual = epilogue.split(extras)
     bias_dim, residual_dim = epilogue.split(rest)
-    if bias_dim is not None:  # several rows of biases: what follows them cannot be fused either
+    if bias_dim is not None:  # a call takes one row of biases, so nothing can be fused
         return jax.vmap(partial(composition, **params), in_axes=tuple(dims))(*args), 0
     batched = x_dim is not None or w_dim is not None
     if batched:

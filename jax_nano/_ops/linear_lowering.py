@@ -1,7 +1,7 @@
 """How `linear` becomes code: one custom call with an epilogue on CPUs, its composition everywhere else.
 
-The custom call is `jax_nano_linear`, with the operands and attributes that csrc/ffi.cc describes. It takes the place
-of a product and what follows it wherever the product alone would take a kernel that has epilogues.
+The custom call is `jax_nano_linear`, with the operands and attributes that csrc/xla/ffi.cc describes. It takes the
+place of a product and what follows it wherever the product alone would take a kernel that has epilogues.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """How the primitive becomes code: one custom call on CPUs, lax's own dot_general everywhere else.
 
-One rule serves all platforms, not cacheable, because only then does it see who produced its operands and
-can fold a transpose into the labels. A rule for the CPU beside a default one would be simpler, but JAX
-fails to lower a primitive that is not cacheable for several platforms at once (`lower_per_platform` adds
-a tuple to a list), so several platforms are handled by a second primitive, `call_p`.
+One rule serves all platforms. It is not cacheable, because only then it sees which operations produced its operands and
+can fold transposes into the labels. A rule for the CPU beside a default one would be simpler, but JAX fails to lower a
+primitive that is not cacheable for several platforms at once (`lower_per_platform` adds a tuple to a list), so several
+platforms are handled by a second primitive, `call_p`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ _ffi_rule: Callable[..., Any] = jax.ffi.ffi_lowering(native.TARGET_NAME)
 def _custom_call(
     ctx: Context, lhs: Operand, rhs: Operand, labels: Labels, shape: tuple[int, ...], signature: Signature
 ) -> Value:
-    # To build the attributes is most of what it takes to lower a product: once for a module, in whose IR they are.
+    # Building the attributes takes most of the time of lowering a product. So it is done once per module, which owns
+    # them.
     cache, key = compat.module_cache(ctx), ("jax_nano attributes", labels, signature.algorithm)
     static = all(isinstance(size, int) for size in (*lhs.shape, *rhs.shape))
     if static and (attributes := cache.get(key)) is not None:
@@ -91,7 +92,7 @@ class Operand(NamedTuple):
 
 
 def _call(ctx: Context, lhs: Operand, rhs: Operand, labels: Labels, signature: Signature, out_dtype: np.dtype) -> Value:
-    """The product of two arrays on one device, with what a kernel cannot do done around the call."""
+    """The product of two arrays on one device: a call, with conversions and a transpose around it where needed."""
     call_labels, shape, perm = decision.stored(labels, lhs.shape, rhs.shape)
     lhs, rhs = lhs.converted(signature.lhs), rhs.converted(signature.rhs)
     tell(ctx, call_labels, (lhs.shape, rhs.shape, shape), signature[:3], signature.algorithm, None)
@@ -108,15 +109,17 @@ def tell(
     algorithm: str,
     declined: str | None,
     epilogue: str = "",
+    kernel: str = "",
 ) -> None:
     """Puts a product in the report."""
     lhs, rhs, out = (record.Array(dtype.name, shape) for dtype, shape in zip(dtypes, shapes, strict=True))
     source = f"{ctx.name_stack}/{ctx.primitive}"
-    record.add(record.Product(compat.program_name(ctx), source, (lhs, rhs, out), labels, algorithm, declined, epilogue))
+    product = record.Product(compat.program_name(ctx), source, (lhs, rhs, out), labels, algorithm, declined)
+    record.add(product._replace(epilogue=epilogue, kernel=kernel))
 
 
-# The call as a primitive of its own: for programs that contain it as a part, and never seen by a
-# transformation. It knows neither shardings nor varying axes.
+# The call as a primitive: used inside of computations that lowering rules trace (for several platforms, or shards), so
+# that no transformation ever sees it. It has neither shardings nor varying axes.
 call_p = Primitive("jax_nano_call")
 call_p.def_impl(partial(xla.apply_primitive, call_p))
 

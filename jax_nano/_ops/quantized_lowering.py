@@ -19,7 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir, xla
 
 from jax_nano._core import jax_compat as compat
-from jax_nano._core import native
+from jax_nano._core import native, spec
 from jax_nano._ops import sharding
 from jax_nano._ops.lowering import Context, Operand, Value, fold_transposes, tell
 from jax_nano._ops.quantized import composition, labels
@@ -29,6 +29,8 @@ _ffi_rule: Callable[..., Any] = jax.ffi.ffi_lowering(native.QUANTIZED_TARGET_NAM
 
 _BYTES = {np.dtype(jnp.int4): np.dtype(np.int8), np.dtype(jnp.uint4): np.dtype(np.uint8)}
 """Zero points of 4 bits, of which there are few, go to the kernel as bytes."""
+
+_KERNELS = {name: f"quantized_{x.form}" for name, x in spec.WEIGHTS.items()}
 
 
 @cache
@@ -48,7 +50,7 @@ def has_kernel(
     if runtime is None or not native.target():
         return False
     try:
-        runtime.quantized_plan(1, n, k, k // groups, along_k, x, q, scale, zero, out, 1)
+        runtime.plan_quantized((1, n, k, k // groups), along_k, (x, q, scale, zero, out), 1)
     except ValueError:
         return False
     return True
@@ -66,7 +68,9 @@ def _call_abstract_eval(x: ShapedArray, q: ShapedArray, *_: ShapedArray, along_k
 
 def _call_lower_cpu(ctx: Context, *values: Value, along_k: bool, dtype: np.dtype) -> Sequence[Value]:
     del dtype
-    (out,) = _ffi_rule(ctx, *values, abi=np.int64(native.ABI), along_k=np.int64(along_k))
+    numbers = {"abi": native.ABI, "along_k": along_k, "zero": len(values) == 4, "bias": 0, "residual": 0}
+    attributes = {name: np.int64(x) for name, x in numbers.items()}
+    (out,) = _ffi_rule(ctx, *values, **attributes, activation="none", factor=np.float32(1))
     compat.set_frontend_attributes(out.owner, {native.BUILD: native.build()})
     return [out]
 
@@ -97,11 +101,12 @@ def _lower(ctx: Context, *values: Value, along_k: bool, dtype: np.dtype) -> Sequ
                 rows = x if x.ndim == 2 else jnp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
                 return jnp.reshape(call(rows, q, turn(scale), *points), (*x.shape[:-1], n))
 
-        text = f"(q{' - zero' if zero else ''}) * scale, {scale.shape[1 if along_k else 0]} groups"
+        groups = scale.shape[1 if along_k else 0]
+        kernel = f"{_KERNELS.get(q.dtype.name, '')}, {groups} group{'s' if groups > 1 else ''}"
         declined = None if local and served else "no kernel for these quantised weights" if local else "several devices"
         shapes = (x.shape, ctx.avals_in[1].shape, (*x.shape[:-1], n))
         dtypes = (x.dtype, q.dtype, dtype)
-        tell(ctx, labels(len(x.shape), along_k=along_k), shapes, dtypes, "default", declined, text)
+        tell(ctx, labels(len(x.shape), along_k=along_k), shapes, dtypes, "default", declined, kernel=kernel)
     inner = ctx.replace(
         avals_in=[ShapedArray(o.shape, o.dtype) for o in operands], avals_out=[ShapedArray(out_aval.shape, dtype)]
     )

@@ -1,9 +1,9 @@
 """Programs over several devices: where a product runs, and how jit partitions it.
 
-Inside shard_map and pmap an operand is one device's shard, and the call is made as it is. Under jit with
-sharded arrays XLA would gather the operands of a custom call it knows nothing of, so there the call goes
-in a custom_partitioning: a rule in Shardy's terms (the same labels), and a callback that turns the
-sharding XLA settled on into the product of shards, with a psum where a contracting dimension is sharded.
+Inside shard_map and pmap an operand is one device's shard, and the call is made as it is. Under jit with sharded arrays
+XLA would gather the operands of a custom call, about which it knows nothing. There the call is inside a
+custom_partitioning: a rule in Shardy's terms (the same labels), and a callback that turns the sharding that XLA has
+chosen into the product of shards, with a psum where a contracting dimension is sharded.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Placement(enum.Enum):
 def placement(ctx: mlir.LoweringRuleContext, out: Any) -> Placement:
     """The placement of a product with the result `out` in a program that is being lowered.
 
-    XLA's own product serves an exported program, which outlives the process that has the callback, and a
-    shard_map over some axes of a mesh only, where XLA would not call back but gather the operands, and a
-    result that is to be left unreduced, as partial sums.
+    XLA computes the product itself in three cases: in an exported program, which outlives the process that has the
+    callback; in a shard_map over some axes of a mesh only, where XLA would gather the operands instead of calling back;
+    and for a result that is to be left unreduced, as partial sums.
     """
     module = ctx.module_context
     axes = module.axis_context

@@ -1,9 +1,9 @@
-"""The entries of our primitives in the tables that JAX keeps for each primitive, beside those of its transformations.
+"""Our primitives in JAX's tables over primitives that do not belong to grad, vmap or lowering.
 
-Checkify looks for NaN after primitives that it knows, jet and sparsify refuse others, cost estimates pass them over,
-and policies of `jax.checkpoint` save the results of those they name. Ours are entered wherever lax.dot_general is,
-when the module that holds the table is imported. tests/api/test_tables.py walks all of JAX for tables, and lists those
-in which ours have no place.
+Checkify looks for NaN only after primitives that it knows, jet and sparsify refuse others, cost estimates leave them
+out, and policies of `jax.checkpoint` save the results of those they name. Ours are entered wherever lax.dot_general is,
+when the module that holds the table is imported. tests/api/test_tables.py searches all of JAX for such tables, and
+lists those in which ours do not belong.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _like_dot_general(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cost_of_product(rule: Any, ctx: Any, *args: Any, **params: Any) -> Any:
-    """What lax.dot_general costs by JAX's rule; a bias and a residual are counted as what reads them is: not at all."""
+    """What lax.dot_general costs by JAX's rule; epilogues, and the reading of bias and residual, are not counted."""
     return rule(replace(ctx, avals_in=ctx.avals_in[:2]), *args[:2], dimension_numbers=_dimension_numbers(params))
 
 

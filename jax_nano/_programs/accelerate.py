@@ -1,10 +1,10 @@
 """The switch: whether the products of a program that XLA compiles become calls of our kernels.
 
-XLA compiles on threads of its own, so what a program is to become travels with it: when JAX has lowered a program, in
-the thread and in the context of its caller, the module gets a mark; and the transformation that XLA calls at the end
-of its passes changes modules with the mark and no other. The mark is part of what is compiled, and so of the key of
-the persistent compilation cache; the switch is a user context of JAX, and so part of the key of every cache in the
-process. A program compiled with the switch on is never taken for one compiled with it off.
+XLA compiles on threads of its own, so the setting must be part of the program: when JAX has lowered a program, in the
+thread and in the context of its caller, the module gets a mark; and the transformation that XLA calls at the end of its
+passes changes modules with the mark and no others. The mark is part of the module, and so of the key of the persistent
+compilation cache; the switch is a user context of JAX, and so part of the key of every cache in the process. A program
+compiled with the switch on is never taken for one compiled with it off.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SWITCH: Final = {
     **dict.fromkeys(("0", "off", "false", "no", ""), False),
 }
 
-# Functions whose call only makes an object, in which their body then runs.
+# Functions whose body does not run when they are called, but later.
 _RUN_LATER: Final = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
 
 _P = ParamSpec("_P")
@@ -47,8 +47,8 @@ class _Hook:
     """The transformation that is registered with XLA, once for the process and for good.
 
     It stays when the switch is off: a program lowered while it was on may be compiled at any time. It is registered
-    when the first such program is lowered, because that may start JAX's backends, which is not for an import to do, and
-    cannot be done by a plugin, which is called while they start.
+    when the first such program is lowered, because registering may start JAX's backends: an import should not do that,
+    and a plugin, which is called while they start, cannot.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class _Hook:
         self._installed = False
         self._registered = False
         self.failures: list[str] = []
-        """What was reported: programs that run without acceleration because something went wrong, and why."""
+        """The warnings so far: programs that run without acceleration because something went wrong, and why."""
 
     def install(self) -> None:
         """Raises RuntimeError where this is not possible."""
@@ -87,13 +87,13 @@ class _Hook:
                 self._registered = True
 
     def _transform(self, serialized: bytes) -> bytes | None:
-        # What a module must hold to be changed: cheaper to look for than to parse it. Most modules are small programs
-        # that JAX runs op by op, and hold no product.
+        # A module without these is not changed; looking for them is cheaper than parsing it. Most modules are small
+        # programs that JAX runs op by op, without a product.
         if MARK.encode() not in serialized or b"dot" not in serialized:
             return None
         try:
             return _rewritten(serialized)
-        except Exception as error:  # of whatever kind: a program that XLA can compile must run
+        except Exception as error:  # of any kind: a program that XLA can compile must run
             self._failed("it could not be rewritten", error)
             return None
 
@@ -145,7 +145,7 @@ _hook: Final = _Hook()
 
 
 def _mark() -> dict[str, str]:
-    """The mark of a module that is lowered now: it names everything that decides what becomes of it."""
+    """The mark of a module that is lowered now: it names everything that its rewriting depends on."""
     if not accelerate.enabled:
         return {}
     _hook.register()
@@ -203,8 +203,8 @@ class Accelerate:
     `with accelerate(False):` makes an exception. The innermost scope of a thread decides; without one, what `enable` or
     `disable` said last; else the environment.
 
-    What counts is the moment when a program is lowered, that is when a jitted function is first called with new
-    shapes or in a new setting. Compiled programs are kept for each setting, so switching costs nothing the second time.
+    The switch is read when a program is lowered, that is when a jitted function is first called with new shapes or in a
+    new setting. Compiled programs are kept for each setting, so switching costs nothing the second time.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """Which values of an HLO module share memory, and what a rewrite may therefore do.
 
-XLA has inserted its copies before it calls the hook, and assigns buffers after it. In between stands what must share a
-buffer, whatever the hook does:
+XLA has inserted its copies before it calls the hook, and assigns buffers after it. But what must share a buffer is
+settled when the hook is called:
 
 * an operation that works in place has its result in the buffer of the operand that it updates: `dynamic-update-slice`,
   `scatter`, and a fusion that ends in one of them and updates one of the fusion's own parameters;
@@ -11,14 +11,14 @@ buffer, whatever the hook does:
 
 Where two values of one buffer were alive at the same time, XLA has inserted a copy. It has *not* done so for readers
 and updates that a rewrite adds. All other sharing is decided afterwards, from how long values live in the module that
-the hook returns, and needs no care. So there are three rules, each of them a function here:
+the hook returns, and is safe. So there are three rules, each with a function here that must allow a rewrite:
 
-1. To read an array later than the program did, or where it did not: `keeps_its_value`. Nothing that shares its buffer
-   is written while the program may still read it.
-2. To write a result later than the operands were read by the program, where the call still reads them:
-   `has_memory_of_its_own`. No operand can lie in the result's buffer.
-3. To let a fusion end earlier: `updated_operands`. If it then ends in an update in place, what it updates must be a
-   copy, as others may still read it.
+1. `keeps_its_value`, if an array is read later than the program read it, or by a new reader: nothing writes to the
+   array's buffer as long as the program may run.
+2. `has_memory_of_its_own`, if a call writes a result that the program computed after it had read the call's operands:
+   no operand may lie in the result's buffer.
+3. `updated_operands`, if a fusion is made to end earlier: if it then ends in an update in place, it must update a copy,
+   as others may still read the array.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _SAME_MEMORY: Final = frozenset(("bitcast", "reshape"))
 def keeps_its_value(body: Body, instruction: Instruction) -> bool:
     """Whether an array may be read later than it is now: nothing writes another value into its buffer.
 
-    XLA has ordered operations that work in place after all who read what they overwrite; a new reader has no place in
-    that order. So an array qualifies that only readers use, and that is no loop's variable nor donated.
+    XLA has ordered operations that work in place after all readers of what they overwrite; a new reader is not in that
+    order. So all users of the array must only read it, and it may neither be a loop's variable nor donated.
     """
     if not all(only_reads(body, instruction, user) for user in body.users(instruction)):
         return False
@@ -71,9 +71,9 @@ def keeps_its_value(body: Body, instruction: Instruction) -> bool:
 def has_memory_of_its_own(body: Body, instruction: Instruction) -> bool:
     """Whether no other value lies in an instruction's buffer, so that a call may write it while it reads its operands.
 
-    A loop's variable and its next value have one buffer, and so have a donated argument and the result that takes it
-    over. XLA found the old value dead when the new one is computed; but a call in the place of what follows a product
-    still reads what the product does.
+    A loop's variable and its next value have one buffer, and so have a donated argument and the result that is stored
+    in it. For XLA the old value was dead when the new one is computed; but a call that also does what follows a product
+    reads the product's operands at that time.
     """
     users = body.users(instruction)
     is_result = instruction.id == body.root.id or any(user.opcode == "tuple" for user in users)
@@ -88,8 +88,8 @@ def has_memory_of_its_own(body: Body, instruction: Instruction) -> bool:
 def updated_operands(module: Module, fusion: Instruction, end: Instruction) -> list[int] | None:
     """Positions of the operands that a fusion would update in place if it ended with `end`, an instruction of its own.
 
-    None if it could not work in place rightly: it would read the updated array elsewhere too, element by element while
-    others are written already, or updates it in a way that is not known here.
+    None if it could not work in place correctly: if it also reads the updated array in another way, when some elements
+    have been overwritten already, or updates it in a way that is not known here.
     """
     computation = module.computation(fusion.called_computation_ids[0])
     by_id = {x.id: x for x in computation.instructions}
@@ -127,7 +127,7 @@ def only_reads(body: Body, instruction: Instruction, user: Instruction) -> bool:
 
 
 def _updated_parameters(by_id: Mapping[int, Instruction], end: Instruction) -> list[int]:
-    """Numbers of the parameters in whose memory a fused computation has the result `end`."""
+    """Numbers of the parameters in whose memory a fused computation stores the result `end`."""
     end = _behind_views(by_id, end)
     if end.opcode not in _IN_PLACE:
         return []
@@ -138,7 +138,7 @@ def _updated_parameters(by_id: Mapping[int, Instruction], end: Instruction) -> l
 
 
 def _is_only_carried(body: Body, instruction: Instruction, state: Instruction) -> bool:
-    """Whether a tuple is nothing but the initial state of loops that do not write what it holds of an instruction."""
+    """Whether a tuple is only used as the initial state of loops that do not write an instruction's result in it."""
     held = {i for i, number in enumerate(state.operand_ids) if number == instruction.id}
     loops = body.users(state)
     return bool(loops) and all(

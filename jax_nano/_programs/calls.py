@@ -1,4 +1,4 @@
-"""A custom call of our kernels, written into an HLO module in the place of a product and of what its epilogue does."""
+"""Writes a custom call of our kernels into an HLO module, instead of a product and the operations of its epilogue."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OF_DOTS_AND_FUSIONS = ("dot_dimension_numbers", "precision_config", "fusion_kin
 def write(
     body: Body, lhs: View, rhs: View, out: View, labels: Labels, algorithm: str, epilogue: epilogues.Found | None
 ) -> None:
-    """Makes the instruction of `out` the call, or that of its epilogue."""
+    """Turns the instruction of `out` into the call; with an epilogue, the instruction that computes the epilogue."""
     inputs = [_narrowed(body, view) for view in (lhs, rhs)]
     attributes = {"abi": f"{native.ABI} : i64", "algorithm": f'"{algorithm}"'}
     target = native.TARGET_NAME
@@ -56,7 +56,7 @@ def write(
 
 
 def _narrowed(body: Body, view: View) -> View:
-    """A view of an instruction that has its dtype."""
+    """The view with an instruction whose result has the view's dtype."""
     instruction = views.before_widening(body, view.instruction, view.dtype)
     return view._replace(instruction=instruction or views.narrow(body, view.instruction))
 

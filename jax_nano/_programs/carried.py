@@ -1,10 +1,10 @@
 """Loops of an HLO module, and which elements of their state nothing writes.
 
-A `while` whose body hands an element of its state on as it came has one value in one buffer there: the initial value,
-what body and condition read, what is read after the loop. XLA makes no copy of it. So an array may be carried, and one
-that is carried may be read elsewhere, as long as everything that reads it in the loop and after it does nothing else.
-Not counted among these are elements that another computation hands on (a `call`, a `conditional`, the result of the
-loop around it): who reads those is not followed.
+If the body of a `while` returns an element of its state unchanged, that element is one value in one buffer: the initial
+value, what body and condition read, and what is read after the loop. XLA makes no copy of it. So such an element may be
+replaced, and its array read elsewhere, as long as everything that uses it in the loop and after it only reads it.
+Elements that other computations pass on (a `call`, a `conditional`, the result of an outer loop) do not count as only
+read, because their readers are not followed.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def state_of(body: Body) -> Instruction:
 
 
 def elements_of(body: Body, state: Instruction, index: int) -> list[Instruction]:
-    """The names that an element of a tuple has in a computation."""
+    """The instructions that take an element out of a tuple in a computation."""
     return [x for x in body.users(state) if x.opcode == "get-tuple-element" and x.tuple_index == index]
 
 
 def unchanged(body: Body) -> set[int]:
-    """The elements of its state that a loop's body hands on as they came."""
+    """The elements of its state that a loop's body returns unchanged."""
     state = state_of(body)
     found = set()
     for index, x in enumerate(body.operands(body.root)):
@@ -63,9 +63,9 @@ def only_read(module: Module, bodies: Mapping[int, Body], reads: OnlyReads) -> d
     """Of each loop of a module, by its id: the elements that nothing writes.
 
     Args:
-      module: it.
+      module: the module.
       bodies: its computations by id, but for those of fusions. Its `only_read` is filled on the way.
-      reads: decides about all users but the states of loops inside.
+      reads: decides about all users but the states of inner loops.
     """
     found = module.only_read
     for computation in module.computations:  # loops inside come before the loop around them

@@ -1,11 +1,11 @@
 """Epilogues in HLO: scale, bias, activation, residual, conversion, found in the loop that XLA fused after a product.
 
-The loop is one expression for each element. It is compared with what JAX's own functions become, written as
-expressions too; sums and products are compared in either order. What does not match exactly stays XLA's.
+The loop is one expression for each element. It is compared with the expressions that XLA makes of JAX's own functions;
+sums and products are compared in either order. What does not match exactly stays XLA's.
 
 Where the result is bfloat16 or float16, XLA rounds to it after every operation. A call computes all of it in float32
-and rounds once, so expressions are compared without the roundings on the way: each of them only adds to the error. A
-loop whose result is float32 has no roundings to spare: if it rounds, the program asked for that.
+and rounds once, so expressions are compared without intermediate roundings: each of them only adds to the error. In a
+loop whose result is float32 roundings count: if there is one, the program asked for it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NARROW: Final = (BFLOAT16, np.dtype(np.float16))
 
 
 class Found(NamedTuple):
-    """An epilogue: the instruction that computes it, and what a call needs to do the same."""
+    """An epilogue: the instruction that computes it, and what a call needs to compute the same."""
 
     instruction: Instruction
     dtype: np.dtype  # of the result; where the instruction gives float32, it is converted to that
@@ -44,7 +44,7 @@ class Found(NamedTuple):
 
     @property
     def is_nothing(self) -> bool:
-        """Whether it is but the conversion of the result."""
+        """Whether it only converts the result."""
         return self.activation == "none" and self.scale == 1 and self.bias is None and self.residual is None
 
     def __str__(self) -> str:
@@ -53,9 +53,10 @@ class Found(NamedTuple):
 
 
 class _Node(NamedTuple):
-    """An operation on other nodes; a "constant"; or an "array" or a "vector", the loop's parameter of that number.
+    """An operation on other nodes, by its opcode, or one of these names.
 
-    A "row" is a vector along the last dimension, "rounded" a parameter that the loop rounds.
+    "constant"; "array" and "vector", the loop's parameter of that number; "row", a vector that is broadcast along all
+    dimensions but the last; "rounded", a parameter that the loop rounds.
     """
 
     name: str
@@ -64,7 +65,7 @@ class _Node(NamedTuple):
 
 
 class _Graph:
-    """Expressions, each of them once: the same operation on the same operands has the same number."""
+    """Expressions without duplicates: the same operation on the same operands has the same number."""
 
     def __init__(self, narrow: np.dtype | None) -> None:
         self.narrow = narrow
@@ -84,7 +85,7 @@ class _Graph:
         return self._numbers[node]
 
     def constant(self, x: float, *, rounded: bool = True) -> Expression:
-        """A number of the program, or of an expansion that XLA computes in float32 anyway."""
+        """A constant of the program; not `rounded`: of an expansion that XLA always computes in float32."""
         dtype = self.narrow if rounded and self.narrow is not None else _FLOAT32
         return self.exactly(float(dtype.type(x)))
 
@@ -92,7 +93,7 @@ class _Graph:
         return self._number(_Node("constant", value=x))
 
     def polynomial(self, x: Expression, coefficients: Sequence[float]) -> Expression:
-        """By Horner's rule, the highest power first."""
+        """A polynomial by Horner's rule; coefficients from the highest power down."""
         y = self.constant(coefficients[0], rounded=False)
         for c in coefficients[1:]:
             y = self.add("add", self.add("multiply", y, x), self.constant(c, rounded=False))
@@ -115,8 +116,8 @@ def _gelu_erf(g: _Graph, y: Expression) -> Expression:
     return g.add("multiply", g.add("multiply", y, g.constant(0.5)), _erfc(g, minus))
 
 
-# Of float32's erf and erfc in Cephes, which XLA's expansion of erfc takes over: erf(x) / x in x^2 for |x| < 1, and
-# |x| exp(x^2) erfc(|x|) in 1 / x^2 for |x| < 2 and beyond.
+# Coefficients of float32's erf and erfc in Cephes, which XLA's expansion of erfc uses: of erf(x) / x in x^2 for
+# |x| < 1, and of |x| exp(x^2) erfc(|x|) in 1 / x^2 for |x| < 2 and beyond.
 # fmt: off
 _ERF: Final = (
     7.853861353153693e-5, -8.010193625184903e-4, 5.188327685732524e-3, -2.685381193529856e-2, 1.128358514861418e-1,
@@ -169,7 +170,7 @@ _ACTIVATIONS: Final[Mapping[str, Sequence[tuple[str, Callable[[_Graph, Expressio
 
 
 def epilogue_of(body: Body, out: View) -> Found | None:
-    """What follows a product, summed in float32, that nothing else uses, if a call can do it."""
+    """The epilogue after a product that is summed in float32 and has no other user; None if no call can compute it."""
     product = out.instruction
     if out.dtype not in (_FLOAT32, *_NARROW) or not out.is_its_shape:
         return None
@@ -268,7 +269,7 @@ class _Loop:
         return node.name == "vector" or (node.name == "rounded" and self._is_vector(node.operands[0]))
 
     def _rounded(self, number: Expression) -> Expression | None:
-        """What a conversion to the narrow dtype makes of a value: what was computed passes as if it were not there."""
+        """A value converted to the narrow dtype: computed values stay as they are, parameters become "rounded"."""
         node = self._graph.node(number)
         if node.name == "constant":
             return None
@@ -304,7 +305,7 @@ def _matched(body: Body, graph: _Graph, whole: Expression, product: Expression, 
 
 
 def _activation(graph: _Graph, y: Expression, expression: Expression) -> str | None:
-    """The name of the one that makes y the expression."""
+    """The name of the activation whose value at y is the expression."""
     if y == expression:
         return "none"
     forms = _ACTIVATIONS.get(graph.node(expression).name, ())
@@ -330,7 +331,7 @@ def _affine(graph: _Graph, y: Expression, product: Expression) -> tuple[float, E
 
 
 def _bias(graph: _Graph, row: Expression, operands: Sequence[Instruction], dtype: np.dtype) -> Instruction | None:
-    """The vector of a row, if it is added as a vector of this dtype would be."""
+    """The vector of a row, if the loop adds it as one of this dtype."""
     node = graph.node(graph.node(row).operands[0])
     rounded = node.name == "rounded"
     (number,) = (graph.node(node.operands[0]) if rounded else node).operands

@@ -1,14 +1,15 @@
-"""Products inside of fusions, taken out of them.
+"""Takes products out of fusions with other operations.
 
 XLA's libraries compute more than a product in one fusion: YNNPACK takes `dot -> elementwise -> reduce` (softmax, a mean
 squared error, a norm), a chain of products, a convolution and the dense layer behind it. A kernel computes only the
-product, so before products are rewritten, each that a kernel would take is taken out: it becomes a fusion of its own,
-with nothing but what moves its operands, in front of the rest. What was computed for it in the same fusion comes out
-first, in the same way. The rest reads one array more, and stays what it was where it still holds something that a
-library is better at (a sum, a convolution, a product that no kernel takes); else it becomes a loop.
+product, so before products are rewritten, each one for which there is a kernel is taken out: it becomes a fusion of its
+own in front of the rest, with nothing else but moves of its operands. If the fusion computes an operand of the product,
+that computation is taken out first, in the same way. The rest reads one array more. If it still contains an operation
+that a library computes better than XLA's loops (a sum, a convolution, a product without a kernel) it stays the
+library's; otherwise it becomes a loop.
 
-All that changes is where values lie between the operations of one fusion. New instructions stand in front of the fusion
-and read what it read, so nothing is read later than before.
+All that changes is that values between operations of one fusion are stored in memory. New instructions come before the
+fusion and read what it read, so nothing is read later than before.
 """
 
 from __future__ import annotations
@@ -30,26 +31,26 @@ from jax_nano._dispatch.decision import Policy
 
 # Operations that change neither values nor which element is which; a conversion is one if it loses nothing.
 _MOVES: Final = frozenset(("bitcast", "convert", "copy", "transpose"))
-# What is not computed twice, and what XLA's libraries compute better than its loops.
+# Operations too costly to be computed twice, which XLA's libraries compute faster than its loops.
 _COSTLY: Final = frozenset(
     (
         *("cholesky", "convolution", "custom-call", "dot", "fft", "reduce", "reduce-window", "select-and-scatter"),
         *("sort", "triangular-solve"),
     )
 )
-# With less in it, such a fusion can become one that XLA runs in place, over an array that others still read: it has
-# settled before which arrays need a copy.
+# A fusion with one of these stays as it is: with fewer operations it could become one that XLA runs in place, over an
+# array that others still read, after XLA has decided which arrays need a copy.
 _IN_PLACE: Final = frozenset(("dynamic-update-slice", "scatter"))
 
-# Elements for which one more thread pays in a loop. XLA has given those it knew their share before.
+# Elements of a loop for which one more thread pays. XLA has split its own loops over threads before the hook.
 _ELEMENTS_PER_THREAD: Final = 1 << 15
 
-# The elements of a dimension that YNNPACK gets right where it is faulty.
+# The size of a dimension up to which YNNPACK's results are right where it is faulty.
 _MOST_COUNTED: Final = 1 << 15
 
 
 class Source(NamedTuple):
-    """What an operand of a product is made of, inside its fusion: moves that lose nothing, each on the one before."""
+    """Where an operand of a product comes from in its fusion: an instruction, and the lossless moves after it."""
 
     instruction: Instruction
     moves: Sequence[Instruction]
@@ -61,9 +62,9 @@ _DeclinesHere: TypeAlias = Callable[[Instruction, Sequence[Source]], str | None]
 
 
 def take_out(module: Module, declines: Declines, policy: Policy) -> dict[int, str]:
-    """Takes the products that kernels take out of fusions; why the others stay, by the ids of their dots.
+    """Takes products out of fusions; returns the reasons why others stay, by the ids of their dots.
 
-    Products that are alone in their fusion, with moves of their operands, are where they should be, and not mentioned.
+    Products that are alone in their fusion, with moves of their operands, stay without a reason.
     """
     why: dict[int, str] = {}
     for body in module.bodies("fusion"):
@@ -120,7 +121,7 @@ class _Fusion:
         return None
 
     def _why_not_worth(self, dot: Instruction) -> str | None:
-        """Why a product is better left where it is though a kernel would take it."""
+        """Why a product is better left where it is though there is a kernel for it."""
         if not self._policy.declines or dot.id == self._root.id:
             return None
         lhs = self._by_id[dot.operand_ids[0]]
@@ -129,7 +130,7 @@ class _Fusion:
         return xla.keeps_fused(size, terms)
 
     def _is_computed_wrongly(self, dot: Instruction) -> bool:
-        """Whether XLA's library may give wrong values of what is computed from a dot in the same fusion."""
+        """Whether XLA's library may compute wrong values from a dot in the same fusion."""
         return (
             compat.MISCOUNTS_LARGE_FUSED_DOTS
             and self._instruction.fusion_kind == "kCustom"
@@ -143,7 +144,7 @@ class _Fusion:
         return dot.id != self._root.id or any(x.opcode not in (*_MOVES, "parameter") for x in others)
 
     def _sources(self, dot: Instruction, declines: _DeclinesHere) -> tuple[Sequence[Source], str | None]:
-        """What to make a dot's operands of, or why not to take it out."""
+        """The sources from which to compute a dot's operands, or why not to take it out."""
         candidates = [before_moves(self._by_id, self._by_id[number]) for number in dot.operand_ids]
         reasons = []
         for sources in product(*candidates):
@@ -216,7 +217,7 @@ class _Fusion:
         self._body.set_operands(self._instruction, kept)
 
     def _settle(self) -> None:
-        """Makes what is left an ordinary loop where nothing is in it that wants more."""
+        """Makes the rest an ordinary loop, or a bitcast, unless it contains what libraries compute better."""
         instructions = self._computation.instructions
         if len(instructions) == 2 and self._root.opcode == "bitcast":
             hlo.become_bitcast(self._instruction)
@@ -225,7 +226,7 @@ class _Fusion:
 
 
 def before_moves(by_id: Mapping[int, Instruction], operand: Instruction) -> Sequence[Source]:
-    """What an operand is made of, the furthest first, and where its dtype was another one in between."""
+    """The possible sources of an operand: before all its moves, then at each point where they change its dtype."""
     chain = [operand]
     while chain[-1].opcode in _MOVES:
         before = by_id[chain[-1].operand_ids[0]]
@@ -241,7 +242,7 @@ def before_moves(by_id: Mapping[int, Instruction], operand: Instruction) -> Sequ
 
 
 def _set_kind(fusion: Instruction, inner: Iterable[Instruction], root: Instruction, like: Instruction) -> None:
-    """Makes a fusion one of a library, if `like` is one and it holds what wants one; or else a loop."""
+    """Makes a fusion a library's, if `like` is one and it contains what libraries compute better; otherwise a loop."""
     if fusion is like and like.fusion_kind == "kLoop":
         return
     if like.fusion_kind == "kCustom" and (root.opcode == "tuple" or any(x.opcode in _COSTLY for x in inner)):
@@ -266,7 +267,7 @@ def _loses_nothing(source: Instruction, move: Instruction) -> bool:
 
 
 def left_in(computation: Computation, dot: Instruction) -> str:
-    """Why a dot stays that is not understood: what stands beside it in its fusion."""
+    """Why a dot that is in no known form stays: the operations beside it in its fusion."""
     others: Iterator[str] = (x.opcode for x in computation.instructions if x.id != dot.id)
     names = dict.fromkeys(x for x in others if x not in (*_MOVES, "parameter", "constant", "broadcast", "tuple"))
     return f"inside a fusion with {', '.join(names) or 'moves of its result'}"

@@ -1,11 +1,12 @@
-"""Products of vectors, made dots again.
+"""Turns XLA's products of two vectors into dots again.
 
-XLA has no product of a vector with a vector: it multiplies elementwise, and adds up in steps, 32 elements to one, again
-and again. For bytes that are summed in 32 bits that is 80 times what a kernel takes (10^7 of them on two cores: 39 ms
-against 0.5). Where a kernel takes such a product, the last sum becomes a fusion of a dot with what moves its operands,
-as XLA's own dots are; the steps before it have no user then, and vanish.
+XLA writes the product of two vectors as an elementwise multiplication and several reductions, each of 32 elements to
+one. For bytes that are summed in 32 bits that takes 80 times as long as a kernel (10^7 of them on two cores: 39 ms
+against 0.5). Where there is a kernel for such a product, the last reduction becomes a fusion of a dot with moves of its
+operands, as XLA's own dots are; the reductions before it then have no user and are removed.
 
-Only integers: there, the order of additions does not matter. YNNPACK sums floats at once, as fast as memory is read.
+Only integers: their sum does not depend on the order of additions. Floats YNNPACK sums in one pass, at the speed of
+memory.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class _Operation(NamedTuple):
 
 
 def restore(module: Module, declines: fusions.Declines) -> None:
-    """Makes dots of those products of vectors that kernels take."""
+    """Makes dots of those products of vectors for which there are kernels."""
     for body in module.bodies("reduce", "fusion"):
         candidates = [x for x in body.instructions if x.opcode in ("reduce", "fusion") and _is_integer(x)]
         for instruction in candidates:
@@ -68,7 +69,7 @@ def _restore(
     operands = body.operands(here)
     if any(x.instruction.opcode != "parameter" for x in sources) or declines(dot, sources) is not None:
         return
-    # It is read where the sum ends, not where it begins.
+    # The operands are now read at the last reduction, later than the multiplication was.
     if not all(aliasing.keeps_its_value(body, x) for x in operands):
         return
     new, _ = body.module.copy_of(inner, list(inner.instructions), product)
@@ -86,7 +87,7 @@ def _restore(
 
 
 def _dot(product: Instruction, total: Instruction, summed: set[int]) -> Instruction:
-    """The dot that is the sum of a product."""
+    """The dot that equals the sum of an elementwise product."""
     dot = type(product)()
     dot.CopyFrom(total)
     for field in ("dimensions", "called_computation_ids"):
@@ -107,7 +108,7 @@ def _dot(product: Instruction, total: Instruction, summed: set[int]) -> Instruct
 
 
 def _sum(body: Body, instruction: Instruction) -> _Operation | None:
-    """The sum from zero that an instruction is."""
+    """The reduction of an instruction, if it is a sum that starts from zero."""
     operation = _alone(body, instruction)
     if operation is None or operation.instruction.opcode not in _SUMS or len(operation.operands) != 2:
         return None
@@ -138,7 +139,7 @@ def _alone(body: Body, instruction: Instruction) -> _Operation | None:
 
 
 def _adds_up(step: Instruction, summed: set[int]) -> bool:
-    """Whether every element is in one window, and windows extend along dimensions that are summed over only."""
+    """Whether every element is in exactly one window, and windows extend only along dimensions that are summed over."""
     for i, window in enumerate(step.window.dimensions):
         plain = window.window_dilation <= 1 and window.base_dilation <= 1 and not window.window_reversal
         if not plain or window.stride != window.size or min(window.padding_low, window.padding_high) < 0:

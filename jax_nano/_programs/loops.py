@@ -1,27 +1,27 @@
-"""Loops that carry an array which XLA widened in front of them: they get the narrow one.
+"""Loops that carry an array which XLA widened before them (bfloat16 to float32) are made to carry the original.
 
-XLA multiplies bfloat16 and float16 as float32, and hoists the conversion of what does not change out of a loop: one
-that decodes then reads four bytes of each weight in every step. Where kernels of ours read what was converted, the loop
-is made to carry that, and the conversion goes. This comes before products are rewritten: in the loop, it puts in front
-of the readers what was done in front of the loop, and each product then reads past that as past any conversion.
+XLA multiplies bfloat16 and float16 as float32, and hoists the conversion of arrays that do not change out of a loop: a
+decoding loop then reads four bytes of each weight in every step. Where kernels can read the original array, the loop is
+made to carry that, without the conversion. This is done before products are rewritten. It puts the operations from
+before the loop in front of their readers in the loop, and each product then skips them as it skips any conversion.
 
-An element of a loop's state gets another array if
+An element of a loop's state is replaced by the original array if
 
-* the body hands the element on as it came, and the condition does not look at it;
-* its initial value is made of the other array by conversions that lose nothing, and copies in any order of dimensions;
-* the other array keeps its value as long as the loop may run (`aliasing.keeps_its_value`): nothing works on it in
-  place, no result takes its memory over, and if it is an element of another loop's state, that is not changed either.
-  It is then one value, in one buffer, with more readers: what XLA makes of elements that never change, so no copy is
-  missing. An initial value has no reader in this sense that must come before the loop;
-* it gains: all that reads the element in the loop are products, each of which becomes a call that reads the other
-  array, or loops inside that carry it on and of which the same is true. Else there would be a conversion in each trip.
+* the body returns the element unchanged, and the condition does not read it;
+* its initial value comes from the original by lossless conversions, and copies in any order of dimensions;
+* the original keeps its value as long as the loop may run (`aliasing.keeps_its_value`): no operation updates it in
+  place, no result is stored in its memory, and if it is an element of another loop's state, that loop does not change
+  it either. It is then one value in one buffer with more readers, as every element that never changes, so no copy is
+  missing. No reader of the initial value has to come before the loop;
+* something is gained: all readers of the element in the loop are products, each of which becomes a call that reads the
+  original, or inner loops that carry it and of which the same is true. Otherwise each trip would convert it.
 
-What is read of the element after the loop is converted there.
+Readers of the element after the loop get a conversion there.
 
-Then there are loops that XLA (seen in jaxlib 0.12) wraps into a call and compiles into one function, if only it has
-code of its own for all that is in them, as for products with vectors of any size. No call of ours can stand in such a
-function (`rewrite._SMALL`). It is opened, which makes each operation of the loop a task of its own, if the products
-that become calls are large enough to make up for that.
+Some loops XLA (seen in jaxlib 0.12) wraps into a call and compiles into one function, if it can compile everything in
+them itself, as it can products with vectors of any size. Such a function cannot contain custom calls
+(`rewrite._SMALL`). The wrapper is removed, which makes each operation of the loop a task of the runtime, if the
+products that become calls are large enough to make up for that.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _Element(NamedTuple):
 
 
 class _Narrowed(NamedTuple):
-    """What was done to an element: in the loop's body, an array of the state, and what the readers get of it."""
+    """An element that was replaced; by their ids, the array in the loop's body and what its readers get instead."""
 
     what: _Element
     body: int
@@ -75,9 +75,9 @@ class _Narrowed(NamedTuple):
     wide_bytes: int
 
     def gains(self, module: Module, calls_in: Calls, wide_bytes: Mapping[int, int], policy: Policy) -> bool:
-        """Whether nothing is left of what is done to the element in each trip, and calls are faster for it."""
+        """Whether no trip converts the element any more, and the calls that read it are faster."""
         computation = module.computation(self.body)
-        if all(x.id != self.widened for x in computation.instructions):  # loops inside carry the narrow array on
+        if all(x.id != self.widened for x in computation.instructions):  # inner loops carry the narrow array
             return True
         body, calls = Body(module, computation), calls_in(module, computation)
         readers = [call for call in calls.values() if self.carried in call.reads]
@@ -88,12 +88,12 @@ class _Narrowed(NamedTuple):
 
 
 class _Opened(NamedTuple):
-    """A loop that was compiled into one function, and is not any more: the id of the call that it stood in."""
+    """A loop that is no longer compiled into one function: the id of the call that it replaced."""
 
     what: int
 
     def gains(self, module: Module, calls_in: Calls, _: Mapping[int, int], policy: Policy) -> bool:
-        """Whether its products make up for tasks of their own for everything else."""
+        """Whether calls save more than it costs to run every other operation as a task of its own."""
         inside = [module.computation(x) for x in module.called_from(lambda x: x.id == self.what)]
         fused = module.called_from(lambda x: x.opcode == "fusion")
         bodies = [x for x in inside if x.id not in fused]
@@ -106,7 +106,7 @@ class _Opened(NamedTuple):
 
 
 def _is_read_past(body: Body, carried: int, made: Instruction, calls: Mapping[int, Call]) -> bool:
-    """Whether all that use what is made of an array, as it is or moved on, are calls that read the array instead."""
+    """Whether all users of a value, or of moves of it, are calls that read the array it comes from instead."""
     for user in body.users(made):
         if user.id in calls:
             reads = calls[user.id].reads
@@ -133,7 +133,7 @@ def carry_narrow_arrays(module: Module, fused: Collection[int], calls_in: Calls,
     if not any(x.opcode in ("call", "while") for y in module.computations for x in y.instructions):
         return
     refused: set[_Element | int] = set()
-    while True:  # what is refused takes the gain of others with it: loops around, a product's other operand
+    while True:  # a refusal can make other changes useless: those of outer loops, of a product's other operand
         trial = module.copy()
         changes = _change(trial, fused, refused)
         wide_bytes: Counter[int] = Counter()
@@ -151,7 +151,7 @@ def carry_narrow_arrays(module: Module, fused: Collection[int], calls_in: Calls,
 
 
 def _change(module: Module, fused: Collection[int], refused: Collection[_Element | int]) -> list[_Narrowed | _Opened]:
-    """Opens calls and gives loops narrow arrays, but for those refused."""
+    """Makes all possible changes but those refused, and returns them."""
     changes: list[_Narrowed | _Opened] = [*_open_calls(module, refused)]
     bodies = {x.id: Body(module, x) for x in module.computations if x.id not in fused}
     _carried.only_read(module, bodies, aliasing.only_reads)
@@ -168,7 +168,7 @@ def _change(module: Module, fused: Collection[int], refused: Collection[_Element
 
 
 def _open_calls(module: Module, refused: Collection[_Element | int]) -> Iterator[_Opened]:
-    """Puts loops in the place of the calls of nothing but them."""
+    """Replaces calls of computations that hold nothing but a loop by the loop."""
     calls = [x for y in module.computations for x in y.instructions if hlo.is_one_function(x)]
     for call in calls:
         if call.id in refused or call.control_predecessor_ids:
@@ -224,7 +224,7 @@ def _change_loop(
 
 
 def _narrow_source(body: Body, wide: Instruction) -> tuple[Instruction, list[Instruction]] | None:
-    """The array that another one was widened from, if it may be read later, and what was done to it in order."""
+    """The array that another one was widened from, if it may be read later, and the moves from it in order."""
     moves: list[Instruction] = []
     found, here = None, wide
     before = hlo.array_of(wide.shape)
@@ -250,7 +250,7 @@ def _narrow_source(body: Body, wide: Instruction) -> tuple[Instruction, list[Ins
 
 
 def _ends_by_widening_state(body: Body, fusion: Instruction) -> bool:
-    """Whether a fusion ends with a conversion that loses nothing, of what is only carried by loops."""
+    """Whether a fusion ends with a lossless conversion, and its result is only used in states of loops."""
     users = body.users(fusion)
     return views.ends_by_widening(body, fusion) and all(x.opcode == "tuple" for x in users)
 
@@ -264,7 +264,7 @@ def _is_lossless(source: Instruction, moves: Sequence[Instruction]) -> bool:
 def _widen(
     body: Body, name: Instruction, keeper: Instruction | None, narrow: Instruction, moves: Sequence[Instruction]
 ) -> Instruction:
-    """Gives an element the shape of a narrow array; its readers get what was done to that in front of the loop."""
+    """Gives an element the shape of a narrow array; its readers get the moves from before the loop."""
     readers = {x.id: x for x in body.users(name) if keeper is None or x.id != keeper.id}
     name.shape.CopyFrom(narrow.shape)
     here = name

@@ -1,4 +1,4 @@
-"""The products of an HLO module: which instructions are one, and the arrays that a call in their place could access."""
+"""The products of an HLO module: which instructions are products, and what a call could read and write instead."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ALGORITHMS: Final[dict[int, Precision]] = {
 
 
 class Views(NamedTuple):
-    """The arrays of a product: what it, or a call in its place, reads and writes."""
+    """The arrays that a product, or the call that replaces it, reads and writes."""
 
     lhs: View
     rhs: View
@@ -49,7 +49,7 @@ class Views(NamedTuple):
 
 
 class Operand(NamedTuple):
-    """An operand of a dot: which operand of the fusion around it this is, after what moves."""
+    """An operand of a dot: which operand of the fusion around it this is, and the moves between the two."""
 
     array: Instruction  # as the dot sees it
     moves: Sequence[Instruction]
@@ -116,13 +116,18 @@ def _views_of(arrays: Sequence[Instruction], dot: Instruction) -> Views | None:
 
 
 def _before_moves(seen: Views, moves: Sequence[tuple[Sequence[Instruction], Instruction]]) -> Views | None:
-    """The arrays of a dot with operands in front of moves: for each, the moves and what they begin with."""
+    """The arrays of a dot whose operands are read before their moves.
+
+    Args:
+      seen: the arrays as the dot sees them.
+      moves: for each operand the moves, and the operand of the first one.
+    """
     lhs, rhs = (views.through(steps, view, first) for view, (steps, first) in zip(seen[:2], moves, strict=True))
     return None if lhs is None or rhs is None else Views(lhs, rhs, seen.out)
 
 
 class Seen(NamedTuple):
-    """The arrays of a product as its dot sees them, and as its instruction is given them."""
+    """The dtypes of a product's arrays as its dot sees them, and the arrays as they are before moves in its fusion."""
 
     dtypes: tuple[np.dtype, ...]
     views: Views
@@ -139,7 +144,7 @@ def see(body: Body, product: Dot) -> Seen | None:
 
 
 def decide(dot: Instruction, arrays: Views, policy: Policy) -> Decision:
-    """What becomes of a product of these arrays; declined too if there would be something to do around the call."""
+    """The decision about a product of these arrays; also declined if the call would need conversions or a transpose."""
     labels, dtypes = arrays.labels, arrays.dtypes
     algorithm = dot.precision_config.algorithm
     if algorithm not in _ALGORITHMS:
@@ -159,14 +164,14 @@ def decide(dot: Instruction, arrays: Views, policy: Policy) -> Decision:
 
 
 def why_declined(dot: Instruction, sources: Sequence[Source], policy: Policy) -> str | None:
-    """Why no kernel takes a dot in a fusion, of operands that are made of these, if none does."""
+    """Why no kernel computes a dot in a fusion from these sources of its operands; None if one does."""
     seen = _views_of([*(x.moves[-1] if x.moves else x.instruction for x in sources), dot], dot)
     arrays = None if seen is None else _before_moves(seen, [(x.moves, x.instruction) for x in sources])
     return UNREADABLE if arrays is None else decide(dot, arrays, policy).declined
 
 
 class Call(NamedTuple):
-    """What a call reads and writes, and does besides: with an epilogue, `views` have its result's dtype."""
+    """What a call reads and writes, and its epilogue; `views.out` has the dtype of the epilogue's result."""
 
     views: Views
     decision: Decision
@@ -174,7 +179,7 @@ class Call(NamedTuple):
 
 
 def best_call(body: Body, dot: Instruction, seen: Seen, products: frozenset[int], policy: Policy) -> Call | None:
-    """The call that saves most of what is done around a product; None if it is declined.
+    """The call that replaces most of the operations around a product too; None if every such call is declined.
 
     Args:
       body, dot, seen: the product.
@@ -197,7 +202,7 @@ def best_call(body: Body, dot: Instruction, seen: Seen, products: frozenset[int]
 
 
 def _results(body: Body, out: View) -> Iterator[tuple[View, epilogues.Found | None]]:
-    """What a call may write instead of a product's result, and by which epilogue, the last first."""
+    """What a call may write instead of a product's result, with its epilogue; the one computed last comes first."""
     for view in reversed(views.copies(body, out)):
         epilogue = epilogues.epilogue_of(body, view)
         if epilogue is not None:
@@ -206,5 +211,5 @@ def _results(body: Body, out: View) -> Iterator[tuple[View, epilogues.Found | No
 
 
 def _rounds(out: View, dtype: np.dtype) -> bool:
-    """Whether a kernel whose result has this dtype rounds once what the dot gives."""
+    """Whether a kernel with a result of this dtype computes what the dot does, rounded at most once."""
     return dtype == out.dtype or (out.dtype == np.float32 and dtype in (hlo.BFLOAT16, np.float16))

@@ -1,13 +1,14 @@
 """From dots in an HLO module to calls of our kernels.
 
-XLA hands over a module that it has simplified, partitioned and fused. A product is there a `dot`, or a fusion of
-nothing but a dot (a library's: YNNPACK, oneDNN) and what brings its operands into shape (a loop, for products with a
-vector). Others are made so first: `fusions` takes them out of what they are fused with, `inner_products` finds them
-in sums of products. Each becomes one custom call. Its labels describe operands and result as they lie in memory: in
-whatever layout XLA chose, and before or after the copies that XLA made for its own kernels. The loop after a product
-becomes a part of the call if an epilogue does the same. Those that stay are in the report as well, with the reason.
+XLA passes a module that it has simplified, partitioned and fused. In it, a product is a `dot`, or a fusion that holds
+nothing but a dot and moves of its operands (a fusion of YNNPACK or oneDNN, or a loop, for products with a vector).
+Other products are first brought into this form: `fusions` takes them out of fusions with other operations,
+`inner_products` finds them in sums of elementwise products. Each becomes one custom call. Its labels describe operands
+and result as they lie in memory: in whatever layout XLA chose, and before or after the copies that XLA made for its own
+kernels. The loop after a product becomes a part of the call if an epilogue computes the same. Products that stay are in
+the report as well, with the reason.
 
-Whatever is not understood stays as it was. What has no kernel stays too, and so does what the decline gate declines.
+Whatever is not recognised stays as it was, and so do products without a kernel or declined by the gate.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from jax_nano._dispatch.decision import Policy
 from jax_nano._programs import calls, fusions, inner_products, loops, products
 from jax_nano._programs.products import Dot
 
-# Where results of a changed module do not take over what is donated, they are new pages in each call once they are too
-# large for malloc to keep: decoding with GPT-2, which donates 9 MB, gains all that its products do, a perceptron's
+# Where the results of a changed module are not stored in donated memory, each call gets new pages for those that are
+# too large for malloc to keep: decoding with GPT-2, which donates 9 MB, gains all that its products do, a perceptron's
 # training step with 22 MB ran at 0.85 of XLA's speed, GPT-2's with 1.5 GB at 0.46.
 _MOST_DONATED: Final = 16 << 20
 
@@ -37,7 +38,7 @@ def rewrite(module: Module, policy: Policy) -> list[record.Product]:
 
 
 class _Rewriter:
-    """The way of one module."""
+    """The rewriting of one module."""
 
     def __init__(self, module: Module, policy: Policy) -> None:
         self._module, self._policy = module, policy
@@ -53,6 +54,8 @@ class _Rewriter:
             self._in_one_function = module.called_from(hlo.is_one_function)
         for body in module.bodies("dot", "fusion"):
             dots = _products_of(body)
+            if not dots:
+                continue
             numbers, reason = frozenset(x.instruction.id for x in dots), self._why_none_in(body.computation)
             seen.update(x.dot.id for x in dots)
             found += [self._replace(body, x, numbers, reason) for x in dots]
@@ -88,7 +91,7 @@ class _Rewriter:
         return found
 
     def _replace(self, body: Body, product: Dot, numbers: frozenset[int], why_none: str | None) -> record.Product:
-        """Puts a call in the place of a product, unless XLA is to compute it."""
+        """Replaces a product by a call, unless XLA is to compute it."""
         seen = products.see(body, product)
         if seen is None:
             return self._left(product.source, product.dot, product.arrays, products.UNREADABLE)
@@ -107,7 +110,7 @@ class _Rewriter:
         return record.Product(self._module.name, product.source, (a, b, c), decision.labels, algorithm, *fate)
 
     def _unseen(self, seen: Collection[int], why: Mapping[int, str]) -> Iterator[record.Product]:
-        """The products that nothing was tried with, for the report."""
+        """The products that are in no form that becomes a call, for the report."""
         for computation in self._module.computations:
             by_id = {x.id: x for x in computation.instructions}
             for dot in computation.instructions:

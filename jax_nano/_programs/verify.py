@@ -1,8 +1,7 @@
 """What XLA demands of a module, checked before a changed one is given back to it.
 
-XLA rejects a wrong module when it is too late to keep the old one: the program does not compile. These are the rules
-that a rewrite can break, as XLA's parser and verifier have them; a breach raises `Invalid`, and the module stays as it
-was.
+XLA rejects a wrong module when it is too late to keep the old one: the program does not compile. These are the rules of
+XLA's parser and verifier that a rewrite can break. A violation raises `Invalid`, and the module stays as it was.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any, Final
 from jax_nano._core import hlo
 from jax_nano._core.hlo import Computation, Instruction, Module
 
-# Operations with the shape of each of their operands.
+# Operations whose result has the dimensions of their operand.
 _SAME_SHAPE: Final = frozenset(("convert", "copy"))
 
 

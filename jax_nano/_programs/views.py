@@ -1,8 +1,9 @@
-"""Arrays in an HLO module as they lie in memory, and the ones that they are copies of.
+"""Arrays in an HLO module as they lie in memory, and the arrays that they are copies of.
 
 XLA copies an operand of a product to bring its dimensions into the order that its own kernels read, and converts
-bfloat16 to float32. A kernel of ours reads any order, and bfloat16: a view of the copy can be one of what was copied.
-Where XLA fused the conversion to the end of a loop that computes something, the loop can be made to end before it.
+bfloat16 to float32. A kernel of ours reads any order, and bfloat16: a view of the copy can be replaced by one of the
+original. Where XLA fused the conversion to the end of a loop that computes something, the loop can be made to end
+before it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class View(NamedTuple):
 
 
 def sources(body: Body, view: View, products: Collection[int]) -> list[View]:
-    """The view, what it is a copy of, what that is a copy of, and so on, as far as it can be told and is safe.
+    """The view, then what it is a copy of, what that is a copy of, and so on, as far as this is known and safe.
 
     Args:
       body: where it is.
@@ -90,12 +91,12 @@ def ends_by_widening(body: Body, instruction: Instruction) -> bool:
 
 
 def narrow(body: Body, fusion: Instruction) -> Instruction:
-    """Lets a loop end before its last operation, a conversion; returns the loop, all users of which are converted to.
+    """Makes a loop end before its last operation, a conversion, which its users get; returns the loop.
 
     Where it then updates an operand in place, that is a copy: others may still read the operand.
     """
     updated = aliasing.updated_operands(body.module, fusion, _end_before_conversion(body.module, fusion))
-    assert updated is not None  # or `sources` had not offered it
+    assert updated is not None  # `sources` has made sure
     for position in updated:
         body.copy_operand(fusion, position)
     return body.narrow(fusion)
@@ -132,7 +133,7 @@ def _only_for(products: Collection[int], body: Body, instruction: Instruction) -
 
 
 def before_widening(body: Body, instruction: Instruction, dtype: np.dtype) -> Instruction | None:
-    """An array of this dtype: the instruction's, or one that it is the exact conversion of."""
+    """An array of this dtype: the instruction's, or one from which it was converted without loss."""
     array = hlo.array_of(instruction.shape)
     if array is not None and array.dtype == dtype:
         return instruction
@@ -155,7 +156,7 @@ def _source(body: Body, view: View) -> View | None:
 
 
 def through(moves: Sequence[Instruction], view: View, operand: Instruction) -> View | None:
-    """The view of what moves begin with that is `view` of what they end with; None if it cannot be told.
+    """The view of the first move's operand for `view`, which is of the last move's result; None if there is none.
 
     Args:
       moves: operations, each on the result of the one before; conversions must be lossless.
@@ -189,10 +190,10 @@ def _after(move: Instruction, view: View) -> View | None:
 
 
 def _reordered(view: View, instruction: Instruction, order: Dims) -> View | None:
-    """The view of another array with the same elements; None if it cannot be told.
+    """The view of another array with the same elements; None if there is none.
 
-    A dimension of the view may be several of the arrays': attention's heads and their width are one to a product. They
-    must then lie side by side in both, in the same order.
+    A dimension of the view may be several dimensions of the arrays: attention's heads and their width are one dimension
+    of a product. They must then be adjacent in both, in the same order.
 
     Args:
       view: of an array.
@@ -221,7 +222,7 @@ def _reordered(view: View, instruction: Instruction, order: Dims) -> View | None
 
 
 def _parts(sizes: Dims, physical: Dims) -> dict[int, int] | None:
-    """Of each dimension in memory that is longer than 1, the dimension of a view of these sizes that it is a part of.
+    """For each dimension in memory that is longer than 1, the dimension of a view of these sizes that it is a part of.
 
     None if one of them is a part of several.
     """
@@ -248,9 +249,9 @@ def _keeps_memory_order(move: Instruction, source: hlo.Array, result: hlo.Array)
 
 
 def copies(body: Body, view: View) -> list[View]:
-    """The view, what nothing but a copy is made of, converted, if it is, what of that, and so on.
+    """The view, then the copy or conversion that is its only user, then the only one of that, and so on.
 
-    A copy that is rounded and then converted back is one of the dtype that it was rounded to.
+    A copy that is rounded and then converted back counts as one of the dtype that it was rounded to.
     """
     found, here = [view], view
     while (after := _copy(body, here)) is not None:
@@ -285,7 +286,7 @@ def _copy(body: Body, view: View) -> View | None:
 
 
 def moves_of(module: Module, instruction: Instruction) -> Sequence[Instruction] | None:
-    """The operations on the way from an instruction's operand to its result, if it is a copy of some kind."""
+    """The moves from an instruction's operand to its result, if it is nothing else."""
     if instruction.opcode in MOVES:
         return [instruction]
     if instruction.opcode != "fusion" or instruction.fusion_kind != "kLoop" or instruction.output_operand_aliasing:
@@ -297,7 +298,7 @@ def moves_of(module: Module, instruction: Instruction) -> Sequence[Instruction] 
 
 
 def chain(by_id: Mapping[int, Instruction], last: Instruction) -> tuple[Instruction, list[Instruction]]:
-    """The moves that end with `last`, in their order, and the instruction that they begin with."""
+    """The instruction that the moves ending with `last` begin with, and these moves in order."""
     moves = []
     while last.opcode in MOVES:
         moves.append(last)

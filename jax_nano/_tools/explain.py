@@ -17,7 +17,7 @@ LAYOUTS: Final = ("NN", "NT", "TN", "TT")
 
 
 class BadRequest(ValueError):
-    """What was asked for has no meaning; the message says what would have."""
+    """A request that cannot be understood; the message says what is expected."""
 
 
 @dataclass(frozen=True)
@@ -231,18 +231,18 @@ def _blocking_lines(plan: Mapping[str, Any]) -> list[str]:
     if plan["k_outer"]:
         passes = " x ".join(str(loop[0]) for loop in plan["k_outer"])
         lines.append(f"{passes} passes that add to the result, as K is in several dimensions")
-    if plan["k_pieces"] > 1:
+    if plan["split_k"] > 1:
         why = "as sums are long and the result has few tiles"
-        lines.append(f"K in {plan['k_pieces']} pieces, on any number of threads, {why}; their sums are added in pairs")
+        lines.append(f"split-K: {plan['split_k']} slices on any number of threads, {why}; reduced in pairs")
     return lines
 
 
 def _split_text(plan: Mapping[str, Any], threads: int) -> str:
-    items = math.prod(plan["split"]) * plan["k_pieces"]
+    items = math.prod(plan["split"]) * plan["split_k"]
     if items == 1:
         why = "one thread is asked for" if threads == 1 else "too little work to wake another thread"
         return f"one item: {why}"
-    directions = zip((*plan["split"], plan["k_pieces"]), ("products", "M", "N", "K"), strict=True)
+    directions = zip((*plan["split"], plan["split_k"]), ("products", "M", "N", "K"), strict=True)
     pieces = " x ".join(f"{pieces} of {name}" for pieces, name in directions if pieces > 1)
     return f"{items} items ({pieces}) over {threads} threads; the bits do not depend on it"
 

@@ -15,8 +15,8 @@ def report() -> str:
 
     A line for each product: how often it was compiled; its dimensions in einsum's letters as they lie in memory, so
     that `ba,bc->ac` has its left operand stored transposed; dtypes and shapes; then target, kernel, blocking and
-    threads, or why it was left to XLA. `jax_nano.matmul` and its relatives are listed as they are compiled, other
-    products of JAX where `jax_nano.accelerate` had a look at them.
+    threads, or why it was left to XLA. `jax_nano.matmul` and its relatives are always listed, other products of JAX if
+    `jax_nano.accelerate` was on.
     """
     found = record.products()
     if not found:

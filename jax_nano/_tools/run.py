@@ -1,7 +1,7 @@
 """`python -m jax_nano run`: a program as `python` runs it, accelerated, and the report when it ends.
 
-jax_nano is not imported before the program's own first use of JAX, which may yet have to set JAX's environment:
-the program is accelerated as any other, by JAX_NANO_ACCELERATE.
+The program is accelerated by JAX_NANO_ACCELERATE, as any other: jax_nano must not be imported before the program
+imports JAX, as the program may set JAX's environment variables first.
 """
 
 from __future__ import annotations

@@ -9,15 +9,18 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 from . import checks, emulate, manifest, report
 from .cache import Cache
-from .catalog import Kernel, find, kernels
+from .catalog import AttentionKernel, Kernel, attentions, find, kernels
 from .quantized import checks as quantized_checks
 from .quantized.kernel import QuantizedKernel
 from .quantized.kernel import kernels as quantized_kernels
 from .target import TARGETS
 from .toolchain import LLC_FLAGS, STAGES, Toolchain, ToolchainError
+
+_AnyKernel: TypeAlias = Kernel | AttentionKernel | QuantizedKernel
 
 
 def build(out: Path, jobs: int, cached: Path | None = None) -> None:
@@ -25,17 +28,18 @@ def build(out: Path, jobs: int, cached: Path | None = None) -> None:
     tools = Toolchain.find()
     out.mkdir(parents=True, exist_ok=True)
     cache = Cache(cached, tools)
-    chosen, quantized = list(kernels()), list(quantized_kernels())
+    products, others, quantized = list(kernels()), list(attentions()), list(quantized_kernels())
+    every: list[_AnyKernel] = [*quantized, *products, *others]
     with ThreadPoolExecutor(jobs) as pool:
         # The bindings' contexts stay in this thread; the tools run side by side.
-        work = [pool.submit(_object, tools, cache, out, k, k.mlir()) for k in (*quantized, *chosen)]
+        work = [pool.submit(_object, tools, cache, out, kernel, kernel.mlir()) for kernel in every]
         objects = [w.result() for w in work]
     cache.drop_the_unused()
-    manifest.write(chosen, quantized, objects, out)
+    manifest.write(products, others, quantized, objects, out)
     print(f"{len(objects)} kernels in {out}")
 
 
-def _object(tools: Toolchain, cache: Cache, out: Path, kernel: Kernel | QuantizedKernel, mlir: str) -> Path:
+def _object(tools: Toolchain, cache: Cache, out: Path, kernel: _AnyKernel, mlir: str) -> Path:
     """A kernel's checked object file in ``out``, compiled or from the cache."""
     path = out / f"{kernel.symbol}.o"
     name = cache.name(kernel, mlir)
@@ -45,7 +49,7 @@ def _object(tools: Toolchain, cache: Cache, out: Path, kernel: Kernel | Quantize
     flags = kernel.flags if isinstance(kernel, QuantizedKernel) else LLC_FLAGS
     tools.object_file(tools.optimized(tools.llvm_ir(mlir), kernel.target), kernel.target, scratch, flags)
     if isinstance(kernel, QuantizedKernel):
-        quantized_checks.sweeps(kernel, tools.disassemble(scratch))
+        quantized_checks.loops(kernel, tools.disassemble(scratch))
     else:
         checks.k_loops(kernel, tools.disassemble(scratch))
     scratch.replace(path)
@@ -79,19 +83,10 @@ def show(name: str, stage: str, function: str | None) -> str:
     if stage == "optimized":
         return optimized
     if stage == "asm":
-        return _asm(tools, optimized, kernel)
+        return tools.asm(optimized, kernel.target, kernel.flags if isinstance(kernel, QuantizedKernel) else LLC_FLAGS)
     if isinstance(kernel, QuantizedKernel):
         raise KeyError("mca reports are of plain kernels")
     return report.mca_text(kernel, tools, optimized, function)
-
-
-def _asm(tools: Toolchain, optimized: str, kernel: Kernel | QuantizedKernel) -> str:
-    if not isinstance(kernel, QuantizedKernel):
-        return tools.asm(optimized, kernel.target)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.o"
-        tools.object_file(optimized, kernel.target, path, kernel.flags)
-        return tools.disassemble(path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -128,13 +123,14 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     if args.command == "list":
         print("targets: " + ", ".join(TARGETS))
-        for kernel in kernels():
+        listed: list[Kernel | AttentionKernel] = [*kernels(), *attentions()]
+        for kernel in listed:
             print(f"{kernel.name:48} {kernel.signature:28} {kernel.why}")
         for quantized in quantized_kernels():
-            print(f"{quantized.name:48} quantised weights of {quantized.form.bits} bits")
+            print(f"{quantized.name:48} {quantized.signature:28} {quantized.why}")
     elif args.command == "build":
         if args.emulate:
-            emulate.build(kernels(), args.out / "emulated.so", args.jobs)
+            emulate.build([*kernels(), *attentions()], args.out / "emulated.so", args.jobs)
         else:
             build(args.out, args.jobs, args.cache)
     elif args.command == "dump":

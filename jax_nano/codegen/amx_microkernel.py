@@ -44,7 +44,7 @@ class AmxMicrokernel:
     out: str
 
     @property
-    def narrow(self) -> bool:
+    def narrow_out(self) -> bool:
         """Whether C cannot hold unfinished sums."""
         return ir.elem_bytes(self.out) < ir.elem_bytes(self.family.acc)
 
@@ -115,7 +115,7 @@ class AmxMicrokernel:
             return given["c"].at(i * given["rsc"] + j)
 
         def partial_at(i: Size) -> Ptr:
-            return given["partial"].at(i * given["rs_partial"] + j) if self.narrow else c_at(i)
+            return given["partial"].at(i * given["rs_partial"] + j) if self.narrow_out else c_at(i)
 
         def rows(*, adds: bool, more: bool) -> None:
             def row(i: I64) -> None:
@@ -133,7 +133,7 @@ class AmxMicrokernel:
             ir.loop(0, given["rows"], 1, [], row)
 
         def finish(*, adds: bool) -> None:
-            if self.narrow:
+            if self.narrow_out:
                 finished = ir.equal(mode // MORE, 0)
                 ir.if_(finished, lambda: rows(adds=adds, more=False), lambda: rows(adds=adds, more=True))
             else:
@@ -152,9 +152,9 @@ class AmxTileRow:
     stream: bool = False
 
     @property
-    def narrow(self) -> bool:
+    def narrow_out(self) -> bool:
         """Whether C cannot hold unfinished sums."""
-        return self.microkernels()[0].narrow
+        return self.microkernels()[0].narrow_out
 
     def microkernels(self) -> Sequence[AmxMicrokernel]:
         """The wide and the narrow one."""
@@ -169,7 +169,7 @@ class AmxTileRow:
             x: dict[str, Any] = dict(zip(ROW_PARAMS, args, strict=True))
             cols, nr = x["cols"], 2 * amx.UNITS
             one = amx.UNITS
-            landing = Landing(module, epilogue, self.narrow, (self.rows * amx.ROWS, nr), x)
+            landing = Landing(module, epilogue, self.narrow_out, (self.rows * amx.ROWS, nr), x)
             # What finishes a block is a call, which takes the tiles' configuration away: block after block then.
             at_once = cols if epilogue is None else ir.select_size(ir.equal(x["epilogue"], 0), cols, nr)
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from jax_nano._core.spec import DEFAULT_ALGORITHM, DTYPES
+from jax_nano._core.spec import ATTENTION_SIGNATURES, DEFAULT_ALGORITHM, DTYPES, Signature
 
 from . import ir, nanokernel
 from .amx_microkernel import TILE_REGISTERS, AmxMicrokernel, block_tile
+from .attention import Attention
 from .inner import InnerMicrokernel
 from .macrokernel import Gemm
 from .microkernel import Microkernel
@@ -76,8 +77,68 @@ class Kernel:
         return {m.name(self.symbol): m for m in self.gemm.microkernels()}
 
 
+@dataclass(frozen=True)
+class AttentionKernel:
+    """One generated attention.
+
+    Attributes:
+      target: the instruction set it is compiled for.
+      q, kv: dtype names of queries and results, and of keys and values.
+      family: the instructions of its nanokernel, which sum in float32.
+      tile: the register tile of its microkernel.
+      why: the reason for this family and tile, for people.
+    """
+
+    target: Target
+    q: str
+    kv: str
+    family: Family
+    tile: Tile
+    why: str
+
+    @property
+    def name(self) -> str:
+        q, kv = (DTYPES[d].short for d in (self.q, self.kv))
+        return f"attention_{q}_{kv}_{self.tile.mr}x{self.tile.nr}_{self.target.name}"
+
+    @property
+    def signature(self) -> str:
+        q, kv = (DTYPES[d].short for d in (self.q, self.kv))
+        return f"{q}, {kv} -> f32 -> {q}"
+
+    @property
+    def symbol(self) -> str:
+        """The C identifier of the generated function."""
+        return "jax_nano_" + self.name.replace("-", "_")
+
+    @property
+    def attention(self) -> Attention:
+        return Attention(self.target, self.q, self.kv, self.family, self.tile)
+
+    def mlir(self) -> str:
+        """The kernel's verified MLIR module, as composed."""
+        with ir.new_module() as module:
+            self.attention.emit(module, self.symbol)
+            return module.text()
+
+    def microkernels(self) -> dict[str, Microkernel | AmxMicrokernel | InnerMicrokernel | SweepMicrokernel]:
+        """Its microkernels by the names of their generated functions."""
+        return {m.name(self.symbol): m for m in self.attention.microkernels()}
+
+
+def attentions() -> Iterator[AttentionKernel]:
+    """Every generated attention, in a fixed order: of each target those whose products it has instructions for."""
+    products = {Signature(q, kv, "float32"): (q, kv) for q, kv in ATTENTION_SIGNATURES}
+    for target in TARGETS.values():
+        for served in nanokernel.served(target):
+            if served.signature in products and served.algorithm == DEFAULT_ALGORITHM:
+                kernel = _kernel(target, served)
+                q, kv = products[served.signature]
+                yield AttentionKernel(target, q, kv, kernel.family, kernel.tile, kernel.why)
+
+
 def kernels() -> Iterator[Kernel]:
-    """Every kernel of the package, in a fixed order."""
+    """Every matrix product of the package, in a fixed order."""
     for target in TARGETS.values():
         for served in nanokernel.served(target):
             yield _kernel(target, served)
@@ -94,9 +155,10 @@ def _kernel(target: Target, served: Served) -> Kernel:
     return Kernel(target, *served.signature, family, tile, served.algorithm, f"{served.why}; {used}")
 
 
-def find(name: str) -> Kernel:
+def find(name: str) -> Kernel | AttentionKernel:
     """The kernel of this name; KeyError names the known ones."""
-    known = {k.name: k for k in kernels()}
+    known: dict[str, Kernel | AttentionKernel] = {k.name: k for k in kernels()}
+    known |= {k.name: k for k in attentions()}
     if name not in known:
         raise KeyError(f"no kernel {name!r}; known: {', '.join(known)}")
     return known[name]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from . import inspect_asm
 from .amx_microkernel import AmxMicrokernel
-from .catalog import Kernel
+from .catalog import AttentionKernel, Kernel
 from .microkernel import Microkernel
 
 
@@ -24,7 +24,7 @@ class Checked:
     loop: inspect_asm.Loop
 
 
-def k_loops(kernel: Kernel, disassembly: str) -> list[Checked]:
+def k_loops(kernel: Kernel | AttentionKernel, disassembly: str) -> list[Checked]:
     """The K loops of all microkernels of a kernel.
 
     Raises:

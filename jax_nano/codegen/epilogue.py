@@ -10,7 +10,7 @@ loops and the microkernels are those of a plain product, which pays for one bran
     void name(sums, ld, rows, cols, c, rsc, old, rs_old, mode, column, epilogue)
 
 ``sums`` holds rows of whole vectors, ``ld`` apart; with ADD in ``mode`` the ``old`` sums are added to them. The other
-operands come from the ``Epilogue`` (csrc/kernel_abi.h) that GemmArgs points to: bias and residual have C's dtype.
+operands come from the ``Epilogue`` (csrc/plan/kernel_abi.h) that GemmArgs points to: bias and residual have C's dtype.
 """
 
 from __future__ import annotations
@@ -132,28 +132,28 @@ class Landing:
     Args:
       module: where to call the function.
       function: the name of the epilogue's, None for a kernel without one.
-      narrow: whether C cannot hold unfinished sums.
+      narrow_out: whether C's type is too narrow for partial sums.
       shape: rows and columns of the largest tile.
       row: the arguments of the row of tiles (``microkernel.ROW_PARAMS``) by name.
     """
 
     def __init__(
-        self, module: ir.Module, function: str | None, narrow: bool, shape: tuple[int, int], row: Mapping[str, Any]
+        self, module: ir.Module, function: str | None, narrow_out: bool, shape: tuple[int, int], row: Mapping[str, Any]
     ):
         self._module, self._function, self._row = module, function, row
-        self._place = "partial" if narrow else "c"
+        self._place = "partial" if narrow_out else "c"
         self._step: Size = 1
         self._fields = {x: row[x] for x in ("c", "rsc", "mode", "partial", "rs_partial")}
         if function is None:
             return
-        stride = "rs_partial" if narrow else "rsc"
+        stride = "rs_partial" if narrow_out else "rsc"
         self._old, self._rs_old = row[self._place], row[stride]
         self._sums, self._ld = ir.alloca(shape[0] * shape[1], row[self._place].elem), shape[1]
         self._finishes = ir.negate(ir.equal(row["epilogue"], 0))
         self._fields |= {
             self._place: ir.select_ptr(self._finishes, self._sums, self._old),
             stride: ir.select_size(self._finishes, self._ld, self._rs_old),
-            "mode": ir.select_size(self._finishes, MORE if narrow else 0, row["mode"]),
+            "mode": ir.select_size(self._finishes, MORE if narrow_out else 0, row["mode"]),
         }
         self._step = ir.select_size(self._finishes, 0, 1)
 

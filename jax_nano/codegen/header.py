@@ -58,7 +58,10 @@ def _calls() -> str:
         f"inline constexpr int64_t kFfiAbi = {spec.FFI_ABI};\n"
         f"inline constexpr const char* kDotGeneralCall = {_string(spec.DOT_GENERAL_CALL)};\n"
         f"inline constexpr const char* kLinearCall = {_string(spec.LINEAR_CALL)};\n"
+        f"inline constexpr const char* kAttentionCall = {_string(spec.ATTENTION_CALL)};\n"
         f"inline constexpr const char* kQuantizedCall = {_string(spec.QUANTIZED_CALL)};\n"
+        f"inline constexpr int64_t kFewQueries = {spec.FEW_QUERIES};\n"
+        f"inline constexpr float kMaskedScore = {spec.MASKED_SCORE}f;\n"
         f"inline constexpr int64_t kPackSlackBytes = {spec.PACK_SLACK_BYTES};\n"
     )
 
@@ -96,9 +99,15 @@ def _visitor(struct: str, fields: Sequence[Field]) -> str:
 
 def _arguments() -> str:
     parts = []
-    for name, fields in (("Epilogue", spec.EPILOGUE), ("GemmArgs", spec.GEMM_ARGS)):
+    for name, fields in (
+        ("Epilogue", spec.EPILOGUE),
+        ("GemmArgs", spec.GEMM_ARGS),
+        ("AttentionRow", spec.ATTENTION_ROW),
+        ("AttentionArgs", spec.ATTENTION_ARGS),
+    ):
         parts += [_struct(name, fields), _layout(name, fields), _visitor(name, fields)]
-    return "\n".join([*parts, "using GemmFn = void (*)(const GemmArgs*);", ""])
+    functions = (f"using {x}Fn = void (*)(const {x}Args*);" for x in ("Gemm", "Attention"))
+    return "\n".join([*parts, *functions, ""])
 
 
 def _quantized() -> str:
@@ -129,7 +138,10 @@ def _quantized() -> str:
 
 
 def _kernel_info() -> str:
-    return _struct("KernelInfo", spec.KERNEL_INFO) + "\n" + _visitor("const KernelInfo", spec.KERNEL_INFO[:-1])
+    parts = []
+    for name, fields in (("KernelInfo", spec.KERNEL_INFO), ("AttentionInfo", spec.ATTENTION_INFO)):
+        parts += [_struct(name, fields), _visitor(f"const {name}", fields[:-1])]
+    return "\n".join(parts)
 
 
 def _dtypes() -> str:

@@ -66,14 +66,14 @@ class InnerMicrokernel:
     ahead: int = 0
 
     @property
-    def narrow(self) -> bool:
+    def narrow_out(self) -> bool:
         """Whether C cannot hold sums as they are."""
         return ir.elem_bytes(self.out) < ir.elem_bytes(self.family.acc)
 
     @property
     def params(self) -> tuple[str, ...]:
         """``sums``: where to leave them as they are, instead of rounding them to C."""
-        return ("a", "b", "rsa", "csb", "k", "c", "rsc", *(("sums",) if self.narrow else ()))
+        return ("a", "b", "rsa", "csb", "k", "c", "rsc", *(("sums",) if self.narrow_out else ()))
 
     @property
     def tile(self) -> Tile:
@@ -167,7 +167,7 @@ class InnerMicrokernel:
                 i, j = divmod(n, self.cols)
                 to.at(i * stride + j).store(ir.convert(s, family.acc, to.elem))
 
-        if self.narrow:
+        if self.narrow_out:
             whole_sums = Ptr.of_address(given["sums"], family.acc)
             ir.if_(ir.equal(given["sums"], 0), lambda: store(c, rsc), lambda: store(whole_sums, self.lanes))
         else:
@@ -210,9 +210,9 @@ class InnerPath:
         return InnerMicrokernel(rows, cols, self.lanes, self.family, self.a, self.b, self.out, masks, fetches, ahead)
 
     @property
-    def narrow(self) -> bool:
+    def narrow_out(self) -> bool:
         """Whether C cannot hold sums as they are."""
-        return self._micro(1, 1).narrow
+        return self._micro(1, 1).narrow_out
 
     def room(self) -> Ptr:
         """Room for a tile of sums, in rows of whole vectors. Only at the top of a function."""
@@ -262,7 +262,7 @@ class InnerPath:
                     return [c, x["rsc"], 0]
 
                 def for_epilogue() -> list[Any]:
-                    if self.narrow:
+                    if self.narrow_out:
                         return [c, x["rsc"], on_stack.address]
                     return [on_stack, self.lanes, 0]
 
@@ -296,7 +296,7 @@ class InnerPath:
                     }
                     ir.if_(finishes, partial(module.call, epilogue, [arguments[p] for p in Epilogue.PARAMS]))
 
-            from_memory = ir.negate(ir.equal(x["ahead"], 0))
+            from_memory = ir.negate(ir.equal(x["prefetch"], 0))
             are_short = ir.less(x["k"] * ir.elem_bytes(self.b), SHORT_BYTES)
 
             def vectors(

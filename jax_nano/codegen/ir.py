@@ -41,6 +41,7 @@ __all__ = [
     "keep_order",
     "lane_mask",
     "loop",
+    "maximum",
     "minimum",
     "multiply_add",
     "negate",
@@ -145,6 +146,12 @@ def minimum(a: Size, b: Size) -> Size:
     if isinstance(a, int) and isinstance(b, int):
         return min(a, b)
     return I64(arith.minsi(_i64(a), _i64(b)))
+
+
+def maximum(a: Size, b: Size) -> Size:
+    if isinstance(a, int) and isinstance(b, int):
+        return max(a, b)
+    return I64(arith.maxsi(_i64(a), _i64(b)))
 
 
 def equal(a: Size, b: Size) -> Value | bool:
@@ -482,6 +489,25 @@ def shift_right(v: Value, bits: int) -> Value:
     return arith.shrui(v, _constant_like(bits, v)) if bits else v
 
 
+def shift_right_signed(v: Value, bits: int) -> Value:
+    """Each integer element moved down by so many bits; its sign comes in from above."""
+    return arith.shrsi(v, _constant_like(bits, v)) if bits else v
+
+
+def constant_bytes(values: Sequence[int]) -> Value:
+    """A vector of unsigned bytes."""
+    ty = type_of("uint8")
+    elements = [ir.IntegerAttr.get(ty, x - 256 if x > 127 else x) for x in values]
+    return arith.constant(vec(len(values), ty), ir.DenseElementsAttr.get(elements, type=vec(len(values), ty)))
+
+
+def splat_bool(condition: Value | bool, lanes: int) -> Value:
+    """A mask of equal lanes."""
+    bit = ir.IntegerType.get_signless(1)
+    one = arith.constant(bit, int(condition)) if isinstance(condition, bool) else condition
+    return vector.broadcast(vec(lanes, bit), one)
+
+
 def equal_to(v: Value, x: int) -> Value:
     """A mask of the integer elements that are x."""
     return arith.cmpi(arith.CmpIPredicate.eq, v, _constant_like(x, v))
@@ -555,6 +581,22 @@ def halves_of_power_of_two(shifted: Value, origin: float) -> tuple[Value, Value]
         return bits_as(arith.shli(biased, _constant_like(23, n)), "float32")
 
     return power(half), power(arith.subi(n, half))
+
+
+def exponent_of_low_bits(v: Value) -> Value:
+    """The float32 number whose exponent field are the low bits of float32 v's fraction, and all else zero."""
+    bits = bits_as(v, "int32")
+    return bits_as(arith.shli(bits, _constant_like(23, bits)), "float32")
+
+
+def nonzero(v: Value) -> Value:
+    """A mask of the integers that are not zero."""
+    return arith.cmpi(arith.CmpIPredicate.ne, v, _constant_like(0, v))
+
+
+def except_lanes(mask: Value, others: Value) -> Value:
+    """The lanes of ``mask`` that are not among the ``others``."""
+    return arith.andi(mask, arith.xori(others, _constant_like(1, others)))
 
 
 def rounded_to_float32(x: float) -> float:

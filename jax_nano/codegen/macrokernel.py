@@ -5,13 +5,13 @@
         for pc in k by kc                 partial sums over K are added in this order, whatever the split over m, n
           for jc in n by nc
             [pack B(kc x nc)]             stays in L2 while A's panels pass
-            for ir in mc by panel         one panel of A, of mr rows or fewer, stays in L1
+            for ir in mc by tile_rows     one panel of A, of mr rows or fewer, stays in L1
               [pack A(panel x kc)]        the first time
               for jr in nc by nr          microkernel, which fetches what comes next: its tile of C, A's next panel,
                                           and for each panel of A a share of B's next block; of a B that is not
                                           packed the first panel fetches the tiles that come next
 
-Sizes, strides, blocking and whether an operand is packed are fields of ``GemmArgs`` (``csrc/kernel_abi.h``).
+Sizes, strides, blocking and whether an operand is packed are fields of ``GemmArgs`` (``csrc/plan/kernel_abi.h``).
 An element of C depends on K and kc alone, so any split of m and n over threads gives the same bits.
 
 Products that need no block, no packing and no fetching ahead, as batches of small ones, have two loops instead: over
@@ -220,7 +220,7 @@ class _TileRow:
             x = _Given.of(ROW_PARAMS, args)
             nr, lanes = self.full.tile.nr, self.full.tile.lanes
             cols = x.size["cols"]
-            landing = Landing(module, epilogue, self.full.narrow, (self.full.tile.mr, nr), {**x.ptr, **x.size})
+            landing = Landing(module, epilogue, self.full.narrow_out, (self.full.tile.mr, nr), {**x.ptr, **x.size})
 
             def tile_at(j: Size, kernel: str, active: Size, panel: Size | None = None) -> None:
                 """The tile at column j, in the panel of B that begins at column ``panel`` if not at j itself."""
@@ -324,7 +324,7 @@ class _LoopNest:
 
     def _unblocked(self, x: _Given) -> None:
         """The loops around rows of tiles for such products: all that they need is known before the first."""
-        m, most = x.size["m"], ir.minimum(x.size["panel"], self._rows_at_once(x.size["n"]))
+        m, most = x.size["m"], ir.minimum(x.size["tile_rows"], self._rows_at_once(x.size["n"]))
         panels = (m + (most - 1)) // most
         # Of equal height, so that none is so low that its loads take longer than its products.
         height = (m + (panels - 1)) // ir.select_size(ir.equal(m, 0), 1, panels)
@@ -466,7 +466,7 @@ class _LoopNest:
           wrap: of a B where it lies, elements from what stands beside the block to what comes after it.
         """
         gemm, mr, nr = self.gemm, self.gemm.tile.mr, self.gemm.tile.nr
-        rows_at_once = x.size["panel"]
+        rows_at_once = x.size["tile_rows"]
         panel_depth, a_row = self.packing.depth(block.depth), self.packing.a_row(block.depth)
         unit = gemm.family.unit
         walking = ir.both(

@@ -106,7 +106,7 @@ class Microkernel:
     masks_c: bool
 
     @property
-    def narrow(self) -> bool:
+    def narrow_out(self) -> bool:
         """Whether C cannot hold unfinished sums."""
         return ir.elem_bytes(self.out) < ir.elem_bytes(self.family.acc)
 
@@ -120,7 +120,7 @@ class Microkernel:
         # What the K loop does not need comes last: it arrives on the stack and leaves the registers to the loop.
         loop = ("a", "b", "walks", "rsa", "csa", "rsb", "k", *(("later",) if self.stream else ()))
         tile = ("c", "rsc", "cols", "mode")
-        return (*loop, *tile, "partial", "rs_partial") if self.narrow else (*loop, *tile)
+        return (*loop, *tile, "partial", "rs_partial") if self.narrow_out else (*loop, *tile)
 
     def name(self, prefix: str) -> str:
         kind = ("_stream" if self.stream else "") + ("_masked" if self.masked else "")
@@ -222,8 +222,8 @@ class Microkernel:
         rows = [given["c"].at(i * given["rsc"]) for i in range(tile.mr)]
         mask = ir.lane_mask(given["cols"], tile.lanes) if self.masked and self.masks_c else None
         scratch = ir.alloca(tile.lanes, self.out) if self.masked and not self.masks_c else None
-        partial = [given["partial"].at(i * given["rs_partial"]) for i in range(tile.mr)] if self.narrow else rows
-        partial_mask = None if self.narrow else mask  # `partial` has room for whole tiles
+        partial = [given["partial"].at(i * given["rs_partial"]) for i in range(tile.mr)] if self.narrow_out else rows
+        partial_mask = None if self.narrow_out else mask  # `partial` has room for whole tiles
 
         def each(values: Sequence[Value], put: Callable[[int, int, Value], None]) -> None:
             for n, value in enumerate(values):
@@ -257,7 +257,7 @@ class Microkernel:
             mode = given["mode"]
 
             def leave(values: Sequence[Value]) -> None:
-                if self.narrow:
+                if self.narrow_out:
                     ir.if_(ir.equal(mode // MORE, 0), lambda: finished(values), lambda: unfinished(values))
                 else:
                     finished(values)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import checks, measure
-from .catalog import Kernel, kernels
+from .catalog import AttentionKernel, Kernel, kernels
 from .nanokernel import amx
 from .nanokernel.amx import AmxDot
 from .target import CORES, Core
@@ -23,18 +23,18 @@ HEAD = (
 )
 
 
-def _main_microkernel(kernel: Kernel) -> str:
+def _main_microkernel(kernel: Kernel | AttentionKernel) -> str:
     return f"{kernel.symbol}_{kernel.tile.mr}x{kernel.tile.nr}"
 
 
-def _object_loops(kernel: Kernel, tools: Toolchain, optimized: str) -> dict[str, checks.Checked]:
+def _object_loops(kernel: Kernel | AttentionKernel, tools: Toolchain, optimized: str) -> dict[str, checks.Checked]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.o"
         tools.object_file(optimized, kernel.target, path)
         return {c.microkernel: c for c in checks.k_loops(kernel, tools.disassemble(path))}
 
 
-def mca_text(kernel: Kernel, tools: Toolchain, optimized: str, function: str | None) -> str:
+def mca_text(kernel: Kernel | AttentionKernel, tools: Toolchain, optimized: str, function: str | None) -> str:
     """llvm-mca's reports for one microkernel's K loop, a CPU model after the other."""
     loops = _object_loops(kernel, tools, optimized)
     name = f"{kernel.symbol}_{function}" if function else _main_microkernel(kernel)

@@ -175,7 +175,7 @@ class SweepPath:
     out: str
 
     @property
-    def narrow(self) -> bool:
+    def narrow_out(self) -> bool:
         """Whether C cannot hold unfinished sums."""
         return ir.elem_bytes(self.out) < ir.elem_bytes(self.family.acc)
 
@@ -217,14 +217,14 @@ class SweepPath:
             m.emit(module, prefix)
         clear, finish, apply = (f"{prefix}_sweep_{what}" for what in ("clear", "round", "epilogue"))
         module.function(clear, [acc, "i64"], self._clear, internal=True)
-        if self.narrow:
+        if self.narrow_out:
             module.function(finish, [acc, self.out, "i64"], self._round, internal=True)
         if epilogue:
             parameters = [self.out, "i64", acc, "i64", "i64", "i64", "i64"]
             module.function(apply, parameters, partial(self._apply, module, epilogue), internal=True)
 
         def nest(x: dict[str, Any]) -> None:
-            sums, rs_sums = (x["partial"], x["rs_partial"]) if self.narrow else (x["c"], x["rsc"])
+            sums, rs_sums = (x["partial"], x["rs_partial"]) if self.narrow_out else (x["c"], x["rsc"])
 
             def each_row(body: Callable[[I64], None]) -> None:
                 ir.loop(0, x["m"], 1, [], lambda i: body(i))
@@ -245,7 +245,7 @@ class SweepPath:
                 for m in self._of(rows):
                     end = done + (x["k"] - done) // m.depth * m.depth
                     if m.ahead:
-                        end = ir.select_size(ir.equal(x["ahead"], 0), 0, end)
+                        end = ir.select_size(ir.equal(x["prefetch"], 0), 0, end)
                     ir.loop(done, end, m.depth, [], partial(call, m))
                     done = end
 
@@ -265,7 +265,7 @@ class SweepPath:
                 each_row(lambda i: module.call(clear, [sums.at(i * rs_sums), x["n"]]))
 
             def end() -> None:
-                plain = round_all if self.narrow else (lambda: None)
+                plain = round_all if self.narrow_out else (lambda: None)
                 if not epilogue:
                     plain()
                     return
@@ -311,15 +311,15 @@ class SweepPath:
 
         def block(j: I64) -> None:
             fields = {
-                "sums": sums.at(j) if self.narrow else nothing,
-                "ld": rs_sums if self.narrow else 0,
+                "sums": sums.at(j) if self.narrow_out else nothing,
+                "ld": rs_sums if self.narrow_out else 0,
                 "rows": m,
                 "cols": ir.minimum(n - j, width),
                 "c": c.at(j),
                 "rsc": rsc,
                 "old": sums.at(j),
                 "rs_old": rs_sums,
-                "mode": 0 if self.narrow else ADD,
+                "mode": 0 if self.narrow_out else ADD,
                 "column": j,
                 "epilogue": given,
             }

@@ -135,7 +135,7 @@ def test_a_failure_leaves_the_program_alone_and_is_reported_once(kind: str) -> N
         import jax, numpy as np, jax_nano
         from jax_nano._programs import rewrite
 
-        def fail(module):
+        def fail(module, policy):
             raise {kind}("made by the test")
         rewrite.rewrite = fail
         a = np.ones((16, 16), np.float32)

@@ -130,10 +130,10 @@ def test_modules_before_and_after_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     checked = []
     rewrite = _rewrite.rewrite
 
-    def checking(module: Module) -> Any:
+    def checking(module: Module, policy: Any) -> Any:
         shape = module.program_shape()
         verify.check(module, shape)
-        products = rewrite(module)
+        products = rewrite(module, policy)
         verify.check(module, shape)
         checked.append(module)
         return products
@@ -151,8 +151,8 @@ def test_a_breach_is_found_and_the_program_runs(
 ) -> None:
     rewrite = _rewrite.rewrite
 
-    def broken(module: Module) -> Any:
-        products = rewrite(module)
+    def broken(module: Module, policy: Any) -> Any:
+        products = rewrite(module, policy)
         breach(module)
         return products
 

@@ -45,19 +45,11 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-class TestRooms:
-    def test_the_spec_needs_the_standard_library_alone(self):
-        roots = {name.partition(".")[0] for name in imports(PACKAGE / "spec.py")}
-        assert roots <= sys.stdlib_module_names
-
-    @pytest.mark.parametrize("path", sorted((PACKAGE / "codegen").rglob("*.py")), ids=lambda p: p.name)
-    def test_the_generator_knows_the_spec_and_nothing_else(self, path):
-        ours = {name for name in imports(path) if name.startswith("jax_nano.") and name.count(".") == 1}
-        assert ours <= {"jax_nano._core.spec"}
-
-    @pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.name)
-    def test_nothing_else_knows_the_generator(self, path):
-        assert not any(name.startswith("jax_nano.codegen") for name in imports(path))
+def test_the_spec_needs_the_standard_library_alone():
+    """A build has nothing else yet. Who may import it and the generator: tests/test_architecture.py."""
+    roots = {name.partition(".")[0] for name in imports(PACKAGE / "_core" / "spec.py")}
+    assert roots <= sys.stdlib_module_names
+    assert not imports(PACKAGE / "_core" / "__init__.py")
 
 
 class TestTotality:
@@ -94,7 +86,7 @@ class TestExtension:
     """The compiled extension has the facts of the spec beside it."""
 
     def test_calls(self):
-        assert set(_runtime.registrations()) == {spec.DOT_GENERAL_CALL, spec.LINEAR_CALL}
+        assert set(_runtime.registrations()) == {spec.DOT_GENERAL_CALL, spec.LINEAR_CALL, spec.ATTENTION_CALL}
         assert _runtime.ABI_VERSION == spec.FFI_ABI
 
     def test_targets_best_first(self):
@@ -125,6 +117,18 @@ class TestExtension:
             assert (kernel["lhs"], kernel["rhs"], kernel["out"]) in spec.SIGNATURES
             assert kernel["acc"] == spec.DTYPES[kernel["out"]].accumulator
             assert kernel["algorithm"] in (spec.DEFAULT_ALGORITHM, *spec.ALGORITHMS)
+
+    def test_attentions(self):
+        fields = spec.names(spec.ATTENTION_INFO)[:-1]
+        stub = ast.parse((PACKAGE / "_runtime.pyi").read_text())
+        (declared,) = (x for x in stub.body if isinstance(x, ast.ClassDef) and x.name == "_Attention")
+        assert sorted(x.target.id for x in declared.body) == sorted(fields)
+        for found in _runtime.attentions():
+            assert tuple(found) == fields
+        lowest, *_ = spec.TARGETS
+        assert {(x["q"], x["kv"]) for x in _runtime.attentions() if x["target"] == lowest} == set(
+            spec.ATTENTION_SIGNATURES
+        )
 
     def test_every_signature_has_a_kernel_on_every_cpu(self):
         built = {(k["target"], k["lhs"], k["rhs"], k["out"]) for k in _runtime.kernels()}
@@ -224,9 +228,9 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for extension in PACKAGE.glob("_runtime*.so"):
         (package / extension.name).symlink_to(extension)
     for name, text in ADDED.items():
-        _insert(package / "spec.py", name, ")", text)
+        _insert(package / "_core" / "spec.py", name, ")", text)
     (package / "codegen" / "nanokernel" / "int64_product.py").write_text(NANOKERNEL)
-    for file, function in (("codegen/activation.py", "ir.multiply(x, x)"), ("activations.py", "x * x")):
+    for file, function in (("codegen/activation.py", "ir.multiply(x, x)"), ("_core/activations.py", "x * x")):
         _insert(package / file, "FUNCTIONS: ", "}", f'    "square": lambda x: {function},')
     return folder
 
@@ -286,15 +290,15 @@ def test_cpp_takes_up_what_is_added(grown):
         from jax_nano.codegen.catalog import find
 
         kernel = find("gemm_i64_i64_i64_i64_6x8_imaginary")
-        manifest.write([kernel], [], Path(sys.argv[1], "kernels"))
+        manifest.write([kernel], [], [], Path(sys.argv[1], "kernels"))
         print(kernel.symbol)
         """,
     ).strip()
     (out / "main.cc").write_text(
         """
         #include <cstdio>
-        #include "registry.h"
-        #include "select.h"
+        #include "plan/registry.h"
+        #include "plan/select.h"
         using namespace jax_nano;
 
         extern "C" void SYMBOL(const GemmArgs*) {}
@@ -321,7 +325,8 @@ def test_cpp_takes_up_what_is_added(grown):
         }
         """.replace("SYMBOL", symbol)
     )
-    sources = [str(out / "main.cc"), *(str(CSRC / f"{x}.cc") for x in ("registry", "select", "cpu"))]
+    used = ("plan/registry", "plan/select", "machine/features", "machine/cpuid")
+    sources = [str(out / "main.cc"), *(str(CSRC / f"{x}.cc") for x in used)]
     command = [*COMPILER, "-O0", f"-I{out}", f"-I{CSRC}", "-o", str(out / "main"), *sources]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -50,9 +50,9 @@ class Kernel:
         ways = [{"pack_a": a, "pack_b": b} for a, b in self.packs(transposed_b=order_b == "F" and n > 1)]
         if self.has_inner:  # an operand that does not lie along K is copied
             copies = {"pack_a": int(order_a == "F"), "pack_b": int(order_b == "C")}
-            ways += [{"inner": 1, "ahead": ahead, **copies} for ahead in (0, 1)]
+            ways += [{"inner": 1, "prefetch": prefetch, **copies} for prefetch in (0, 1)]
         if self.has_sweep and (order_b == "C" or n <= 1):
-            ways += [{"sweep": 1, "ahead": ahead, "pack_a": 0, "pack_b": 0} for ahead in (0, 1)]
+            ways += [{"sweep": 1, "prefetch": prefetch, "pack_a": 0, "pack_b": 0} for prefetch in (0, 1)]
         return ways
 
     @property
@@ -90,7 +90,7 @@ class Kernel:
         if fields.get("inner"):  # also where NumPy's strides mean nothing
             strides |= {} if packs["pack_a"] else {"csa": 1}
             strides |= {} if packs["pack_b"] else {"rsb": 1}
-        _runtime.call(self.name, {**addresses, "m": m, "n": n, "k": k, **strides, **packs, **fields})
+        _runtime.testing.call(self.name, {**addresses, "m": m, "n": n, "k": k, **strides, **packs, **fields})
 
     def call_many(self, **fields: int | NDArray[np.int64]) -> None:
         """One call for each element of the fields that are arrays; a field that is not given is 0.
@@ -103,7 +103,7 @@ class Kernel:
             rows[..., FIELDS.index(name)] = value
         x = {name: rows[..., i] for i, name in enumerate(FIELDS)}
         x["pack_a"] |= (x["inner"] == 0) & (x["sweep"] == 0) & ~reads_a(self.info, x)
-        _runtime.call_many(self.name, rows.reshape(-1, len(FIELDS)))
+        _runtime.testing.call_many(self.name, rows.reshape(-1, len(FIELDS)))
 
     def product(self, a: np.ndarray, b: np.ndarray, **fields: int) -> np.ndarray:
         """A @ B, in memory full of poison beforehand."""

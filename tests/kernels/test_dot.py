@@ -69,7 +69,7 @@ LONG_SUMS = [
     Contraction("bmijl,lbjin->bmn", b=3, m=20, n=35, i=3, j=5, l=7),
     Contraction("mk,nk->mn", m=3, n=200, k=3001),
 ]
-IN_PIECES = [
+SPLIT_K = [
     Contraction("mk,kn->mn", m=17, n=33, k=9001),
     Contraction("km,kn->nm", m=40, n=3, k=9001),
     Contraction("bmk,bnk->bmn", b=3, m=5, n=40, k=8190),
@@ -79,7 +79,7 @@ IN_PIECES = [
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
-@pytest.mark.parametrize("c", LONG_SUMS + IN_PIECES, ids=str)
+@pytest.mark.parametrize("c", LONG_SUMS + SPLIT_K, ids=str)
 def test_other_dtypes(c, dtypes, rng):
     """Sums longer than a block of K, in passes, of several products: rounded once, the same for any threads."""
     if not _runtime.supports(*dtypes):
@@ -92,12 +92,12 @@ def test_other_dtypes(c, dtypes, rng):
         assert c.dot(lhs, rhs, out=dtypes[2], threads=threads).tobytes() == alone.tobytes(), threads
 
 
-@pytest.mark.parametrize("c", IN_PIECES, ids=str)
-def test_long_sums_of_few_tiles_are_taken_in_pieces(c, rng):
-    """The same ones on any number of threads, or bits would differ."""
-    pieces = {c.plan(threads=threads)["k_pieces"] for threads in (1, 2, 7, 64)}
-    assert len(pieces) == 1
-    assert pieces.pop() > 1
+@pytest.mark.parametrize("c", SPLIT_K, ids=str)
+def test_split_k(c, rng):
+    """Into as many slices on any number of threads, or bits would differ."""
+    slices = {c.plan(threads=threads)["split_k"] for threads in (1, 2, 7, 64)}
+    assert len(slices) == 1
+    assert slices.pop() > 1
     lhs, rhs = operands(c, rng)
     alone = c.dot(lhs, rhs)
     reference.expected(c.subscripts, lhs, rhs).check(alone)
@@ -106,12 +106,12 @@ def test_long_sums_of_few_tiles_are_taken_in_pieces(c, rng):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_piece_is_lost(dtype, rng):
-    """Infinities and NaN reach the result from any piece, and opposite infinities of two pieces meet."""
+def test_no_slice_of_k_is_lost(dtype, rng):
+    """Infinities and NaN reach the result from any slice, and opposite infinities of two slices meet."""
     if not _runtime.supports(*[dtype] * 3):
         pytest.skip("no kernel")
     c = Contraction("mk,kn->mn", m=20, n=16, k=20_000)
-    assert c.plan(dtypes=(dtype,) * 3)["k_pieces"] > 1
+    assert c.plan(dtypes=(dtype,) * 3)["split_k"] > 1
     lhs, rhs = (np.abs(reference.random(rng, shape, dtype)) + np.asarray(1, dtype) for shape in c.shapes[:2])
     places = np.linspace(0, 19_999, 18).astype(int)
     for row, k in enumerate(places):
@@ -194,7 +194,7 @@ def test_workspace_stays_within_8_mib(rng):
         Contraction("km,nk->mn", m=40, n=40, k=100_000),
     ):
         c.dot(*operands(c, rng), threads=2)
-    assert 0 < _runtime.workspace_bytes() <= 8 << 20
+    assert 0 < _runtime.testing.workspace_bytes() <= 8 << 20
 
 
 def run(code: str) -> str:
@@ -208,7 +208,7 @@ def run(code: str) -> str:
             return a, b, np.full((n, n), np.nan, "f")
         def dot(a, b, c, threads):
             at = [x.ctypes.data for x in (a, b, c)]
-            _runtime.dot(*at, a.shape, b.shape, [0, 1], [1, 2], [0, 2], *["float32"] * 3, threads)
+            _runtime.testing.dot(*at, a.shape, b.shape, [0, 1], [1, 2], [0, 2], *["float32"] * 3, threads)
             return None if c.size > 1 << 18 else c.tobytes()
     """
     done = subprocess.run(

@@ -248,7 +248,7 @@ def test_every_c_beside_guard_pages(kernel, memory, at):
     source = np.concatenate([x.ravel() for x in blocks])
     place = np.repeat(first // item - (np.cumsum(elements) - elements), elements) + np.arange(elements.sum())
     for pack_a, pack_b in kernel.packs():
-        for accumulate in (0,) if kernel.narrow else (0, 1):
+        for accumulate in (0,) if kernel.narrow_out else (0, 1):
             c[place] = np.zeros(1, kernel.out) if accumulate else reference.poisoned((1,), kernel.out)
             packs = {"pack_a": pack_a, "pack_b": pack_b}
             call = {**fields, **packs, "k": k, "kc": whole_k(kernel, k), "accumulate": accumulate}
@@ -296,7 +296,7 @@ def test_every_size_in_two_calls(kernel, memory, k, at):
         packs = {"pack_a": pack_a, "pack_b": pack_b}
         addresses = c.ctypes.data + corner_offsets(sizes) * c.itemsize
         region.array(((region.end - region.begin) // acc,), kernel.acc)[...] = reference.poison(kernel.acc)
-        if kernel.narrow:
+        if kernel.narrow_out:
             kernel.call_many(**firsts, c=addresses, **packs)
             assert np.array_equal(bits(c), bits(reference.poisoned(c.shape, c.dtype))), "C is touched before the end"
         kernel.call_many(**calls, c=addresses[:, None], **packs)
@@ -306,7 +306,7 @@ def test_every_size_in_two_calls(kernel, memory, k, at):
 @pytest.mark.parametrize("k", [0, 1, 8, 64])
 def test_every_size_adds_to_c(kernel, memory, rng, k):
     """What C holds beforehand is added, also to an empty sum."""
-    if kernel.narrow:
+    if kernel.narrow_out:
         pytest.skip("a narrow kernel never adds to C")
     sizes = Sizes.small(kernel)
     a, b, _ = largest(kernel, sizes, k)

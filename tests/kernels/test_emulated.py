@@ -147,10 +147,10 @@ def test_inner_products_beside_guard_pages(subject, memory, rng, at):
         for m, n in [(1, 1), (1, 10), (9, 1), (3, 5), (9, 10)]:
             a, b = place(memory[0], a_all[:m], "C", at), place(memory[1], b_all[:, :n], "F", at)
             c = memory[2].array((m, n), subject.out, at=at)
-            for ahead in (0, 1):
+            for prefetch in (0, 1):
                 c.fill(reference.poison(subject.out))
-                subject.call(a, b, c, inner=1, ahead=ahead, pack_a=0, pack_b=0, rsa=k, csa=1, rsb=1, csb=k)
-                want[:m, :n].check(c, (m, n, k, ahead))
+                subject.call(a, b, c, inner=1, prefetch=prefetch, pack_a=0, pack_b=0, rsa=k, csa=1, rsb=1, csb=k)
+                want[:m, :n].check(c, (m, n, k, prefetch))
             a, b = place(memory[0], a_all[:m], "F", at), place(memory[1], b_all[:, :n], "C", at)
             c.fill(reference.poison(subject.out))
             subject.call(a, b, c, inner=1, pack_a=1, pack_b=1, rsa=1, csa=m, rsb=n, csb=1)
@@ -170,10 +170,10 @@ def test_sweeps_beside_guard_pages(subject, memory, rng, at):
             for order in "CF":
                 a, b = place(memory[0], a_all[:m], order, at), place(memory[1], b_all[:, :n], "C", at)
                 c = memory[2].array((m, n), subject.out, at=at)
-                for ahead in (0, 1):
+                for prefetch in (0, 1):
                     c.fill(reference.poison(subject.out))
-                    subject.call(a, b, c, sweep=1, ahead=ahead, pack_a=0, pack_b=0)
-                    want[:m, :n].check(c, (m, n, k, ahead))
+                    subject.call(a, b, c, sweep=1, prefetch=prefetch, pack_a=0, pack_b=0)
+                    want[:m, :n].check(c, (m, n, k, prefetch))
 
 
 @pytest.mark.parametrize("orders", ["CC", "CF", "FC", "FF"])
@@ -193,7 +193,7 @@ def test_exact_on_integers_in_blocks(subject, rng, orders):
             c = reference.poisoned((m, n), subject.out)
             rs_partial = -(-n // subject.nr) * subject.nr
             partial = np.zeros((m, rs_partial), subject.acc)
-            sums = {"partial": partial.ctypes.data, "rs_partial": rs_partial} if subject.narrow else {}
+            sums = {"partial": partial.ctypes.data, "rs_partial": rs_partial} if subject.narrow_out else {}
             subject.call(a[:, :first], b[:first], c, more=1, **blocks, **sums)
             subject.call(a[:, first:], b[first:], c, accumulate=1, **blocks, **sums)
             assert np.array_equal(c, want)
@@ -301,5 +301,5 @@ def test_the_same_bits_as_natively(subject, rng):
         subject.call(a, b, ours, kc=kc)
         strides = {"m": m, "n": n, "k": k, "rsa": k, "csa": 1, "rsb": n, "csb": 1, "rsc": n}
         addresses = {"a": a.ctypes.data, "b": b.ctypes.data, "c": native.ctypes.data}
-        _runtime.call(subject.name, {**addresses, **strides, "kc": kc})
+        _runtime.testing.call(subject.name, {**addresses, **strides, "kc": kc})
         assert np.array_equal(bits(ours), bits(native))

@@ -218,5 +218,7 @@ def applied(info, activation: str, x: np.ndarray) -> np.ndarray:
     one, c = np.ones(1, np.float32), np.full_like(x, np.nan)
     struct = Epilogue(activation).struct(c)
     addresses = {"a": one.ctypes.data, "b": x.ctypes.data, "c": c.ctypes.data}
-    _runtime.call(info["name"], {**addresses, "m": 1, "n": len(x), "k": 1, "epilogue": epilogues.address(struct)})
+    _runtime.testing.call(
+        info["name"], {**addresses, "m": 1, "n": len(x), "k": 1, "epilogue": epilogues.address(struct)}
+    )
     return c

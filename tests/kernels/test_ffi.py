@@ -145,7 +145,7 @@ def test_many_independent_calls_from_many_threads(nproc):
     out = run(
         """
         from jax_nano import _runtime
-        _runtime.share_every_call(True)
+        _runtime.testing.share_every_call(True)
         c = Contraction("mk,kn->mn", m=128, n=128, k=128)
         rng = np.random.default_rng(0)
         xs = [rng.standard_normal((128, 128)).astype("f") for _ in range(24)]
@@ -201,10 +201,10 @@ def test_helpers_stand_by_and_change_nothing():
         x = np.linalg.qr(np.random.default_rng(0).standard_normal((256, 256)))[0].astype("f")
         power = jax.jit(lambda y, x: jax.lax.fori_loop(0, 300, lambda _, y: call(c, y, x), y))
         before = where()
-        _runtime.share_every_call(True)
+        _runtime.testing.share_every_call(True)
         found, want = {np.asarray(power(x, x)).tobytes() for _ in range(5)}, np.linalg.matrix_power(x, 301)
         right = np.allclose(np.frombuffer(found.pop(), "f").reshape(256, 256), want, atol=1e-3)
-        print(right, not found, where() == before, _runtime.handed_jobs() > 0)
+        print(right, not found, where() == before, _runtime.testing.handed_jobs() > 0)
         """,
         NPROC="2",
     )
@@ -218,7 +218,7 @@ def test_where_threads_may_run_is_for_others_to_say():
         """
         import os, pathlib
         from jax_nano import _runtime
-        _runtime.share_every_call(True)
+        _runtime.testing.share_every_call(True)
         c = Contraction("mk,kn->mn", m=256, n=256, k=256)
         x = np.linalg.qr(np.random.default_rng(0).standard_normal((256, 256)))[0].astype("f")
         power = jax.jit(lambda y, x: jax.lax.fori_loop(0, 10, lambda _, y: call(c, y, x), y))
@@ -232,7 +232,7 @@ def test_where_threads_may_run_is_for_others_to_say():
             for task in tasks: os.sched_setaffinity(task, mask)
             result.block_until_ready()
             undone += any(os.sched_getaffinity(task) != mask for task in tasks)
-        print(undone, _runtime.handed_jobs() > 0)
+        print(undone, _runtime.testing.handed_jobs() > 0)
         """,
         NPROC="2",
     )
@@ -248,7 +248,7 @@ def test_helpers_of_any_pool_compute_as_the_caller_does():
         x = np.full((256, 256), 1e-30, "f")
         y = np.full((256, 256), 1e-12, "f")
         ours = jax.jit(lambda x, y: call(c, x, y))
-        _runtime.share_every_call(True)
+        _runtime.testing.share_every_call(True)
         seen = set()
         def private():
             for _ in range(100): seen.add(float(c.dot(x, y, threads=2).max()))
@@ -256,7 +256,7 @@ def test_helpers_of_any_pool_compute_as_the_caller_does():
         worker.start()
         flushed = {float(np.asarray(ours(x, y)).max()) for _ in range(100)}
         worker.join()
-        print(flushed, len(seen), min(seen) > 0, _runtime.handed_jobs() > 0)
+        print(flushed, len(seen), min(seen) > 0, _runtime.testing.handed_jobs() > 0)
         """,
         NPROC="2",
     )

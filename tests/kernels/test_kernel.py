@@ -43,7 +43,7 @@ def test_blocks_of_every_loop(kernel, rng):
     before = reference.random(rng, (3 * mc, 3 * nc), kernel.out)
     for k in (kc, 2 * kc, 2 * kc + 1, 3 * kc - 1):
         want = kernel.expected(a_all[:, :k], b_all[:k])
-        added = None if kernel.narrow else kernel.expected(a_all[:, :k], b_all[:k], initial=before)
+        added = None if kernel.narrow_out else kernel.expected(a_all[:, :k], b_all[:k], initial=before)
         for m in (mc, 2 * mc, 2 * mc + 1, 3 * mc - 1):
             for n in (nc, 2 * nc, 2 * nc + 1, 3 * nc - 1):
                 a, b = a_all[:m, :k], b_all[:k, :n]
@@ -57,15 +57,15 @@ def test_blocks_of_every_loop(kernel, rng):
 
 
 def test_only_kc_decides_the_bits(kernel, rng):
-    """The promise behind "the same for any number of threads": cut m, n and panels anywhere, pack or do not."""
+    """The promise behind "the same for any number of threads": cut m, n and tiles anywhere, pack or do not."""
     m, n, k = 5 * kernel.mr + 3, 3 * kernel.nr + 5, 300
     a, b = operands(kernel, rng, m, n, k)
     kc = 64 * kernel.kr
     whole = kernel.product(a, b, kc=kc)
     half = kernel.mr // 2
     blocks = ((kernel.mr, kernel.mr), (half, kernel.mr), (half, half), (2 * half, half))
-    for (pack_a, pack_b), (mc, panel) in itertools.product(kernel.packs(), blocks):
-        blocking = {"mc": mc, "nc": kernel.nr, "kc": kc, "panel": panel}
+    for (pack_a, pack_b), (mc, tile_rows) in itertools.product(kernel.packs(), blocks):
+        blocking = {"mc": mc, "nc": kernel.nr, "kc": kc, "tile_rows": tile_rows}
         pieces = reference.poisoned((m, n), kernel.out)
         for rows in np.array_split(np.arange(m), [1, 2 * kernel.mr, m - 2]):
             for cols in np.array_split(np.arange(n), [3, kernel.nr, n - 1]):
@@ -75,7 +75,7 @@ def test_only_kc_decides_the_bits(kernel, rng):
 
 
 @pytest.mark.parametrize("at", ["end", "begin"])
-def test_what_is_fetched_ahead_changes_no_bit(kernel, rng, at):
+def test_prefetching_changes_no_bit(kernel, rng, at):
     """One vector against long ones, several streams of them and what is left; B between pages that may not be read."""
     for path, order_b in (("inner", "F"), ("sweep", "C")):
         if not kernel.info[path]:
@@ -90,7 +90,7 @@ def test_what_is_fetched_ahead_changes_no_bit(kernel, rng, at):
                     else far.array(b.shape, kernel.rhs, at=at)
                 )
                 placed_a[...], placed_b[...] = a, b
-                plain, fetching = (kernel.product(placed_a, placed_b, **{path: 1}, ahead=x) for x in (0, 1))
+                plain, fetching = (kernel.product(placed_a, placed_b, **{path: 1}, prefetch=x) for x in (0, 1))
             kernel.check(a, b, plain, (path, m, n, k))
             assert same_bits(plain, fetching), (path, m, n, k)
 
@@ -111,7 +111,7 @@ def test_a_sum_cut_into_calls_is_rounded_once(kernel, rng):
             place = {"partial": partial.ctypes.data, "rs_partial": rs_partial}
             c = reference.poisoned((m, n), kernel.out)
             for k0, k1 in ((0, 2 * kc), (2 * kc, 3 * kc), (3 * kc, 6 * kc), (6 * kc, k)):
-                assert not kernel.narrow or is_poison(c)
+                assert not kernel.narrow_out or is_poison(c)
                 steps = {"accumulate": int(k0 > 0), "more": int(k1 < k)}
                 kernel.call(a[:, k0:k1], b[k0:k1], c, pack_a=pack_a, pack_b=pack_b, **steps, **blocking, **place)
         assert same_bits(c, whole), (pack_a, pack_b)
@@ -134,7 +134,7 @@ def test_an_empty_call_ends_a_sum(kernel, rng):
 def test_narrow_is_wide_rounded_once(kernel, rng, k):
     """To nearest even, or wrapped: exactly the kernel with a C as wide as the accumulators, converted."""
     if kernel.wide is None:
-        pytest.skip("C is as wide as the accumulators" if not kernel.narrow else "there is no such kernel")
+        pytest.skip("C is as wide as the accumulators" if not kernel.narrow_out else "there is no such kernel")
     a, b = operands(kernel, rng, 61, 67, k)
     kc = 64 * kernel.kr
     wide = kernel.wide.product(a, b, kc=kc)
@@ -222,7 +222,7 @@ def test_rounding_of_narrow_floats(kernel, sign):
 
     The sums are exact in the accumulator, so only the last step rounds.
     """
-    if kernel.integer or not kernel.narrow:
+    if kernel.integer or not kernel.narrow_out:
         pytest.skip("C holds whatever the accumulators do")
     info = reference.finfo(kernel.out)
     ulp, most, top = float(info.eps), float(info.max), 2.0 ** (info.maxexp - 1)
@@ -357,7 +357,7 @@ def test_zero_sizes(kernel, m, n, k):
             c = kernel.product(a, b, **way)
             assert c.shape == (m, n)
             assert (c == 0).all()
-            if not kernel.narrow and "inner" not in way:
+            if not kernel.narrow_out and "inner" not in way:
                 c = reference.poisoned((m, n), kernel.out)
                 kernel.call(a, b, c, accumulate=1, **way)
                 assert is_poison(c)
@@ -445,49 +445,49 @@ def test_packing_stays_in_the_workspace(kernel, rng, order):
 
 def test_bad_calls_are_refused(kernel):
     with pytest.raises(ValueError, match="no such kernel"):
-        _runtime.call("nonesuch", {})
+        _runtime.testing.call("nonesuch", {})
     with pytest.raises(ValueError, match="unknown field"):
-        _runtime.call(kernel.name, {"ldc": 1})
+        _runtime.testing.call(kernel.name, {"ldc": 1})
     with pytest.raises(ValueError, match="csb must be 1" if kernel.direct_b else "needs pack_b"):
-        _runtime.call(kernel.name, {"csb": 2, "pack_a": 1, "pack_b": 0})
+        _runtime.testing.call(kernel.name, {"csb": 2, "pack_a": 1, "pack_b": 0})
     with pytest.raises(ValueError, match="multiples"):
-        _runtime.call(kernel.name, {"mc": kernel.mr + 1})
-    for bad in ({"panel": kernel.mr + 1}, {"panel": kernel.mr - 1, "pack_a": 1, "csa": 2}):
-        with pytest.raises(ValueError, match="panel must not be"):
-            _runtime.call(kernel.name, bad)
+        _runtime.testing.call(kernel.name, {"mc": kernel.mr + 1})
+    for bad in ({"tile_rows": kernel.mr + 1}, {"tile_rows": kernel.mr - 1, "pack_a": 1, "csa": 2}):
+        with pytest.raises(ValueError, match="tile_rows must not be"):
+            _runtime.testing.call(kernel.name, bad)
     for field, direct in (("pack_a", kernel.direct_a), ("pack_b", kernel.direct_b)):
         if not direct:
             with pytest.raises(ValueError, match=f"this kernel needs {field}"):
-                _runtime.call(kernel.name, {field: 0})
+                _runtime.testing.call(kernel.name, {field: 0})
     if kernel.kr > 1:
         for awkward in ({"k": kernel.kr + 1}, {"rsa": kernel.kr + 1}, {"csa": 2}):
             with pytest.raises(ValueError, match="this kernel needs pack_a"):
-                _runtime.call(kernel.name, {"k": kernel.kr, "pack_a": 0, **awkward})
-    if kernel.narrow:
+                _runtime.testing.call(kernel.name, {"k": kernel.kr, "pack_a": 0, **awkward})
+    if kernel.narrow_out:
         with pytest.raises(ValueError, match="rs_partial must be at least"):
-            _runtime.call(kernel.name, {"n": 3, "rs_partial": 3})
+            _runtime.testing.call(kernel.name, {"n": 3, "rs_partial": 3, "more": 1})
     if kernel.has_inner:
         for bad, message in (({"csa": 2}, "csa and rsb must be 1"), ({"accumulate": 1}, "takes the whole of k")):
             with pytest.raises(ValueError, match=message):
-                _runtime.call(kernel.name, {"inner": 1, "csa": 1, "rsb": 1, **bad})
-        _runtime.call(kernel.name, {"inner": 1, "csa": 2, "pack_a": 1, "rsb": 1})
+                _runtime.testing.call(kernel.name, {"inner": 1, "csa": 1, "rsb": 1, **bad})
+        _runtime.testing.call(kernel.name, {"inner": 1, "csa": 2, "pack_a": 1, "rsb": 1})
     else:
         with pytest.raises(ValueError, match="no inner-product path"):
-            _runtime.call(kernel.name, {"inner": 1, "csa": 1, "rsb": 1})
+            _runtime.testing.call(kernel.name, {"inner": 1, "csa": 1, "rsb": 1})
     if kernel.has_sweep:
         for bad, message in (({"csb": 2}, "csb must be 1 for the sweep"), ({"pack_a": 1}, "sweep path packs nothing")):
             with pytest.raises(ValueError, match=message):
-                _runtime.call(kernel.name, {"sweep": 1, **bad})
+                _runtime.testing.call(kernel.name, {"sweep": 1, **bad})
     else:
         with pytest.raises(ValueError, match="no sweep path"):
-            _runtime.call(kernel.name, {"sweep": 1})
+            _runtime.testing.call(kernel.name, {"sweep": 1})
 
 
 def test_bad_rows_are_refused(kernel):
     """Rows before the bad one run; a table of another width is no GemmArgs."""
     for bad in (np.zeros((1, len(FIELDS) + 1), np.int64), np.zeros((1, len(FIELDS)), np.float64)):
         with pytest.raises(TypeError):
-            _runtime.call_many(kernel.name, bad)
+            _runtime.testing.call_many(kernel.name, bad)
     with pytest.raises(ValueError, match="multiples"):
         kernel.call_many(mc=kernel.mr + 1, csb=1, pack_a=1, pack_b=1)
-    _runtime.call_many(kernel.name, np.zeros((0, len(FIELDS)), np.int64))
+    _runtime.testing.call_many(kernel.name, np.zeros((0, len(FIELDS)), np.int64))

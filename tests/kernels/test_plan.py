@@ -220,8 +220,8 @@ class TestBlocking:
             if p["inner"] or p["sweep"]:
                 assert (p["mc"], p["kc"], p["nc"]) == (0, 0, 0)
                 continue
-            assert 0 < p["panel"] <= mr
-            assert p["mc"] % p["panel"] == 0 or p["mc"] < p["panel"]
+            assert 0 < p["tile_rows"] <= mr
+            assert p["mc"] % p["tile_rows"] == 0 or p["mc"] < p["tile_rows"]
             assert p["nc"] % nr == 0
             assert 0 < p["mc"] < p["m"] + mr
             assert p["nc"] < p["n"] + (nr if p["pack_b"] else 3 * nr)
@@ -289,10 +289,10 @@ class TestBlocking:
                 assert p["workspace_bytes"] == -(-m // chosen["mr"]) * chosen["mr"] * p["rs_partial"] * 4
 
     @pytest.mark.parametrize(("subscripts", "path"), [("mk,kn->mn", "sweep"), ("mk,nk->mn", "inner")])
-    def test_what_lies_in_memory_is_fetched_ahead(self, target, subscripts, path):
-        for n, ahead in ((100, False), (10_000, True)):
+    def test_what_lies_in_memory_is_prefetched(self, target, subscripts, path):
+        for n, prefetch in ((100, False), (10_000, True)):
             p = plan(subscripts, m=1, n=n, k=1000, target=target, caches=(32 << 10, 1 << 20, 32 << 20))
-            assert (p[path], p["ahead"]) == (True, ahead)
+            assert (p[path], p["prefetch"]) == (True, prefetch)
 
     def test_rows_that_share_sets_are_read_where_they_lie_by_few(self, target):
         """float32 rows 4 KiB apart, of which an L1 of eight ways holds no more."""
@@ -370,7 +370,7 @@ class TestSplit:
             assert 2 <= np.prod(p["split"]) <= 6
 
     def test_few_rows_share_each_column_of_a_large_b(self, target):
-        """Memory would bring a column once for each piece of the rows; it brings long rows faster than short ones."""
+        """Memory would bring a column once for each part of the rows; it brings long rows faster than short ones."""
         for m, items in ((1, 2), (4, 2), (5, 4), (16, 4), (32, 4)):
             p = plan("mk,kn->mn", m=m, n=4096, k=4096, threads=2, target=target)
             assert (p["pack_b"], p["split"]) == (False, (1, 1, items))
@@ -408,20 +408,20 @@ class TestSplit:
         assert plan("mk,kn->mn", m=4, n=8192, k=4096, threads=2, target=target)["split"][1] == 1
         assert plan("mk,kn->mn", m=8192, n=4, k=4096, threads=2, target=target)["split"][2] == 1
 
-    def test_k_is_cut_by_the_product_alone(self, target):
+    def test_split_k_follows_from_the_product_alone(self, target):
         """Where the result has few tiles and sums are long, whoever computes it."""
         for sizes in [(16, 16, 65536), (30, 30, 8192), (1, 100, 9000), (20, 1, 30_000)]:
             m, n, k = sizes
             machines = [(1, ZEN4), (2, ZEN4), (64, ZEN4), (2, SMALL), (2, HUGE)]
             plans = [plan("mk,kn->mn", m=m, n=n, k=k, threads=t, caches=c, target=target) for t, c in machines]
-            assert len({p["k_pieces"] for p in plans}) == 1
-            assert plans[0]["k_pieces"] > 1
-            assert m * n * k / plans[0]["k_pieces"] >= 128 << 10
+            assert len({p["split_k"] for p in plans}) == 1
+            assert plans[0]["split_k"] > 1
+            assert m * n * k / plans[0]["split_k"] >= 128 << 10
 
-    def test_k_is_whole_where_there_are_tiles_or_little_work(self, target):
+    def test_no_split_k_where_there_are_tiles_or_little_work(self, target):
         for sizes in [(256, 256, 65536), (2, 2, 9000), (64, 64, 1500)]:
             m, n, k = sizes
-            assert plan("mk,kn->mn", m=m, n=n, k=k, threads=2, target=target)["k_pieces"] == 1
+            assert plan("mk,kn->mn", m=m, n=n, k=k, threads=2, target=target)["split_k"] == 1
 
 
 KERNELS = {k["name"]: k for k in _runtime.kernels()}
@@ -463,9 +463,9 @@ class TestEveryKernel:
                     assert 0 <= p["workspace_bytes"] <= 8 << 20
                     if not p["inner"] and not p["sweep"]:
                         chosen = KERNELS[p["kernel"]]
-                        assert 0 < p["panel"] <= chosen["mr"]
-                        assert p["panel"] == chosen["mr"] or not p["pack_a"] or p["csa"] == 1
-                        assert p["mc"] % p["panel"] == 0 or p["mc"] < p["panel"]
+                        assert 0 < p["tile_rows"] <= chosen["mr"]
+                        assert p["tile_rows"] == chosen["mr"] or not p["pack_a"] or p["csa"] == 1
+                        assert p["mc"] % p["tile_rows"] == 0 or p["mc"] < p["tile_rows"]
                         assert p["nc"] % chosen["nr"] == p["kc"] % chosen["kr"] == 0
                         assert min(p["mc"], p["nc"], p["kc"]) > 0
 
@@ -474,7 +474,7 @@ def ceil_div(x, y):
     return -(-x // y)
 
 
-NARROW = [k for k in KERNELS.values() if k["narrow"]]
+NARROW = [k for k in KERNELS.values() if k["narrow_out"]]
 
 
 @pytest.mark.parametrize("info", NARROW, ids=[k["name"] for k in NARROW])

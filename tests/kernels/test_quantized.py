@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import quantized
@@ -25,18 +27,18 @@ pytestmark = pytest.mark.skipif(not _runtime.selected_target(), reason="this CPU
 def run(case: Case, threads: int = 1, out: np.ndarray | None = None) -> np.ndarray:
     """The product by the runtime, in memory full of NaN beforehand."""
     out = reference.poisoned((case.m, case.n), quantized.dtype(case.out)) if out is None else out
-    addresses = [case.x, case.packed, case.scale, case.zero, out]
-    _runtime.quantized(
-        tuple(0 if a is None else a.ctypes.data for a in addresses),
-        *(case.m, case.n, case.k, case.group, case.along_k),
-        *case.dtypes,
-        threads,
-    )
+    arrays = [case.x, case.packed, case.scale, case.zero, out, None, None]
+    addresses = [0 if a is None else a.ctypes.data for a in arrays]
+    _runtime.testing.quantized(addresses, sizes(case), case.along_k, case.dtypes, threads)
     return out
 
 
-def plan(case: Case, threads: int = 1) -> dict[str, object]:
-    return _runtime.quantized_plan(case.m, case.n, case.k, case.group, case.along_k, *case.dtypes, threads)
+def plan(case: Case, threads: int = 1) -> Any:
+    return _runtime.plan_quantized(sizes(case), case.along_k, case.dtypes, threads)
+
+
+def sizes(case: Case) -> tuple[int, int, int, int]:
+    return case.m, case.n, case.k, case.group
 
 
 @pytest.mark.parametrize("along_k", [False, True])
@@ -99,7 +101,7 @@ def test_any_number_of_threads_gives_the_same_bits(weights: str, along_k: bool, 
         one = run(case)
         case.check(one)
         for threads in (2, 3, 8):
-            assert plan(case, threads)["n_pieces"] > 1
+            assert plan(case, threads)["n_parts"] > 1
             assert np.array_equal(run(case, threads), one)
 
 
@@ -182,9 +184,41 @@ def test_a_zero_weight_counts_for_nothing() -> None:
     ],
 )
 def test_what_no_kernel_takes_is_refused(change: dict[str, object], message: str) -> None:
-    given = {"m": 1, "n": 64, "k": 64, "group": 32, "along_k": False, "x": "float32", "q": "int8", "scale": "float32"}
+    given = {"n": 64, "k": 64, "group": 32, "x": "float32", "q": "int8", "scale": "float32", "zero": "", **change}
+    dtypes = (given["x"], given["q"], given["scale"], given["zero"], "float32")
     with pytest.raises(ValueError, match=message):
-        _runtime.quantized_plan(**{**given, "zero": "", "out": "float32", "threads": 1, **change})
+        _runtime.plan_quantized((1, given["n"], given["k"], given["group"]), False, dtypes, 1)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4", "float8_e5m2"])
+def test_k_is_split_where_columns_are_few(weights: str, rng: np.random.Generator) -> None:
+    """The parts follow from the shape: the same bits for any number of threads."""
+    bits = spec.WEIGHTS[weights].bits
+    for m, n, k, group in ((1, 256, 32768 // bits, 64), (3, 80, 131072 // bits, 1024), (8, 144, 65536 // bits, 2048)):
+        case = Case.random(rng, m, n, k, group, weights, "float32", "bfloat16", None, "float32", False)
+        assert plan(case)["k_parts"] > 1
+        one = run(case)
+        case.check(one)
+        for threads in (2, 5):
+            assert np.array_equal(run(case, threads), one)
+
+
+@pytest.mark.parametrize("along_k", [False, True])
+@pytest.mark.parametrize("out", FLOATS)
+@pytest.mark.parametrize("m", [1, 5, 40])
+def test_epilogues(m: int, out: str, along_k: bool, rng: np.random.Generator) -> None:
+    case = Case.random(rng, m, 272, 128, 32, "int8", "float32", "float32", None, out, along_k)
+    bias, residual = (rng.standard_normal(shape).astype(quantized.dtype(out)) for shape in (272, (m, 272)))
+    got = reference.poisoned((m, 272), quantized.dtype(out))
+    arrays = (case.x, case.packed, case.scale, None, got, bias, residual)
+    addresses = [0 if a is None else a.ctypes.data for a in arrays]
+    for threads in (1, 3):
+        _runtime.testing.quantized(addresses, sizes(case), along_k, case.dtypes, threads, "relu", 0.5)
+        want = np.maximum(0.5 * case.exact() + bias.astype(np.float64), 0) + residual.astype(np.float64)
+        eps = float(ml_dtypes.finfo(quantized.dtype(out)).eps)
+        sums = np.abs(case.given_x.astype(np.float64)) @ np.abs(case.weights_in_float64())
+        bound = eps * (np.abs(want) + np.abs(residual.astype(np.float64))) + 128 * np.finfo(np.float32).eps * sums
+        assert (np.abs(got.astype(np.float64) - want) <= bound).all()
 
 
 def test_a_wrong_element_is_noticed(rng: np.random.Generator) -> None:

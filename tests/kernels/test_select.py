@@ -46,48 +46,49 @@ def usable(features: list[str]) -> set[str]:
 
 class TestDetection:
     def test_zen4(self):
-        found = _runtime.decode_features(ZEN4, XCR0_AVX512, False)
+        found = _runtime.testing.decode_features(ZEN4, XCR0_AVX512, False)
         assert found == [*V4, "avx512_bf16", "avx512_vnni"]
 
     def test_xeons_have_a_slow_bf16_dot(self):
         eax, _, ecx, edx = ZEN4[0x0, 0]
         intel = {**ZEN4, (0x0, 0): (eax, 0x756E6547, ecx, edx)}
-        found = _runtime.decode_features(intel, XCR0_AVX512, False)
+        found = _runtime.testing.decode_features(intel, XCR0_AVX512, False)
         assert found == [*V4, "avx512_bf16", "avx512_vnni", "microcoded_vdpbf16ps"]
-        assert _runtime.select_target(found) == "avx512_vnni"
+        assert _runtime.testing.select_target(found) == "avx512_vnni"
         status = {t["name"]: t for t in _runtime.targets(found)}["avx512_bf16"]
         assert status["supported"]
         assert status["why"] == "slower than a lower target on this CPU: microcoded_vdpbf16ps"
 
     def test_operating_system_without_avx512(self):
-        assert _runtime.decode_features(ZEN4, XCR0_AVX, False) == V3
+        assert _runtime.testing.decode_features(ZEN4, XCR0_AVX, False) == V3
 
     def test_operating_system_without_avx(self):
-        assert _runtime.decode_features(ZEN4, 0x3, False) == []
+        assert _runtime.testing.decode_features(ZEN4, 0x3, False) == []
 
     def test_no_xgetbv(self):
         eax, ebx, ecx, edx = ZEN4[0x1, 0]
-        assert _runtime.decode_features({**ZEN4, (0x1, 0): (eax, ebx, ecx & ~OSXSAVE, edx)}, XCR0_AVX512, False) == []
+        without = {**ZEN4, (0x1, 0): (eax, ebx, ecx & ~OSXSAVE, edx)}
+        assert _runtime.testing.decode_features(without, XCR0_AVX512, False) == []
 
     def test_old_cpu(self):
-        assert _runtime.decode_features({(0, 0): (1, 0, 0, 0), (1, 0): (0, 0, 0, 0)}, 0, False) == []
+        assert _runtime.testing.decode_features({(0, 0): (1, 0, 0, 0), (1, 0): (0, 0, 0, 0)}, 0, False) == []
 
     def test_amx(self):
-        found = _runtime.decode_features(with_amx(palettes=1), XCR0_AMX, True)
+        found = _runtime.testing.decode_features(with_amx(palettes=1), XCR0_AMX, True)
         assert set(AMX) < set(found)
         assert "amx_permission" in found
 
     def test_amx_denied_by_the_operating_system(self):
-        found = _runtime.decode_features(with_amx(palettes=1), XCR0_AMX, False)
+        found = _runtime.testing.decode_features(with_amx(palettes=1), XCR0_AMX, False)
         assert set(AMX) < set(found)
         assert "amx_permission" not in found
 
     def test_amx_without_palettes(self):
         """CPUID and XCR0 offer tiles, but the first tile instruction would fault (seen under a hypervisor)."""
-        assert not set(AMX) & set(_runtime.decode_features(with_amx(palettes=0), XCR0_AMX, True))
+        assert not set(AMX) & set(_runtime.testing.decode_features(with_amx(palettes=0), XCR0_AMX, True))
 
     def test_amx_state_not_saved(self):
-        assert not set(AMX) & set(_runtime.decode_features(with_amx(palettes=1), XCR0_AVX512, True))
+        assert not set(AMX) & set(_runtime.testing.decode_features(with_amx(palettes=1), XCR0_AVX512, True))
 
     def test_this_machine_agrees_with_the_kernel(self):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -144,11 +145,11 @@ class TestSelection:
         ("features", "target"), [([], ""), (V3, "x86-64-v3"), (V4, "x86-64-v4"), ([*V4, *AMX], "x86-64-v4")]
     )
     def test_the_best_is_chosen(self, features, target):
-        assert _runtime.select_target(features) == target
+        assert _runtime.testing.select_target(features) == target
 
     def test_a_lower_one_can_be_forced(self):
-        assert _runtime.select_target(V4, "x86-64-v3") == "x86-64-v3"
-        assert _runtime.select_target(V4, "x86-64-v4") == "x86-64-v4"
+        assert _runtime.testing.select_target(V4, "x86-64-v3") == "x86-64-v3"
+        assert _runtime.testing.select_target(V4, "x86-64-v4") == "x86-64-v4"
 
     @pytest.mark.skipif(not usable(_runtime.features()), reason="no target runs here")
     @pytest.mark.parametrize("lhs", ["int8", "uint8"])
@@ -166,13 +167,13 @@ class TestSelection:
 
     def test_unsupported(self):
         with pytest.raises(ValueError, match=r"^JAX_NANO_TARGET=x86-64-v4: this CPU lacks avx512f, "):
-            _runtime.select_target(V3, "x86-64-v4")
+            _runtime.testing.select_target(V3, "x86-64-v4")
 
     def test_unknown(self):
         with pytest.raises(
             ValueError, match=r"^JAX_NANO_TARGET=avx99: unknown target; known: .*x86-64-v4, .*x86-64-v3"
         ):
-            _runtime.select_target(V4, "avx99")
+            _runtime.testing.select_target(V4, "avx99")
 
 
 class TestEnvironment:
@@ -210,7 +211,7 @@ for use in (r.selected_target, lambda: r.supports("float32", "float32", "float32
         assert first.startswith("JAX_NANO_TARGET=nonsense: unknown target; known: ")
 
     def test_empty_is_unset(self):
-        assert self.python("print(r.selected_target())", "") == _runtime.select_target(_runtime.features())
+        assert self.python("print(r.selected_target())", "") == _runtime.testing.select_target(_runtime.features())
 
 
 def test_required_targets_are_here():

@@ -1,4 +1,4 @@
-"""When a call shares its work (csrc/sharing.h): the decisions, at times that the tests make up."""
+"""When a call shares its work (csrc/run/sharing.h): the decisions, at times that the tests make up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ENDLESS = 2**63 - 1
 
 @pytest.fixture
 def ledger():
-    return _runtime.Ledger()
+    return _runtime.testing.Ledger()
 
 
 def pause_after(ledger, now):
@@ -87,7 +87,7 @@ def test_losses_without_trials_close_for_longer_each_time_too(ledger):
 
 def test_what_is_known_already_counts_once(ledger):
     """A helper and its caller, or two helpers, may tell the same story."""
-    other = _runtime.Ledger()
+    other = _runtime.testing.Ledger()
     ledger.lost(0)
     other.lost(0)
     for now in range(1, 100):
@@ -109,7 +109,7 @@ def test_a_change_for_the_better_is_found_soon(ledger):
 
 def test_a_pace_follows_shorter_calls_at_once_and_longer_ones_slowly():
     """A caller that was interrupted for milliseconds has not become a long call."""
-    pace = _runtime.Pace(SHORT)
+    pace = _runtime.testing.Pace(SHORT)
     pace.saw(10 * US)
     assert pace.alone == 10 * US
     pace.saw(5 * MS)
@@ -120,6 +120,6 @@ def test_a_pace_follows_shorter_calls_at_once_and_longer_ones_slowly():
 
 
 def test_nothing_makes_an_endless_pace_shorter():
-    pace = _runtime.Pace(ENDLESS)
+    pace = _runtime.testing.Pace(ENDLESS)
     pace.saw(1)
     assert pace.alone == ENDLESS

@@ -5,6 +5,7 @@
     columns      few rows of x; the weights' columns lie side by side: a sweep through a few rows of them at a time
     inner        few rows of x; the weights lie along K: inner products
     dequantize   a block of weights as float32, for the products of many rows, which the plain kernels compute
+    finish       an epilogue of the sums, and their rounding
     kernel       one generated function of all of these, and the list of such functions
 
 A group of ``group`` values of K has a scale of its own in each column. Sums over a group are of ``x * (q - zero

@@ -1,15 +1,14 @@
 """Few rows of x and weights whose columns lie side by side, which are read once, where they lie.
 
-    for jc in n by nc                           sums and what belongs to columns stay in the caches
       for each group of k
-        [zero points of the group]              in the order of fields, plus what a field holds for zero bits
+        [zero points of the group]              in the order of fields
         for kk in the group by steps            one sweep: ``depth`` rows of weights
           for each register of columns
-            sums[rows, fields] += x[rows, kk..] * (fields of the weights - zero points)
+            sums[rows, fields] += x[rows, kk..] * (fields of the weights [- zero points])
         y += scales * sums                      in natural order; the sums are zero again
 
 A sweep goes through a few rows of weights side by side, as that many streams which the hardware prefetches, and fetches
-those that come next.
+those that come next. The caller cuts columns so that sums and what belongs to columns stay in the caches.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from .. import ir
 from ..ir import I64, Ptr, Size, Value
 from ..microkernel import A_ROWS_PER_POINTER, RowOffsets
 from ..target import Target
-from .formats import Format, Integers, block, field_count
+from .formats import Format, block, field_count
 from .rows import Rows
 
 ROWS = 4  # of x at once: with more of them products, not memory, are the limit
@@ -34,17 +33,21 @@ DEPTH = 8  # rows of weights in a sweep
 
 @dataclass(frozen=True)
 class Sweep:
-    """One sweep of ``depth`` rows of weights with ``rows`` rows of x."""
+    """One sweep of ``depth`` rows of weights with ``rows`` rows of x.
+
+    With a depth of 1 it also takes columns that do not fill a register; else they are the caller's.
+    """
 
     form: Format
     target: Target
     rows: int
     depth: int
+    points: bool
 
-    PARAMS = ("q", "rsq", "x", "sums", "zeros", "zeros_step", "cols", "flip")
+    PARAMS = ("q", "rsq", "x", "sums", "zeros", "cols", "flip")
 
     def name(self, prefix: str) -> str:
-        return f"{prefix}_sweep_{self.rows}x{self.depth}"
+        return f"{prefix}_sweep_{self.rows}x{self.depth}{'_points' if self.points else ''}"
 
     def emit(self, module: ir.Module, prefix: str) -> None:
         pointers = {"q": "int8", "x": "float32", "sums": "float32", "zeros": "float32"}
@@ -54,21 +57,20 @@ class Sweep:
     @property
     def fields_at_once(self) -> int:
         """As many as leave their sums in registers."""
-        room, count = self.target.vector_registers - 10, field_count(self.form)
-        while count > 1 and count * self.rows > room:
+        room, count = self.target.vector_registers - self.form.in_use, field_count(self.form)
+        while count > self.form.at_once and count * self.rows > room:
             count //= 2
         return count
 
     def _body(self, *args: Any) -> None:
-        q, rsq, x, sums, zeros, zeros_step, cols, flip = args
+        q, rsq, x, sums, zeros, cols, flip = args
         form, lanes, rows = self.form, self.form.lanes, self.rows
         count, width = field_count(form), block(form)
         offsets = RowOffsets(rsq)
         behind = rsq * self.depth
-        words = (cols % width) * form.bits // 32
-        mask = ir.lane_mask(words, lanes)
+        constants = form.constants(flip)
 
-        def register(at: Sequence[Ptr], load: Callable[[Ptr], Value], *, ahead: bool) -> None:
+        def register(at: Sequence[Ptr], load: Callable[[Ptr], Value]) -> None:
             """A register of columns: ``at`` points to rows of weights, then to sums, then to zeros."""
             *of_q, total, zero = at
             rows_of_q = [offsets.of(of_q[d // A_ROWS_PER_POINTER], d % A_ROWS_PER_POINTER) for d in range(self.depth)]
@@ -77,13 +79,13 @@ class Sweep:
                 places = [[total.at((i * count + f) * lanes) for f in which] for i in range(rows)]
                 acc = [[p.load(lanes) for p in of_row] for of_row in places]
                 for d, row in enumerate(rows_of_q):
-                    if ahead and first == 0:
+                    if self.depth > 1 and first == 0:
                         row.at(behind).prefetch(level=2)
                     # Or LLVM keeps what every row of weights needs in registers, of which there are not enough.
                     ir.keep_order()
                     factors = [ir.splat(x.at(d * rows + i).load(), lanes) for i in range(rows)]
-                    for j, v in enumerate(form.fields(load(row), which, flip)):
-                        if form.is_integer:
+                    for j, v in enumerate(form.fields(load(row), which, constants, points=self.points)):
+                        if self.points:
                             v = ir.subtract(v, zero.at(which[j] * lanes).load(lanes))
                         for i, factor in enumerate(factors):
                             acc[i][j] = ir.fma(factor, v, acc[i][j])
@@ -94,26 +96,27 @@ class Sweep:
         def whole(p: Ptr) -> Value:
             return p.as_type("int32").load(lanes, alignment=1)
 
-        def partial_(p: Ptr) -> Value:
-            return p.as_type("int32").load(lanes, mask, alignment=1)
-
         def body(_: I64, *at: Ptr) -> list[Any]:
             *of_q, total, zero = at
-            register(at, whole, ahead=self.depth > 1)
-            return [
-                *(p.at(lanes * 4) for p in of_q),
-                total.at(rows * count * lanes),
-                zero.at(zeros_step),
-            ]
+            register(at, whole)
+            steps = (total.at(rows * count * lanes), zero.at(count * lanes if self.points else 0))
+            return [*(p.at(lanes * 4) for p in of_q), *steps]
 
         first = [q.at(d * rsq) for d in range(0, self.depth, A_ROWS_PER_POINTER)]
         at = ir.loop(0, cols // width, 1, [*first, sums, zeros], body)
-        ir.if_(ir.less(0, words), lambda: register(at, partial_, ahead=False))
+        if self.depth == 1:
+            words = (cols % width) * form.bits // 32
+            mask = ir.lane_mask(words, lanes)
+            ir.if_(
+                ir.less(0, words),
+                lambda: register(at, lambda p: p.as_type("int32").load(lanes, mask, alignment=1)),
+            )
 
 
-def sweeps(form: Format, target: Target, *, rows: Sequence[int] = range(1, ROWS + 1)) -> list[Sweep]:
-    """Those for so many rows of x, in the order in which they go through K."""
-    return [Sweep(form, target, count, depth) for count in rows for depth in (DEPTH, 1)]
+def sweeps(form: Format, target: Target) -> list[Sweep]:
+    """All of a kernel."""
+    kinds = (False, True) if form.is_integer else (False,)
+    return [Sweep(form, target, m, depth, p) for m in range(1, ROWS + 1) for depth in (DEPTH, 1) for p in kinds]
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,7 @@ class Columns:
             sweep.emit(module, self.prefix)
         module.function(name("flush"), ["float32"] * 3 + ["i64"] * 3, self._flush, internal=True)
         module.function(name("clear"), ["float32", "i64"], self._clear, internal=True)
-        if isinstance(self.form, Integers):
-            module.function(name("zeros"), ["float32", "float32", "i64", "i64"], self._zeros, internal=True)
+        module.function(name("zeros"), ["float32", "float32", "i64", "i64"], self._zeros, internal=True)
 
     def _name(self, what: str) -> str:
         return f"{self.prefix}_columns_{what}"
@@ -145,15 +147,14 @@ class Columns:
         ir.loop(0, count, self.form.lanes, [], lambda i: p.at(i).store(zero))
 
     def _zeros(self, points: Ptr, to: Ptr, registers: I64, flip: I64) -> None:
-        """What fields hold for the zero points, of which whole registers of float32 are given."""
+        """What is subtracted from fields for zero points, of which whole registers of float32 are given."""
         form, lanes, count = self.form, self.form.lanes, field_count(self.form)
-        assert isinstance(form, Integers)
-        bits = form.zeros(ir.int32_to_float32(ir.as_int32(flip)))
+        lift = ir.splat(form.lift(ir.int32_to_float32(ir.as_int32(flip))), lanes)
 
         def register(_: I64, source: Ptr, target: Ptr) -> list[Any]:
             natural = [source.at(j * lanes).load(lanes) for j in range(count)]
             for f, v in enumerate(form.permuted(natural)):
-                target.at(f * lanes).store(ir.add_vectors(v, bits[f]))
+                target.at(f * lanes).store(ir.subtract(v, lift))
             return [source.at(count * lanes), target.at(count * lanes)]
 
         ir.loop(0, registers, 1, [points, to], register)
@@ -179,75 +180,65 @@ class Columns:
         ir.loop(0, registers, 1, [], of_register)
 
     def nest(self, x: dict[str, Any]) -> None:
-        """The product, given the fields of the arguments."""
+        """The product, given the fields of the arguments: added to y."""
         module, form, rows = self.module, self.form, self.rows
         width = block(form)
-        ir.loop(
-            0,
-            x["m"],
-            1,
-            [],
-            lambda i: rows.load(
-                x["x"] + i * x["rsx"] * bytes_of(x["x_dtype"]), x["x_dtype"], x["x_pack"].at(i), x["k"], x["m"]
-            ),
-        )
+
+        def pack(i: I64) -> None:
+            source = x["x"] + i * x["rsx"] * bytes_of(x["x_dtype"])
+            rows.load(source, x["x_dtype"], x["x_pack"].at(i), x["k"], x["m"])
+
+        ir.loop(0, x["m"], 1, [], pack)
         flip, q, sums, y, zeros, scales = (x[name] for name in ("flip", "q", "sums", "y", "zeros", "scales"))
-        has_points = ir.negate(ir.equal(x["zero"], 0))
+        cols = x["n"]
+        registers = (cols + (width - 1)) // width
+        whole = cols // width * width  # columns that fill registers
+        module.call(self._name("clear"), [sums, registers * width * x["m"]])
 
-        def block_of_columns(jc: I64) -> None:
-            cols = ir.minimum(x["n"] - jc, x["nc"])
-            registers = (cols + (width - 1)) // width
-            room = registers * width
-            module.call(self._name("clear"), [sums, room * x["m"]])
-            ir.loop(0, x["m"], 1, [], lambda i: module.call(self._name("clear"), [y.at(i * x["nc"]), room]))
+        def sweep(rows_of_x: int, points: bool, begin: I64, end: Size) -> None:
+            deep, flat = (Sweep(form, self.target, rows_of_x, depth, points) for depth in (DEPTH, 1))
+            last = begin + (end - begin) // DEPTH * DEPTH
 
+            def one(kind: Sweep, kk: I64, first: Size, count: Size) -> None:
+                row = q.at(kk * x["rsq"] + first * form.bits // 8)
+                to, point = sums.at(first * rows_of_x), zeros.at(first)
+                arguments = [row, x["rsq"], x["x_pack"].at(kk * rows_of_x), to, point, count, flip]
+                module.call(kind.name(self.prefix), arguments)
+
+            ir.loop(begin, last, DEPTH, [], lambda kk: one(deep, kk, 0, whole))
+            ir.loop(last, end, 1, [], lambda kk: one(flat, kk, 0, cols))
+
+            def rest() -> None:
+                ir.loop(begin, last, 1, [], lambda kk: one(flat, kk, whole, cols - whole))
+
+            ir.if_(ir.less(whole, cols), rest)
+
+        def by_rows(points: bool, begin: I64, end: Size) -> None:
+            ir.switch(x["m"], [partial(sweep, count, points, begin, end) for count in range(1, ROWS + 1)], first=1)
+
+        def group(begin: I64) -> None:
+            number = begin // x["group"]
+            end = ir.minimum(begin + x["group"], x["k"])
             if form.is_integer:
 
-                def no_points() -> None:
-                    module.call(self._name("clear"), [scales, width])
-                    module.call(self._name("zeros"), [scales, zeros, 1, flip])
-
-                ir.if_(ir.negate(has_points), no_points)
-
-            def sweep(rows_of_x: int, begin: I64, end: Size) -> None:
-                done: Size = begin
-                step = ir.select_size(has_points, width, 0)
-                for sweep_ in sweeps(form, self.target, rows=[rows_of_x]):
-                    last = done + (end - done) // sweep_.depth * sweep_.depth
-
-                    def one(kk: I64, sweep_: Sweep = sweep_) -> None:
-                        row = q.at(kk * x["rsq"] + jc * form.bits // 8)
-                        arguments = [row, x["rsq"], x["x_pack"].at(kk * rows_of_x), sums, zeros, step, cols, flip]
-                        module.call(sweep_.name(self.prefix), arguments)
-
-                    ir.loop(done, last, sweep_.depth, [], one)
-                    done = last
-
-            def group(begin: I64) -> None:
-                number = begin // x["group"]
-                end = ir.minimum(begin + x["group"], x["k"])
-                if form.is_integer:
-
-                    def points() -> None:
-                        at = x["zero"] + (number * x["rs_zero"] + jc) * bytes_of(x["zero_dtype"])
+                def subtracting() -> None:
+                    def given() -> None:
+                        at = x["zero"] + number * x["rs_zero"] * bytes_of(x["zero_dtype"])
                         rows.load(at, x["zero_dtype"], scales, cols)
-                        module.call(self._name("zeros"), [scales, zeros, registers, flip])
 
-                    ir.if_(has_points, points)
-                ir.switch(x["m"], [partial(sweep, count, begin, end) for count in range(1, ROWS + 1)], first=1)
-                at = x["scale"] + (number * x["rs_scale"] + jc) * bytes_of(x["scale_dtype"])
-                rows.load(at, x["scale_dtype"], scales, cols)
-                module.call(self._name("flush"), [sums, y, scales, x["nc"], registers, x["m"]])
+                    none = partial(module.call, self._name("clear"), [scales, registers * width])
+                    ir.if_(ir.equal(x["zero"], 0), none, given)
+                    module.call(self._name("zeros"), [scales, zeros, registers, flip])
+                    by_rows(True, begin, end)
 
-            ir.loop(0, x["k"], x["group"], [], group)
+                ir.if_(ir.equal(x["points"], 0), partial(by_rows, False, begin, end), subtracting)
+            else:
+                by_rows(False, begin, end)
+            at = x["scale"] + number * x["rs_scale"] * bytes_of(x["scale_dtype"])
+            rows.load(at, x["scale_dtype"], scales, cols)
+            module.call(self._name("flush"), [sums, y, scales, x["nc"], registers, x["m"]])
 
-            def finish(i: I64) -> None:
-                to = x["out"] + (i * x["rs_out"] + jc) * bytes_of(x["out_dtype"])
-                rows.store(y.at(i * x["nc"]), to, x["out_dtype"], cols)
-
-            ir.loop(0, x["m"], 1, [], finish)
-
-        ir.loop(0, x["n"], x["nc"], [], block_of_columns)
+        ir.loop(0, x["k"], x["group"], [], group)
 
 
 def bytes_of(dtype: Size) -> Size:

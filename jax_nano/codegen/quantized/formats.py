@@ -4,11 +4,13 @@ A vector register of weights is unpacked into *fields*, vectors of float32 whose
 by side: so much cheaper to make that products are summed in this order, and brought into the natural one where a sum
 ends. ``natural`` and ``permuted`` lead from the one to the other.
 
-Integers. A register is seen as words of 32 bits. A field of ``bits`` bits in each word is cut out and put among the
-mantissa bits of 2**23, or of 2**15 or 2**19 where it lies further up: as a float32 that is 2**23 + u, exactly. Signed
-numbers are flipped in their upper bit before, which adds 128 or 8 to them. Then one subtraction of 2**23 + 128 + zero
-point gives q minus the zero point, exactly. That is two bitwise operations and a subtraction for a vector, one bitwise
-operation with AVX-512.
+Integers of 8 bits. A register is seen as words of 32 bits; two shifts leave one weight of each word with its sign, and
+a conversion makes it float32. Unsigned weights are seen as signed ones that are less by 128, which zero points make up
+for (``lift``).
+
+Integers of 4 bits. They are numbers of bfloat16, which has two bytes: one byte shuffle looks up the upper bytes of 32
+weights or more, one the lower bytes. Interleaved they are pairs of bfloat16, of which a shift or a bitwise operation
+makes float32. That is 19 operations for 64 weights.
 
 Floats of 8 bits. Each is the upper half of a float16, e5m2 as it is; the exponent of e4m3fn has one bit less and
 another bias, so it gives a float16 that is too small by a factor of 2**8, which the sum is multiplied by.
@@ -35,8 +37,10 @@ class Format(Protocol):
       name: part of kernels' names.
       bits: of a weight.
       lanes: float32 in a vector.
-      is_integer: whether zero points are subtracted.
+      is_integer: whether zero points may be subtracted.
       factor: what sums of fields are to be multiplied by.
+      in_use: registers that making fields takes.
+      at_once: fields that are made together: fewer cost more each.
     """
 
     @property
@@ -49,12 +53,27 @@ class Format(Protocol):
     def is_integer(self) -> bool: ...
     @property
     def factor(self) -> float: ...
+    @property
+    def in_use(self) -> int: ...
+    @property
+    def at_once(self) -> int: ...
 
-    def fields(self, v: Value, which: Sequence[int], flip: I64) -> Iterator[Value]:
+    def constants(self, flip: I64) -> list[Value]:
+        """What ``fields`` needs in registers; made once, at the top of a function."""
+        ...
+
+    def fields(self, v: Value, which: Sequence[int], constants: Sequence[Value], *, points: bool) -> Iterator[Value]:
         """Some fields of a register of weights, as 32-bit words; each is made when it is asked for.
 
         Args:
-          flip: what is added to integers: 8 or 128 if they are signed, else 0.
+          constants: from ``constants``.
+          points: whether zero points will be subtracted; if not, integers of 8 bits are signed.
+        """
+        ...
+
+    def lift(self, flip: Value) -> Value:
+        """What a zero point is to be made less by, a float32, for the numbers that ``fields`` gives with ``points``;
+        ``flip`` as a float32.
         """
         ...
 
@@ -81,22 +100,29 @@ def block(form: Format) -> int:
     return form.lanes * field_count(form)
 
 
-def _riffle(a: Sequence[Value], b: Sequence[Value]) -> list[Value]:
-    """Elements of two sequences in turn."""
+def _turns(n: int, unit: int) -> list[int]:
+    """Elements of two vectors of n, ``unit`` of them in turn, by their places in both."""
+    return [i for u in range(0, n, unit) for first in (u, n + u) for i in range(first, first + unit)]
+
+
+def _riffle(a: Sequence[Value], b: Sequence[Value], unit: int = 1) -> list[Value]:
+    """Elements of two sequences, ``unit`` of them in turn."""
     out = []
     for x, y in zip(a, b, strict=True):
         n = ir.lanes_of(x)
-        for half in (range(n // 2), range(n // 2, n)):
-            out.append(ir.shuffle(x, y, [z for i in half for z in (i, n + i)]))
+        order = _turns(n, unit)
+        out += [ir.shuffle(x, y, half) for half in (order[:n], order[n:])]
     return out
 
 
-def _unriffle(v: Sequence[Value]) -> tuple[list[Value], list[Value]]:
-    """The even and the odd elements of a sequence."""
+def _unriffle(v: Sequence[Value], unit: int = 1) -> tuple[list[Value], list[Value]]:
+    """The inverse of ``_riffle``."""
     n = ir.lanes_of(v[0])
+    order = _turns(n, unit)
+    halves = ([p for p, i in enumerate(order) if i // n == which] for which in (0, 1))
     pairs = list(zip(v[::2], v[1::2], strict=True))
-    evens, odds = ([ir.shuffle(x, y, range(first, 2 * n, 2)) for x, y in pairs] for first in (0, 1))
-    return evens, odds
+    first, second = ([ir.shuffle(x, y, places) for x, y in pairs] for places in halves)
+    return first, second
 
 
 def _pieces(v: Value, lanes: int) -> list[Value]:
@@ -104,71 +130,126 @@ def _pieces(v: Value, lanes: int) -> list[Value]:
     return [ir.shuffle(v, v, range(i, i + lanes)) for i in range(0, ir.lanes_of(v), lanes)]
 
 
-def _float_bits(x: float) -> int:
-    (bits,) = struct.unpack("<i", struct.pack("<f", x))
-    return int(bits)
+@dataclass(frozen=True)
+class Bytes:
+    """int8 and uint8."""
+
+    lanes: int
+    bits = 8
+    name = "i8"
+    is_integer = True
+    factor = 1.0
+    in_use = 8
+    at_once = 1
+
+    def constants(self, flip: I64) -> list[Value]:
+        # Of unsigned weights the upper bit is flipped.
+        return [ir.splat(ir.as_int32(ir.select_size(ir.equal(flip, 0), 0x80808080, 0)), self.lanes)]
+
+    def lift(self, flip: Value) -> Value:
+        return ir.subtract(ir.scalar_constant(128, "float32"), flip)
+
+    def fields(self, v: Value, which: Sequence[int], constants: Sequence[Value], *, points: bool) -> Iterator[Value]:
+        if points:
+            v = ir.xor(v, constants[0])
+        for field in which:
+            yield ir.int32_to_float32(ir.shift_right_signed(ir.shift_left(v, 24 - 8 * field), 24))
+
+    def natural(self, fields: Sequence[Value]) -> list[Value]:
+        a, b, c, d = fields
+        return _riffle(_riffle([a], [c]), _riffle([b], [d]))
+
+    def permuted(self, vectors: Sequence[Value]) -> list[Value]:
+        evens, odds = _unriffle(vectors)
+        (a, c), (b, d) = ([x for (x,) in _unriffle(half)] for half in (evens, odds))
+        return [a, b, c, d]
+
+    def chunk(self, p: Ptr, flip: I64) -> list[Value]:
+        return _flipped(p.load(CHUNK), flip, self.lanes)
+
+
+def _flipped(bytes_: Value, flip: I64, lanes: int) -> list[Value]:
+    """float32 of unsigned bytes, or of signed ones of fewer bits: ``flip`` is added and subtracted."""
+    lifted = ir.splat(ir.as_int32(flip), lanes)
+    wide = [ir.xor(ir.convert(x, "uint8", "int32"), lifted) for x in _pieces(bytes_, lanes)]
+    return [ir.int32_to_float32(ir.subtract(x, lifted)) for x in wide]
 
 
 @dataclass(frozen=True)
-class Integers:
-    """int8 and uint8, or int4 and uint4: two to a byte, the first one in its lower half."""
+class Nibbles:
+    """int4 and uint4: two to a byte, the first one in its lower half."""
 
-    bits: int
     lanes: int
+    bits = 4
+    name = "i4"
     is_integer = True
     factor = 1.0
+    in_use = 10
+    at_once = 2
 
-    @property
-    def name(self) -> str:
-        return f"i{self.bits}"
+    BLOCK = 8  # bytes that interleaving takes from each half of 16
 
-    def _place(self, field: int) -> tuple[int, int]:
-        """By how much words are shifted for a field, and its lowest bit then."""
-        return field // 2 * 2 * self.bits, field % 2 * self.bits
+    def _tables(self, *, signed: bool) -> list[Value]:
+        """The upper and the lower bytes of the bfloat16 of each number, 16 in every 16 bytes of a register."""
+        words = [_bfloat16(i - 16 if signed and i >= 8 else i) for i in range(16)]
+        repeats = self.lanes // 4
+        return [ir.constant_bytes([w >> shift & 255 for w in words] * repeats) for shift in (8, 0)]
 
-    def origin(self, field: int) -> float:
-        """What a field holds for zero bits."""
-        return float(2 ** (23 - self._place(field)[1]))
+    def constants(self, flip: I64) -> list[Value]:
+        pairs = zip(self._tables(signed=True), self._tables(signed=False), strict=True)
+        signed = ir.negate(ir.equal(flip, 0))
+        return [ir.select(ir.splat_bool(signed, ir.lanes_of(s)), s, u) for s, u in pairs]
 
-    def fields(self, v: Value, which: Sequence[int], flip: I64) -> Iterator[Value]:
-        ones = sum(1 << i for i in range(0, 32, self.bits))
-        v = ir.xor(v, ir.splat(ir.as_int32(flip * ones), self.lanes))
-        shifted: dict[int, Value] = {}
+    def lift(self, flip: Value) -> Value:
+        return ir.subtract(flip, flip)
+
+    def fields(self, v: Value, which: Sequence[int], constants: Sequence[Value], *, points: bool) -> Iterator[Value]:
+        count = 4 * self.lanes
+        intrinsic = {8: "llvm.x86.avx2.pshuf.b", 16: "llvm.x86.avx512.pshuf.b.512"}[self.lanes]
+        found: dict[int, list[Value]] = {}
+        pairs: dict[int, Value] = {}
         for field in which:
-            shift, low = self._place(field)
-            if shift not in shifted:
-                shifted[shift] = ir.shift_right(v, shift)
-            cut = ir.and_constant(shifted[shift], ((1 << self.bits) - 1) << low)
-            yield ir.bits_as(ir.or_(cut, ir.like(cut, _float_bits(self.origin(field)))), "float32")
-
-    def zeros(self, flip: Value) -> list[Value]:
-        """What each field holds for the weight 0, as vectors; ``flip`` as a float32."""
-        return [
-            ir.splat(ir.add_vectors(flip, ir.scalar_constant(self.origin(field), "float32")), self.lanes)
-            for field in range(field_count(self))
-        ]
+            half, kind = divmod(field, 4)  # the lower or upper nibbles; of those the lower or upper bytes, even or odd
+            if half not in found:
+                nibbles = ir.and_constant(ir.shift_right(v, 4 * half), 0x0F0F0F0F)
+                nibbles = ir.bitcast(nibbles, count, "int8")
+                found[half] = [ir.call_intrinsic(intrinsic, nibbles.type, [t, nibbles]) for t in constants]
+            if field // 2 not in pairs:
+                upper, lower = found[half]
+                first = kind // 2 * self.BLOCK
+                places = [i for lane in range(0, count, 16) for i in range(lane + first, lane + first + self.BLOCK)]
+                both = ir.shuffle(lower, upper, [x for i in places for x in (i, count + i)])
+                pairs[field // 2] = ir.bitcast(both, self.lanes, "int32")
+            pair = pairs[field // 2]
+            bits = ir.and_constant(pair, -0x10000) if field % 2 else ir.shift_left(pair, 16)
+            yield ir.bits_as(bits, "float32")
 
     def natural(self, fields: Sequence[Value]) -> list[Value]:
-        sequences = [[x] for x in fields]
-        while len(sequences) > 1:
-            half = len(sequences) // 2
-            sequences = [_riffle(a, b) for a, b in zip(sequences[:half], sequences[half:], strict=True)]
-        return sequences[0]
+        halves = []
+        for half in (fields[:4], fields[4:]):
+            first, second = (_riffle([half[i]], [half[i + 1]]) for i in (0, 2))
+            halves.append(_riffle(first, second, self.BLOCK))
+        return _riffle(*halves)
 
     def permuted(self, vectors: Sequence[Value]) -> list[Value]:
-        if len(vectors) == 1:
-            return list(vectors)
-        evens, odds = (self.permuted(half) for half in _unriffle(vectors))
-        return [x for pair in zip(evens, odds, strict=True) for x in pair]
+        out = []
+        for half in _unriffle(vectors):
+            for part in _unriffle(half, self.BLOCK):
+                out += [x for (x,) in _unriffle(part)]
+        return out
 
     def chunk(self, p: Ptr, flip: I64) -> list[Value]:
-        v = p.load(CHUNK * self.bits // 8)
-        if self.bits == 4:
-            low, high = ir.and_constant(v, 15), ir.shift_right(v, 4)
-            v = ir.shuffle(low, high, [x for i in range(CHUNK // 2) for x in (i, CHUNK // 2 + i)])
-        lifted = ir.splat(ir.as_int32(flip), self.lanes)
-        wide = [ir.xor(ir.convert(x, "uint8", "int32"), lifted) for x in _pieces(v, self.lanes)]
-        return [ir.int32_to_float32(ir.subtract(x, lifted)) for x in wide]
+        v = p.load(CHUNK // 2)
+        low, high = ir.and_constant(v, 15), ir.shift_right(v, 4)
+        both = ir.shuffle(low, high, [x for i in range(CHUNK // 2) for x in (i, CHUNK // 2 + i)])
+        return _flipped(both, flip, self.lanes)
+
+
+def _bfloat16(x: int) -> int:
+    """The bits of a small integer."""
+    (bits,) = struct.unpack("<I", struct.pack("<f", x))
+    assert not bits & 0xFFFF
+    return int(bits >> 16)
 
 
 @dataclass(frozen=True)
@@ -179,6 +260,8 @@ class Floats:
     lanes: int
     bits = 8
     is_integer = False
+    in_use = 8
+    at_once = 2
 
     @property
     def name(self) -> str:
@@ -187,6 +270,12 @@ class Floats:
     @property
     def factor(self) -> float:
         return 1.0 if self.exponent_bits == 5 else 256.0
+
+    def constants(self, flip: I64) -> list[Value]:
+        return []
+
+    def lift(self, flip: Value) -> Value:
+        return ir.subtract(flip, flip)
 
     def _float16(self, v: Value) -> Value:
         """float16 from words of 16 bits with a weight in the upper half, zero below."""
@@ -197,11 +286,14 @@ class Floats:
             v = ir.or_(nan, sign)
         return ir.bits_as(v, "float16")
 
-    def fields(self, v: Value, which: Sequence[int], flip: I64) -> Iterator[Value]:
+    def fields(self, v: Value, which: Sequence[int], constants: Sequence[Value], *, points: bool) -> Iterator[Value]:
         words = ir.bitcast(v, 2 * self.lanes, "int16")
+        halves: dict[int, list[Value]] = {}
         for field in which:
-            half = ir.shift_left(words, 8) if field < 2 else ir.and_constant(words, -0x100)
-            yield ir.convert(_pieces(self._float16(half), self.lanes)[field % 2], "float16", "float32")
+            if field // 2 not in halves:
+                half = ir.shift_left(words, 8) if field < 2 else ir.and_constant(words, -0x100)
+                halves[field // 2] = _pieces(self._float16(half), self.lanes)
+            yield ir.convert(halves[field // 2][field % 2], "float16", "float32")
 
     def natural(self, fields: Sequence[Value]) -> list[Value]:
         return _riffle(fields[:2], fields[2:])

@@ -5,15 +5,16 @@ x is copied once, into the order of fields, filled up with zeros to whole regist
     for j in n by ``cols``
       for each group of k
         for each register of the group
-          sums[cols, rows] += x[rows, fields] * (fields of the weights - zero point)
-        y[cols, rows] += scale * sums                    lane by lane
-      y = the sum of its lanes
+          sums[cols, rows] += x[rows, fields] * (fields of the weights [- zero point])
+        totals[cols, rows] += scale * sums               lane by lane
+      y = the sums of the totals' lanes
 
 Where a register holds several groups, its lanes have scales and zero points of their own.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,11 +24,13 @@ from .. import ir
 from ..ir import I64, Ptr, Size, Value
 from ..target import Target
 from .columns import ROWS, bytes_of
-from .formats import CHUNK, Format, Integers, block, field_count
+from .formats import CHUNK, Format, block, field_count
 from .rows import Rows
 
 FEW_COLUMNS, COLUMNS = 2, 4  # at once: as many streams, each element of x read once for all of them
-POSITIONS = 2  # of fields in a word, each with a zero point of its own
+FIELDS = 4  # of a register, made from one load
+CHAINS = 8  # of dependent sums that keep the units for products busy
+FLOAT32 = 0  # in QUANTIZED_ROWS
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,21 @@ class Products:
     target: Target
     rows: int
     groups: int
+    points: bool
 
     PARAMS = ("q0", "q1", "q2", "q3", "x", "y", "work", "scales", "zeros", "pitch", "k", "group", "flip")
 
     def name(self, prefix: str) -> str:
-        return f"{prefix}_inner_{self.rows}x{self.cols}_{self.groups}"
+        return f"{prefix}_inner_{self.rows}x{self.cols}_{self.groups}{'_points' if self.points else ''}"
 
     @property
     def cols(self) -> int:
         return COLUMNS if self.rows == 1 else FEW_COLUMNS
+
+    @property
+    def chains(self) -> int:
+        """Sums of one row and column; fields go to them in turn."""
+        return max(CHAINS // (self.rows * self.cols), 1)
 
     def emit(self, module: ir.Module, prefix: str) -> None:
         pointers = dict.fromkeys(("q0", "q1", "q2", "q3"), "int8") | dict.fromkeys(
@@ -59,19 +68,23 @@ class Products:
     def _body(self, *args: Any) -> None:
         q0, q1, q2, q3, x, y, work, scales, zeros, pitch, k, group, flip = args
         of_q = [q0, q1, q2, q3][: self.cols]
-        form, lanes, rows, cols = self.form, self.form.lanes, self.rows, self.cols
+        form, lanes, rows, cols, chains = self.form, self.form.lanes, self.rows, self.cols, self.chains
         count, width = field_count(form), block(form)
         words = (k % width) * form.bits // 32
         mask = ir.lane_mask(words, lanes)
         totals = [[work.at((c * rows + i) * lanes) for i in range(rows)] for c in range(cols)]
-        origins = work.at(cols * rows * lanes)
+        origins = [work.at((cols * rows + c) * lanes) for c in range(cols)]
         zero = ir.zeros(lanes, "float32")
         for of_column in totals:
             for p in of_column:
                 p.store(zero)
-        bits: list[Value] = []
-        if isinstance(form, Integers):
-            bits = form.zeros(ir.int32_to_float32(ir.as_int32(flip)))[:POSITIONS]
+        constants = form.constants(flip)
+        # With zero points registers are too few for constants too.
+        kept = [work.at((cols * rows + cols + i) * lanes).as_type("uint8") for i in range(len(constants))]
+        if self.points and form.at_once > 1:
+            for p, v in zip(kept, constants, strict=True):
+                p.store(v)
+        lift = ir.splat(form.lift(ir.int32_to_float32(ir.as_int32(flip))), lanes)
 
         def per_lane(of_column: Ptr, first: Size) -> Value:
             """The numbers of a register's groups, each in the lanes of its group."""
@@ -82,24 +95,27 @@ class Products:
             return out
 
         def put_origins(first: Size) -> None:
-            for c in range(cols):
-                point = per_lane(zeros.at(c * pitch), first)
-                for position, v in enumerate(bits):
-                    origins.at((c * POSITIONS + position) * lanes).store(ir.add_vectors(v, point))
+            if self.points:
+                for c, p in enumerate(origins):
+                    p.store(ir.subtract(per_lane(zeros.at(c * pitch), first), lift))
 
         def register(at: Sequence[Ptr], acc: list[Value], load: Callable[[Ptr], Value]) -> list[Value]:
             *columns, factors = at
-            # Or LLVM keeps what every register needs in registers, of which there are not enough.
-            ir.keep_order()
-            fields = [form.fields(load(p), range(count), flip) for p in columns]
-            for f in range(count):
-                of_x = [factors.at((i * count + f) * lanes).load(lanes) for i in range(rows)]
-                for c, of_column in enumerate(fields):
-                    v = next(of_column)
-                    if form.is_integer:
-                        v = ir.subtract(v, origins.at((c * POSITIONS + f % POSITIONS) * lanes).load(lanes))
-                    for i, factor in enumerate(of_x):
-                        acc[c * rows + i] = ir.fma(factor, v, acc[c * rows + i])
+            for c, first in itertools.product(range(cols), range(0, count, FIELDS)):
+                # Or LLVM keeps what every register needs in registers, of which there are not enough.
+                ir.keep_order()
+                which = range(first, first + FIELDS)
+                here = constants
+                if self.points and form.at_once > 1:
+                    here = [p.load(4 * lanes) for p in kept]
+                made = form.fields(load(columns[c]), which, here, points=self.points)
+                for f, v in zip(which, made, strict=True):
+                    if self.points:
+                        v = ir.subtract(v, origins[c].load(lanes))
+                    for i in range(rows):
+                        factor = factors.at((i * count + f) * lanes).load(lanes)
+                        to = (c * rows + i) * chains + f % chains
+                        acc[to] = ir.fma(factor, v, acc[to])
             return acc
 
         def whole(p: Ptr) -> Value:
@@ -117,9 +133,12 @@ class Products:
                 scale = per_lane(scales.at(c * pitch), first)
                 for i in range(rows):
                     p = totals[c][i]
-                    p.store(ir.fma(acc[c * rows + i], scale, p.load(lanes)))
+                    some = list(acc[(c * rows + i) * chains : (c * rows + i + 1) * chains])
+                    while len(some) > 1:
+                        some = [ir.add_vectors(a, b) for a, b in zip(some[::2], some[1::2], strict=True)]
+                    p.store(ir.fma(some[0], scale, p.load(lanes)))
 
-        start = [zero] * (cols * rows)
+        start = [zero] * (cols * rows * chains)
         registers = k // width
         at: list[Any] = [*of_q, x]
         if self.groups == 1:
@@ -127,8 +146,7 @@ class Products:
 
             def one_group(first: I64, *at: Ptr) -> list[Any]:
                 number = first // in_group
-                if form.is_integer:
-                    put_origins(number)
+                put_origins(number)
                 here = ir.minimum(registers - first, in_group)
 
                 def body(_: I64, *carried: Any) -> list[Any]:
@@ -142,16 +160,14 @@ class Products:
             at = ir.loop(0, registers, in_group, at, one_group)
 
             def rest() -> None:  # of the only group: where there are several, whole registers fill each
-                if form.is_integer:
-                    put_origins(0)
+                put_origins(0)
                 flush(register(at, list(start), partial_), 0)
 
             ir.if_(ir.less(0, words), rest)
         else:
 
             def one_register(number: Size, at: Sequence[Ptr], load: Callable[[Ptr], Value]) -> None:
-                if form.is_integer:
-                    put_origins(number * self.groups)
+                put_origins(number * self.groups)
                 flush(register(at, list(start), load), number * self.groups)
 
             def body(number: I64, *at: Ptr) -> list[Any]:
@@ -168,6 +184,19 @@ class Products:
                 y.at(i * cols + c).store(total)
 
 
+def least_group(form: Format) -> int:
+    """Weights in a part of a register's lanes: smaller groups do not have lanes of their own."""
+    return CHUNK * 8 // form.bits
+
+
+def inner_products(form: Format, target: Target) -> list[Products]:
+    """All of a kernel: by how many groups a register holds 1, 2, 4."""
+    most = block(form) // least_group(form) if form.is_integer else 1
+    kinds = (False, True) if form.is_integer else (False,)
+    groups = [1 << i for i in range(most.bit_length())]
+    return [Products(form, target, m, g, p) for m in range(1, ROWS + 1) for p in kinds for g in groups]
+
+
 @dataclass(frozen=True)
 class Inner:
     """The inner products, and the loops around them."""
@@ -178,16 +207,10 @@ class Inner:
     target: Target
     rows: Rows
 
-    def _products(self, rows: int) -> list[Products]:
-        """By how many groups a register holds: 1, 2, 4, ..."""
-        most = block(self.form) // CHUNK if self.form.is_integer else 1
-        return [Products(self.form, self.target, rows, 1 << i) for i in range(most.bit_length())]
-
     def emit(self) -> None:
         """Adds all functions."""
-        for rows in range(1, ROWS + 1):
-            for products in self._products(rows):
-                products.emit(self.module, self.prefix)
+        for products in inner_products(self.form, self.target):
+            products.emit(self.module, self.prefix)
         self.module.function(
             f"{self.prefix}_inner_permute", ["float32", "float32", "i64", "i64"], self._permute, internal=True
         )
@@ -204,14 +227,13 @@ class Inner:
         ir.loop(0, registers, 1, [], register)
 
     def nest(self, x: dict[str, Any]) -> None:
-        """The product, given the fields of the arguments."""
+        """The product, given the fields of the arguments: stored in y."""
         module, form, rows = self.module, self.form, self.rows
         width, lanes = block(form), form.lanes
         k, m, n = x["k"], x["m"], x["n"]
         registers = (k + (width - 1)) // width
         natural = x["x_pack"].at(registers * width * m)
         zero = ir.zeros(lanes, "float32")
-        has_points = ir.negate(ir.equal(x["zero"], 0))
 
         def clear(p: Ptr, count: Size) -> None:
             ir.loop(0, count, lanes, [], lambda i: p.at(i).store(zero))
@@ -222,39 +244,51 @@ class Inner:
             to = x["x_pack"].at(i * width)
             module.call(f"{self.prefix}_inner_permute", [natural, to, registers, m])
 
-        ir.loop(0, m, 1, [], copy)
+        ir.if_(ir.equal(x["keep_x"], 0), lambda: ir.loop(0, m, 1, [], copy) and None)
         groups = (k + (x["group"] - 1)) // x["group"]
         # Behind the last group come those that fill up the last register.
-        pitch = (groups + (2 * CHUNK - 1)) // CHUNK * CHUNK
+        room = (groups + (2 * CHUNK - 1)) // CHUNK * CHUNK
+        # One group for all of K may be shorter than a register, and is no multiple of anything.
+        several = ir.both(ir.negate(ir.less(groups, 2)), ir.less(x["group"], width))
+        kind = ir.select_size(several, width // x["group"], 1)
+        in_place = ir.both(ir.equal(x["scale_dtype"], FLOAT32), ir.equal(kind, 1))
 
-        def of_rows(count: int) -> None:
-            kinds = self._products(count)
+        def of_rows(count: int, points: bool) -> None:
+            kinds = [p for p in inner_products(form, self.target) if (p.rows, p.points) == (count, points)]
             cols = kinds[0].cols
 
             def columns(j: I64) -> None:
                 places = [ir.minimum(j + c, n - 1) for c in range(cols)]
-                clear(x["scales"], pitch * cols)
-                clear(x["zeros"], pitch * cols)
-                for c, place in enumerate(places):
-                    at = x["scale"] + place * x["rs_scale"] * bytes_of(x["scale_dtype"])
-                    rows.load(at, x["scale_dtype"], x["scales"].at(c * pitch), groups)
+                # Zero points are copied, so scales must lie like them.
+                reads = False if points else ir.both(in_place, ir.negate(ir.less(n, j + cols)))
 
-                    def points(c: int = c, place: Size = place) -> None:
-                        at = x["zero"] + place * x["rs_zero"] * bytes_of(x["zero_dtype"])
-                        rows.load(at, x["zero_dtype"], x["zeros"].at(c * pitch), groups)
+                def copy_rows() -> None:
+                    clear(x["scales"], room * cols)
+                    for c, place in enumerate(places):
+                        at = x["scale"] + place * x["rs_scale"] * bytes_of(x["scale_dtype"])
+                        rows.load(at, x["scale_dtype"], x["scales"].at(c * room), groups)
 
-                    ir.if_(has_points, points)
+                ir.if_(ir.negate(reads), copy_rows)
+                given = Ptr.of_address(x["scale"] + j * x["rs_scale"] * 4, "float32")
+                scales = ir.select_ptr(reads, given, x["scales"])
+                pitch = ir.select_size(reads, x["rs_scale"], room)
+                if points:
+                    clear(x["zeros"], room * cols)
+
+                    def given_points() -> None:
+                        for c, place in enumerate(places):
+                            at = x["zero"] + place * x["rs_zero"] * bytes_of(x["zero_dtype"])
+                            rows.load(at, x["zero_dtype"], x["zeros"].at(c * pitch), groups)
+
+                    ir.if_(ir.negate(ir.equal(x["zero"], 0)), given_points)
                 of_q = [x["q"].at(place * x["rsq"]) for place in (*places, *[places[0]] * (COLUMNS - cols))]
                 found = x["sums"]
                 work = found.at(64)
 
                 def run(products: Products) -> None:
-                    arguments = [*of_q, x["x_pack"], found, work, x["scales"], x["zeros"], pitch, k, x["group"]]
+                    arguments = [*of_q, x["x_pack"], found, work, scales, x["zeros"], pitch, k, x["group"]]
                     module.call(products.name(self.prefix), [*arguments, x["flip"]])
 
-                # One group for all of K may be shorter than a register, and is no multiple of anything.
-                whole = ir.both(ir.negate(ir.less(groups, 2)), ir.less(x["group"], width))
-                kind = ir.select_size(whole, width // x["group"], 1)
                 which: Size = 0
                 for i, products in enumerate(kinds):
                     which = ir.select_size(ir.equal(kind, products.groups), i, which)
@@ -265,10 +299,10 @@ class Inner:
 
             ir.loop(0, n, cols, [], columns)
 
-        ir.switch(m, [partial(of_rows, count) for count in range(1, ROWS + 1)], first=1)
+        def by_rows(points: bool) -> None:
+            ir.switch(m, [partial(of_rows, count, points) for count in range(1, ROWS + 1)], first=1)
 
-        def finish(i: I64) -> None:
-            to = x["out"] + i * x["rs_out"] * bytes_of(x["out_dtype"])
-            rows.store(x["y"].at(i * x["nc"]), to, x["out_dtype"], n)
-
-        ir.loop(0, m, 1, [], finish)
+        if form.is_integer:
+            ir.if_(ir.equal(x["points"], 0), partial(by_rows, False), partial(by_rows, True))
+        else:
+            by_rows(False)

@@ -1,12 +1,13 @@
-"""One generated function for weights of a format on a target: ``void symbol(const QuantizedArgs*)``.
+"""Generated functions for products with quantised weights, ``void symbol(const QuantizedArgs*)``, and the list of them.
 
-What it does is the argument's ``task`` (``jax_nano._core.spec.QUANTIZED_TASKS``): the product of few rows, in either
-order of storage, a block of weights as float32, or a row of results rounded to their dtype.
+One for each format of weights on a target: the product of few rows, in either order of storage, and a block of weights
+as float32. And one for each target that finishes sums. What is done is the argument's ``task``
+(``jax_nano._core.spec.QUANTIZED_TASKS``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,19 +19,20 @@ from .. import ir
 from ..ir import I64, Ptr
 from ..target import TARGETS, Target
 from ..toolchain import LLC_FLAGS
-from .columns import Columns, Sweep, bytes_of, sweeps
+from . import finish
+from .columns import Columns, Sweep, sweeps
 from .dequantize import Dequantize
-from .formats import Floats, Format, Integers, block
-from .inner import Inner
+from .formats import Bytes, Floats, Format, Nibbles, block
+from .inner import Inner, Products, inner_products
 from .rows import Rows
 
-_POINTERS = {"q": "int8", "x_pack": "float32"} | dict.fromkeys(("sums", "y", "zeros", "scales"), "float32")
+_POINTERS = {"q": "int8"} | dict.fromkeys(("x_pack", "sums", "y", "zeros", "scales"), "float32")
 _FIELDS = names(spec.QUANTIZED_ARGS)
 
 
 @dataclass(frozen=True)
 class QuantizedKernel:
-    """A format on a target.
+    """A format on a target; without a format what finishes sums.
 
     Attributes:
       flags: llc's. Its scheduler moves loads and what unpacks them before the products, as far as it can, and so needs
@@ -38,12 +40,25 @@ class QuantizedKernel:
     """
 
     target: Target
-    form: Format
+    form: Format | None
     flags: tuple[str, ...] = (*LLC_FLAGS, "-enable-misched=false")
 
     @property
+    def form_name(self) -> str:
+        return "finish" if self.form is None else self.form.name
+
+    @property
     def name(self) -> str:
-        return f"quantized_{self.form.name}_{self.target.name}"
+        return f"quantized_{self.form_name}_{self.target.name}"
+
+    @property
+    def why(self) -> str:
+        """What it is, for people."""
+        return "sums of the others as results" if self.form is None else f"weights of {self.form.bits} bits"
+
+    @property
+    def signature(self) -> str:
+        return "quantised weights"
 
     @property
     def symbol(self) -> str:
@@ -52,7 +67,11 @@ class QuantizedKernel:
 
     def sweeps(self) -> list[Sweep]:
         """Its loops over columns."""
-        return sweeps(self.form, self.target)
+        return [] if self.form is None else sweeps(self.form, self.target)
+
+    def inner_products(self) -> list[Products]:
+        """Its loops along K."""
+        return [] if self.form is None else inner_products(self.form, self.target)
 
     def mlir(self) -> str:
         """The kernel's verified MLIR module."""
@@ -62,40 +81,34 @@ class QuantizedKernel:
 
     def emit(self, module: ir.Module) -> None:
         """Adds the function and all that it calls."""
-        rows = Rows(module, self.symbol, self.form.lanes)
-        rows.emit()
-        columns = Columns(module, self.symbol, self.form, self.target, rows)
-        columns.emit()
-        inner = Inner(module, self.symbol, self.form, self.target, rows)
-        inner.emit()
-        dequantize = Dequantize(module, self.symbol, self.form, rows)
-
-        def round_rows(x: dict[str, Any]) -> None:
-            def row(i: I64) -> None:
-                to = x["out"] + i * x["rs_out"] * bytes_of(x["out_dtype"])
-                rows.store(x["y"].at(i * x["nc"]), to, x["out_dtype"], x["n"])
-
-            ir.loop(0, x["m"], 1, [], row)
-
-        tasks = {
-            "columns": columns.nest,
-            "inner": inner.nest,
-            "dequantize_columns": dequantize.by_columns,
-            "dequantize_along_k": dequantize.along_k,
-            "round": round_rows,
-        }
+        tasks: dict[str, Callable[[dict[str, Any]], None]] = {}
+        if self.form is None:
+            finish.emit(module, self.symbol, self.target)
+            tasks["finish"] = partial(finish.finish, module, self.symbol, self.target)
+        else:
+            rows = Rows(module, self.symbol, self.form.lanes)
+            rows.emit_load()
+            columns = Columns(module, self.symbol, self.form, self.target, rows)
+            columns.emit()
+            inner = Inner(module, self.symbol, self.form, self.target, rows)
+            inner.emit()
+            dequantize = Dequantize(module, self.symbol, self.form, rows)
+            tasks["columns"] = columns.nest
+            tasks["inner"] = inner.nest
+            tasks["dequantize_columns"] = dequantize.by_columns
+            tasks["dequantize_along_k"] = dequantize.along_k
         for task, emit in tasks.items():
             module.function(f"{self.symbol}_{task}", ["int64"], partial(self._task, emit), internal=True)
 
         def body(given: Ptr) -> None:
             task = I64(given.at(_FIELDS.index("task")).load())
-            calls = [partial(module.call, f"{self.symbol}_{name}", [given]) for name in spec.QUANTIZED_TASKS]
-            ir.switch(task, calls)
+            calls = [partial(module.call, f"{self.symbol}_{name}", [given]) for name in tasks]
+            ir.switch(task, calls, first=spec.QUANTIZED_TASKS.index(next(iter(tasks))))
 
         module.function(self.symbol, ["int64"], body, internal=False)
 
     @staticmethod
-    def _task(emit: Any, given: Ptr) -> None:
+    def _task(emit: Callable[[dict[str, Any]], None], given: Ptr) -> None:
         fields: dict[str, Any] = {}
         for i, name in enumerate(_FIELDS):
             at = given.at(i)
@@ -109,7 +122,7 @@ def kernels() -> Iterator[QuantizedKernel]:
     for target in TARGETS.values():
         if "fma" in target.nanokernels:
             lanes = target.lanes(4)
-            for form in (Integers(8, lanes), Integers(4, lanes), Floats(4, lanes), Floats(5, lanes)):
+            for form in (Bytes(lanes), Nibbles(lanes), Floats(4, lanes), Floats(5, lanes), None):
                 yield QuantizedKernel(target, form)
 
 
@@ -118,8 +131,8 @@ def entry(kernel: QuantizedKernel) -> dict[str, Any]:
     facts = {
         "name": kernel.name,
         "target": kernel.target.name,
-        "form": kernel.form.name,
-        "bits": kernel.form.bits,
-        "block": block(kernel.form),
+        "form": kernel.form_name,
+        "bits": kernel.form.bits if kernel.form else 0,
+        "block": block(kernel.form) if kernel.form else 0,
     }
     return {"symbol": kernel.symbol} | {x.name: facts[x.name] for x in spec.QUANTIZED_INFO if x.c_type != "QuantizedFn"}

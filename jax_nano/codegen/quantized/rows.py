@@ -29,9 +29,12 @@ class Rows:
     prefix: str
     lanes: int
 
-    def emit(self) -> None:
-        """Adds both functions."""
+    def emit_load(self) -> None:
+        """Adds the function behind ``load``."""
         self.module.function(self._name("load"), ["i64", "i64", "float32", "i64", "i64"], self._load, internal=True)
+
+    def emit_store(self) -> None:
+        """Adds the function behind ``store``."""
         self.module.function(self._name("store"), ["float32", "i64", "i64", "i64"], self._store, internal=True)
 
     def _name(self, what: str) -> str:

@@ -1,0 +1,249 @@
+#include "plan/policy.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+
+#include "plan/arithmetic.h"
+#include "plan/registry.h"
+
+namespace jax_nano {
+namespace {
+
+const InnerProduct* InnerOf(const Schedule& schedule) { return std::get_if<InnerProduct>(&schedule); }
+
+bool PacksB(const Schedule& schedule) {
+  if (const auto* blocked = std::get_if<Blocked>(&schedule)) return blocked->pack_b;
+  const auto* inner = InnerOf(schedule);
+  return inner != nullptr && inner->pack_b;
+}
+
+// How many items of the smallest worthwhile size the work would fill; a double, as it may be huge.
+double FullItems(const Product& x, int64_t products, int64_t all_k, const Profile& profile) {
+  return Real(products) * Real(x.m) * Real(x.n) * Real(all_k) / Real(profile.split.min_item);
+}
+
+// From B's first row to its last, in bytes.
+int64_t SpanOfB(const KernelInfo& kernel, const Product& x) { return x.k * x.rsb * ElementBytes(kernel.rhs); }
+
+// Whether A is slow to read where it lies, an element of each of mr rows at a time: its rows are not contiguous, or all
+// share their sets in L1.
+bool SlowA(const KernelInfo& kernel, const Product& x, const Profile& profile) {
+  const int64_t past = std::abs(x.rsa) * ElementBytes(kernel.lhs) % profile.alias_bytes;
+  return x.csa != 1 || std::min(past, profile.alias_bytes - past) * kernel.mr < profile.line_bytes;
+}
+
+// Whether inner products cost less than register tiles, in vector multiply-adds. Those add up the lanes of each
+// element's accumulator; these fill only the lanes that have columns, and transpose a B that lies along k.
+bool InnerPays(const KernelInfo& kernel, const Product& x, bool b_along_k, const Profile::Inner& profile) {
+  const double m = Real(x.m), n = Real(x.n), k = Real(x.k) / Real(kernel.kr), lanes = Real(kernel.nr) / 2;
+  const double inner = m * n * (k / lanes + profile.lane_sum);
+  const double bytes = n * Real(x.k) * Real(ElementBytes(kernel.rhs));
+  return inner <= m * k * std::ceil(n / lanes) + (b_along_k ? profile.transpose_byte * bytes : 0);
+}
+
+// Whether inner products serve best: both operands lie along k, or one that is small can be copied so.
+bool ChooseInner(const KernelInfo& kernel, const Product& x, const Profile::Inner& profile, InnerProduct& inner) {
+  // Against a B read where it lies, half as many as a vector has lanes: f64 1024x8x1024 557 us instead of 339.
+  const int64_t copied =
+      kernel.direct_b ? std::min<int64_t>(kernel.nr / 4, profile.max_copied) : int64_t{profile.max_copied};
+  const bool b_along_k = x.rsb == 1 && (x.csb != 1 || x.n == 1);
+  if ((x.csa != 1 && !b_along_k) || !InnerPays(kernel, x, b_along_k, profile)) return false;
+  if (x.csa == 1 && b_along_k) return std::min(x.m, x.n) <= profile.max_rows_or_columns;
+  if (x.csa == 1) {
+    const int64_t bytes = x.n * x.k * ElementBytes(kernel.rhs);
+    return inner.pack_b = x.n <= copied && x.m >= profile.min_met && bytes <= profile.max_copied_bytes;
+  }
+  const int64_t bytes = x.m * x.k * ElementBytes(kernel.lhs);
+  return inner.pack_a = x.m <= copied && x.n >= profile.min_met && bytes <= profile.max_copied_bytes;
+}
+
+bool SweepPays(const KernelInfo& kernel, const Product& x, const Profile& profile) {
+  const Profile::SweepRows& rows = profile.sweep;
+  if (x.csb != 1 || x.n < rows.min_columns) return false;
+  if (kernel.direct_b) {
+    return x.m <= (SpanOfB(kernel, x) > profile.tlb_reach_bytes ? rows.far_rows : rows.near_rows);
+  }
+  return x.m <= (ElementBytes(kernel.rhs) == 1 ? rows.packed_8 : rows.packed_16);
+}
+
+Blocked BlocksOf(Blocked x, const KernelInfo& kernel, const Product& product, int64_t item_m, int64_t item_n,
+                 const Machine& machine) {
+  const Profile& profile = machine.profile;
+  const int64_t mr = kernel.mr, nr = kernel.nr;
+  const int64_t pack_a_min_n = profile.packing.a_min_column_tiles * nr;
+  const bool slow = SlowA(kernel, product, profile), reads_a = ReadsA(kernel, product);
+  // Rows that share sets are read by as many at a time as have room there, if few columns meet them.
+  const bool aliased = slow && reads_a && !x.pack_b && product.csa == 1 && item_n <= pack_a_min_n && item_m > mr;
+  // Pairs are better copied than read from one set: bf16 64x64x2048 reaches 0.82 of the peak packed, else 0.64 (Zen 4).
+  const bool enough_columns = item_n >= (kernel.kr > 1 ? 0 : pack_a_min_n);
+  x.pack_a = !reads_a || (slow && !aliased && item_m > 1 && enough_columns);
+
+  x.tile_rows = mr;
+  const bool any_height = !x.pack_a || product.csa == 1;
+  if (!x.pack_b && any_height && item_m <= profile.unpacked.even_row_tiles * mr) {
+    x.tile_rows = BalancedBlock(item_m, mr, 1);
+  }
+  if (aliased) x.tile_rows = std::min(mr, profile.unpacked.aliased_rows);
+
+  const bool reused = item_m > x.tile_rows;  // several tiles of rows read B
+  if (x.pack_b) {
+    const auto share_of_l2 = static_cast<int64_t>(profile.packing.b_share_of_l2 * Real(machine.caches.l2));
+    const int64_t bytes = std::min(profile.packing.b_max_bytes, share_of_l2);
+    x.nc = BalancedBlock(item_n, bytes / (x.kc * kernel.b_panel_bytes), nr);
+  } else if (reused) {
+    const int64_t most = profile.unpacked.reused_b_bytes / (x.kc * ElementBytes(kernel.rhs));
+    x.nc = BalancedBlock(item_n, most, profile.unpacked.reused_b_tiles * nr);
+  } else {
+    x.nc = BalancedBlock(item_n, item_n + nr, nr);  // whole
+  }
+
+  // Each block of rows packs all of B again, so rows are cut no further than the size of packed A demands.
+  const int64_t most = x.pack_a ? profile.packing.a_max_bytes / PackedARow(kernel, x.kc) : RoundUp(item_m, x.tile_rows);
+  x.mc = aliased ? x.tile_rows : BalancedBlock(item_m, most, x.tile_rows);
+  return x;
+}
+
+}  // namespace
+
+Schedule ChooseOrderOfSums(const KernelInfo& kernel, const Product& product, const Profile& profile) {
+  InnerProduct inner;
+  if (kernel.inner && !product.accumulates && ChooseInner(kernel, product, profile.inner, inner)) return inner;
+  if (kernel.sweep && SweepPays(kernel, product, profile)) return Sweep{};
+  return ChooseDepth(kernel, product, profile);
+}
+
+Blocked ChooseDepth(const KernelInfo& kernel, const Product& x, const Profile& profile) {
+  const int64_t span = SpanOfB(kernel, x);
+  const bool rows_far_apart = span > profile.tlb_reach_bytes;
+  const bool aliased = rows_far_apart && x.rsb * ElementBytes(kernel.rhs) % profile.alias_bytes == 0;
+  const bool many_rows = x.m >= profile.packing.b_min_row_tiles * kernel.mr;
+  Blocked blocked;
+  blocked.pack_b = !kernel.direct_b || x.csb != 1 || (many_rows && rows_far_apart);
+  const int64_t most = blocked.pack_b                         ? profile.depth.packed_bytes / kernel.b_panel_bytes
+                       : span >= profile.out_of_cache_b_bytes ? profile.depth.unpacked_out_of_cache
+                       : aliased                              ? profile.depth.unpacked_aliased
+                                                              : profile.depth.unpacked;
+  blocked.kc = BalancedBlock(x.k, most, kernel.kr);
+  return blocked;
+}
+
+int64_t SplitKUnit(const Schedule& schedule, const Profile& profile) {
+  const auto* blocked = std::get_if<Blocked>(&schedule);
+  return blocked != nullptr ? blocked->kc : profile.split_k.slice_unit;
+}
+
+int64_t ChooseSplitK(const Schedule& schedule, const KernelInfo& kernel, const Product& x, int64_t products,
+                     int64_t passes, const Profile& profile) {
+  const double tiles = Real(products) * Real(CeilDiv(x.m, kernel.mr)) * Real(CeilDiv(x.n, kernel.nr));
+  // Inner products round what they have summed to the type of C, and leave no partial sums of a wider one.
+  const bool impossible = InnerOf(schedule) != nullptr && kernel.narrow_out;
+  if (impossible || tiles > Real(profile.split_k.max_tiles)) return 1;
+  const double worthwhile = FullItems(x, products, x.k, profile) * Real(passes) / 2;
+  const int64_t slice = std::max(profile.split_k.min_slice_k, SplitKUnit(schedule, profile));
+  const int64_t most = std::min(profile.split_k.max_slices, x.k / slice);
+  return std::max<int64_t>(1, static_cast<int64_t>(std::min(Real(most), worthwhile)));
+}
+
+Schedule ChooseBlocks(const Schedule& schedule, const KernelInfo& kernel, const Product& product, int64_t item_m,
+                      int64_t item_n, const Machine& machine) {
+  if (const auto* blocked = std::get_if<Blocked>(&schedule)) {
+    return BlocksOf(*blocked, kernel, product, item_m, item_n, machine);
+  }
+  const int64_t a = product.m * ElementBytes(kernel.lhs), b = product.n * ElementBytes(kernel.rhs);
+  const double bytes = Real(std::max(a, b)) * Real(product.k) * Real(product.batch);
+  const bool prefetch = bytes >= machine.profile.out_of_cache_l3_share * Real(machine.caches.l3);
+  if (const auto* inner = InnerOf(schedule)) return InnerProduct{inner->pack_a, inner->pack_b, prefetch};
+  return Sweep{prefetch};
+}
+
+bool WorthSplitting(const Product& product, int64_t products, int64_t all_k, const Profile& profile) {
+  return FullItems(product, products, all_k, profile) >= 2;
+}
+
+int64_t ExpectedNs(const Product& product, int64_t products, int64_t all_k, const Profile& profile) {
+  constexpr double kMost = 1e18;
+  return static_cast<int64_t>(
+      std::min(FullItems(product, products, all_k, profile) * profile.split.min_item_ns, kMost));
+}
+
+Split ChooseSplit(const Schedule& schedule, const KernelInfo& kernel, const Product& x, int64_t products, int64_t all_k,
+                  int64_t threads, const Profile& profile) {
+  if (threads < 2 || !WorthSplitting(x, products, all_k, profile)) return {};
+  const Profile::Split& costs = profile.split;
+  const bool inner = InnerOf(schedule) != nullptr, sweep = std::holds_alternative<Sweep>(schedule);
+  const bool pack_b = PacksB(schedule);
+  // Where nothing is packed and many rows read B, an item costs what it computes, however small it is.
+  const bool fine = !pack_b && x.m >= profile.packing.b_min_row_tiles * kernel.mr;
+  // A B out of cache comes no faster for fewer rows of A, so that these are not cut while columns can be.
+  const bool from_memory = !pack_b && !inner && !fine && SpanOfB(kernel, x) >= profile.out_of_cache_b_bytes;
+  const double least_rows = from_memory ? profile.out_of_cache_rows : 1;
+  // Each item packs its own columns of B, and its own rows of A if those are packed too.
+  const bool packs_a = pack_b && (!ReadsA(kernel, x) || SlowA(kernel, x, profile));
+  const double b_macs = pack_b ? costs.pack_element : costs.read_element;
+  const double a_macs = packs_a ? costs.pack_element : pack_b ? 0 : costs.read_element;
+  const int64_t per_thread = fine           ? costs.items_unpacked
+                             : !from_memory ? costs.items_packed
+                             : sweep        ? costs.items_sweep
+                                            : costs.items_out_of_cache;
+  const double full_items = FullItems(x, products, all_k, profile);
+  const int64_t most = static_cast<int64_t>(std::min(Real(threads * per_thread), full_items));
+
+  const int64_t m_units = CeilDiv(x.m, kernel.mr), n_units = CeilDiv(x.n, kernel.nr);
+  const double m = Real(m_units * kernel.mr), n = Real(n_units * kernel.nr);
+  // Times in multiply-adds for each value of k.
+  const double depth = std::max(Real(all_k), 1.0), claim = costs.claim_item / depth,
+               begin = costs.begin_product / depth;
+  // Packing costs so much more that columns are cut in any case.
+  const double shared_rows = pack_b ? 0 : costs.shared_row * Real(x.m) / depth;
+  const auto cost = [&](double rows, double cols) {
+    return std::max(rows, least_rows) * cols + a_macs * rows + b_macs * cols + begin;
+  };
+  Split best;
+  double best_time = std::numeric_limits<double>::infinity();
+  // Of equal times the first found wins: the one that cuts the single products least.
+  for (int64_t sn = 1; sn <= std::min(n_units, most); ++sn) {
+    for (int64_t sm = 1; sm <= std::min(m_units, most / sn); ++sm) {
+      const double largest = cost(Real(CeilDiv(m_units, sm) * kernel.mr), Real(CeilDiv(n_units, sn) * kernel.nr));
+      const double average = cost(m / Real(sm), n / Real(sn));
+      for (int64_t sp = 1; sp <= std::min(products, most / sn / sm); ++sp) {
+        const double last = largest * Real(CeilDiv(products, sp)) + claim;
+        const double turns = Real(CeilDiv(sp * sm * sn, threads));
+        const double item = average * Real(products) / Real(sp) + claim;
+        // Threads that are done take what is left, so that sizes even out over several turns, but for one item.
+        const double time = item * turns + (last - item) + costs.tail * last + (sn > 1 ? shared_rows : 0);
+        if (time < best_time) {
+          best_time = time;
+          best = {sp, sm, sn};
+        }
+      }
+    }
+  }
+  return best;
+}
+
+Split SplitForPartialSums(const KernelInfo& kernel, const Product& x, Split split, int64_t max_bytes) {
+  const int64_t m_units = CeilDiv(x.m, kernel.mr), n_units = CeilDiv(x.n, kernel.nr);
+  const auto fits = [&] {
+    const int64_t item_m = CeilDiv(m_units, split.m) * kernel.mr, item_n = CeilDiv(n_units, split.n) * kernel.nr;
+    return PartialBytes(kernel, item_m, item_n) <= max_bytes;
+  };
+  // Halve the longer side: a square item packs least.
+  while (!fits()) {
+    const bool tall = m_units * kernel.mr / split.m >= n_units * kernel.nr / split.n;
+    int64_t& parts = tall ? split.m : split.n;
+    parts = std::min(2 * parts, tall ? m_units : n_units);
+  }
+  return split;
+}
+
+bool PrefersDirectKernel(const Schedule& schedule, const KernelInfo& kernel, const Product& x, const Profile& profile) {
+  if (InnerOf(schedule) != nullptr || x.csb != 1) return false;
+  const bool from_memory =
+      ElementBytes(kernel.rhs) == 2 && SpanOfB(kernel, x) >= profile.direct_kernel.out_of_cache_16_bytes;
+  if (from_memory) return x.m > profile.sweep.far_rows && x.m <= profile.direct_kernel.out_of_cache_16_max_rows;
+  return PacksB(schedule) && x.m <= profile.direct_kernel.max_rows;
+}
+
+}  // namespace jax_nano

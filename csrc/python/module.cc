@@ -1,0 +1,124 @@
+// The module jax_nano._runtime: what JAX registers, and introspection for explain, benchmarks and tests.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+#include <nanobind/stl/vector.h>
+
+#include "machine/caches.h"
+#include "machine/features.h"
+#include "machine/machine.h"
+#include "plan/registry.h"
+#include "plan/select.h"
+#include "python/attention.h"
+#include "python/product.h"
+#include "python/quantized.h"
+#include "python/testing.h"
+#include "xla/attention_ffi.h"
+#include "xla/ffi.h"
+#include "xla/quantized_ffi.h"
+
+namespace nb = nanobind;
+
+namespace jax_nano {
+namespace {
+
+using Names = std::vector<std::string>;
+
+nb::dict Registrations() {
+  const auto stages = [](auto* instantiate, auto* execute) {
+    nb::dict d;
+    d["instantiate"] = nb::capsule(reinterpret_cast<void*>(instantiate));
+    d["execute"] = nb::capsule(reinterpret_cast<void*>(execute));
+    return d;
+  };
+  nb::dict out;
+  out[kDotGeneralCall] = stages(&DotInstantiate, &DotExecute);
+  out[kLinearCall] = stages(&LinearInstantiate, &LinearExecute);
+  out[kAttentionCall] = stages(&AttentionInstantiate, &AttentionExecute);
+  out[kQuantizedCall] = stages(&QuantizedInstantiate, &QuantizedExecute);
+  return out;
+}
+
+Features HostOr(const std::optional<Names>& features) { return features ? ParseFeatures(*features) : HostFeatures(); }
+
+nb::list TargetList(const std::optional<Names>& features) {
+  nb::list out;
+  for (const TargetStatus& s : DescribeTargets(HostOr(features))) {
+    nb::dict d;
+    d["name"] = s.target->name;
+    d["compiled"] = s.compiled;
+    d["supported"] = s.supported;
+    d["why"] = s.why;
+    out.append(d);
+  }
+  return out;
+}
+
+std::string SelectedTarget() { return FirstName(SelectedTargets()); }
+
+// Either order of the operands, as roles may be swapped.
+bool Supports(std::string_view lhs, std::string_view rhs, std::string_view out, std::string_view algorithm) {
+  return SelectKernel(SelectedTargets(), lhs, rhs, out, algorithm) != nullptr &&
+         SelectKernel(SelectedTargets(), rhs, lhs, out, algorithm) != nullptr;
+}
+
+nb::dict KernelDict(const KernelInfo& k) {
+  nb::dict d;
+  ForEachField(k, [&](const char* name, const auto& field) { d[name] = field; });
+  return d;
+}
+
+nb::list KernelList() {
+  nb::list out;
+  for (const KernelInfo& k : Kernels()) out.append(KernelDict(k));
+  return out;
+}
+
+std::vector<std::string_view> HostFeatureNames() { return NamesOf(HostFeatures()); }
+
+nb::dict CacheDict() {
+  const Caches& c = HostCaches();
+  nb::dict d;
+  d["l1d"] = c.l1d;
+  d["l2"] = c.l2;
+  d["l3"] = c.l3;
+  return d;
+}
+
+nb::dict ExplainPlan(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels, Ints out_labels,
+                     std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads,
+                     std::string algorithm, std::optional<std::string> target,
+                     std::optional<std::array<int64_t, 3>> caches) {
+  const CallSpec spec = {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels,
+                         lhs_dtype, rhs_dtype, out_dtype,  algorithm};
+  Machine machine = HostMachine();
+  if (caches) machine.caches = {(*caches)[0], (*caches)[1], (*caches)[2]};
+  return PlanDict(spec.MakePlanFor(TargetsFor(target), threads, machine));
+}
+
+}  // namespace
+
+NB_MODULE(_runtime, m) {
+  using namespace nb::literals;
+  m.attr("ABI_VERSION") = kFfiAbi;
+  m.attr("FFI_API_VERSION") = FfiApiVersion();
+  m.def("registrations", &Registrations);
+  m.def("targets", &TargetList, "features"_a = nb::none());
+  m.def("selected_target", &SelectedTarget);
+  m.def("supports", &Supports, "lhs"_a, "rhs"_a, "out"_a, "algorithm"_a = "default");
+  m.def("kernels", &KernelList);
+  m.def("features", &HostFeatureNames);
+  m.def("caches", &CacheDict);
+  m.def("plan", &ExplainPlan, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a, "out_labels"_a,
+        "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a, "algorithm"_a = "default", "target"_a = nb::none(),
+        "caches"_a = nb::none());
+  DefineAttention(m);
+  nb::module_ testing = m.def_submodule("testing");
+  DefineQuantized(m, testing);
+  DefineTesting(testing);
+}
+
+}  // namespace jax_nano

@@ -1,0 +1,63 @@
+// A product as Python describes it, and its plan as Python sees it.
+#ifndef JAX_NANO_PYTHON_PRODUCT_H_
+#define JAX_NANO_PYTHON_PRODUCT_H_
+
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "plan/plan.h"
+#include "plan/select.h"
+
+namespace jax_nano {
+
+using Ints = std::vector<int64_t>;
+
+// A kernel and how it is to compute a product.
+struct ForcedChoice {
+  const KernelInfo* kernel;
+  Choice choice;
+};
+
+// From a dictionary with the items of a plan that are free to choose: kernel, inner, sweep, pack_a, pack_b, mc, kc, nc,
+// tile_rows, prefetch, split, split_k; others are ignored. Throws std::invalid_argument if one is missing.
+ForcedChoice ParseChoice(const nanobind::dict& given);
+
+// A call's arrays as Python gives them; owns what Operand only views.
+struct CallSpec {
+  Ints lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels;
+  std::string lhs_dtype, rhs_dtype, out_dtype, algorithm;
+
+  // By the planner.
+  Plan MakePlanFor(std::span<const Target* const> targets, int64_t threads, const Machine& machine) const;
+  // By the caller's choice; runs nowhere else than on the CPUs of the kernel's target. Throws std::invalid_argument,
+  // with the reason, if that is illegal.
+  Plan MakePlanBy(const ForcedChoice& forced) const;
+  // All plans worth measuring, of the kernels of all usable targets; the planner's first.
+  std::vector<Plan> CandidatePlans(std::span<const Target* const> targets, int64_t threads,
+                                   const Machine& machine) const;
+
+ private:
+  int64_t SizeOf(int64_t label) const;
+  Ints OutShape() const;
+};
+
+// Selected targets, or the one of this name whether or not the CPU can run it: planning runs nothing.
+std::vector<const Target*> TargetsFor(const std::optional<std::string>& name);
+
+// "" if there is none.
+std::string FirstName(const std::vector<const Target*>& targets);
+
+// Throws std::invalid_argument if there is none of this name.
+const KernelInfo& KernelNamed(std::string_view name);
+
+nanobind::dict PlanDict(const Plan& plan);
+
+}  // namespace jax_nano
+
+#endif  // JAX_NANO_PYTHON_PRODUCT_H_

@@ -1,0 +1,407 @@
+#include "run/attention.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+#include <iterator>
+#include <stdexcept>
+
+#include "plan/registry.h"
+
+// attention.inc has one JAX_NANO_ATTENTION(...) line per generated attention, read twice as manifest.inc is.
+#define JAX_NANO_ATTENTION(symbol, ...) extern "C" void symbol(const jax_nano::AttentionArgs*);
+#include "attention.inc"
+#undef JAX_NANO_ATTENTION
+
+namespace jax_nano {
+namespace {
+
+constexpr AttentionInfo kAttentions[] = {
+#define JAX_NANO_ATTENTION(symbol, ...) {__VA_ARGS__, &symbol},
+#include "attention.inc"
+#undef JAX_NANO_ATTENTION
+    {},  // an array may not be empty, a build without kernels may
+};
+
+constexpr int64_t kLine = 64;               // bytes
+constexpr int64_t kMostRows = 512;          // of an item: packing keys costs a hundredth of their products then
+constexpr int64_t kFewestRows = 48;         // that an item is cut down to, so that there are
+constexpr int64_t kItems = 16;              // so many for threads to share
+constexpr int64_t kBlockBytes = 128 << 10;  // of a packed block of keys and values: a share of L2
+constexpr int64_t kMostKeys = 512;          // in a block, whose scores for a tile of queries stay in L1
+constexpr int64_t kSplitRows = 64;          // with more of them in all, keys are not split
+constexpr int64_t kSplitKeys = 512;         // the least keys in a piece
+constexpr int64_t kSplitItems = 64;         // with more items without it neither
+constexpr int64_t kMostPieces = 16;
+constexpr float kJaxMasked = -0.7f * FLT_MAX;  // jax.nn's score of a masked key
+
+int64_t CeilDiv(int64_t x, int64_t y) { return (x + y - 1) / y; }
+int64_t RoundUp(int64_t x, int64_t unit) { return CeilDiv(x, unit) * unit; }
+
+// Bytes of a packed row of so many elements along K: Packing::a_row of the generator.
+int64_t PackedRow(const AttentionInfo& kernel, int64_t elements) {
+  return (CeilDiv(RoundUp(elements, kernel.kr) * kernel.pack_bytes, kLine) | 1) * kLine;
+}
+
+int64_t SumsRow(const AttentionPlan& plan) { return RoundUp(plan.shape.width, plan.kernel->nr); }
+
+// The sums of all rows of an item, their maxima and totals.
+struct State {
+  float *sums, *maxima, *totals;
+};
+
+int64_t PaddedRows(const AttentionPlan& plan) { return RoundUp(plan.rows(), plan.kernel->mr); }
+
+State StateAt(const AttentionPlan& plan, void* memory) {
+  const int64_t rows = PaddedRows(plan);
+  State s;
+  s.sums = static_cast<float*>(memory);
+  s.maxima = s.sums + rows * SumsRow(plan);
+  s.totals = s.maxima + RoundUp(rows, kLine / 4);
+  return s;
+}
+
+template <typename T>
+T* Advance(T* base, int64_t elements, int64_t element_bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return static_cast<Byte*>(base) + elements * element_bytes;
+}
+
+// Which queries an item computes.
+struct Output {
+  int64_t batch, kv_head, first_head, heads, first_position, positions;
+  int64_t rows() const { return heads * positions; }
+};
+
+Output OutputAt(const AttentionPlan& plan, int64_t index) {
+  const AttentionShape& shape = plan.shape;
+  const int64_t blocks = CeilDiv(shape.queries, plan.positions);
+  const int64_t parts = CeilDiv(plan.group, plan.heads_at_once);
+  Output o;
+  o.first_position = index % blocks * plan.positions;
+  o.positions = std::min(plan.positions, shape.queries - o.first_position);
+  index /= blocks;
+  const int64_t part = index % parts;
+  index /= parts;
+  o.kv_head = index % shape.kv_heads;
+  o.batch = index / shape.kv_heads;
+  o.first_head = o.kv_head * plan.group + part * plan.heads_at_once;
+  o.heads = std::min(plan.heads_at_once, plan.group - part * plan.heads_at_once);
+  return o;
+}
+
+// A thread's workspace, cut up.
+struct Rooms {
+  char *q_pack, *k_pack, *v_pack, *scores, *weights;
+  AttentionRow* table;
+  uint8_t* mask_row;
+  void* state;
+};
+
+Rooms TakeRooms(const AttentionPlan& plan) {
+  char* at = static_cast<char*>(Workspace(plan.workspace_bytes()));
+  const auto next = [&](int64_t bytes) {
+    char* const here = at;
+    at += bytes;
+    return here;
+  };
+  Rooms r;
+  r.q_pack = next(plan.q_pack);
+  r.k_pack = next(plan.k_pack);
+  r.v_pack = next(plan.v_pack);
+  r.scores = next(plan.scores);
+  r.weights = plan.kernel->converts ? next(plan.weights) : r.scores;
+  r.table = reinterpret_cast<AttentionRow*>(next(plan.table));
+  r.mask_row = reinterpret_cast<uint8_t*>(next(plan.mask_row));
+  r.state = next(plan.state);
+  return r;
+}
+
+AttentionArgs ArgsFor(const AttentionPlan& plan, const AttentionBuffers& buffers, const Output& output,
+                      const Rooms& rooms, const State& state) {
+  const AttentionShape& shape = plan.shape;
+  AttentionArgs x = {};
+  x.rows = rooms.table;
+  x.k = Advance(buffers.k, output.batch * shape.k[0] + output.kv_head * shape.k[2], plan.kv_bytes);
+  x.v = Advance(buffers.v, output.batch * shape.v[0] + output.kv_head * shape.v[2], plan.kv_bytes);
+  x.q_pack = rooms.q_pack;
+  x.k_pack = rooms.k_pack;
+  x.v_pack = rooms.v_pack;
+  x.scores = reinterpret_cast<float*>(rooms.scores);
+  x.weights = rooms.weights;
+  x.sums = state.sums;
+  x.maxima = state.maxima;
+  x.totals = state.totals;
+  x.depth = shape.depth;
+  x.width = shape.width;
+  x.csq = shape.q[3];
+  x.rsk = shape.k[1];
+  x.csk = shape.k[3];
+  x.rsv = shape.v[1];
+  x.csv = shape.v[3];
+  x.block = plan.block;
+  x.rs_scores = (CeilDiv(plan.block * 4, kLine) | 1) * kLine / 4;
+  x.rs_sums = SumsRow(plan);
+  x.scale = shape.scale * M_LOG2E;
+  x.few = plan.few;
+  x.general = buffers.bias != nullptr || buffers.mask != nullptr || !(shape.scale > 0);
+  return x;
+}
+
+int64_t KeysOf(const AttentionPlan& plan, const AttentionBuffers& buffers, int64_t batch) {
+  const int64_t keys = plan.shape.keys;
+  return buffers.kv_lengths ? std::clamp<int64_t>(buffers.kv_lengths[batch], 0, keys) : keys;
+}
+
+int64_t QueriesOf(const AttentionPlan& plan, const AttentionBuffers& buffers, int64_t batch) {
+  const int64_t queries = plan.shape.queries;
+  return buffers.q_lengths ? std::clamp<int64_t>(buffers.q_lengths[batch], 0, queries) : queries;
+}
+
+// The table of an output's queries, a position's heads side by side; returns the number of rows. Positions behind the
+// length of their batch have none.
+int64_t FillTable(const AttentionPlan& plan, const AttentionBuffers& buffers, const Output& output,
+                  AttentionRow* table) {
+  const AttentionShape& shape = plan.shape;
+  const int64_t keys = KeysOf(plan, buffers, output.batch);
+  const int64_t end = std::min(output.first_position + output.positions, QueriesOf(plan, buffers, output.batch));
+  AttentionRow* row = table;
+  for (int64_t t = output.first_position; t < end; ++t) {
+    const int64_t lo = std::max<int64_t>(0, t - shape.left), hi = std::min(keys, t + shape.right + 1);
+    for (int64_t n = output.first_head; n < output.first_head + output.heads; ++n, ++row) {
+      row->q = Advance(buffers.q, output.batch * shape.q[0] + t * shape.q[1] + n * shape.q[2], plan.q_bytes);
+      row->out = Advance(buffers.out, output.batch * shape.out[0] + t * shape.out[1] + n * shape.out[2], plan.q_bytes);
+      row->bias = buffers.bias == nullptr
+                      ? nullptr
+                      : buffers.bias + output.batch * shape.bias[0] + n * shape.bias[1] + t * shape.bias[2];
+      row->mask = buffers.mask == nullptr
+                      ? nullptr
+                      : buffers.mask + output.batch * shape.mask[0] + n * shape.mask[1] + t * shape.mask[2];
+      row->lo = lo;
+      row->hi = std::max(lo, hi);
+    }
+  }
+  return row - table;
+}
+
+// The keys that rows of a table see, from the beginning of a block.
+struct Keys {
+  int64_t begin, end;
+};
+
+Keys KeysFor(const AttentionPlan& plan, const AttentionRow* table, int64_t rows) {
+  Keys keys = {plan.shape.keys, 0};
+  for (int64_t i = 0; i < rows; ++i) {
+    if (table[i].lo >= table[i].hi) continue;
+    keys.begin = std::min(keys.begin, table[i].lo);
+    keys.end = std::max(keys.end, table[i].hi);
+  }
+  keys.begin = std::min(keys.begin, keys.end) / plan.block * plan.block;
+  return keys;
+}
+
+// Queries behind the length of their batch: zeros.
+void WritePadding(const AttentionPlan& plan, const AttentionBuffers& buffers, const Output& output) {
+  const AttentionShape& shape = plan.shape;
+  const int64_t begin = std::max(output.first_position, QueriesOf(plan, buffers, output.batch));
+  for (int64_t t = begin; t < output.first_position + output.positions; ++t) {
+    for (int64_t n = output.first_head; n < output.first_head + output.heads; ++n) {
+      void* const out =
+          Advance(buffers.out, output.batch * shape.out[0] + t * shape.out[1] + n * shape.out[2], plan.q_bytes);
+      std::memset(out, 0, static_cast<size_t>(shape.width * plan.q_bytes));
+      if (buffers.lse != nullptr) buffers.lse[(output.batch * shape.queries + t) * shape.heads + n] = kJaxMasked;
+    }
+  }
+}
+
+bool AllFinite(const float* x, int64_t n) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof(bits));
+    largest = std::max(largest, bits & 0x7fffffffu);
+  }
+  return largest < 0x7f800000u;
+}
+
+// Computes one row once more, by itself, with keys from `begin` on as the first ones.
+void RunRowAlone(const AttentionPlan& plan, const AttentionBuffers& buffers, const Output& output, const Rooms& rooms,
+                 AttentionRow row, int64_t begin) {
+  // Its state goes behind that of the rows of the item, which is still to be read.
+  AttentionArgs x = ArgsFor(plan, buffers, output, rooms, StateAt(plan, Advance(rooms.state, plan.state / 2, 1)));
+  x.k = Advance(x.k, begin * x.rsk, plan.kv_bytes);
+  x.v = Advance(x.v, begin * x.rsv, plan.kv_bytes);
+  if (row.bias != nullptr) row.bias += begin;
+  if (row.mask != nullptr) row.mask = static_cast<const uint8_t*>(row.mask) + begin;
+  row.lo -= begin;
+  row.hi -= begin;
+  x.rows = &row;
+  x.count = 1;
+  x.end = row.hi;
+  x.general = row.bias != nullptr || row.mask != nullptr || x.general;
+  x.first = x.finish = 1;
+  plan.kernel->fn(&x);
+}
+
+// Behind a finished kernel call: the logarithms, and rows that are to be computed once more. Those are rows whose
+// weights of zero have met Inf or NaN among values that they do not see; and rows where no key outweighs a masked one,
+// which jax.nn weighs with all that a window and a length exclude.
+void FinishRows(const AttentionPlan& plan, const AttentionBuffers& buffers, const Output& output, const Rooms& rooms,
+                const State& state, int64_t rows) {
+  const AttentionShape& shape = plan.shape;
+  for (int64_t i = 0; i < rows; ++i) {
+    const float maximum = state.maxima[i], total = state.totals[i * plan.kernel->lanes];
+    const AttentionRow row = rooms.table[i];
+    const bool excluded = row.lo > 0 || row.hi < shape.keys;
+    const bool outweighed = maximum <= kMaskedScore && !std::isnan(total);
+    if (buffers.lse != nullptr) {
+      const int64_t t = output.first_position + i / output.heads, n = output.first_head + i % output.heads;
+      const bool masked = outweighed && (excluded || total > 0);
+      const double log = (static_cast<double>(maximum) + std::log2(static_cast<double>(total))) * M_LN2;
+      buffers.lse[(output.batch * shape.queries + t) * shape.heads + n] = masked ? kJaxMasked : static_cast<float>(log);
+    }
+    if (!excluded) continue;
+    if (outweighed) {
+      for (int64_t s = 0; s < shape.keys; ++s) {
+        const bool taken = row.mask == nullptr || static_cast<const uint8_t*>(row.mask)[s] != 0;
+        rooms.mask_row[s] = taken && s >= row.lo && s < row.hi;
+      }
+      AttentionRow all = row;
+      all.mask = rooms.mask_row;
+      all.lo = 0;
+      all.hi = shape.keys;
+      RunRowAlone(plan, buffers, output, rooms, all, 0);
+    } else if (std::isfinite(total) && !AllFinite(state.sums + i * SumsRow(plan), shape.width)) {
+      RunRowAlone(plan, buffers, output, rooms, row, row.lo);
+    }
+  }
+}
+
+}  // namespace
+
+std::span<const AttentionInfo> Attentions() { return {kAttentions, std::size(kAttentions) - 1}; }
+
+const AttentionInfo* SelectAttention(std::span<const Target* const> targets, std::string_view q, std::string_view kv) {
+  for (const Target* target : targets) {
+    for (const AttentionInfo& a : Attentions()) {
+      if (std::string_view(target->name) == a.target && q == a.q && kv == a.kv) return &a;
+    }
+  }
+  return nullptr;
+}
+
+AttentionPlan PlanAttention(const AttentionInfo* kernel, const AttentionShape& shape, const Caches& caches) {
+  if (kernel == nullptr) throw std::invalid_argument("jax_nano attention: no kernel for these dtypes");
+  AttentionPlan p = {};
+  p.kernel = kernel;
+  p.shape = shape;
+  p.q_bytes = ElementBytes(kernel->q);
+  p.kv_bytes = ElementBytes(kernel->kv);
+  p.group = shape.heads / shape.kv_heads;
+
+  // What decides bits: by the shape alone.
+  const int64_t key_bytes = (RoundUp(shape.depth, kernel->kr) + RoundUp(shape.width, kernel->nr)) * kernel->pack_bytes;
+  const int64_t unit = kernel->unit;
+  p.block = std::clamp(kBlockBytes / key_bytes / unit * unit, unit, RoundUp(kMostKeys, unit));
+  p.block = std::min(p.block, RoundUp(shape.keys, unit));
+  p.pieces = 1;
+  if (p.group * shape.queries <= kSplitRows && shape.batch * shape.kv_heads <= kSplitItems) {
+    p.pieces = std::clamp<int64_t>(shape.keys / kSplitKeys, 1, kMostPieces);
+  }
+  p.piece = RoundUp(CeilDiv(shape.keys, p.pieces), p.block);
+  p.pieces = CeilDiv(shape.keys, p.piece);
+
+  // So are rows, though they decide no bits but where values are not finite: what leaks from a value that a query does
+  // not see, through its weight of zero, is computed once more (FinishRows), in other blocks.
+  const int64_t row_bytes = PackedRow(*kernel, shape.depth) + SumsRow(p) * 4;
+  const int64_t fit =
+      std::clamp<int64_t>(caches.l2 * 5 / 8 / row_bytes, kFewestRows, kMostRows) / kernel->mr * kernel->mr;
+  int64_t rows = std::max<int64_t>(fit, kernel->mr);
+  const auto cut = [&] {
+    p.heads_at_once = std::min(p.group, rows);
+    p.positions = std::clamp<int64_t>(rows / p.heads_at_once, 1, shape.queries);
+    p.positions = CeilDiv(shape.queries, CeilDiv(shape.queries, p.positions));
+  };
+  cut();
+  while (rows / 2 >= kFewestRows && p.items() < kItems) {
+    rows = std::max<int64_t>(rows / 2 / kernel->mr, 1) * kernel->mr;
+    cut();
+  }
+
+  p.few = kernel->few && p.rows() <= kFewQueries && shape.k[3] == 1 && shape.v[3] == 1;
+  const int64_t padded = PaddedRows(p), tile_rows = std::max<int64_t>(kernel->mr, kFewQueries);
+  const auto bytes = [](int64_t x) { return RoundUp(x, kLine); };
+  p.q_pack = bytes(padded * PackedRow(*kernel, shape.depth)) + kPackSlackBytes;
+  p.k_pack =
+      bytes(RoundUp(p.block, kernel->nr) * RoundUp(shape.depth, kernel->kr) * kernel->pack_bytes) + kPackSlackBytes;
+  p.v_pack =
+      bytes(RoundUp(shape.width, kernel->nr) * RoundUp(p.block, kernel->kr) * kernel->pack_bytes) + kPackSlackBytes;
+  p.scores = tile_rows * (CeilDiv(p.block * 4, kLine) | 1) * kLine;
+  p.weights = kernel->converts ? tile_rows * PackedRow(*kernel, p.block) : 0;
+  p.table = bytes(p.rows() * static_cast<int64_t>(sizeof(AttentionRow)));
+  p.mask_row = bytes(shape.keys);
+  // Twice: a query that is computed once more has a state of its own.
+  p.state = 2 * bytes((padded * SumsRow(p) + RoundUp(padded, kLine / 4) + padded * kernel->lanes) * 4);
+  const double products = static_cast<double>(shape.batch * shape.heads) * static_cast<double>(shape.queries) *
+                          static_cast<double>(shape.keys) * static_cast<double>(shape.depth + shape.width);
+  p.expected = std::chrono::nanoseconds(static_cast<int64_t>(products / 16) + 1000);
+  return p;
+}
+
+void RunAttentionItem(const AttentionPlan& plan, const AttentionBuffers& buffers, void* shared, int64_t item) {
+  // Heads inside pieces: where the heads of a position lie side by side, they share pages, and with few queries to
+  // compute it is the pages that take the time.
+  const int64_t index = item % plan.outputs(), piece = item / plan.outputs();
+  const Output output = OutputAt(plan, index);
+  const Rooms rooms = TakeRooms(plan);
+  const bool split = plan.pieces > 1;
+  const State state = StateAt(plan, split ? Advance(shared, index * plan.pieces + piece, plan.state) : rooms.state);
+  const int64_t rows = FillTable(plan, buffers, output, rooms.table);
+  if (rows > 0) {
+    AttentionArgs x = ArgsFor(plan, buffers, output, rooms, state);
+    const Keys keys = KeysFor(plan, rooms.table, rows);
+    x.count = rows;
+    x.begin = std::max(keys.begin, piece * plan.piece);
+    x.end = std::min(keys.end, (piece + 1) * plan.piece);
+    x.first = 1;
+    x.finish = !split;
+    plan.kernel->fn(&x);
+    if (!split) FinishRows(plan, buffers, output, rooms, state, rows);
+  }
+  if (!split) WritePadding(plan, buffers, output);
+}
+
+void MergePieces(const AttentionPlan& plan, const AttentionBuffers& buffers, void* shared, int64_t index) {
+  const Output output = OutputAt(plan, index);
+  const Rooms rooms = TakeRooms(plan);
+  const auto piece = [&](int64_t i) { return StateAt(plan, Advance(shared, index * plan.pieces + i, plan.state)); };
+  const int64_t rows = FillTable(plan, buffers, output, rooms.table);
+  const int64_t lanes = plan.kernel->lanes, sums = SumsRow(plan);
+  // Neighbours first, so that errors grow with the logarithm of the number of pieces.
+  for (int64_t step = 1; step < plan.pieces; step *= 2) {
+    for (int64_t i = 0; i + step < plan.pieces; i += 2 * step) {
+      const State a = piece(i), b = piece(i + step);
+      for (int64_t r = 0; r < rows; ++r) {
+        const float top = std::max(a.maxima[r], b.maxima[r]);
+        const float by_a = std::exp2(a.maxima[r] - top), by_b = std::exp2(b.maxima[r] - top);
+        a.maxima[r] = top;
+        const auto merge = [&](float* x, const float* y, int64_t n) {
+          for (int64_t j = 0; j < n; ++j) x[j] = x[j] * by_a + y[j] * by_b;
+        };
+        merge(a.totals + r * lanes, b.totals + r * lanes, lanes);
+        merge(a.sums + r * sums, b.sums + r * sums, plan.shape.width);
+      }
+    }
+  }
+  if (rows > 0) {
+    AttentionArgs x = ArgsFor(plan, buffers, output, rooms, piece(0));
+    x.count = rows;
+    x.finish = 1;
+    plan.kernel->fn(&x);
+    FinishRows(plan, buffers, output, rooms, piece(0), rows);
+  }
+  WritePadding(plan, buffers, output);
+}
+
+}  // namespace jax_nano
