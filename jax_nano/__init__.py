@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from jax_nano.api import vecmat as vecmat
     from jax_nano.quantized import QuantizedArray as QuantizedArray
     from jax_nano.quantized import quantize as quantize
+    from jax_nano.quantized import quantized_dot_general as quantized_dot_general
     from jax_nano.quantized import quantized_matmul as quantized_matmul
 
 # Where each public name lives.
@@ -58,7 +59,7 @@ _HOMES = {
         ),
         "jax_nano.api",
     ),
-    **dict.fromkeys(("QuantizedArray", "quantize", "quantized_matmul"), "jax_nano.quantized"),
+    **dict.fromkeys(("QuantizedArray", "quantize", "quantized_dot_general", "quantized_matmul"), "jax_nano.quantized"),
     "accelerate": "jax_nano._programs.accelerate",
     "clear_report": "jax_nano._tools.report",
     "register": "jax_nano._core.native",
@@ -83,6 +84,7 @@ __all__ = [
     "matmul",
     "matvec",
     "quantize",
+    "quantized_dot_general",
     "quantized_matmul",
     "register",
     "report",

@@ -55,7 +55,7 @@ class Case:
         along_k: bool,
     ) -> Self:
         facts = spec.WEIGHTS[weights]
-        if facts.form.startswith("i"):
+        if facts.form[0] in "iu":
             q = rng.integers(-facts.flip, 2**facts.bits - facts.flip, (k, n)).astype(stored(weights))
         else:
             q = (3 * rng.standard_normal((k, n))).astype(dtype(weights))
@@ -181,7 +181,6 @@ def call_kernel(function: Any, block: int, case: Case, task: str) -> NDArray[Any
             "k": case.k,
             "group": case.group,
             "flip": facts.flip,
-            "points": int(zero is not None or case.weights == "uint8"),
             "x": x.ctypes.data,
             "rsx": case.k,
             "x_dtype": rows.index(x.dtype.name),

@@ -31,12 +31,15 @@ constexpr int64_t kFewRows = 8;     // beyond, making float32 of the weights pay
 constexpr int64_t kCallK = 512;     // values of k that columns are summed over at once
 constexpr int64_t kMaxXBytes = 4 << 20;           // of x in workspace
 constexpr int64_t kBlockK = 256, kBlockN = 256;   // of weights as float32: half of a small L2
-constexpr int64_t kUnitsToSplit = 8;              // fewer units of columns than this, and k is cut into parts
-constexpr int64_t kPartBytes = 256 << 10;         // of weights, at least, in such a part
+// Parts of k, each summed separately. Rows of weights are read whole then, one after the other, also by several threads;
+// and where columns are few, there is work for more of them.
+constexpr int64_t kParts = 4, kMostParts = 8;
+constexpr int64_t kPartBytes = 256 << 10, kManyBytes = 4 << 20;  // of weights, at least, in a part, and in four
+constexpr int64_t kMaxSliceBytes = 4 << 20;       // of the sums of all parts
 
 constexpr int64_t kUnit = 128;                    // a multiple of every kernel's register of weights
 constexpr int64_t kColumnsAlongK = 4;             // that are read side by side
-constexpr int64_t kSums = 4096;                   // of few rows stay in half of L1
+constexpr int64_t kSums = 16384;                  // of few rows: in L2, for rows of weights that are read whole
 constexpr int64_t kMostColumns = 16384;           // along k: of sums in workspace
 constexpr int64_t kReusedBytes = 128 << 10;       // of weights that several calls read stay in L2
 constexpr int64_t kItemBytes = 128 << 10;         // of weights, at least, for a work item of few rows
@@ -87,7 +90,7 @@ void* Advance(void* p, int64_t bytes) { return static_cast<char*>(p) + bytes; }
 
 bool IsTask(const QuantizedArgs& args, QuantizedTask task) { return args.task == static_cast<int64_t>(task); }
 
-bool IsInteger(const Weight& weight) { return weight.form.starts_with('i'); }
+bool IsInteger(const Weight& weight) { return !weight.form.starts_with('f'); }
 
 // Whether the kernels for few rows take these sizes: masked vectors of weights end at words of 32 bits, and a register
 // of weights along K holds whole groups, or a group whole registers.
@@ -113,7 +116,9 @@ void PlanFew(QuantizedPlan& plan, int64_t threads) {
     plan.call_k = plan.k_unit = args.group < kCallK ? kCallK / args.group * args.group : kCallK;
     const int64_t reused = kReusedBytes * 8 / (plan.call_k * plan.bits) / kUnit * kUnit;
     plan.call_n = std::max(kUnit, again ? reused : kSums / args.m / kUnit * kUnit);
-    const int64_t parts = std::min(bytes / kPartBytes, kUnitsToSplit / units);
+    int64_t parts = std::min(bytes / kPartBytes, kMostParts / units);
+    if (bytes >= kManyBytes) parts = std::max(parts, kParts);
+    parts = std::min(parts, kMaxSliceBytes / plan.slice_bytes());
     plan.k_parts = std::clamp<int64_t>(parts, 1, CeilDiv(args.k, plan.k_unit));
   }
   const int64_t wanted = CeilDiv(2 * threads, plan.k_parts);
@@ -356,7 +361,6 @@ QuantizedPlan PlanQuantized(const QuantizedShape& shape, std::span<const Target*
   args.k = shape.k;
   args.group = group;
   args.flip = weight.flip;
-  args.points = !shape.zero.empty() || (IsInteger(weight) && weight.bits == 8 && weight.flip == 0);
   args.rsx = shape.k;
   args.x_dtype = RowNumber(shape.x, false);
   args.rsq = row * weight.bits / 8;

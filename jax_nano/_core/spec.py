@@ -540,7 +540,7 @@ WEIGHTS: Final[dict[str, Weight]] = {
     x.name: x
     for x in (
         Weight("int8", 2, "i8", 8, 128),
-        Weight("uint8", 6, "i8", 8, 0),
+        Weight("uint8", 6, "u8", 8, 0),
         Weight("int4", 21, "i4", 4, 8),
         Weight("uint4", 22, "i4", 4, 0),
         Weight("float8_e4m3fn", 20, "f8e4m3", 8, 0),
@@ -565,7 +565,6 @@ QUANTIZED_ARGS: Final = (
     Field("int64_t", "group", "values of K that share a scale; k if all do"),
     Field("int64_t", "first", "to dequantise: values of K of its first group that come before the block"),
     Field("int64_t", "flip", "Weight::flip"),
-    Field("int64_t", "points", "1: numbers are subtracted from weights: zero points, or what makes uint8 of int8"),
     Field("const void*", "x"),
     Field("int64_t", "rsx", "elements between rows of x"),
     Field("int64_t", "x_dtype", "dtypes of rows: places in QUANTIZED_ROWS"),

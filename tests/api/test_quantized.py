@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def operands(
     """x, q, scale[, zero point]."""
     rng = np.random.default_rng(list(f"{weights}{m}{n}{k}{groups}{x}".encode()))
     facts = spec.WEIGHTS[weights]
-    if facts.form.startswith("i"):
+    if facts.form[0] in "iu":
         q = rng.integers(-facts.flip, 2**facts.bits - facts.flip, (k, n))
     else:
         q = rng.standard_normal((k, n)) * 3
@@ -146,8 +146,13 @@ def test_what_has_no_kernel_is_the_composition() -> None:
         (ValueError, "even sizes", {"q": jnp.zeros((96, 63), jnp.int4), "scale": jnp.ones(63)}),
         (ValueError, "groups of 31", {"group": 31}),
         (ValueError, "contracting", {"contracting": 2}),
+        (ValueError, "activations to be", {"activations": "int4"}),
+        (ValueError, "activation", {"activation": "cube"}),
+        (ValueError, "bias of shape", {"bias": jnp.zeros(63)}),
+        (ValueError, "residual of shape", {"residual": jnp.zeros((64,))}),
+        (TypeError, "requires a scale", {"scale": None}),
         (TypeError, "floating-point result", {"preferred_element_type": jnp.int32}),
-        (TypeError, "valid", {"x": "a"}),
+        (TypeError, "a", {"x": "a"}),
     ],
 )
 def test_errors(error: type[Exception], message: str, change: dict[str, Any]) -> None:
@@ -261,3 +266,154 @@ def test_an_array_is_a_pytree() -> None:
     x = jnp.ones((4,))
     found = jax.lax.scan(lambda _, w: (None, x @ w), None, stacked)[1]
     np.testing.assert_allclose(found, np.full((2, 128), 4.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("m", [1, 20])
+def test_epilogues(m: int, dtype: str) -> None:
+    x, q, scale = operands("int4", m, x=dtype)
+    rng = np.random.default_rng(2)
+    bias, residual = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((64,), (m, 64)))
+    y = in_float64(x, q, scale) + np.asarray(bias, np.float64)
+    relu = np.maximum(y, 0) + np.asarray(residual, np.float64)
+
+    def program(*v: Any) -> Any:
+        return jax_nano.quantized_matmul(*v[:3], bias=v[3], activation="relu", residual=v[4])
+
+    close(program(x, q, scale, bias, residual), relu)
+    if native.target():
+        assert calls(program, x, q, scale, bias, residual) == 1
+    silu = jax_nano.quantized_matmul(x, q, scale, bias=bias, activation=jax.nn.silu)
+    close(silu, y / (1 + np.exp(-y)))
+    close(jax_nano.quantized_matmul(x, q, scale, residual=residual), y - np.asarray(bias, np.float64) + residual)
+
+
+def test_epilogues_where_there_is_no_kernel() -> None:
+    x, q, scale = operands("int8", k=24, groups=3)
+    bias = jnp.linspace(-1, 1, 64)
+    got = jax_nano.quantized_matmul(x, q, scale, bias=bias, activation="relu")
+    close(got, np.maximum(in_float64(x, q, scale) + np.asarray(bias, np.float64), 0))
+
+
+def test_gradients_and_batches_with_an_epilogue() -> None:
+    x, q, scale = operands("int8", 5)
+    bias, residual = jnp.linspace(-1, 1, 64), jnp.linspace(0, 2, 320).reshape(5, 64)
+
+    def ours(x: Any, scale: Any, bias: Any, residual: Any) -> Any:
+        y = jax_nano.quantized_matmul(x / 50, q, scale, bias=bias, activation="silu", residual=residual)
+        return jnp.sum(jnp.sin(y))
+
+    def theirs(x: Any, scale: Any, bias: Any, residual: Any) -> Any:
+        w = q.astype(jnp.float32) * jnp.repeat(scale, 32, 0)
+        return jnp.sum(jnp.sin(jax.nn.silu(jnp.matmul(x / 50, w, precision="highest") + bias) + residual))
+
+    given = (x, scale, bias, residual)
+    for got, want in zip(jax.grad(ours, range(4))(*given), jax.grad(theirs, range(4))(*given), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4 * np.abs(want).max())
+
+    def row(x: Any, residual: Any) -> Any:
+        return jax_nano.quantized_matmul(x, q, scale, bias=bias, activation="relu", residual=residual)
+
+    np.testing.assert_allclose(jax.vmap(row)(x, residual), row(x, residual), rtol=1e-6, atol=1e-4)
+    np.testing.assert_allclose(
+        jax.vmap(row, (None, 0))(x[0], residual), row(jnp.stack([x[0]] * 5), residual), rtol=1e-6, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("weights", ["int8", "uint8", "int4", "uint4"])
+@pytest.mark.parametrize("contracting", [0, 1])
+def test_activations_of_8_bits(weights: str, contracting: int) -> None:
+    """Exactly the product of the rounded rows, within float32; and not far from that of the rows."""
+    for zero in (False, True):
+        x, q, scale, *points = operands(weights, 4, zero=zero)
+        x = x.at[2].set(0)
+        most = np.abs(np.asarray(x)).max(1, keepdims=True)
+        step = np.where(most > 0, most / np.float32(127), 1).astype(np.float32)
+        rounded = np.round(np.asarray(x) / step) * step.astype(np.float64)
+        turned = [v.T if contracting else v for v in (q, scale, *points)]
+        got = jax_nano.quantized_matmul(x, *turned, contracting=contracting, activations="int8")
+        want = in_float64(jnp.asarray(rounded, jnp.float32), q, scale, *points)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+        exact = in_float64(x, q, scale, *points)
+        w = np.abs(in_float64(jnp.eye(96), q, scale, *points)).sum(0)
+        assert (np.abs(got - exact) <= 0.5 * step * w * 1.001 + 1e-3).all()
+    y = jax_nano.quantized_matmul(x.astype(jnp.bfloat16), q, scale, activations="int8", activation="relu")
+    assert y.dtype == jnp.bfloat16
+    assert (y >= 0).all()
+
+
+def test_activations_need_integers() -> None:
+    with pytest.raises(ValueError, match="requires q of integers"):
+        jax_nano.quantized_matmul(*operands("float8_e5m2"), activations="int8")
+
+
+class QArray(NamedTuple):
+    """As Qwix has it: scales of the weights' rank, whose sizes divide theirs."""
+
+    qvalue: Any
+    scale: Any
+    zero_point: Any = None
+
+
+def test_arrays_of_other_libraries() -> None:
+    x, q, scale, zero = operands("uint8", zero=True)
+    want = in_float64(x, q, scale, zero)
+    close(jax_nano.quantized_matmul(x, QArray(q, scale, zero)), want)
+    close(jax_nano.quantized_matmul(x, QArray(q.T, scale.T, zero.T), contracting=1), want)
+    one = QArray(q, jnp.full((1, 1), 0.5))
+    close(jax_nano.quantized_matmul(x, one), in_float64(x, q, jnp.full((1, 64), 0.5)))
+    few = jnp.linspace(1, 2, 8).reshape(1, 8)  # one for 8 columns
+    close(jax_nano.quantized_matmul(x, QArray(q, few)), in_float64(x, q, jnp.repeat(few, 8, 1)))
+
+
+def in_blocks(q: Any, scale: Any) -> np.ndarray:
+    """The dequantised array in float64, with a scale for each block."""
+    scale = np.asarray(scale, np.float64)
+    for i, size in enumerate(scale.shape):
+        scale = np.repeat(scale, q.shape[i] // size, i)
+    return np.asarray(q.astype(jnp.float32), np.float64) * scale
+
+
+@pytest.mark.parametrize(
+    ("x", "q", "scale", "numbers", "einsum", "served"),
+    [
+        ((3, 96), (96, 64), (3, 64), (((1,), (0,)), ((), ())), "ak,kn->an", True),
+        ((96, 3), (64, 96), (1, 3), (((0,), (1,)), ((), ())), "ka,nk->an", True),
+        ((2, 3, 96), (96, 4, 16), (1, 4, 1), (((2,), (0,)), ((), ())), "abk,kno->abno", True),
+        ((3, 6, 16), (6, 16, 64), (6, 1, 64), (((1, 2), (0, 1)), ((), ())), "ajk,jkn->an", True),
+        ((3, 16, 6), (6, 16, 64), (2, 1, 1), (((2, 1), (0, 1)), ((), ())), "akj,jkn->an", True),
+        ((3, 6, 16), (6, 16, 64), (2, 2, 64), (((1, 2), (0, 1)), ((), ())), "ajk,jkn->an", False),
+        ((3, 6, 16), (6, 64, 16), (6, 64, 1), (((1, 2), (0, 2)), ((), ())), "ajk,jnk->an", True),
+        ((5, 3, 32), (5, 32, 64), (5, 1, 64), (((2,), (1,)), ((0,), (0,))), "bak,bkn->ban", False),
+        ((3,), (4, 2), (4, 1), (((), ()), ((), ())), "a,no->ano", False),
+    ],
+)
+def test_dot_general(x: Any, q: Any, scale: Any, numbers: Any, einsum: str, served: bool) -> None:
+    rng = np.random.default_rng(5)
+    a = jnp.asarray(rng.standard_normal(x), jnp.float32)
+    b = jnp.asarray(rng.integers(-128, 128, q), jnp.int8)
+    s = jnp.asarray(rng.random(scale) + 0.5, jnp.float32)
+    want = np.einsum(einsum, np.asarray(a, np.float64), in_blocks(b, s))
+
+    def program(a: Any, b: Any, s: Any) -> Any:
+        return jax_nano.quantized_dot_general(a, b, s, dimension_numbers=numbers)
+
+    close(program(a, b, s), want)
+    close(jax_nano.quantized_dot_general(a, QArray(b, s), dimension_numbers=numbers), want)
+    if native.target():
+        assert calls(program, a, b, s) == int(served)
+
+
+def test_dot_general_with_zero_points_of_another_grid() -> None:
+    x, q, scale = operands("uint8")
+    zero = jnp.asarray(np.random.default_rng(0).integers(0, 9, (6, 64)), jnp.uint8)
+    got = jax_nano.quantized_dot_general(x, q, scale, zero, dimension_numbers=(((1,), (0,)), ((), ())))
+    w = (np.asarray(q, np.float64) - np.repeat(np.asarray(zero, np.float64), 16, 0)) * np.repeat(scale, 32, 0)
+    close(got, np.asarray(x, np.float64) @ w)
+
+
+@pytest.mark.parametrize("scale", [(5, 64), (64,), (3, 0)])
+def test_errors_of_dot_general(scale: Any) -> None:
+    x, q, _ = operands("int8")
+    with pytest.raises(ValueError, match="whose sizes divide"):
+        jax_nano.quantized_dot_general(x, q, jnp.ones(scale), dimension_numbers=(((1,), (0,)), ((), ())))

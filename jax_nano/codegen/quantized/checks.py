@@ -21,7 +21,7 @@ def loops(kernel: QuantizedKernel, disassembly: str) -> list[Checked]:
     """
     found = []
     code = dict(inspect_asm.functions(disassembly))
-    expected = {x.name(kernel.symbol): (x.rows * x.depth, x.depth == DEPTH) for x in kernel.sweeps()}
+    expected = {x.name(kernel.symbol): (x.rows * x.depth * x.registers, x.depth == DEPTH) for x in kernel.sweeps()}
     expected |= {x.name(kernel.symbol): (x.rows * x.cols, x.groups == 1) for x in kernel.inner_products()}
     for name, (products, strict) in expected.items():
         assert kernel.form is not None

@@ -45,6 +45,7 @@ class Sweep:
     points: bool
 
     PARAMS = ("q", "rsq", "x", "sums", "zeros", "cols", "flip")
+    LINE = 64  # bytes
 
     def name(self, prefix: str) -> str:
         return f"{prefix}_sweep_{self.rows}x{self.depth}{'_points' if self.points else ''}"
@@ -62,6 +63,11 @@ class Sweep:
             count //= 2
         return count
 
+    @property
+    def registers(self) -> int:
+        """Of columns in a step of the loop: with one row of x as many as fill a line, which is fetched once."""
+        return self.LINE // (4 * self.form.lanes) if self.rows == 1 and self.depth > 1 else 1
+
     def _body(self, *args: Any) -> None:
         q, rsq, x, sums, zeros, cols, flip = args
         form, lanes, rows = self.form, self.form.lanes, self.rows
@@ -70,7 +76,7 @@ class Sweep:
         behind = rsq * self.depth
         constants = form.constants(flip)
 
-        def register(at: Sequence[Ptr], load: Callable[[Ptr], Value]) -> None:
+        def register(at: Sequence[Ptr], load: Callable[[Ptr], Ptr | Value], *, ahead: bool) -> None:
             """A register of columns: ``at`` points to rows of weights, then to sums, then to zeros."""
             *of_q, total, zero = at
             rows_of_q = [offsets.of(of_q[d // A_ROWS_PER_POINTER], d % A_ROWS_PER_POINTER) for d in range(self.depth)]
@@ -79,12 +85,12 @@ class Sweep:
                 places = [[total.at((i * count + f) * lanes) for f in which] for i in range(rows)]
                 acc = [[p.load(lanes) for p in of_row] for of_row in places]
                 for d, row in enumerate(rows_of_q):
-                    if self.depth > 1 and first == 0:
+                    if ahead and first == 0:
                         row.at(behind).prefetch(level=2)
                     # Or LLVM keeps what every row of weights needs in registers, of which there are not enough.
                     ir.keep_order()
                     factors = [ir.splat(x.at(d * rows + i).load(), lanes) for i in range(rows)]
-                    for j, v in enumerate(form.fields(load(row), which, constants, points=self.points)):
+                    for j, v in enumerate(form.fields(load(row), which, constants)):
                         if self.points:
                             v = ir.subtract(v, zero.at(which[j] * lanes).load(lanes))
                         for i, factor in enumerate(factors):
@@ -93,23 +99,24 @@ class Sweep:
                     for p, v in zip(of_row, values, strict=True):
                         p.store(v)
 
-        def whole(p: Ptr) -> Value:
-            return p.as_type("int32").load(lanes, alignment=1)
+        def next_of(at: Sequence[Ptr], registers: int) -> list[Ptr]:
+            *of_q, total, zero = at
+            moved = (total.at(registers * rows * count * lanes), zero.at(registers * count * lanes if self.points else 0))
+            return [*(p.at(registers * lanes * 4) for p in of_q), *moved]
 
         def body(_: I64, *at: Ptr) -> list[Any]:
-            *of_q, total, zero = at
-            register(at, whole)
-            steps = (total.at(rows * count * lanes), zero.at(count * lanes if self.points else 0))
-            return [*(p.at(lanes * 4) for p in of_q), *steps]
+            for r in range(self.registers):
+                register(next_of(at, r), lambda p: p, ahead=self.depth > 1 and r == 0)
+            return next_of(at, self.registers)
 
         first = [q.at(d * rsq) for d in range(0, self.depth, A_ROWS_PER_POINTER)]
-        at = ir.loop(0, cols // width, 1, [*first, sums, zeros], body)
+        at = ir.loop(0, cols // (self.registers * width), 1, [*first, sums, zeros], body)
         if self.depth == 1:
             words = (cols % width) * form.bits // 32
             mask = ir.lane_mask(words, lanes)
             ir.if_(
                 ir.less(0, words),
-                lambda: register(at, lambda p: p.as_type("int32").load(lanes, mask, alignment=1)),
+                lambda: register(at, lambda p: p.as_type("int32").load(lanes, mask, alignment=1), ahead=False),
             )
 
 
@@ -136,7 +143,7 @@ class Columns:
             sweep.emit(module, self.prefix)
         module.function(name("flush"), ["float32"] * 3 + ["i64"] * 3, self._flush, internal=True)
         module.function(name("clear"), ["float32", "i64"], self._clear, internal=True)
-        module.function(name("zeros"), ["float32", "float32", "i64", "i64"], self._zeros, internal=True)
+        module.function(name("zeros"), ["float32", "float32", "i64"], self._zeros, internal=True)
 
     def _name(self, what: str) -> str:
         return f"{self.prefix}_columns_{what}"
@@ -146,15 +153,14 @@ class Columns:
         zero = ir.zeros(self.form.lanes, "float32")
         ir.loop(0, count, self.form.lanes, [], lambda i: p.at(i).store(zero))
 
-    def _zeros(self, points: Ptr, to: Ptr, registers: I64, flip: I64) -> None:
-        """What is subtracted from fields for zero points, of which whole registers of float32 are given."""
+    def _zeros(self, points: Ptr, to: Ptr, registers: I64) -> None:
+        """Zero points in the order of fields, of which whole registers of float32 are given."""
         form, lanes, count = self.form, self.form.lanes, field_count(self.form)
-        lift = ir.splat(form.lift(ir.int32_to_float32(ir.as_int32(flip))), lanes)
 
         def register(_: I64, source: Ptr, target: Ptr) -> list[Any]:
             natural = [source.at(j * lanes).load(lanes) for j in range(count)]
             for f, v in enumerate(form.permuted(natural)):
-                target.at(f * lanes).store(ir.subtract(v, lift))
+                target.at(f * lanes).store(v)
             return [source.at(count * lanes), target.at(count * lanes)]
 
         ir.loop(0, registers, 1, [points, to], register)
@@ -192,12 +198,13 @@ class Columns:
         flip, q, sums, y, zeros, scales = (x[name] for name in ("flip", "q", "sums", "y", "zeros", "scales"))
         cols = x["n"]
         registers = (cols + (width - 1)) // width
-        whole = cols // width * width  # columns that fill registers
         module.call(self._name("clear"), [sums, registers * width * x["m"]])
 
         def sweep(rows_of_x: int, points: bool, begin: I64, end: Size) -> None:
             deep, flat = (Sweep(form, self.target, rows_of_x, depth, points) for depth in (DEPTH, 1))
             last = begin + (end - begin) // DEPTH * DEPTH
+            at_once = deep.registers * width
+            whole = cols // at_once * at_once
 
             def one(kind: Sweep, kk: I64, first: Size, count: Size) -> None:
                 row = q.at(kk * x["rsq"] + first * form.bits // 8)
@@ -222,16 +229,12 @@ class Columns:
             if form.is_integer:
 
                 def subtracting() -> None:
-                    def given() -> None:
-                        at = x["zero"] + number * x["rs_zero"] * bytes_of(x["zero_dtype"])
-                        rows.load(at, x["zero_dtype"], scales, cols)
-
-                    none = partial(module.call, self._name("clear"), [scales, registers * width])
-                    ir.if_(ir.equal(x["zero"], 0), none, given)
-                    module.call(self._name("zeros"), [scales, zeros, registers, flip])
+                    at = x["zero"] + number * x["rs_zero"] * bytes_of(x["zero_dtype"])
+                    rows.load(at, x["zero_dtype"], scales, cols)
+                    module.call(self._name("zeros"), [scales, zeros, registers])
                     by_rows(True, begin, end)
 
-                ir.if_(ir.equal(x["points"], 0), partial(by_rows, False, begin, end), subtracting)
+                ir.if_(ir.equal(x["zero"], 0), partial(by_rows, False, begin, end), subtracting)
             else:
                 by_rows(False, begin, end)
             at = x["scale"] + number * x["rs_scale"] * bytes_of(x["scale_dtype"])

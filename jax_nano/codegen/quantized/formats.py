@@ -1,12 +1,11 @@
 """Weights of 8 and 4 bits in memory as vectors of float32.
 
-A vector register of weights is unpacked into *fields*, vectors of float32 whose lanes are weights that do not lie side
-by side: so much cheaper to make that products are summed in this order, and brought into the natural one where a sum
-ends. ``natural`` and ``permuted`` lead from the one to the other.
+A vector register of weights is unpacked into *fields*, vectors of float32 whose lanes need not be weights that lie side
+by side, where others are cheaper to make: products are then summed in this order, and brought into the natural one where
+a sum ends. ``natural`` and ``permuted`` lead from the one to the other.
 
-Integers of 8 bits. A register is seen as words of 32 bits; two shifts leave one weight of each word with its sign, and
-a conversion makes it float32. Unsigned weights are seen as signed ones that are less by 128, which zero points make up
-for (``lift``).
+Integers of 8 bits. A load that extends signs or zeros, and a conversion; in their natural order. On Zen 3 that load
+costs no more than another one, where two shifts of a whole register take the time of a product each.
 
 Integers of 4 bits. They are numbers of bfloat16, which has two bytes: one byte shuffle looks up the upper bytes of 32
 weights or more, one the lower bytes. Interleaved they are pairs of bfloat16, of which a shift or a bitwise operation
@@ -39,6 +38,7 @@ class Format(Protocol):
       lanes: float32 in a vector.
       is_integer: whether zero points may be subtracted.
       factor: what sums of fields are to be multiplied by.
+      in_order: whether fields are in the order in which the weights lie.
       in_use: registers that making fields takes.
       at_once: fields that are made together: fewer cost more each.
     """
@@ -54,6 +54,8 @@ class Format(Protocol):
     @property
     def factor(self) -> float: ...
     @property
+    def in_order(self) -> bool: ...
+    @property
     def in_use(self) -> int: ...
     @property
     def at_once(self) -> int: ...
@@ -62,18 +64,12 @@ class Format(Protocol):
         """What ``fields`` needs in registers; made once, at the top of a function."""
         ...
 
-    def fields(self, v: Value, which: Sequence[int], constants: Sequence[Value], *, points: bool) -> Iterator[Value]:
-        """Some fields of a register of weights, as 32-bit words; each is made when it is asked for.
+    def fields(self, source: Ptr | Value, which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
+        """Some fields of a register of weights; each is made when it is asked for.
 
         Args:
+          source: where they lie, or the register as 32-bit words.
           constants: from ``constants``.
-          points: whether zero points will be subtracted; if not, integers of 8 bits are signed.
-        """
-        ...
-
-    def lift(self, flip: Value) -> Value:
-        """What a zero point is to be made less by, a float32, for the numbers that ``fields`` gives with ``points``;
-        ``flip`` as a float32.
         """
         ...
 
@@ -130,49 +126,51 @@ def _pieces(v: Value, lanes: int) -> list[Value]:
     return [ir.shuffle(v, v, range(i, i + lanes)) for i in range(0, ir.lanes_of(v), lanes)]
 
 
+def _register(source: Ptr | Value, lanes: int) -> Value:
+    return source.as_type("int32").load(lanes, alignment=1) if isinstance(source, Ptr) else source
+
+
 @dataclass(frozen=True)
 class Bytes:
-    """int8 and uint8."""
+    """int8 or uint8."""
 
     lanes: int
+    signed: bool
     bits = 8
-    name = "i8"
     is_integer = True
     factor = 1.0
-    in_use = 8
+    in_order = True
+    in_use = 6
     at_once = 1
 
+    @property
+    def name(self) -> str:
+        return "i8" if self.signed else "u8"
+
     def constants(self, flip: I64) -> list[Value]:
-        # Of unsigned weights the upper bit is flipped.
-        return [ir.splat(ir.as_int32(ir.select_size(ir.equal(flip, 0), 0x80808080, 0)), self.lanes)]
+        return []
 
-    def lift(self, flip: Value) -> Value:
-        return ir.subtract(ir.scalar_constant(128, "float32"), flip)
+    def _widened(self, v: Value) -> Value:
+        return ir.int32_to_float32(ir.convert(v, "int8" if self.signed else "uint8", "int32"))
 
-    def fields(self, v: Value, which: Sequence[int], constants: Sequence[Value], *, points: bool) -> Iterator[Value]:
-        if points:
-            v = ir.xor(v, constants[0])
-        for field in which:
-            yield ir.int32_to_float32(ir.shift_right_signed(ir.shift_left(v, 24 - 8 * field), 24))
+    def fields(self, source: Ptr | Value, which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
+        if isinstance(source, Ptr):
+            elem = "int8" if self.signed else "uint8"
+            for field in which:
+                yield self._widened(source.as_type(elem).at(field * self.lanes).load(self.lanes))
+        else:
+            pieces = _pieces(ir.bitcast(source, 4 * self.lanes, "int8"), self.lanes)
+            for field in which:
+                yield self._widened(pieces[field])
 
     def natural(self, fields: Sequence[Value]) -> list[Value]:
-        a, b, c, d = fields
-        return _riffle(_riffle([a], [c]), _riffle([b], [d]))
+        return list(fields)
 
     def permuted(self, vectors: Sequence[Value]) -> list[Value]:
-        evens, odds = _unriffle(vectors)
-        (a, c), (b, d) = ([x for (x,) in _unriffle(half)] for half in (evens, odds))
-        return [a, b, c, d]
+        return list(vectors)
 
     def chunk(self, p: Ptr, flip: I64) -> list[Value]:
-        return _flipped(p.load(CHUNK), flip, self.lanes)
-
-
-def _flipped(bytes_: Value, flip: I64, lanes: int) -> list[Value]:
-    """float32 of unsigned bytes, or of signed ones of fewer bits: ``flip`` is added and subtracted."""
-    lifted = ir.splat(ir.as_int32(flip), lanes)
-    wide = [ir.xor(ir.convert(x, "uint8", "int32"), lifted) for x in _pieces(bytes_, lanes)]
-    return [ir.int32_to_float32(ir.subtract(x, lifted)) for x in wide]
+        return list(self.fields(p, range(CHUNK // self.lanes), ()))
 
 
 @dataclass(frozen=True)
@@ -184,6 +182,7 @@ class Nibbles:
     name = "i4"
     is_integer = True
     factor = 1.0
+    in_order = False
     in_use = 10
     at_once = 2
 
@@ -200,10 +199,8 @@ class Nibbles:
         signed = ir.negate(ir.equal(flip, 0))
         return [ir.select(ir.splat_bool(signed, ir.lanes_of(s)), s, u) for s, u in pairs]
 
-    def lift(self, flip: Value) -> Value:
-        return ir.subtract(flip, flip)
-
-    def fields(self, v: Value, which: Sequence[int], constants: Sequence[Value], *, points: bool) -> Iterator[Value]:
+    def fields(self, source: Ptr | Value, which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
+        v = _register(source, self.lanes)
         count = 4 * self.lanes
         intrinsic = {8: "llvm.x86.avx2.pshuf.b", 16: "llvm.x86.avx512.pshuf.b.512"}[self.lanes]
         found: dict[int, list[Value]] = {}
@@ -242,7 +239,9 @@ class Nibbles:
         v = p.load(CHUNK // 2)
         low, high = ir.and_constant(v, 15), ir.shift_right(v, 4)
         both = ir.shuffle(low, high, [x for i in range(CHUNK // 2) for x in (i, CHUNK // 2 + i)])
-        return _flipped(both, flip, self.lanes)
+        flipped = ir.splat(ir.as_int32(flip), self.lanes)  # signs
+        wide = [ir.xor(ir.convert(x, "uint8", "int32"), flipped) for x in _pieces(both, self.lanes)]
+        return [ir.int32_to_float32(ir.subtract(x, flipped)) for x in wide]
 
 
 def _bfloat16(x: int) -> int:
@@ -260,6 +259,7 @@ class Floats:
     lanes: int
     bits = 8
     is_integer = False
+    in_order = False
     in_use = 8
     at_once = 2
 
@@ -274,9 +274,6 @@ class Floats:
     def constants(self, flip: I64) -> list[Value]:
         return []
 
-    def lift(self, flip: Value) -> Value:
-        return ir.subtract(flip, flip)
-
     def _float16(self, v: Value) -> Value:
         """float16 from words of 16 bits with a weight in the upper half, zero below."""
         if self.exponent_bits == 4:
@@ -286,8 +283,8 @@ class Floats:
             v = ir.or_(nan, sign)
         return ir.bits_as(v, "float16")
 
-    def fields(self, v: Value, which: Sequence[int], constants: Sequence[Value], *, points: bool) -> Iterator[Value]:
-        words = ir.bitcast(v, 2 * self.lanes, "int16")
+    def fields(self, source: Ptr | Value, which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
+        words = ir.bitcast(_register(source, self.lanes), 2 * self.lanes, "int16")
         halves: dict[int, list[Value]] = {}
         for field in which:
             if field // 2 not in halves:

@@ -9,7 +9,7 @@ x is copied once, into the order of fields, filled up with zeros to whole regist
         totals[cols, rows] += scale * sums               lane by lane
       y = the sums of the totals' lanes
 
-Where a register holds several groups, its lanes have scales and zero points of their own.
+Where a register holds several groups, its lanes, or its fields, have scales and zero points of their own.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Products:
     groups: int
     points: bool
 
-    PARAMS = ("q0", "q1", "q2", "q3", "x", "y", "work", "scales", "zeros", "pitch", "k", "group", "flip")
+    PARAMS = ("q0", "q1", "q2", "q3", "ahead", "x", "y", "work", "scales", "zeros", "pitch", "k", "group", "flip")
 
     def name(self, prefix: str) -> str:
         return f"{prefix}_inner_{self.rows}x{self.cols}_{self.groups}{'_points' if self.points else ''}"
@@ -56,8 +56,13 @@ class Products:
 
     @property
     def chains(self) -> int:
-        """Sums of one row and column; fields go to them in turn."""
-        return max(CHAINS // (self.rows * self.cols), 1)
+        """Sums of one row and column: fields go to them in turn, or to that of their group."""
+        return self.groups if self._by_field else max(CHAINS // (self.rows * self.cols), 1)
+
+    @property
+    def _by_field(self) -> bool:
+        """Whether a register's groups have fields of their own, not lanes."""
+        return self.groups > 1 and self.form.in_order
 
     def emit(self, module: ir.Module, prefix: str) -> None:
         pointers = dict.fromkeys(("q0", "q1", "q2", "q3"), "int8") | dict.fromkeys(
@@ -66,14 +71,15 @@ class Products:
         module.function(self.name(prefix), [pointers.get(p, "i64") for p in self.PARAMS], self._body, internal=True)
 
     def _body(self, *args: Any) -> None:
-        q0, q1, q2, q3, x, y, work, scales, zeros, pitch, k, group, flip = args
+        q0, q1, q2, q3, ahead, x, y, work, scales, zeros, pitch, k, group, flip = args
         of_q = [q0, q1, q2, q3][: self.cols]
         form, lanes, rows, cols, chains = self.form, self.form.lanes, self.rows, self.cols, self.chains
         count, width = field_count(form), block(form)
         words = (k % width) * form.bits // 32
         mask = ir.lane_mask(words, lanes)
         totals = [[work.at((c * rows + i) * lanes) for i in range(rows)] for c in range(cols)]
-        origins = [work.at((cols * rows + c) * lanes) for c in range(cols)]
+        apart = self.groups if self._by_field else 1
+        origins = [[work.at((cols * rows + c * apart + g) * lanes) for g in range(apart)] for c in range(cols)]
         zero = ir.zeros(lanes, "float32")
         for of_column in totals:
             for p in of_column:
@@ -84,7 +90,6 @@ class Products:
         if self.points and form.at_once > 1:
             for p, v in zip(kept, constants, strict=True):
                 p.store(v)
-        lift = ir.splat(form.lift(ir.int32_to_float32(ir.as_int32(flip))), lanes)
 
         def per_lane(of_column: Ptr, first: Size) -> Value:
             """The numbers of a register's groups, each in the lanes of its group."""
@@ -96,30 +101,36 @@ class Products:
 
         def put_origins(first: Size) -> None:
             if self.points:
-                for c, p in enumerate(origins):
-                    p.store(ir.subtract(per_lane(zeros.at(c * pitch), first), lift))
+                for c, of_column in enumerate(origins):
+                    if not self._by_field:
+                        of_column[0].store(per_lane(zeros.at(c * pitch), first))
+                        continue
+                    for g, p in enumerate(of_column):
+                        p.store(ir.splat(zeros.at(c * pitch).at(first + g).load(), lanes))
 
-        def register(at: Sequence[Ptr], acc: list[Value], load: Callable[[Ptr], Value]) -> list[Value]:
+        def register(at: Sequence[Ptr], acc: list[Value], load: Callable[[Ptr], Ptr | Value]) -> list[Value]:
             *columns, factors = at
             for c, first in itertools.product(range(cols), range(0, count, FIELDS)):
+                if first == 0:
+                    columns[c].at(ahead).prefetch()
                 # Or LLVM keeps what every register needs in registers, of which there are not enough.
                 ir.keep_order()
                 which = range(first, first + FIELDS)
                 here = constants
                 if self.points and form.at_once > 1:
                     here = [p.load(4 * lanes) for p in kept]
-                made = form.fields(load(columns[c]), which, here, points=self.points)
+                made = form.fields(load(columns[c]), which, here)
                 for f, v in zip(which, made, strict=True):
                     if self.points:
-                        v = ir.subtract(v, origins[c].load(lanes))
+                        v = ir.subtract(v, origins[c][f * apart // count].load(lanes))
                     for i in range(rows):
                         factor = factors.at((i * count + f) * lanes).load(lanes)
-                        to = (c * rows + i) * chains + f % chains
+                        to = (c * rows + i) * chains + (f * chains // count if self._by_field else f % chains)
                         acc[to] = ir.fma(factor, v, acc[to])
             return acc
 
-        def whole(p: Ptr) -> Value:
-            return p.as_type("int32").load(lanes, alignment=1)
+        def whole(p: Ptr) -> Ptr:
+            return p
 
         def partial_(p: Ptr) -> Value:
             return p.as_type("int32").load(lanes, mask, alignment=1)
@@ -129,11 +140,16 @@ class Products:
             return [*(p.at(lanes * 4) for p in columns), factors.at(rows * count * lanes)]
 
         def flush(acc: Sequence[Value], first: Size) -> None:
-            for c in range(cols):
-                scale = per_lane(scales.at(c * pitch), first)
-                for i in range(rows):
-                    p = totals[c][i]
-                    some = list(acc[(c * rows + i) * chains : (c * rows + i + 1) * chains])
+            for c, i in itertools.product(range(cols), range(rows)):
+                p = totals[c][i]
+                some = list(acc[(c * rows + i) * chains : (c * rows + i + 1) * chains])
+                if self._by_field:
+                    total = p.load(lanes)
+                    for g, v in enumerate(some):
+                        total = ir.fma(v, ir.splat(scales.at(c * pitch).at(first + g).load(), lanes), total)
+                    p.store(total)
+                else:
+                    scale = per_lane(scales.at(c * pitch), first)
                     while len(some) > 1:
                         some = [ir.add_vectors(a, b) for a, b in zip(some[::2], some[1::2], strict=True)]
                     p.store(ir.fma(some[0], scale, p.load(lanes)))
@@ -166,7 +182,7 @@ class Products:
             ir.if_(ir.less(0, words), rest)
         else:
 
-            def one_register(number: Size, at: Sequence[Ptr], load: Callable[[Ptr], Value]) -> None:
+            def one_register(number: Size, at: Sequence[Ptr], load: Callable[[Ptr], Ptr | Value]) -> None:
                 put_origins(number * self.groups)
                 flush(register(at, list(start), load), number * self.groups)
 
@@ -274,19 +290,15 @@ class Inner:
                 pitch = ir.select_size(reads, x["rs_scale"], room)
                 if points:
                     clear(x["zeros"], room * cols)
-
-                    def given_points() -> None:
-                        for c, place in enumerate(places):
-                            at = x["zero"] + place * x["rs_zero"] * bytes_of(x["zero_dtype"])
-                            rows.load(at, x["zero_dtype"], x["zeros"].at(c * pitch), groups)
-
-                    ir.if_(ir.negate(ir.equal(x["zero"], 0)), given_points)
+                    for c, place in enumerate(places):
+                        at = x["zero"] + place * x["rs_zero"] * bytes_of(x["zero_dtype"])
+                        rows.load(at, x["zero_dtype"], x["zeros"].at(c * room), groups)
                 of_q = [x["q"].at(place * x["rsq"]) for place in (*places, *[places[0]] * (COLUMNS - cols))]
                 found = x["sums"]
                 work = found.at(64)
 
                 def run(products: Products) -> None:
-                    arguments = [*of_q, x["x_pack"], found, work, scales, x["zeros"], pitch, k, x["group"]]
+                    arguments = [*of_q, x["rsq"] * cols, x["x_pack"], found, work, scales, x["zeros"], pitch, k, x["group"]]
                     module.call(products.name(self.prefix), [*arguments, x["flip"]])
 
                 which: Size = 0
@@ -303,6 +315,6 @@ class Inner:
             ir.switch(m, [partial(of_rows, count, points) for count in range(1, ROWS + 1)], first=1)
 
         if form.is_integer:
-            ir.if_(ir.equal(x["points"], 0), partial(by_rows, False), partial(by_rows, True))
+            ir.if_(ir.equal(x["zero"], 0), partial(by_rows, False), partial(by_rows, True))
         else:
             by_rows(False)

@@ -122,7 +122,8 @@ def kernels() -> Iterator[QuantizedKernel]:
     for target in TARGETS.values():
         if "fma" in target.nanokernels:
             lanes = target.lanes(4)
-            for form in (Bytes(lanes), Nibbles(lanes), Floats(4, lanes), Floats(5, lanes), None):
+            forms = (Bytes(lanes, True), Bytes(lanes, False), Nibbles(lanes), Floats(4, lanes), Floats(5, lanes))
+            for form in (*forms, None):
                 yield QuantizedKernel(target, form)
 
 
