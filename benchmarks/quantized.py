@@ -75,7 +75,11 @@ def _row(layer: Layer, rounds: int, seconds: float, *, plain: bool) -> tuple[str
         np.testing.assert_allclose(
             got, want, rtol=tolerance, atol=tolerance * np.abs(want).max(), err_msg=f"{layer}: {name}"
         )
-    candidates = {name: _timed(lambda p=p: p(x, q, scale).block_until_ready(), seconds) for name, p in programs.items()}
+
+    def runner(program: Any) -> Callable[[], Any]:
+        return lambda: program(x, q, scale).block_until_ready()
+
+    candidates = {name: _timed(runner(program), seconds) for name, program in programs.items()}
     words = jnp.asarray(np.ones(q.size * (4 if "int4" in layer.weights else 8) // 32, np.int32))
     reading = _compiled(jnp.sum, words)
     candidates["read"] = _timed(lambda: reading(words).block_until_ready(), seconds)
@@ -110,8 +114,8 @@ def _in_jax(layer: Layer, x: Any, q: Any, scale: Any) -> Any:
     import jax.numpy as jnp
 
     axis = int(layer.along_k)
-    w = q.astype(x.dtype) if layer.group is None else None
-    if w is not None:
+    if layer.group is None:
+        w = q.astype(x.dtype)
         y = x @ (w.T if layer.along_k else w)
         return (y * jnp.squeeze(scale, axis)).astype(x.dtype)
     w = q.astype(jnp.float32) * jnp.repeat(scale, layer.group, axis)
@@ -120,8 +124,13 @@ def _in_jax(layer: Layer, x: Any, q: Any, scale: Any) -> Any:
 
 
 def _in_torch(layer: Layer, x: Any, q: Any, scale: Any) -> Callable[[], Any] | None:
-    """PyTorch's kernel for int8 weights with a scale a column, which lie along K; None where there is no PyTorch."""
-    if layer.weights != "int8" or layer.group is not None or not layer.along_k:
+    """PyTorch's kernel for such weights; None where it has none, or there is no PyTorch.
+
+    Its int8 weights lie along K with a scale a column; its int4 weights are packed by itself, with scales by groups.
+    """
+    by_column = layer.weights == "int8" and layer.group is None and layer.along_k
+    by_group = layer.weights == "int4" and layer.group is not None and layer.along_k
+    if not (by_column or by_group) or layer.n % 64:
         return None
     try:
         import torch
@@ -130,9 +139,13 @@ def _in_torch(layer: Layer, x: Any, q: Any, scale: Any) -> Callable[[], Any] | N
     import jax.numpy as jnp
 
     rows = torch.from_numpy(np.array(x.astype(jnp.float32))).to(torch.bfloat16)
-    weights = torch.from_numpy(np.array(q))
-    scales = torch.from_numpy(np.array(scale[:, 0])).to(torch.bfloat16)
-    return lambda: torch._weight_int8pack_mm(rows, weights, scales)
+    weights = torch.from_numpy(np.array(q.astype(jnp.int8)))
+    scales = torch.from_numpy(np.array(scale)).to(torch.bfloat16)
+    if by_column:
+        return lambda: torch._weight_int8pack_mm(rows, weights, scales[:, 0])
+    packed = torch._convert_weight_to_int4pack_for_cpu((weights + 8).to(torch.int32), 2)
+    pairs = torch.stack([scales.T, torch.zeros_like(scales.T)], -1).contiguous()
+    return lambda: torch._weight_int4pack_mm_for_cpu(rows, packed, layer.group, pairs)
 
 
 def _compiled(f: Callable[..., Any], *args: Any) -> Any:

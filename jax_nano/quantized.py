@@ -72,8 +72,8 @@ def quantized_matmul(
 
     Raises:
       TypeError: an operand is not an array or has a dtype that is none of the above, or K differs.
-      ValueError: scales, zero points, bias or residual do not fit, groups do not divide K, q has 4 bits and an odd size,
-        or activation or activations are not known.
+      ValueError: scales, zero points, bias or residual do not fit, groups do not divide K, q has 4 bits and an odd
+        size, or activation or activations are not known.
     """
     if scale is None:
         q, scale, zero_point, contracting = _parts(q, zero_point, contracting)
@@ -196,7 +196,7 @@ def quantized_dot_general(
             raise ValueError(
                 f"quantized_dot_general requires scales and zero points whose sizes divide q's {q.shape}, got {v.shape}"
             )
-    (x_contracting, q_contracting), (x_batch, q_batch) = dimension_numbers
+    (x_contracting, q_contracting), (_, q_batch) = dimension_numbers
     flat = None
     if len(q_contracting) and not len(q_batch) and len(x_contracting) == len(q_contracting):
         order = sorted(range(len(q_contracting)), key=lambda i: q_contracting[i])  # of q, whose groups must stay

@@ -212,7 +212,7 @@ def finish(
     residual: NDArray[Any] | None,
     factor: float,
 ) -> NDArray[Any]:
-    """Calls what finishes sums, a ctypes function; with a bias and a residual, and then relu, or without an epilogue."""
+    """Calls what finishes sums, a ctypes function; with a bias and a residual relu comes before that."""
     result = reference.poisoned((len(sums), n), dtype(out))
     epilogue = (ctypes.c_int64 * len(spec.EPILOGUE))()
     if bias is not None and residual is not None:

@@ -26,25 +26,25 @@ constexpr QuantizedInfo kKernels[] = {
 };
 
 // What decides the order of sums, so results' bits.
-constexpr int64_t kRowsAtOnce = 4;  // of the kernels that read weights where they lie
-constexpr int64_t kFewRows = 8;     // beyond, making float32 of the weights pays: two passes cost as much
-constexpr int64_t kCallK = 512;     // values of k that columns are summed over at once
-constexpr int64_t kMaxXBytes = 4 << 20;           // of x in workspace
-constexpr int64_t kBlockK = 256, kBlockN = 256;   // of weights as float32: half of a small L2
-// Parts of k, each summed separately. Rows of weights are read whole then, one after the other, also by several threads;
-// and where columns are few, there is work for more of them.
+constexpr int64_t kRowsAtOnce = 4;               // of the kernels that read weights where they lie
+constexpr int64_t kFewRows = 8;                  // beyond, making float32 of the weights pays: two passes cost as much
+constexpr int64_t kCallK = 512;                  // values of k that columns are summed over at once
+constexpr int64_t kMaxXBytes = 4 << 20;          // of x in workspace
+constexpr int64_t kBlockK = 256, kBlockN = 256;  // of weights as float32: half of a small L2
+// Parts of k, each summed separately. Rows of weights are read whole then, one after the other, also by several
+// threads; and where columns are few, there is work for more of them.
 constexpr int64_t kParts = 4, kMostParts = 8;
 constexpr int64_t kPartBytes = 256 << 10, kManyBytes = 4 << 20;  // of weights, at least, in a part, and in four
-constexpr int64_t kMaxSliceBytes = 4 << 20;       // of the sums of all parts
+constexpr int64_t kMaxSliceBytes = 4 << 20;                      // of the sums of all parts
 
-constexpr int64_t kUnit = 128;                    // a multiple of every kernel's register of weights
-constexpr int64_t kColumnsAlongK = 4;             // that are read side by side
-constexpr int64_t kSums = 16384;                  // of few rows: in L2, for rows of weights that are read whole
-constexpr int64_t kMostColumns = 16384;           // along k: of sums in workspace
-constexpr int64_t kReusedBytes = 128 << 10;       // of weights that several calls read stay in L2
-constexpr int64_t kItemBytes = 128 << 10;         // of weights, at least, for a work item of few rows
-constexpr int64_t kLine = 16;                     // elements; an odd number of lines between rows, not all in one set
-constexpr int64_t kMaxItemRows = 1024;            // whose unfinished results are in workspace
+constexpr int64_t kUnit = 128;               // a multiple of every kernel's register of weights
+constexpr int64_t kColumnsAlongK = 4;        // that are read side by side
+constexpr int64_t kSums = 16384;             // of few rows: in L2, for rows of weights that are read whole
+constexpr int64_t kMostColumns = 16384;      // along k: of sums in workspace
+constexpr int64_t kReusedBytes = 128 << 10;  // of weights that several calls read stay in L2
+constexpr int64_t kItemBytes = 128 << 10;    // of weights, at least, for a work item of few rows
+constexpr int64_t kLine = 16;                // elements; an odd number of lines between rows, not all in one set
+constexpr int64_t kMaxItemRows = 1024;       // whose unfinished results are in workspace
 constexpr double kBytesPerNs = 8, kFlopsPerNs = 60;
 
 [[noreturn]] void Refuse(const std::string& what) { throw std::invalid_argument("jax_nano quantized: " + what); }
@@ -126,8 +126,8 @@ void PlanFew(QuantizedPlan& plan, int64_t threads) {
   plan.expected = std::chrono::nanoseconds(static_cast<int64_t>(Real(bytes) / kBytesPerNs));
 }
 
-void PlanMany(QuantizedPlan& plan, const QuantizedShape& shape, std::span<const Target* const> targets,
-              int64_t threads, const Machine& machine) {
+void PlanMany(QuantizedPlan& plan, const QuantizedShape& shape, std::span<const Target* const> targets, int64_t threads,
+              const Machine& machine) {
   plan.gemm = SelectKernel(targets, shape.x, "float32", "float32", "default");
   if (plan.gemm == nullptr) Refuse("no kernel multiplies " + std::string(shape.x) + " with float32");
   const KernelInfo& kernel = *plan.gemm;

@@ -4,8 +4,8 @@
 //
 // in float32, and activation(scale * y + bias) + residual of it where there is an epilogue, rounded to the result's
 // dtype once. Few rows: the generated kernels (jax_nano/codegen/quantized) read the weights where they lie. More: they
-// make float32 of a block of weights in workspace, and the plain kernels multiply it. Which, and the order of every sum,
-// follows from the shape and the dtypes alone, so results are the same bits for any number of threads.
+// make float32 of a block of weights in workspace, and the plain kernels multiply it. Which, and the order of every
+// sum, follows from the shape and the dtypes alone, so results are the same bits for any number of threads.
 #ifndef JAX_NANO_RUN_QUANTIZED_H_
 #define JAX_NANO_RUN_QUANTIZED_H_
 
@@ -29,8 +29,8 @@ std::span<const QuantizedInfo> QuantizedKernels();
 // A product's shape and dtypes, by their names. All arrays are dense and row-major.
 struct QuantizedShape {
   int64_t m, n, k;
-  int64_t group;  // values of k that share a scale; divides k
-  bool along_k;   // q is [n, k], scale and zero are [n, groups]; else [k, n] and [groups, n]
+  int64_t group;                            // values of k that share a scale; divides k
+  bool along_k;                             // q is [n, k], scale and zero are [n, groups]; else [k, n] and [groups, n]
   std::string_view x, q, scale, zero, out;  // no zero points: ""
 };
 

@@ -171,7 +171,8 @@ AttentionPlan NewPlan(const AttentionState& state, const std::vector<ffi::AnyBuf
   shape.scale = state.scale;
   shape.left = std::clamp(state.left, -kUnbounded, kUnbounded);
   shape.right = std::clamp(state.right, -kUnbounded, kUnbounded);
-  const AttentionInfo* kernel = SelectAttention(SelectedTargets(), xla_call::DTypeName(q.element_type()), xla_call::DTypeName(k.element_type()));
+  const AttentionInfo* kernel =
+      SelectAttention(SelectedTargets(), xla_call::DTypeName(q.element_type()), xla_call::DTypeName(k.element_type()));
   return PlanAttention(kernel, shape, HostMachine().caches);
 }
 
@@ -185,9 +186,9 @@ ffi::Error Execute(AttentionState* state, ffi::ThreadPool pool, ffi::AnyBuffer q
     std::vector<ffi::AnyBuffer> all = {q, k, v};
     for (size_t i = 0; i < more.size(); ++i) all.push_back(*more.get<ffi::AnyBuffer>(i));
     for (size_t i = 0; i < results.size(); ++i) all.push_back(**results.get<ffi::AnyBuffer>(i));
-    const CachedAttention& entry = state->plans.Find(
-        [&](const CachedAttention& known) { return known.shapes.Fit(all); },
-        [&] { return std::make_unique<const CachedAttention>(all, NewPlan(*state, all)); });
+    const CachedAttention& entry =
+        state->plans.Find([&](const CachedAttention& known) { return known.shapes.Fit(all); },
+                          [&] { return std::make_unique<const CachedAttention>(all, NewPlan(*state, all)); });
     size_t next = 3;
     const auto take = [&](bool given) -> void* { return given ? all[next++].untyped_data() : nullptr; };
     AttentionBuffers buffers = {};

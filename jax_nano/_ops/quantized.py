@@ -148,7 +148,7 @@ def _jvp(primals: Sequence[Array], tangents: Sequence[Any], *, options: Options)
     out = bind(*primals, options=options)
     moving = [i for i, (t, p) in enumerate(zip(tangents, primals, strict=True)) if _moves(t, p)]
     if not moving:
-        return out, ad.Zero.from_primal_value(out)
+        return out, ad.Zero(jax.typeof(out).to_tangent_aval())
 
     def of_moving(*values: Array) -> Array:
         operands = list(primals)

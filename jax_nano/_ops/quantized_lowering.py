@@ -89,7 +89,7 @@ def _lower(ctx: Context, *values: Value, options: Options) -> Sequence[Value]:
     (out_aval,) = ctx.avals_out
     operands = [Operand(v, aval.shape, aval.dtype) for v, aval in zip(values, ctx.avals_in, strict=True)]
     x, q, scale, *others = operands
-    zero, extras = split(others, options)
+    zero, _ = split(others, options)
     along_k = options.along_k
     whole: Callable[..., Array] = partial(composition, options=options)
     if "cpu" in compat.lowering_platforms(ctx):
@@ -107,9 +107,7 @@ def _lower(ctx: Context, *values: Value, options: Options) -> Sequence[Value]:
         shapes = (x.shape, ctx.avals_in[1].shape, out_aval.shape)
         dtypes = (x.dtype, q.dtype, options.dtype)
         epilogue = options.epilogue
-        text = record.epilogue_text(
-            epilogue.activation, epilogue.scale, bias=epilogue.bias, residual=epilogue.residual
-        )
+        text = record.epilogue_text(epilogue.activation, epilogue.scale, bias=epilogue.bias, residual=epilogue.residual)
         tell(ctx, labels(len(x.shape), along_k=along_k), shapes, dtypes, "default", declined, text, kernel)
     inner = ctx.replace(
         avals_in=[ShapedArray(o.shape, o.dtype) for o in operands],

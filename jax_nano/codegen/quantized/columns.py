@@ -101,7 +101,10 @@ class Sweep:
 
         def next_of(at: Sequence[Ptr], registers: int) -> list[Ptr]:
             *of_q, total, zero = at
-            moved = (total.at(registers * rows * count * lanes), zero.at(registers * count * lanes if self.points else 0))
+            moved = (
+                total.at(registers * rows * count * lanes),
+                zero.at(registers * count * lanes if self.points else 0),
+            )
             return [*(p.at(registers * lanes * 4) for p in of_q), *moved]
 
         def body(_: I64, *at: Ptr) -> list[Any]:

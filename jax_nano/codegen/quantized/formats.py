@@ -1,8 +1,8 @@
 """Weights of 8 and 4 bits in memory as vectors of float32.
 
 A vector register of weights is unpacked into *fields*, vectors of float32 whose lanes need not be weights that lie side
-by side, where others are cheaper to make: products are then summed in this order, and brought into the natural one where
-a sum ends. ``natural`` and ``permuted`` lead from the one to the other.
+by side, where others are cheaper to make: products are then summed in this order, and brought into the natural one
+where a sum ends. ``natural`` and ``permuted`` lead from the one to the other.
 
 Integers of 8 bits. A load that extends signs or zeros, and a conversion; in their natural order. On Zen 3 that load
 costs no more than another one, where two shifts of a whole register take the time of a product each.
@@ -226,7 +226,7 @@ class Nibbles:
         for half in (fields[:4], fields[4:]):
             first, second = (_riffle([half[i]], [half[i + 1]]) for i in (0, 2))
             halves.append(_riffle(first, second, self.BLOCK))
-        return _riffle(*halves)
+        return _riffle(halves[0], halves[1])
 
     def permuted(self, vectors: Sequence[Value]) -> list[Value]:
         out = []

@@ -298,7 +298,18 @@ class Inner:
                 work = found.at(64)
 
                 def run(products: Products) -> None:
-                    arguments = [*of_q, x["rsq"] * cols, x["x_pack"], found, work, scales, x["zeros"], pitch, k, x["group"]]
+                    arguments = [
+                        *of_q,
+                        x["rsq"] * cols,
+                        x["x_pack"],
+                        found,
+                        work,
+                        scales,
+                        x["zeros"],
+                        pitch,
+                        k,
+                        x["group"],
+                    ]
                     module.call(products.name(self.prefix), [*arguments, x["flip"]])
 
                 which: Size = 0
