@@ -1,5 +1,7 @@
 #include "run/quantized.h"
 
+#include <immintrin.h>
+
 #include <algorithm>
 #include <cstring>
 #include <iterator>
@@ -44,7 +46,8 @@ constexpr int64_t kMostColumns = 16384;      // along k: of sums in workspace
 constexpr int64_t kReusedBytes = 128 << 10;  // of weights that several calls read stay in L2
 constexpr int64_t kItemBytes = 128 << 10;    // of weights, at least, for a work item of few rows
 constexpr int64_t kLine = 16;                // elements; an odd number of lines between rows, not all in one set
-constexpr int64_t kMaxItemRows = 1024;       // whose unfinished results are in workspace
+constexpr int64_t kLineBytes = 64;
+constexpr int64_t kMaxItemRows = 1024;  // whose unfinished results are in workspace
 constexpr double kBytesPerNs = 8, kFlopsPerNs = 60;
 
 [[noreturn]] void Refuse(const std::string& what) { throw std::invalid_argument("jax_nano quantized: " + what); }
@@ -283,6 +286,16 @@ void RunFew(const QuantizedPlan& plan, const QuantizedBuffers& buffers, void* sl
   }
 }
 
+// Fetches a block of weights: rows of it are too short and too far apart for the hardware to foresee the next one.
+// 16x4096x14336 takes 60 to 80 ms on Zen 3 without this.
+void Prefetch(const void* block, int64_t rows, int64_t row_bytes, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const char* const row = static_cast<const char*>(block) + i * stride;
+    for (int64_t at = 0; at < row_bytes; at += kLineBytes) _mm_prefetch(row + at, _MM_HINT_T1);
+    _mm_prefetch(row + row_bytes - 1, _MM_HINT_T1);
+  }
+}
+
 void RunMany(const QuantizedPlan& plan, const QuantizedBuffers& buffers, Range m, Range n) {
   const QuantizedArgs& whole = plan.args;
   const bool along_k = IsTask(whole, QuantizedTask::kDequantizeAlongK);
@@ -319,6 +332,8 @@ void RunMany(const QuantizedPlan& plan, const QuantizedBuffers& buffers, Range m
       const auto at = [&](int64_t stride) { return along_k ? j * stride + group : group * stride + j; };
       dequantize.scale = Advance(buffers.scale, at(whole.rs_scale) * plan.scale_bytes);
       dequantize.zero = Advance(buffers.zero, at(whole.rs_zero) * plan.zero_bytes);
+      const int64_t rows = along_k ? x.n : x.k, row_bytes = CeilDiv((along_k ? x.k : x.n) * plan.bits, 8);
+      Prefetch(dequantize.q, rows, row_bytes, whole.rsq);
       plan.kernel->fn(&dequantize);
       x.a = Advance(buffers.x, (m.begin * whole.k + k) * plan.x_bytes);
       x.accumulate = k > 0;

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jax_nano
 from jax_nano._core import native, record, spec
@@ -417,3 +419,35 @@ def test_errors_of_dot_general(scale: Any) -> None:
     x, q, _ = operands("int8")
     with pytest.raises(ValueError, match="whose sizes divide"):
         jax_nano.quantized_dot_general(x, q, jnp.ones(scale), dimension_numbers=(((1,), (0,)), ((), ())))
+
+
+several_devices = pytest.mark.skipif(jax.device_count("cpu") < 4, reason="needs four devices")
+
+
+@several_devices
+@pytest.mark.parametrize(
+    ("x_spec", "q_spec", "scale_spec"),
+    [
+        (P(), P(None, "d"), P(None, "d")),  # columns
+        (P(None, "d"), P("d", None), P("d", None)),  # K with its groups
+        (P(None, "d"), P("d", None), P()),  # K alone
+        (P("d", None), P(), P()),  # the batch
+    ],
+)
+def test_sharded_arrays(x_spec: P, q_spec: P, scale_spec: P) -> None:
+    x, q, scale = operands("int8", 8, groups=4)
+    mesh = jax.make_mesh((4,), ("d",), (AxisType.Auto,))
+    specs = (x_spec, q_spec, scale_spec)
+    given = [jax.device_put(v, NamedSharding(mesh, s)) for v, s in zip((x, q, scale), specs, strict=True)]
+    close(jax.jit(jax_nano.quantized_matmul)(*given), in_float64(x, q, scale))
+
+
+@several_devices
+@has_kernels
+def test_each_device_of_a_shard_map_makes_its_own_call() -> None:
+    x, q, scale = operands("int4", 2, n=128)
+    mesh = jax.make_mesh((4,), ("d",), (AxisType.Auto,))
+    columns = P(None, "d")
+    program = jax.shard_map(jax_nano.quantized_matmul, mesh=mesh, in_specs=(P(), columns, columns), out_specs=columns)
+    close(jax.jit(program)(x, q, scale), in_float64(x, q, scale))
+    assert calls(program, x, q, scale) == 1

@@ -51,12 +51,12 @@ def has_lanes_for(kernel: QuantizedKernel, group: int, k: int) -> bool:
     return group == k or group % block(form) == 0 or parts
 
 
-@pytest.mark.parametrize("kernel", BY_FORMAT, ids=[k.name for k in BY_FORMAT])
-def test_emulated(kernel: QuantizedKernel, library: ctypes.CDLL, rng: np.random.Generator) -> None:
-    function: Any = getattr(library, kernel.symbol)
+@pytest.mark.parametrize("of_target", BY_FORMAT, ids=[k.name for k in BY_FORMAT])
+def test_emulated(of_target: QuantizedKernel, library: ctypes.CDLL, rng: np.random.Generator) -> None:
+    function: Any = getattr(library, of_target.symbol)
     function.restype = None
-    assert kernel.form is not None
-    weights = [name for name, facts in spec.WEIGHTS.items() if facts.form == kernel.form.name]
+    assert of_target.form is not None
+    weights = [name for name, facts in spec.WEIGHTS.items() if facts.form == of_target.form.name]
     few = (
         (1, 256, 128, 128),
         (2, 144, 64, 32),
@@ -66,19 +66,21 @@ def test_emulated(kernel: QuantizedKernel, library: ctypes.CDLL, rng: np.random.
         (1, 16, 48, 48),
     )
     for name, (m, n, k, group), along_k in itertools.product(weights, few, (False, True)):
-        for zero in (None, "int8") if kernel.form.is_integer else (None,):
+        for zero in (None, "int8") if of_target.form.is_integer else (None,):
             case = Case.random(rng, m, n, k, group, name, "bfloat16", "float16", zero, "float32", along_k)
-            if not along_k or has_lanes_for(kernel, group, k):
-                case.check(quantized.call_kernel(function, block(kernel.form), case, "inner" if along_k else "columns"))
+            if not along_k or has_lanes_for(of_target, group, k):
+                case.check(
+                    quantized.call_kernel(function, block(of_target.form), case, "inner" if along_k else "columns")
+                )
         odd = Case.random(rng, m, n - 14, k, group, name, "float32", "bfloat16", zero, "float32", along_k)
         task = "dequantize_along_k" if along_k else "dequantize_columns"
-        got = quantized.call_kernel(function, block(kernel.form), odd, task)
+        got = quantized.call_kernel(function, block(of_target.form), odd, task)
         np.testing.assert_allclose(got, odd.weights_in_float64(), rtol=3e-7)
 
 
-@pytest.mark.parametrize("kernel", [k for k in KERNELS if k.form is None], ids=lambda k: k.name)
-def test_emulated_finish(kernel: QuantizedKernel, library: ctypes.CDLL, rng: np.random.Generator) -> None:
-    function: Any = getattr(library, kernel.symbol)
+@pytest.mark.parametrize("of_target", [k for k in KERNELS if k.form is None], ids=lambda k: k.name)
+def test_emulated_finish(of_target: QuantizedKernel, library: ctypes.CDLL, rng: np.random.Generator) -> None:
+    function: Any = getattr(library, of_target.symbol)
     function.restype = None
     for (m, n), out, given in itertools.product(((1, 16), (3, 37), (2, 130)), FLOATS, (False, True)):
         sums = rng.standard_normal((m, n + 3)).astype(np.float32)
