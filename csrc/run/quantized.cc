@@ -29,7 +29,7 @@ constexpr QuantizedInfo kKernels[] = {
 
 // What decides the order of sums, so results' bits.
 constexpr int64_t kRowsAtOnce = 4;               // of the kernels that read weights where they lie
-constexpr int64_t kFewRows = 8;                  // beyond, making float32 of the weights pays: two passes cost as much
+constexpr int64_t kFewRows = 16;                 // beyond, making float32 of the weights pays: four passes cost as much
 constexpr int64_t kCallK = 512;                  // values of k that columns are summed over at once
 constexpr int64_t kMaxXBytes = 4 << 20;          // of x in workspace
 constexpr int64_t kBlockK = 256, kBlockN = 256;  // of weights as float32: half of a small L2

@@ -86,7 +86,12 @@ class TestExtension:
     """The compiled extension has the facts of the spec beside it."""
 
     def test_calls(self):
-        assert set(_runtime.registrations()) == {spec.DOT_GENERAL_CALL, spec.LINEAR_CALL, spec.ATTENTION_CALL}
+        assert set(_runtime.registrations()) == {
+            spec.DOT_GENERAL_CALL,
+            spec.LINEAR_CALL,
+            spec.ATTENTION_CALL,
+            spec.QUANTIZED_CALL,
+        }
         assert _runtime.ABI_VERSION == spec.FFI_ABI
 
     def test_targets_best_first(self):
@@ -290,7 +295,7 @@ def test_cpp_takes_up_what_is_added(grown):
         from jax_nano.codegen.catalog import find
 
         kernel = find("gemm_i64_i64_i64_i64_6x8_imaginary")
-        manifest.write([kernel], [], [], Path(sys.argv[1], "kernels"))
+        manifest.write([kernel], [], [], [], Path(sys.argv[1], "kernels"))
         print(kernel.symbol)
         """,
     ).strip()
