@@ -110,6 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     fit.set_defaults(command=_fit)
     fit.add_argument("--profile", type=pathlib.Path, required=True, metavar="JSON", help="in jax_nano/profiles")
     fit.add_argument("--of", type=pathlib.Path, nargs="+", required=True, metavar="JSON", help="the times")
+    quantized = commands.add_parser("quantized", help="layers with weights of 8 and 4 bits, beside reading their bytes")
+    quantized.set_defaults(command=_quantized)
+    quantized.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
     attention = commands.add_parser("attention", help="attention in one pass, beside jax.nn's and PyTorch's")
     attention.set_defaults(command=_attention)
     attention.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
@@ -323,6 +326,13 @@ def _fit(args: argparse.Namespace) -> int:
     from benchmarks import fit, regret
 
     print(fit.profile(args.profile, [row for path in args.of for row in regret.load(path)]))
+    return 0
+
+
+def _quantized(args: argparse.Namespace) -> int:
+    from benchmarks import quantized
+
+    print(quantized.report(quick=args.quick))
     return 0
 
 

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from jax_nano.api import vdot as vdot
     from jax_nano.api import vecmat as vecmat
     from jax_nano.flax_attention import attention_fn as attention_fn
+    from jax_nano.quantized import QuantizedArray as QuantizedArray
+    from jax_nano.quantized import quantize as quantize
+    from jax_nano.quantized import quantized_dot_general as quantized_dot_general
+    from jax_nano.quantized import quantized_matmul as quantized_matmul
 
 # Where each public name lives.
 _HOMES = {
@@ -56,6 +60,7 @@ _HOMES = {
         ),
         "jax_nano.api",
     ),
+    **dict.fromkeys(("QuantizedArray", "quantize", "quantized_dot_general", "quantized_matmul"), "jax_nano.quantized"),
     "accelerate": "jax_nano._programs.accelerate",
     "attention_fn": "jax_nano.flax_attention",
     "clear_report": "jax_nano._tools.report",
@@ -65,6 +70,7 @@ _HOMES = {
 _MODULES = ("checkpoint_policies",)
 
 __all__ = [
+    "QuantizedArray",
     "accelerate",
     "attention_fn",
     "checkpoint_policies",
@@ -80,6 +86,9 @@ __all__ = [
     "linear_p",
     "matmul",
     "matvec",
+    "quantize",
+    "quantized_dot_general",
+    "quantized_matmul",
     "register",
     "report",
     "tensordot",

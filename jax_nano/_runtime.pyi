@@ -242,6 +242,28 @@ def attention_gradients(
       ValueError: no attention has the name, or sizes do not fit.
     """
 
+class _QuantizedPlan(TypedDict):
+    kernel: str
+    gemm: str  # the kernel that multiplies with float32 weights; "" where they are read where they lie
+    few: bool  # they are
+    m_parts: int
+    n_parts: int
+    k_parts: int
+
+def plan_quantized(
+    sizes: tuple[int, int, int, int], along_k: bool, dtypes: tuple[str, str, str, str, str], threads: int
+) -> _QuantizedPlan:
+    """How a product with quantised weights would be computed.
+
+    Args:
+      sizes: m, n, k, and how many values of k share a scale.
+      along_k: weights are [n, k], else [k, n].
+      dtypes: of x, weights, scales, zero points ("": there are none), and the result.
+
+    Raises:
+      ValueError: sizes or dtypes are none that kernels take.
+    """
+
 def features() -> list[str]:
     """The CPU features found, among those that some target needs."""
 

@@ -206,3 +206,35 @@ def share_every_call(on: bool) -> None:
 
 def workspace_bytes() -> int:
     """The largest workspace that any thread of this process has held."""
+
+def quantized(
+    addresses: Sequence[int],
+    sizes: tuple[int, int, int, int],
+    along_k: bool,
+    dtypes: tuple[str, str, str, str, str],
+    threads: int,
+    activation: str = "none",
+    factor: float = 1.0,
+    trips: int = 1,
+) -> float:
+    """Run a product with quantised weights with a thread pool of its own, without XLA. Releases the GIL.
+
+    Args:
+      addresses: of x, weights, scales, zero points, the result, bias and residual; 0 for what there is not.
+      sizes, along_k, dtypes: as in `_runtime.plan_quantized`.
+      activation, factor: of the epilogue.
+      trips: how often.
+
+    Returns:
+      The seconds that all trips took.
+
+    Raises:
+      ValueError: sizes or dtypes are none that kernels take, or there is no such activation.
+    """
+
+def call_quantized(kernel_name: str, args: Mapping[str, int]) -> None:
+    """Call one kernel for quantised weights with these fields of QuantizedArgs, the others zero.
+
+    Raises:
+      ValueError: no such kernel, or an unknown field.
+    """

@@ -691,5 +691,6 @@ def export_checks() -> list[DisabledSafetyCheck]:
         native.LINEAR_TARGET_NAME,
         native.ATTENTION_TARGET_NAME,
         native.ATTENTION_GRADIENTS_TARGET_NAME,
+        native.QUANTIZED_TARGET_NAME,
     )
     return [DisabledSafetyCheck.custom_call(name) for name in names]

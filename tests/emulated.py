@@ -10,9 +10,10 @@ import ctypes
 import fcntl
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from guarded import Region
@@ -23,6 +24,9 @@ from jax_nano._core import spec
 from jax_nano.codegen import emulate, manifest
 from jax_nano.codegen.catalog import AttentionKernel
 from jax_nano.codegen.catalog import Kernel as CatalogKernel
+from jax_nano.codegen.quantized.kernel import QuantizedKernel
+
+_AnyKernel: TypeAlias = CatalogKernel | AttentionKernel | QuantizedKernel
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def load(kernels: list[CatalogKernel]) -> dict[str, Kernel]:
     Raises:
       ToolchainError: there is no LLVM 22 or C compiler to build them with.
     """
-    functions = _library("products", kernels)
+    functions = library("products", kernels)
     return {k.name: Kernel(manifest.entry(k), _function(functions, k.symbol)) for k in kernels}
 
 
@@ -108,22 +112,23 @@ def load_attentions(kernels: list[AttentionKernel], suffix: str = "") -> dict[st
 
     With the suffix "_gradients" the functions are those of their gradients.
     """
-    functions = _library("attentions", kernels)
+    functions = library("attentions", kernels)
     return {k.name: (manifest.attention_entry(k), _function(functions, k.symbol + suffix)) for k in kernels}
 
 
-def _library(kind: str, kernels: list[CatalogKernel] | list[AttentionKernel]) -> ctypes.CDLL:
+def library(kind: str, kernels: Sequence[_AnyKernel]) -> ctypes.CDLL:
+    """These kernels, from an earlier run or built anew; raises what `load` does."""
     _FOLDER.mkdir(parents=True, exist_ok=True)
-    library = _FOLDER / f"{kind}-{_key(kernels)}.so"
+    path = _FOLDER / f"{kind}-{_key(kernels)}.so"
     with (_FOLDER / "lock").open("w") as lock:  # other test runs share the folder
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
+        if not path.exists():
             for old in _FOLDER.glob(f"{kind}-*.so"):
                 old.unlink()
-            unfinished = library.with_suffix(".unfinished")
+            unfinished = path.with_suffix(".unfinished")
             emulate.build(kernels, unfinished, os.cpu_count() or 1)
-            unfinished.rename(library)
-        return ctypes.CDLL(str(library))
+            unfinished.rename(path)
+        return ctypes.CDLL(str(path))
 
 
 def _function(library: ctypes.CDLL, symbol: str) -> Any:
@@ -132,7 +137,7 @@ def _function(library: ctypes.CDLL, symbol: str) -> Any:
     return function
 
 
-def _key(kernels: list[CatalogKernel] | list[AttentionKernel]) -> str:
+def _key(kernels: Sequence[_AnyKernel]) -> str:
     """Stands for everything that the library is made of."""
     folder = Path(jax_nano.codegen.__file__).parent
     digest = hashlib.sha256(Path(spec.__file__).read_bytes())

@@ -135,7 +135,10 @@ def test_compare_finds_what_became_slower(results, tmp_path):
     assert "8x8x8 f32" in found.stdout
 
 
-@pytest.mark.parametrize("command", ["overheads", "callers", "gate", "compile", "footprint", "linear", "attention"])
+_OTHERS = ("overheads", "callers", "gate", "compile", "footprint", "linear", "attention", "quantized")
+
+
+@pytest.mark.parametrize("command", _OTHERS)
 def test_the_other_measurements_run(command):
     done = run(command, "--quick")
     assert done.returncode == 0, done.stderr

@@ -14,9 +14,11 @@
 #include "plan/select.h"
 #include "python/attention.h"
 #include "python/product.h"
+#include "python/quantized.h"
 #include "python/testing.h"
 #include "xla/attention_ffi.h"
 #include "xla/ffi.h"
+#include "xla/quantized_ffi.h"
 
 namespace nb = nanobind;
 
@@ -37,6 +39,7 @@ nb::dict Registrations() {
   out[kLinearCall] = stages(&LinearInstantiate, &LinearExecute);
   out[kAttentionCall] = stages(&AttentionInstantiate, &AttentionExecute);
   out[kAttentionGradientsCall] = stages(&GradientsInstantiate, &GradientsExecute);
+  out[kQuantizedCall] = stages(&QuantizedInstantiate, &QuantizedExecute);
   return out;
 }
 
@@ -130,7 +133,9 @@ NB_MODULE(_runtime, m) {
   m.def("profiles", &ProfileNames);
   m.def("profile", [] { return HostMachine().cpu == nullptr ? std::string_view() : HostMachine().cpu->name; });
   DefineAttention(m);
-  DefineTesting(m.def_submodule("testing"));
+  nb::module_ testing = m.def_submodule("testing");
+  DefineQuantized(m, testing);
+  DefineTesting(testing);
 }
 
 }  // namespace jax_nano

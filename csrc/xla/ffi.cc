@@ -18,11 +18,7 @@
 #include "xla/ffi.h"
 
 #include <algorithm>
-#include <atomic>
-#include <iterator>
 #include <memory>
-#include <mutex>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -34,6 +30,7 @@
 #include "plan/plan.h"
 #include "plan/select.h"
 #include "run/gemm.h"
+#include "xla/call.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_nano {
@@ -41,14 +38,9 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-static_assert(HasXlasNumbers<ffi::DataType>());
-
 std::string DTypeName(ffi::DataType dtype) {
-  const int number = static_cast<int>(dtype);
-  for (const DType& x : kDTypes) {
-    if (x.number == number) return std::string(x.name);
-  }
-  return "dtype#" + std::to_string(number);
+  const std::string_view name = xla_call::DTypeName(dtype);
+  return name.empty() ? "dtype#" + std::to_string(static_cast<int>(dtype)) : std::string(name);
 }
 
 // What a plan was made for: the three buffers' dtypes and dimensions, and the number of threads.
@@ -57,11 +49,8 @@ struct Shape {
   std::vector<int64_t> dims[3];
   int64_t threads = 0;
 
-  // XLA's buffers keep dtype and dimensions where they cost nothing to compare: two small arrays each.
   bool Matches(int i, const ffi::AnyBuffer& buffer) const {
-    const auto have = buffer.dimensions();
-    return dtype[i] == buffer.element_type() && dims[i].size() == have.size() &&
-           std::equal(have.begin(), have.end(), dims[i].begin());
+    return dtype[i] == buffer.element_type() && xla_call::HasShape(buffer, dims[i]);
   }
 };
 
@@ -92,23 +81,16 @@ struct DotState {
     return bias || epilogue.has_residual || epilogue.activation != Activation::kNone || epilogue.scale != 1;
   }
 
-  // Nearly always the only plan, as shapes are fixed when a program is compiled: found without a lock.
-  std::atomic<const CachedPlan*> last = nullptr;
-  std::mutex mutex;
-  std::vector<std::unique_ptr<const CachedPlan>> plans;  // guarded by mutex; never shrinks
+  xla_call::Plans<CachedPlan> plans;
 };
 
 ffi::TypeId DotState::id = {};
-const XLA_FFI_TypeInfo kDotStateInfo = ffi::MakeTypeInfo<DotState>();
 
 using Int64s = ffi::Span<const int64_t>;
 
 ffi::ErrorOr<std::unique_ptr<DotState>> Instantiate(int64_t abi, Int64s lhs_labels, Int64s rhs_labels,
                                                     Int64s out_labels, std::string_view algorithm) {
-  if (abi != kFfiAbi) {
-    return ffi::Unexpected(ffi::Error::InvalidArgument("jax_nano: this program asks for ABI " + std::to_string(abi) +
-                                                       ", the installed one is " + std::to_string(kFfiAbi)));
-  }
+  if (ffi::Error error = xla_call::CheckAbi(abi); error.failure()) return ffi::Unexpected(std::move(error));
   auto state = std::make_unique<DotState>();
   state->algorithm = algorithm;
   state->labels[0].assign(lhs_labels.begin(), lhs_labels.end());
@@ -121,9 +103,8 @@ ffi::ErrorOr<std::unique_ptr<DotState>> InstantiateLinear(int64_t abi, Int64s lh
                                                           Int64s out_labels, std::string_view algorithm,
                                                           std::string_view activation, float scale, int64_t bias,
                                                           int64_t residual) {
-  const auto known = std::find_if(std::begin(kActivations), std::end(kActivations),
-                                  [&](const auto& entry) { return entry.name == activation; });
-  if (known == std::end(kActivations)) {
+  const NamedActivation* const known = xla_call::FindActivation(activation);
+  if (known == nullptr) {
     return ffi::Unexpected(
         ffi::Error::InvalidArgument("jax_nano linear: unknown activation " + std::string(activation)));
   }
@@ -158,36 +139,13 @@ std::unique_ptr<const CachedPlan> NewPlan(const DotState& state, const ffi::AnyB
   return std::make_unique<const CachedPlan>(std::move(shape), std::move(shared), plan_for(1));
 }
 
-const CachedPlan& FindPlan(DotState& state, const ffi::AnyBuffer& lhs, const ffi::AnyBuffer& rhs,
-                           const ffi::AnyBuffer& out, const ffi::ThreadPool& pool) {
-  const CachedPlan* last = state.last.load(std::memory_order_acquire);
-  if (last != nullptr && last->Fits(lhs, rhs, out, pool)) return *last;
-
-  const std::lock_guard lock(state.mutex);
-  for (const auto& entry : state.plans) {
-    if (entry->Fits(lhs, rhs, out, pool)) {
-      state.last.store(entry.get(), std::memory_order_release);
-      return *entry;
-    }
-  }
-  state.plans.push_back(NewPlan(state, {&lhs, &rhs, &out}, pool));
-  state.last.store(state.plans.back().get(), std::memory_order_release);
-  return *state.plans.back();
-}
-
 ffi::Error Run(DotState& state, const Epilogue* epilogue, ffi::ThreadPool& pool, const ffi::AnyBuffer& lhs,
                const ffi::AnyBuffer& rhs, const ffi::AnyBuffer& out) {
-  try {
-    const CachedPlan& entry = FindPlan(state, lhs, rhs, out, pool);
+  return xla_call::Guarded([&] {
+    const CachedPlan& entry = state.plans.Find([&](const CachedPlan& plan) { return plan.Fits(lhs, rhs, out, pool); },
+                                               [&] { return NewPlan(state, {&lhs, &rhs, &out}, pool); });
     RunPlans(entry.plans, {lhs.untyped_data(), rhs.untyped_data(), out.untyped_data(), epilogue}, pool);
-    return ffi::Error::Success();
-  } catch (const std::invalid_argument& e) {
-    return ffi::Error::InvalidArgument(e.what());
-  } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jax_nano: out of memory");
-  } catch (const std::logic_error& e) {
-    return ffi::Error::Internal(e.what());
-  }
+  });
 }
 
 ffi::Error Execute(DotState* state, ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer rhs,
@@ -270,14 +228,8 @@ XLA_FFI_DEFINE_HANDLER(kExecuteLinear, ExecuteLinear,
                            .RemainingArgs()          // bias, residual
                            .Ret<ffi::AnyBuffer>());  // out
 
-// The state type must be registered before the handlers are, and there is no public way to do so from Python
-// that works before the CPU client exists: queued types are flushed after queued handlers, and the CPU
-// backend dies (jaxlib 0.9 to 0.12). But XLA's first call into a handler is a query for its metadata, and
-// that carries the API table.
 XLA_FFI_Error* RegisterState(const XLA_FFI_CallFrame* frame) {
-  static XLA_FFI_Error* const error =
-      ffi::Ffi::RegisterTypeId(frame->api, "jax_nano.dot_general", &DotState::id, &kDotStateInfo);
-  return error;
+  return xla_call::RegisterState<DotState>(frame, "jax_nano.dot_general");
 }
 
 }  // namespace

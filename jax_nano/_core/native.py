@@ -27,6 +27,7 @@ TARGET_NAME: Final = spec.DOT_GENERAL_CALL
 LINEAR_TARGET_NAME: Final = spec.LINEAR_CALL
 ATTENTION_TARGET_NAME: Final = spec.ATTENTION_CALL
 ATTENTION_GRADIENTS_TARGET_NAME: Final = spec.ATTENTION_GRADIENTS_CALL
+QUANTIZED_TARGET_NAME: Final = spec.QUANTIZED_CALL
 ABI: Final = spec.FFI_ABI
 
 # The frontend attribute of a call that names the build which made it. The handlers do not read it, so what one build

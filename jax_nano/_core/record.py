@@ -36,6 +36,7 @@ class Product(NamedTuple):
     algorithm: str
     declined: str | None  # why XLA computes it; None: a kernel does
     epilogue: str = ""  # what the call does besides
+    kernel: str = ""  # what computes it; "" if that is to be asked of the planner of plain products
 
 
 class Attention(NamedTuple):
@@ -131,7 +132,7 @@ def line(product: Product | Attention) -> str:
     what = f"{_letters(product.labels)}  {lhs} x {rhs} -> {out}"
     algorithm = "" if product.algorithm == "default" else f" ({product.algorithm})"
     algorithm += f", then {product.epilogue}" if product.epilogue else ""
-    fate = _kernel(product) if product.declined is None else f"left to XLA: {product.declined}"
+    fate = product.kernel or _kernel(product) if product.declined is None else f"left to XLA: {product.declined}"
     return f"{what}{algorithm}: {fate}  [{product.source}]"
 
 

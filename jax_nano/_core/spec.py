@@ -338,13 +338,14 @@ DOT_GENERAL_CALL: Final = "jax_nano_dot_general"
 LINEAR_CALL: Final = "jax_nano_linear"
 ATTENTION_CALL: Final = "jax_nano_attention"
 ATTENTION_GRADIENTS_CALL: Final = "jax_nano_attention_gradients"
+QUANTIZED_CALL: Final = "jax_nano_quantized"
 """The names under which XLA finds the calls (csrc/xla)."""
 
 # --- the contract between kernels and runtime -----------------------------------------------------------------
 
 # fmt: off
 CType: TypeAlias = Literal[
-    "bool", "double", "int32_t", "int64_t", "Activation", "GemmFn", "AttentionFn", "GradientFn",
+    "bool", "double", "int32_t", "int64_t", "Activation", "GemmFn", "AttentionFn", "GradientFn", "QuantizedFn",
     "void*", "const void*", "const char*", "float*", "const float*",
     "const Epilogue*", "const AttentionRow*", "const GradientRow*",
 ]
@@ -576,6 +577,90 @@ FEW_QUERIES: Final = 8
 
 MASKED_SCORE: Final = -3e38
 """The score of a key that a mask excludes, in base 2: finite, so that a query without any key weighs all alike."""
+
+# --- quantised weights ----------------------------------------------------------------------------------------
+
+
+class Weight(NamedTuple):
+    """A dtype of quantised weights.
+
+    Attributes:
+      name: NumPy's or ml_dtypes' name for it.
+      number: its number in XLA's PrimitiveType and in the FFI's DataType.
+      form: what kernels take for it, by the names in codegen/quantized/formats.py.
+      bits: of one weight; two of 4 bits share a byte, the first one in its lower half.
+      flip: what is added to stored integers to make them unsigned; its bit is flipped.
+    """
+
+    name: str
+    number: int
+    form: str
+    bits: int
+    flip: int
+
+
+WEIGHTS: Final[dict[str, Weight]] = {
+    x.name: x
+    for x in (
+        Weight("int8", 2, "i8", 8, 128),
+        Weight("uint8", 6, "u8", 8, 0),
+        Weight("int4", 21, "i4", 4, 8),
+        Weight("uint4", 22, "i4", 4, 0),
+        Weight("float8_e4m3fn", 20, "f8e4m3", 8, 0),
+        Weight("float8_e5m2", 19, "f8e5m2", 8, 0),
+    )
+}
+
+QUANTIZED_ROWS: Final = ("float32", "bfloat16", "float16", "int8", "uint8")
+"""What x, scales and results (the first three) and zero points (the last two) may be; kernels know them by number."""
+
+QUANTIZED_GROUP: Final = 16
+"""What sizes of groups are multiples of, unless one group is all of K."""
+
+QUANTIZED_TASKS: Final = ("columns", "inner", "dequantize_columns", "dequantize_along_k", "finish")
+"""What a kernel for quantised weights can be asked for, by number; the last one of those of no format alone."""
+
+QUANTIZED_ARGS: Final = (
+    Field("int64_t", "task", "a place in QUANTIZED_TASKS"),
+    Field("int64_t", "m", "rows of x, 1 to 4"),
+    Field("int64_t", "n"),
+    Field("int64_t", "k"),
+    Field("int64_t", "group", "values of K that share a scale; k if all do"),
+    Field("int64_t", "first", "to dequantise: values of K of its first group that come before the block"),
+    Field("int64_t", "flip", "Weight::flip"),
+    Field("const void*", "x"),
+    Field("int64_t", "rsx", "elements between rows of x"),
+    Field("int64_t", "x_dtype", "dtypes of rows: places in QUANTIZED_ROWS"),
+    Field("const void*", "q", "weights: rows of columns, or for along K and inner a row along K for each column"),
+    Field("int64_t", "rsq", "BYTES between them"),
+    Field("const void*", "scale", "a row for each group, or for along K and inner one for each column"),
+    Field("int64_t", "rs_scale", "elements between them"),
+    Field("int64_t", "scale_dtype"),
+    Field("const void*", "zero", "zero points like the scales; null: none"),
+    Field("int64_t", "rs_zero"),
+    Field("int64_t", "zero_dtype"),
+    Field("void*", "y", "float32: sums (columns adds to them), whole registers; or weights that are float32 now"),
+    Field("int64_t", "nc", "elements between rows of y"),
+    Field("void*", "x_pack", "workspace: m + 1 rows of k rounded up to 128 float32"),
+    Field("int64_t", "keep_x", "1: inner finds x there from its last call"),
+    Field("void*", "sums", "workspace: m * (n rounded up to 128) float32, at least 512"),
+    Field("void*", "zeros", "workspace: n rounded up to 128 float32, for inner 4 * (groups + 32)"),
+    Field("void*", "scales", "workspace: the same"),
+    Field("void*", "out", "to finish: the result"),
+    Field("int64_t", "rs_out", "elements between its rows"),
+    Field("int64_t", "out_dtype"),
+    Field("const Epilogue*", "epilogue", "null: none"),
+)
+"""The argument of a generated kernel for quantised weights (csrc/quantized.h)."""
+
+QUANTIZED_INFO: Final = (
+    Field("const char*", "name"),
+    Field("const char*", "target"),
+    Field("const char*", "form"),
+    Field("int32_t", "bits"),
+    Field("int32_t", "block", "weights in a register"),
+    Field("QuantizedFn", "fn"),
+)
 
 PACK_SLACK_BYTES: Final = 8192
 """Packing stores whole vectors, so a packed block may be overrun by less than this."""

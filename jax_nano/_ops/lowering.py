@@ -109,11 +109,13 @@ def tell(
     algorithm: str,
     declined: str | None,
     epilogue: str = "",
+    kernel: str = "",
 ) -> None:
     """Puts a product in the report."""
     lhs, rhs, out = (record.Array(dtype.name, shape) for dtype, shape in zip(dtypes, shapes, strict=True))
     source = f"{ctx.name_stack}/{ctx.primitive}"
-    record.add(record.Product(compat.program_name(ctx), source, (lhs, rhs, out), labels, algorithm, declined, epilogue))
+    product = record.Product(compat.program_name(ctx), source, (lhs, rhs, out), labels, algorithm, declined)
+    record.add(product._replace(epilogue=epilogue, kernel=kernel))
 
 
 # The call as a primitive: used inside of computations that lowering rules trace (for several platforms, or shards), so

@@ -9,12 +9,18 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 from . import checks, emulate, manifest, report
 from .cache import Cache
 from .catalog import AttentionKernel, Kernel, attentions, find, kernels
+from .quantized import checks as quantized_checks
+from .quantized.kernel import QuantizedKernel
+from .quantized.kernel import kernels as quantized_kernels
 from .target import TARGETS
-from .toolchain import STAGES, Toolchain, ToolchainError
+from .toolchain import LLC_FLAGS, STAGES, Toolchain, ToolchainError
+
+_AnyKernel: TypeAlias = Kernel | AttentionKernel | QuantizedKernel
 
 
 def build(out: Path, jobs: int, cached: Path | None = None) -> None:
@@ -22,26 +28,30 @@ def build(out: Path, jobs: int, cached: Path | None = None) -> None:
     tools = Toolchain.find()
     out.mkdir(parents=True, exist_ok=True)
     cache = Cache(cached, tools)
-    products, others = list(kernels()), list(attentions())
-    both: list[Kernel | AttentionKernel] = [*products, *others]
+    products, others, quantized = list(kernels()), list(attentions()), list(quantized_kernels())
+    every: list[_AnyKernel] = [*quantized, *products, *others]
     with ThreadPoolExecutor(jobs) as pool:
         # The bindings' contexts stay in this thread; the tools run side by side.
-        work = [pool.submit(_object, tools, cache, out, kernel, kernel.mlir()) for kernel in both]
+        work = [pool.submit(_object, tools, cache, out, kernel, kernel.mlir()) for kernel in every]
         objects = [w.result() for w in work]
     cache.drop_the_unused()
-    manifest.write(products, others, objects, out)
+    manifest.write(products, others, quantized, objects, out)
     print(f"{len(objects)} kernels in {out}")
 
 
-def _object(tools: Toolchain, cache: Cache, out: Path, kernel: Kernel | AttentionKernel, mlir: str) -> Path:
+def _object(tools: Toolchain, cache: Cache, out: Path, kernel: _AnyKernel, mlir: str) -> Path:
     """A kernel's checked object file in ``out``, compiled or from the cache."""
     path = out / f"{kernel.symbol}.o"
     name = cache.name(kernel, mlir)
     if cache.fetch(name, path):
         return path
     scratch = path.with_suffix(".part.o")
-    tools.object_file(tools.optimized(tools.llvm_ir(mlir), kernel.target), kernel.target, scratch)
-    checks.k_loops(kernel, tools.disassemble(scratch))
+    flags = kernel.flags if isinstance(kernel, QuantizedKernel) else LLC_FLAGS
+    tools.object_file(tools.optimized(tools.llvm_ir(mlir), kernel.target), kernel.target, scratch, flags)
+    if isinstance(kernel, QuantizedKernel):
+        quantized_checks.loops(kernel, tools.disassemble(scratch))
+    else:
+        checks.k_loops(kernel, tools.disassemble(scratch))
     scratch.replace(path)
     cache.keep(name, path)
     return path
@@ -58,7 +68,8 @@ def _report(jobs: int, cached: Path | None, *, markdown: bool) -> str:
 
 def show(name: str, stage: str, function: str | None) -> str:
     """One kernel at one stage of the pipeline, as text."""
-    kernel = find(name)
+    known = {k.name: k for k in quantized_kernels()}
+    kernel = known.get(name) or find(name)
     mlir = kernel.mlir()
     if stage == "mlir":
         return mlir
@@ -72,7 +83,9 @@ def show(name: str, stage: str, function: str | None) -> str:
     if stage == "optimized":
         return optimized
     if stage == "asm":
-        return tools.asm(optimized, kernel.target)
+        return tools.asm(optimized, kernel.target, kernel.flags if isinstance(kernel, QuantizedKernel) else LLC_FLAGS)
+    if isinstance(kernel, QuantizedKernel):
+        raise KeyError("mca reports are of plain kernels")
     return report.mca_text(kernel, tools, optimized, function)
 
 
@@ -113,6 +126,8 @@ def _run(args: argparse.Namespace) -> None:
         listed: list[Kernel | AttentionKernel] = [*kernels(), *attentions()]
         for kernel in listed:
             print(f"{kernel.name:48} {kernel.signature:28} {kernel.why}")
+        for quantized in quantized_kernels():
+            print(f"{quantized.name:48} {quantized.signature:28} {quantized.why}")
     elif args.command == "build":
         if args.emulate:
             emulate.build([*kernels(), *attentions()], args.out / "emulated.so", args.jobs)

@@ -14,6 +14,7 @@ import subprocess
 from pathlib import Path
 
 from .catalog import AttentionKernel, Kernel
+from .quantized.kernel import QuantizedKernel
 from .toolchain import Toolchain
 
 
@@ -28,7 +29,7 @@ class Cache:
             folder.mkdir(parents=True, exist_ok=True)
             self._tools = _fingerprint(tools)
 
-    def name(self, kernel: Kernel | AttentionKernel, mlir: str) -> str:
+    def name(self, kernel: Kernel | AttentionKernel | QuantizedKernel, mlir: str) -> str:
         """The object's file name."""
         parts = (self._tools, repr(kernel).encode(), mlir.encode())
         return hashlib.sha256(b"\0".join(hashlib.sha256(p).digest() for p in parts)).hexdigest() + ".o"

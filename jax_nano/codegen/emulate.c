@@ -90,6 +90,11 @@ EXPORT void jax_nano_vpdpbusd(uint32_t* r, const uint32_t* acc, const uint8_t* a
   }
 }
 
+// VPSHUFB: within each 16 bytes. `lanes` counts bytes.
+EXPORT void jax_nano_vpshufb(uint8_t* r, const uint8_t* x, const uint8_t* places, int64_t lanes) {
+  for (int64_t i = 0; i < lanes; ++i) r[i] = places[i] & 0x80 ? 0 : x[i / 16 * 16 + places[i] % 16];
+}
+
 // --- tiles: 16 rows of 64 bytes, of which `rows` and `bytes` are used; the rest is zero ---
 
 enum { kRows = 16, kRowBytes = 64, kUnits = kRowBytes / 4 };

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .catalog import AttentionKernel, Kernel
+from .quantized.kernel import QuantizedKernel
 from .target import TARGETS
 from .toolchain import Toolchain, ToolchainError
 
@@ -26,6 +27,7 @@ REFERENCES = {
     "llvm.x86.avx512bf16.cvtneps2bf16": "jax_nano_vcvtneps2bf16",
     "llvm.x86.avx512bf16.cvtne2ps2bf16": "jax_nano_vcvtne2ps2bf16",
     "llvm.x86.avx512.pmaddw.d": "jax_nano_vpmaddwd",
+    "llvm.x86.avx512.pshuf.b": "jax_nano_vpshufb",
     "llvm.x86.avx512.vpdpwssd": "jax_nano_vpdpwssd",
     "llvm.x86.avx512.vpdpbusd": "jax_nano_vpdpbusd",
     "llvm.x86.tilezero": "jax_nano_tilezero",
@@ -39,7 +41,7 @@ REFERENCES = {
 }
 """Reference function for each intrinsic, the end of its name left out: a width, or ``internal``."""
 
-NATIVE = frozenset({"llvm.x86.avx2.pmadd.wd"})
+NATIVE = frozenset({"llvm.x86.avx2.pmadd.wd", "llvm.x86.avx2.pshuf.b"})
 """Target intrinsics that the baseline has."""
 
 # Spilled 512-bit vectors around every call keep llc's optimizers busy: they would take twice as long as all the rest.
@@ -95,7 +97,7 @@ def _wrapper(name: str, result: str, params: str, reference: str) -> tuple[str, 
     return "\n".join([head, *lines, "}"]), declaration
 
 
-def build(kernels: Iterable[Kernel | AttentionKernel], library: Path, jobs: int) -> None:
+def build(kernels: Iterable[Kernel | AttentionKernel | QuantizedKernel], library: Path, jobs: int) -> None:
     """Compiles kernels for the baseline into one shared library; their functions keep names and ABI."""
     tools = Toolchain.find()
     compiler = shutil.which("cc")
@@ -104,7 +106,7 @@ def build(kernels: Iterable[Kernel | AttentionKernel], library: Path, jobs: int)
     folder = library.parent
     folder.mkdir(parents=True, exist_ok=True)
 
-    def make(kernel: Kernel | AttentionKernel, mlir: str) -> Path:
+    def make(kernel: Kernel | AttentionKernel | QuantizedKernel, mlir: str) -> Path:
         path = folder / f"{kernel.symbol}.o"
         tools.object_file(tools.optimized(rewrite(tools.llvm_ir(mlir)), BASELINE), BASELINE, path, _LLC_FLAGS)
         return path

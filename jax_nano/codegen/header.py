@@ -35,18 +35,8 @@ _STATES = ("avx", "avx512", "amx")
 
 def text() -> str:
     """The header."""
-    parts = (
-        _HEAD,
-        _calls(),
-        _activations(),
-        _arguments(),
-        _kernel_info(),
-        _costs(),
-        _dtypes(),
-        _features(),
-        _targets(),
-        _TAIL,
-    )
+    kernels = (_arguments(), _kernel_info(), _quantized(), _costs())
+    parts = (_HEAD, _calls(), _activations(), *kernels, _dtypes(), _features(), _targets(), _TAIL)
     return "\n".join(parts)
 
 
@@ -70,6 +60,7 @@ def _calls() -> str:
         f"inline constexpr const char* kLinearCall = {_string(spec.LINEAR_CALL)};\n"
         f"inline constexpr const char* kAttentionCall = {_string(spec.ATTENTION_CALL)};\n"
         f"inline constexpr const char* kAttentionGradientsCall = {_string(spec.ATTENTION_GRADIENTS_CALL)};\n"
+        f"inline constexpr const char* kQuantizedCall = {_string(spec.QUANTIZED_CALL)};\n"
         f"inline constexpr int64_t kFewQueries = {spec.FEW_QUERIES};\n"
         f"inline constexpr float kMaskedScore = {spec.MASKED_SCORE}f;\n"
         f"inline constexpr int64_t kPackSlackBytes = {spec.PACK_SLACK_BYTES};\n"
@@ -120,6 +111,33 @@ def _arguments() -> str:
         parts += [_struct(name, fields), _layout(name, fields), _visitor(name, fields)]
     functions = (f"using {x}Fn = void (*)(const {x}Args*);" for x in ("Gemm", "Attention", "Gradient"))
     return "\n".join([*parts, *functions, ""])
+
+
+def _quantized() -> str:
+    weights = (
+        f"{{{_string(x.name)}, {x.number}, {_string(x.form)}, {x.bits}, {x.flip}}}" for x in spec.WEIGHTS.values()
+    )
+    tasks = ", ".join(map(enumerator, spec.QUANTIZED_TASKS))
+    return "\n".join(
+        [
+            "struct Weight {",
+            "  std::string_view name;",
+            "  int number;  // XLA's",
+            "  std::string_view form;",
+            "  int64_t bits, flip;",
+            "};",
+            _table("Weight kWeights[]", weights),
+            _table("std::string_view kQuantizedRows[]", map(_string, spec.QUANTIZED_ROWS)),
+            f"constexpr int64_t kQuantizedGroup = {spec.QUANTIZED_GROUP};",
+            f"enum class QuantizedTask : int64_t {{ {tasks} }};",
+            _struct("QuantizedArgs", spec.QUANTIZED_ARGS),
+            _layout("QuantizedArgs", spec.QUANTIZED_ARGS),
+            _visitor("QuantizedArgs", spec.QUANTIZED_ARGS),
+            "using QuantizedFn = void (*)(const QuantizedArgs*);",
+            "",
+            _struct("QuantizedInfo", spec.QUANTIZED_INFO),
+        ]
+    )
 
 
 def _kernel_info() -> str:

@@ -464,6 +464,65 @@ def xor_constant(v: Value, x: int) -> Value:
     return arith.xori(v, _constant_like(x, v))
 
 
+def xor(a: Value, b: Value) -> Value:
+    """Integers a xor b, bit by bit."""
+    return arith.xori(a, b)
+
+
+def or_(a: Value, b: Value) -> Value:
+    """Integers a or b, bit by bit."""
+    return arith.ori(a, b)
+
+
+def and_constant(v: Value, x: int) -> Value:
+    """Each integer element and x, bit by bit."""
+    return arith.andi(v, _constant_like(x, v))
+
+
+def shift_left(v: Value, bits: int) -> Value:
+    """Each integer element moved up by so many bits."""
+    return arith.shli(v, _constant_like(bits, v)) if bits else v
+
+
+def shift_right(v: Value, bits: int) -> Value:
+    """Each integer element moved down by so many bits; zeros come in from above."""
+    return arith.shrui(v, _constant_like(bits, v)) if bits else v
+
+
+def shift_right_signed(v: Value, bits: int) -> Value:
+    """Each integer element moved down by so many bits; its sign comes in from above."""
+    return arith.shrsi(v, _constant_like(bits, v)) if bits else v
+
+
+def constant_bytes(values: Sequence[int]) -> Value:
+    """A vector of unsigned bytes."""
+    ty = type_of("uint8")
+    elements = [ir.IntegerAttr.get(ty, x - 256 if x > 127 else x) for x in values]
+    return arith.constant(vec(len(values), ty), ir.DenseElementsAttr.get(elements, type=vec(len(values), ty)))
+
+
+def splat_bool(condition: Value | bool, lanes: int) -> Value:
+    """A mask of equal lanes."""
+    bit = ir.IntegerType.get_signless(1)
+    one = arith.constant(bit, int(condition)) if isinstance(condition, bool) else condition
+    return vector.broadcast(vec(lanes, bit), one)
+
+
+def equal_to(v: Value, x: int) -> Value:
+    """A mask of the integer elements that are x."""
+    return arith.cmpi(arith.CmpIPredicate.eq, v, _constant_like(x, v))
+
+
+def int32_to_float32(v: Value) -> Value:
+    """float32 of int32, scalar or vector."""
+    return arith.sitofp(_with_element(v, type_of("float32")), v)
+
+
+def as_int32(x: Size) -> Value:
+    """The low half of a size as an int32."""
+    return arith.trunci(type_of("int32"), _i64(x))
+
+
 def select(mask: Value, a: Value, b: Value) -> Value:
     return arith.select(mask, a, b)
 

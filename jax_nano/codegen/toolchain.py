@@ -79,8 +79,8 @@ class Toolchain:
         flags = ["-S", "-O3", *keep, "-mtriple=x86_64-unknown-linux-gnu"]
         return self._run("opt", [*flags, *self._machine(target)], llvm_ir)
 
-    def asm(self, optimized: str, target: Target) -> str:
-        return self._run("llc", [*LLC_FLAGS, *self._machine(target)], optimized)
+    def asm(self, optimized: str, target: Target, flags: Sequence[str] = LLC_FLAGS) -> str:
+        return self._run("llc", [*flags, *self._machine(target)], optimized)
 
     def object_file(self, optimized: str, target: Target, path: Path, flags: Sequence[str] = LLC_FLAGS) -> None:
         self._run("llc", [*flags, *self._machine(target), "-filetype=obj", "-o", str(path)], optimized)

@@ -99,13 +99,13 @@ class TestContract:
     def test_manifest_files(self, tmp_path):
         some = KERNELS[:2]
         objects = [tmp_path / f"{k.symbol}.o" for k in some]
-        manifest.write(some, [], objects, tmp_path)
+        manifest.write(some, [], [], objects, tmp_path)
         lines = (tmp_path / "manifest.inc").read_text().splitlines()
         assert lines[1].startswith(f'JAX_NANO_KERNEL({some[0].symbol}, "{some[0].name}", ')
         assert len(lines) == 3
         assert str(objects[1]) in (tmp_path / "kernels.cmake").read_text()
         before = (tmp_path / "manifest.inc").stat().st_mtime_ns
-        manifest.write(some, [], objects, tmp_path)
+        manifest.write(some, [], [], objects, tmp_path)
         assert (tmp_path / "manifest.inc").stat().st_mtime_ns == before  # nothing is rebuilt in vain
 
 

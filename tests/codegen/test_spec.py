@@ -87,7 +87,8 @@ class TestExtension:
 
     def test_calls(self):
         attention = {spec.ATTENTION_CALL, spec.ATTENTION_GRADIENTS_CALL}
-        assert set(_runtime.registrations()) == {spec.DOT_GENERAL_CALL, spec.LINEAR_CALL, *attention}
+        products = {spec.DOT_GENERAL_CALL, spec.LINEAR_CALL, spec.QUANTIZED_CALL}
+        assert set(_runtime.registrations()) == products | attention
         assert _runtime.ABI_VERSION == spec.FFI_ABI
 
     def test_targets_best_first(self):
@@ -291,7 +292,7 @@ def test_cpp_takes_up_what_is_added(grown):
         from jax_nano.codegen.catalog import find
 
         kernel = find("gemm_i64_i64_i64_i64_6x8_imaginary")
-        manifest.write([kernel], [], [], Path(sys.argv[1], "kernels"))
+        manifest.write([kernel], [], [], [], Path(sys.argv[1], "kernels"))
         print(kernel.symbol)
         """,
     ).strip()

@@ -1,0 +1,200 @@
+// The XLA FFI handler "jax_nano_quantized" (x, q, scale[, zero][, bias][, residual]) -> out, of dense row-major arrays:
+//
+//   x [m, k]; q [k, n] of a dtype of kWeights (spec.h), scale and zero [groups, n]; out [m, n]
+//   along_k: q [n, k], scale and zero [n, groups]
+//
+//   abi         int64    kFfiAbi (spec.h)
+//   along_k     int64    1: the weights lie along k
+//   zero        int64    1: the operand behind the scale is the zero points
+//   activation, factor, bias, residual   as activation, scale, bias, residual of "jax_nano_linear" (ffi.cc)
+//
+// Zero points are int8 or uint8; x, scale and out are float32, bfloat16 or float16; bias [n] and residual [m, n] have
+// out's dtype.
+#include "xla/quantized_ffi.h"
+
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "machine/machine.h"
+#include "plan/select.h"
+#include "run/quantized.h"
+#include "xla/call.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_nano {
+namespace {
+
+namespace ffi = xla::ffi;
+
+struct CachedQuantized {
+  xla_call::Shapes shapes;  // of all buffers
+  int64_t threads;
+  QuantizedPlan plan;
+  mutable sharing::Pace pace;
+
+  CachedQuantized(const std::vector<ffi::AnyBuffer>& buffers, int64_t made_for, const QuantizedPlan& made)
+      : shapes(buffers), threads(made_for), plan(made), pace(made.expected) {}
+};
+
+struct QuantizedState {
+  static ffi::TypeId id;
+
+  bool along_k = false, zero = false, bias = false;
+  Epilogue epilogue = {Activation::kNone, 1, nullptr, 0, 0};
+  xla_call::Plans<CachedQuantized> plans;
+
+  bool HasEpilogue() const {
+    return bias || epilogue.has_residual || epilogue.activation != Activation::kNone || epilogue.scale != 1;
+  }
+};
+
+ffi::TypeId QuantizedState::id = {};
+
+ffi::ErrorOr<std::unique_ptr<QuantizedState>> Instantiate(int64_t abi, int64_t along_k, int64_t zero,
+                                                          std::string_view activation, float factor, int64_t bias,
+                                                          int64_t residual) {
+  if (ffi::Error error = xla_call::CheckAbi(abi); error.failure()) return ffi::Unexpected(std::move(error));
+  const NamedActivation* const known = xla_call::FindActivation(activation);
+  if (known == nullptr) {
+    return ffi::Unexpected(
+        ffi::Error::InvalidArgument("jax_nano quantized: unknown activation " + std::string(activation)));
+  }
+  auto state = std::make_unique<QuantizedState>();
+  state->along_k = along_k != 0;
+  state->zero = zero != 0;
+  state->bias = bias != 0;
+  state->epilogue = {known->activation, factor, nullptr, residual != 0, 0};
+  return state;
+}
+
+std::string_view NameOf(ffi::DataType dtype) {
+  for (const Weight& w : kWeights) {
+    if (w.number == static_cast<int>(dtype)) return w.name;
+  }
+  return xla_call::DTypeName(dtype);
+}
+
+void Require(std::string_view what, const ffi::AnyBuffer& buffer, const std::vector<int64_t>& shape) {
+  if (xla_call::HasShape(buffer, shape)) return;
+  std::string text;
+  for (const int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  throw std::invalid_argument("jax_nano quantized: " + std::string(what) + " is not [" + text + "]");
+}
+
+// x, q, scale, and what else the state says there is; `all` has the result last.
+struct Operands {
+  const ffi::AnyBuffer *zero = nullptr, *bias = nullptr, *residual = nullptr;
+
+  Operands(const QuantizedState& state, const std::vector<ffi::AnyBuffer>& all) {
+    size_t next = 3;
+    if (all.size() != 4 + size_t{state.zero} + size_t{state.bias} + size_t{state.epilogue.has_residual != 0}) {
+      throw std::invalid_argument("jax_nano quantized: wrong number of operands");
+    }
+    if (state.zero) zero = &all[next++];
+    if (state.bias) bias = &all[next++];
+    if (state.epilogue.has_residual) residual = &all[next++];
+  }
+};
+
+std::unique_ptr<const CachedQuantized> NewPlan(const QuantizedState& state, const std::vector<ffi::AnyBuffer>& all,
+                                               int64_t threads) {
+  const Operands given(state, all);
+  const ffi::AnyBuffer &x = all[0], &q = all[1], &scale = all[2], &out = all.back();
+  const auto dims = x.dimensions(), result = out.dimensions(), groups_of = scale.dimensions();
+  if (dims.size() != 2 || result.size() != 2 || groups_of.size() != 2) {
+    throw std::invalid_argument("jax_nano quantized: operands are not matrices");
+  }
+  const int64_t m = dims[0], k = dims[1], n = result[1];
+  const int64_t groups = state.along_k ? groups_of[1] : groups_of[0];
+  if (groups < 1 || k % groups != 0) throw std::invalid_argument("jax_nano quantized: groups do not divide k");
+  const auto matrix = [&](int64_t rows) {
+    return state.along_k ? std::vector<int64_t>{n, rows} : std::vector<int64_t>{rows, n};
+  };
+  Require("out", out, {m, n});
+  Require("q", q, matrix(k));
+  Require("scale", scale, matrix(groups));
+  if (given.zero != nullptr) Require("zero", *given.zero, matrix(groups));
+  if (given.bias != nullptr) Require("bias", *given.bias, {n});
+  if (given.residual != nullptr) Require("residual", *given.residual, {m, n});
+  for (const ffi::AnyBuffer* more : {given.bias, given.residual}) {
+    if (more != nullptr && more->element_type() != out.element_type()) {
+      throw std::invalid_argument("jax_nano quantized: bias and residual must have the result's dtype");
+    }
+  }
+  QuantizedPlan plan;
+  if (m > 0 && n > 0) {
+    const QuantizedShape shape = {m,
+                                  n,
+                                  k,
+                                  k / groups,
+                                  state.along_k,
+                                  NameOf(x.element_type()),
+                                  NameOf(q.element_type()),
+                                  NameOf(scale.element_type()),
+                                  given.zero != nullptr ? NameOf(given.zero->element_type()) : "",
+                                  NameOf(out.element_type())};
+    plan = PlanQuantized(shape, SelectedTargets(), threads, HostMachine());
+  }
+  return std::make_unique<const CachedQuantized>(all, threads, plan);
+}
+
+ffi::Error Execute(QuantizedState* state, ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer q,
+                   ffi::AnyBuffer scale, ffi::RemainingArgs more, ffi::Result<ffi::AnyBuffer> out) {
+  return xla_call::Guarded([&] {
+    std::vector<ffi::AnyBuffer> all = {x, q, scale};
+    for (size_t i = 0; i < more.size(); ++i) all.push_back(*more.get<ffi::AnyBuffer>(i));
+    all.push_back(*out);
+    const int64_t threads = pool.num_threads();
+    const CachedQuantized& entry = state->plans.Find(
+        [&](const CachedQuantized& known) { return known.threads == threads && known.shapes.Fit(all); },
+        [&] { return NewPlan(*state, all, threads); });
+    if (entry.plan.kernel == nullptr) return;  // the result has no elements
+    const Operands given(*state, all);
+    const auto data = [](const ffi::AnyBuffer* b) { return b == nullptr ? nullptr : b->untyped_data(); };
+    Epilogue epilogue = state->epilogue;
+    epilogue.bias = data(given.bias);
+    if (given.residual != nullptr) {
+      epilogue.residual_offset =
+          static_cast<const char*>(data(given.residual)) - static_cast<const char*>(out->untyped_data());
+    }
+    RunQuantized(entry.plan, entry.pace,
+                 {x.untyped_data(), q.untyped_data(), scale.untyped_data(), data(given.zero), out->untyped_data(),
+                  state->HasEpilogue() ? &epilogue : nullptr},
+                 pool);
+  });
+}
+
+XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
+                       ffi::Ffi::BindInstantiate()
+                           .Attr<int64_t>("abi")
+                           .Attr<int64_t>("along_k")
+                           .Attr<int64_t>("zero")
+                           .Attr<std::string_view>("activation")
+                           .Attr<float>("factor")
+                           .Attr<int64_t>("bias")
+                           .Attr<int64_t>("residual"));
+
+XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::State<QuantizedState>>()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::AnyBuffer>()    // x
+                           .Arg<ffi::AnyBuffer>()    // q
+                           .Arg<ffi::AnyBuffer>()    // scale
+                           .RemainingArgs()          // zero, bias, residual
+                           .Ret<ffi::AnyBuffer>());  // out
+
+}  // namespace
+
+XLA_FFI_Error* QuantizedInstantiate(XLA_FFI_CallFrame* frame) {
+  XLA_FFI_Error* const error = xla_call::RegisterState<QuantizedState>(frame, "jax_nano.quantized");
+  return error != nullptr ? error : (*kInstantiate)(frame);
+}
+
+XLA_FFI_Error* QuantizedExecute(XLA_FFI_CallFrame* frame) { return (*kExecute)(frame); }
+
+}  // namespace jax_nano

@@ -1,0 +1,15 @@
+"""Products with quantised weights: y = x @ ((q - zero point) * scale), with q of 8 or 4 bits.
+
+    formats      weights in memory as vectors of float32, the bit patterns
+    rows         conversions of rows between dtypes
+    columns      few rows of x; the weights' columns lie side by side: a sweep through a few rows of them at a time
+    inner        few rows of x; the weights lie along K: inner products
+    dequantize   a block of weights as float32, for the products of many rows, which the plain kernels compute
+    finish       an epilogue of the sums, and their rounding
+    kernel       one generated function of all of these, and the list of such functions
+
+A group of ``group`` values of K has a scale of its own in each column. Sums over a group are of ``x * (q - zero
+point)``, in float32, where q and the zero point are integers and their difference is exact; a sum is multiplied by the
+scale once, and added to those of the groups before. A sum is taken in an order that K, the group and the format decide
+alone.
+"""

@@ -1,0 +1,139 @@
+"""Generated functions for products with quantised weights, ``void symbol(const QuantizedArgs*)``, and the list of them.
+
+One for each format of weights on a target: the product of few rows, in either order of storage, and a block of weights
+as float32. And one for each target that finishes sums. What is done is the argument's ``task``
+(``jax_nano._core.spec.QUANTIZED_TASKS``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from jax_nano._core import spec
+from jax_nano._core.spec import names
+
+from .. import ir
+from ..ir import I64, Ptr
+from ..target import TARGETS, Target
+from ..toolchain import LLC_FLAGS
+from . import finish
+from .columns import Columns, Sweep, sweeps
+from .dequantize import Dequantize
+from .formats import Bytes, Floats, Format, Nibbles, block
+from .inner import Inner, Products, inner_products
+from .rows import Rows
+
+_POINTERS = {"q": "int8"} | dict.fromkeys(("x_pack", "sums", "y", "zeros", "scales"), "float32")
+_FIELDS = names(spec.QUANTIZED_ARGS)
+
+
+@dataclass(frozen=True)
+class QuantizedKernel:
+    """A format on a target; without a format what finishes sums.
+
+    Attributes:
+      flags: llc's. Its scheduler moves loads and what unpacks them before the products, as far as it can, and so needs
+        more registers than there are: the sweep of int4 with four rows touched the stack 218 times in 916 instructions.
+    """
+
+    target: Target
+    form: Format | None
+    flags: tuple[str, ...] = (*LLC_FLAGS, "-enable-misched=false")
+
+    @property
+    def form_name(self) -> str:
+        return "finish" if self.form is None else self.form.name
+
+    @property
+    def name(self) -> str:
+        return f"quantized_{self.form_name}_{self.target.name}"
+
+    @property
+    def why(self) -> str:
+        """What it is, for people."""
+        return "sums of the others as results" if self.form is None else f"weights of {self.form.bits} bits"
+
+    @property
+    def signature(self) -> str:
+        return "quantised weights"
+
+    @property
+    def symbol(self) -> str:
+        """The C identifier of the generated function."""
+        return "jax_nano_" + self.name.replace("-", "_")
+
+    def sweeps(self) -> list[Sweep]:
+        """Its loops over columns."""
+        return [] if self.form is None else sweeps(self.form, self.target)
+
+    def inner_products(self) -> list[Products]:
+        """Its loops along K."""
+        return [] if self.form is None else inner_products(self.form, self.target)
+
+    def mlir(self) -> str:
+        """The kernel's verified MLIR module."""
+        with ir.new_module() as module:
+            self.emit(module)
+            return module.text()
+
+    def emit(self, module: ir.Module) -> None:
+        """Adds the function and all that it calls."""
+        tasks: dict[str, Callable[[dict[str, Any]], None]] = {}
+        if self.form is None:
+            finish.emit(module, self.symbol, self.target)
+            tasks["finish"] = partial(finish.finish, module, self.symbol, self.target)
+        else:
+            rows = Rows(module, self.symbol, self.form.lanes)
+            rows.emit_load()
+            columns = Columns(module, self.symbol, self.form, self.target, rows)
+            columns.emit()
+            inner = Inner(module, self.symbol, self.form, self.target, rows)
+            inner.emit()
+            dequantize = Dequantize(module, self.symbol, self.form, rows)
+            tasks["columns"] = columns.nest
+            tasks["inner"] = inner.nest
+            tasks["dequantize_columns"] = dequantize.by_columns
+            tasks["dequantize_along_k"] = dequantize.along_k
+        for task, emit in tasks.items():
+            module.function(f"{self.symbol}_{task}", ["int64"], partial(self._task, emit), internal=True)
+
+        def body(given: Ptr) -> None:
+            task = I64(given.at(_FIELDS.index("task")).load())
+            calls = [partial(module.call, f"{self.symbol}_{name}", [given]) for name in tasks]
+            ir.switch(task, calls, first=spec.QUANTIZED_TASKS.index(next(iter(tasks))))
+
+        module.function(self.symbol, ["int64"], body, internal=False)
+
+    @staticmethod
+    def _task(emit: Callable[[dict[str, Any]], None], given: Ptr) -> None:
+        fields: dict[str, Any] = {}
+        for i, name in enumerate(_FIELDS):
+            at = given.at(i)
+            pointer = _POINTERS.get(name)
+            fields[name] = Ptr(at.as_type("ptr").load(), pointer) if pointer else I64(at.load())
+        emit(fields)
+
+
+def kernels() -> Iterator[QuantizedKernel]:
+    """Every one, in a fixed order: for the targets whose float32 products are of vectors."""
+    for target in TARGETS.values():
+        if "fma" in target.nanokernels:
+            lanes = target.lanes(4)
+            forms = (Bytes(lanes, True), Bytes(lanes, False), Nibbles(lanes), Floats(4, lanes), Floats(5, lanes))
+            for form in (*forms, None):
+                yield QuantizedKernel(target, form)
+
+
+def entry(kernel: QuantizedKernel) -> dict[str, Any]:
+    """One kernel's facts for the manifest: its symbol, then the fields of QuantizedInfo in their order."""
+    facts = {
+        "name": kernel.name,
+        "target": kernel.target.name,
+        "form": kernel.form_name,
+        "bits": kernel.form.bits if kernel.form else 0,
+        "block": block(kernel.form) if kernel.form else 0,
+    }
+    return {"symbol": kernel.symbol} | {x.name: facts[x.name] for x in spec.QUANTIZED_INFO if x.c_type != "QuantizedFn"}

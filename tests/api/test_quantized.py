@@ -1,0 +1,453 @@
+"""`quantized_matmul`, `quantize` and `QuantizedArray`: values, errors, transformations, export."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_nano
+from jax_nano._core import native, record, spec
+
+WEIGHTS = tuple(spec.WEIGHTS)
+has_kernels = pytest.mark.skipif(not native.target(), reason="this CPU runs no kernels")
+
+
+def operands(
+    weights: str, m: int = 3, n: int = 64, k: int = 96, groups: int = 3, x: str = "float32", zero: bool = False
+) -> tuple[Any, ...]:
+    """x, q, scale[, zero point]."""
+    rng = np.random.default_rng(list(f"{weights}{m}{n}{k}{groups}{x}".encode()))
+    facts = spec.WEIGHTS[weights]
+    if facts.form[0] in "iu":
+        q = rng.integers(-facts.flip, 2**facts.bits - facts.flip, (k, n))
+    else:
+        q = rng.standard_normal((k, n)) * 3
+    scale = jnp.asarray(rng.random((groups, n)) + 0.5, jnp.float32)
+    points = (jnp.asarray(rng.integers(0, 8, (groups, n)), weights),) if zero else ()
+    return jnp.asarray(rng.standard_normal((m, k)), x), jnp.asarray(q, jnp.dtype(weights)), scale, *points
+
+
+def in_float64(x: Any, q: Any, scale: Any, zero: Any = None) -> np.ndarray:
+    w = np.asarray(q.astype(jnp.float32), np.float64)
+    size = w.shape[0] // scale.shape[0]
+    if zero is not None:
+        w = w - np.repeat(np.asarray(zero.astype(jnp.float32), np.float64), size, 0)
+    return np.asarray(x.astype(jnp.float32), np.float64) @ (w * np.repeat(np.asarray(scale, np.float64), size, 0))
+
+
+def close(got: Any, want: Any) -> None:
+    assert got.shape == want.shape
+    tolerance = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}[got.dtype.name]
+    scale = np.abs(want).max()
+    np.testing.assert_allclose(np.asarray(got.astype(jnp.float32)), want, rtol=tolerance, atol=tolerance * scale)
+
+
+def calls(f: Any, *args: Any) -> int:
+    """How many of our custom calls a compiled program has."""
+    return jax.jit(f).lower(*args).compile().as_text().count(f'custom_call_target="{native.QUANTIZED_TARGET_NAME}"')
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("x", ["float32", "bfloat16", "float16"])
+def test_values(weights: str, x: str) -> None:
+    for m, zero in itertools.product((1, 3, 20), (False, True)):
+        if zero and weights.startswith("float"):
+            continue
+        given = operands(weights, m, x=x, zero=zero)
+        want = in_float64(*given)
+        close(jax_nano.quantized_matmul(*given), want)
+        close(jax.jit(jax_nano.quantized_matmul)(*given), want)
+        wide = jax_nano.quantized_matmul(*given, preferred_element_type=jnp.float32)
+        close(wide, want)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_both_orders_of_storage(weights: str) -> None:
+    for m, zero in itertools.product((1, 20), (False, True)):
+        if zero and weights.startswith("float"):
+            continue
+        x, *given = operands(weights, m, zero=zero)
+        want = in_float64(x, *given)
+        turned = [v.T for v in given]
+        close(jax_nano.quantized_matmul(x, *turned, contracting=1), want)
+        # A transpose inside of a program is read through.
+        program = jax.jit(lambda x, *w: jax_nano.quantized_matmul(x, *(v.T for v in w)))
+        close(program(x, *turned), want)
+        back = jax.jit(lambda x, *w: jax_nano.quantized_matmul(x, *(v.T for v in w), contracting=1))
+        close(back(x, *given), want)
+
+
+@has_kernels
+def test_weights_become_one_call() -> None:
+    for weights in WEIGHTS:
+        assert calls(jax_nano.quantized_matmul, *operands(weights)) == 1
+    x, q, scale, zero = operands("uint4", zero=True)
+    assert calls(jax_nano.quantized_matmul, x, q, scale, zero) == 1
+    text = jax.jit(lambda x, q, s: jax_nano.quantized_matmul(x, q.T, s)).lower(x, q.T, scale).compile().as_text()
+    # The transpose of the weights is gone; that of the scales is small.
+    assert "u4[96,64]" not in text
+
+
+@has_kernels
+def test_the_report_has_it() -> None:
+    jax_nano.clear_report()
+    x, q, scale = operands("int8", 7, 80)  # of a shape that no other test has compiled
+    jax.block_until_ready(jax.jit(jax_nano.quantized_matmul)(x, q, scale))
+    (found,) = [product for product, _ in record.products()]
+    assert found.declined is None
+    assert "3 groups" in found.kernel
+    assert "quantized_i8" in jax_nano.report()
+
+
+def test_leading_dimensions_and_vectors() -> None:
+    x, q, scale = operands("int8", 12)
+    want = in_float64(x, q, scale)
+    close(jax_nano.quantized_matmul(x.reshape(2, 3, 2, 96), q, scale), want.reshape(2, 3, 2, 64))
+    close(jax_nano.quantized_matmul(x[0], q, scale), want[0])
+    assert jax_nano.quantized_matmul(x[:0], q, scale).shape == (0, 64)
+
+
+def test_shapes_of_scales() -> None:
+    x, q, _ = operands("int8", groups=1)
+    scale = jnp.asarray(np.random.default_rng(0).random(64) + 0.5, jnp.float32)
+    want = in_float64(x, q, scale[None])
+    close(jax_nano.quantized_matmul(x, q, scale), want)
+    close(jax_nano.quantized_matmul(x, q, scale[None]), want)
+    close(jax_nano.quantized_matmul(x, q.T, scale, contracting=1), want)
+    close(jax_nano.quantized_matmul(x, q, jnp.float32(0.25)), in_float64(x, q, jnp.full((1, 64), 0.25)))
+    close(jax_nano.quantized_matmul(x, q, scale, group=96), want)
+
+
+def test_what_has_no_kernel_is_the_composition() -> None:
+    x, q, scale = operands("int8", k=24, groups=3)  # groups of 8
+    close(jax_nano.quantized_matmul(x, q, scale), in_float64(x, q, scale))
+    x, q, scale = operands("int8")
+    zero = jnp.asarray(np.random.default_rng(1).standard_normal(scale.shape), jnp.float32)
+    close(jax_nano.quantized_matmul(x, q, scale, zero), in_float64(x, q, scale, zero))
+    assert calls(jax_nano.quantized_matmul, x, q, scale, zero) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (TypeError, "contracting dimensions", {"x": jnp.zeros((3, 95))}),
+        (TypeError, "floating-point", {"x": jnp.zeros((3, 96), jnp.int32)}),
+        (TypeError, "one of int8", {"q": jnp.zeros((96, 64), jnp.int32)}),
+        (ValueError, "two dimensions", {"q": jnp.zeros((96,), jnp.int8)}),
+        (ValueError, "at least one dimension", {"x": jnp.float32(1)}),
+        (ValueError, "for each of 64 columns", {"scale": jnp.ones(63)}),
+        (ValueError, "groups that divide K", {"scale": jnp.ones((5, 64))}),
+        (ValueError, "zero points of the scales' shape", {"zero_point": jnp.ones((2, 64), jnp.int8)}),
+        (ValueError, "even sizes", {"q": jnp.zeros((96, 63), jnp.int4), "scale": jnp.ones(63)}),
+        (ValueError, "groups of 31", {"group": 31}),
+        (ValueError, "contracting", {"contracting": 2}),
+        (ValueError, "activations to be", {"activations": "int4"}),
+        (ValueError, "activation", {"activation": "cube"}),
+        (ValueError, "bias of shape", {"bias": jnp.zeros(63)}),
+        (ValueError, "residual of shape", {"residual": jnp.zeros((64,))}),
+        (TypeError, "requires a scale", {"scale": None}),
+        (TypeError, "floating-point result", {"preferred_element_type": jnp.int32}),
+        (TypeError, "a", {"x": "a"}),
+    ],
+)
+def test_errors(error: type[Exception], message: str, change: dict[str, Any]) -> None:
+    x, q, scale = operands("int8")
+    given = {"x": x, "q": q, "scale": scale, **change}
+    with pytest.raises(error, match=message):
+        jax_nano.quantized_matmul(**given)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4", "float8_e5m2"])
+def test_gradients(weights: str) -> None:
+    x, q, scale = operands(weights, 5)
+
+    def ours(x: Any, scale: Any) -> Any:
+        return jnp.sum(jnp.sin(jax_nano.quantized_matmul(x, q, scale)))
+
+    def theirs(x: Any, scale: Any) -> Any:
+        w = q.astype(jnp.float32) * jnp.repeat(scale, 32, 0)
+        return jnp.sum(jnp.sin(jnp.matmul(x, w, precision="highest")))
+
+    x = x / 50
+    for got, want in zip(jax.grad(ours, (0, 1))(x, scale), jax.grad(theirs, (0, 1))(x, scale), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4 * np.abs(want).max())
+    got, want = (jax.jvp(f, (x, scale), (x, scale))[1] for f in (ours, theirs))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
+
+
+def test_batching() -> None:
+    x, q, scale = operands("int8", 6)
+    want = in_float64(x, q, scale)
+    batched = jax.vmap(lambda x: jax_nano.quantized_matmul(x, q, scale), in_axes=0)
+    close(batched(x), want)
+    middle = jax.vmap(lambda x: jax_nano.quantized_matmul(x, q, scale), in_axes=1, out_axes=1)
+    close(middle(x.reshape(2, 3, 96)), want.reshape(2, 3, 64))
+    both = jax.vmap(jax_nano.quantized_matmul)
+    close(both(x, jnp.stack([q] * 6), jnp.stack([scale] * 6)), want)
+    scales = jax.vmap(jax_nano.quantized_matmul, in_axes=(None, None, 0))(x, q, jnp.stack([scale, 2 * scale]))
+    close(scales, np.stack([want, 2 * want]))
+
+
+def test_it_can_be_exported() -> None:
+    x, q, scale = operands("int4", 2)
+    exported = jax.export.export(
+        jax.jit(jax_nano.quantized_matmul), disabled_checks=jax_nano.export_checks(), platforms=("cpu",)
+    )(x, q, scale)
+    again = jax.export.deserialize(exported.serialize())
+    np.testing.assert_array_equal(again.call(x, q, scale), jax_nano.quantized_matmul(x, q, scale))
+    (rows,) = jax.export.symbolic_shape("rows")
+    shapes = [jax.ShapeDtypeStruct((rows, 96), x.dtype), q, scale]
+    symbolic = jax.export.export(jax.jit(jax_nano.quantized_matmul), disabled_checks=jax_nano.export_checks())(*shapes)
+    for m in (1, 30):
+        given = operands("int4", m)
+        close(symbolic.call(given[0], q, scale), in_float64(given[0], q, scale))
+
+
+@pytest.mark.parametrize("contracting", [0, 1])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantize(bits: int, symmetric: bool, contracting: int) -> None:
+    rng = np.random.default_rng(7)
+    w = rng.standard_normal((256, 64)).astype(np.float32) + (0 if symmetric else 0.5)
+    given = w if contracting == 0 else w.T
+    array = jax_nano.quantize(given, bits, group=64, symmetric=symmetric, contracting=contracting)
+    assert array.q.dtype.name == {True: f"int{bits}", False: f"uint{bits}"}[symmetric]
+    assert array.shape == (256, 64)
+    assert array.nbytes == 256 * 64 * bits // 8 + 4 * 64 * (4 if symmetric else 5)
+    grouped = w.reshape(4, 64, 64)
+    if symmetric:
+        step = np.abs(grouped).max(1) / (2 ** (bits - 1) - 1)
+    else:
+        step = (np.maximum(grouped.max(1), 0) - np.minimum(grouped.min(1), 0)) / (2**bits - 1)
+    # A level off by the rounding of the zero point at most, half a level by that of the weight.
+    most = np.repeat(step, 64, 0) * (0.501 if symmetric else 1.001)
+    assert (np.abs(np.asarray(array.dequantize()) - w) <= most).all()
+    x = jnp.asarray(rng.standard_normal((3, 256)), jnp.float32)
+    want = np.asarray(x, np.float64) @ np.asarray(array.dequantize(), np.float64)
+    close(x @ array, want)
+    close(jax.jit(lambda x, w: x @ w)(x, array), want)
+    close(np.asarray(x) @ array, want)
+
+
+def test_quantize_groups_of_zeros_and_whole_columns() -> None:
+    assert not np.asarray(jax_nano.quantize(jnp.zeros((128, 2)), 4).dequantize()).any()
+    assert jax_nano.quantize(jnp.ones((96, 2)), group=None).scale.shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "given"),
+    [
+        (ValueError, "two dimensions", {"w": jnp.zeros(4)}),
+        (ValueError, "4 or 8", {"bits": 3}),
+        (ValueError, "groups that divide K", {"group": 48}),
+        (ValueError, "even sizes", {"w": jnp.zeros((128, 3)), "bits": 4}),
+        (TypeError, "floating-point", {"w": jnp.zeros((128, 2), jnp.int32)}),
+        (ValueError, "contracting", {"contracting": -1}),
+    ],
+)
+def test_errors_of_quantize(error: type[Exception], message: str, given: dict[str, Any]) -> None:
+    with pytest.raises(error, match=message):
+        jax_nano.quantize(**{"w": jnp.zeros((128, 2)), **given})
+
+
+def test_an_array_is_a_pytree() -> None:
+    array = jax_nano.quantize(jnp.ones((128, 4)), 4, contracting=1, group=None)
+    leaves, tree = jax.tree.flatten(array)
+    assert len(leaves) == 2
+    again = jax.tree.unflatten(tree, leaves)
+    assert again.contracting == 1
+    assert jax.tree.structure(again) == tree
+    stacked = jax.tree.map(lambda *v: jnp.stack(v), array, array)
+    x = jnp.ones((4,))
+    found = jax.lax.scan(lambda _, w: (None, x @ w), None, stacked)[1]
+    np.testing.assert_allclose(found, np.full((2, 128), 4.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("m", [1, 20])
+def test_epilogues(m: int, dtype: str) -> None:
+    x, q, scale = operands("int4", m, x=dtype)
+    rng = np.random.default_rng(2)
+    bias, residual = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((64,), (m, 64)))
+    y = in_float64(x, q, scale) + np.asarray(bias, np.float64)
+    relu = np.maximum(y, 0) + np.asarray(residual, np.float64)
+
+    def program(*v: Any) -> Any:
+        return jax_nano.quantized_matmul(*v[:3], bias=v[3], activation="relu", residual=v[4])
+
+    close(program(x, q, scale, bias, residual), relu)
+    if native.target():
+        assert calls(program, x, q, scale, bias, residual) == 1
+    silu = jax_nano.quantized_matmul(x, q, scale, bias=bias, activation=jax.nn.silu)
+    close(silu, y / (1 + np.exp(-y)))
+    close(jax_nano.quantized_matmul(x, q, scale, residual=residual), y - np.asarray(bias, np.float64) + residual)
+
+
+def test_epilogues_where_there_is_no_kernel() -> None:
+    x, q, scale = operands("int8", k=24, groups=3)
+    bias = jnp.linspace(-1, 1, 64)
+    got = jax_nano.quantized_matmul(x, q, scale, bias=bias, activation="relu")
+    close(got, np.maximum(in_float64(x, q, scale) + np.asarray(bias, np.float64), 0))
+
+
+def test_gradients_and_batches_with_an_epilogue() -> None:
+    x, q, scale = operands("int8", 5)
+    bias, residual = jnp.linspace(-1, 1, 64), jnp.linspace(0, 2, 320).reshape(5, 64)
+
+    def ours(x: Any, scale: Any, bias: Any, residual: Any) -> Any:
+        y = jax_nano.quantized_matmul(x / 50, q, scale, bias=bias, activation="silu", residual=residual)
+        return jnp.sum(jnp.sin(y))
+
+    def theirs(x: Any, scale: Any, bias: Any, residual: Any) -> Any:
+        w = q.astype(jnp.float32) * jnp.repeat(scale, 32, 0)
+        return jnp.sum(jnp.sin(jax.nn.silu(jnp.matmul(x / 50, w, precision="highest") + bias) + residual))
+
+    given = (x, scale, bias, residual)
+    for got, want in zip(jax.grad(ours, range(4))(*given), jax.grad(theirs, range(4))(*given), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4 * np.abs(want).max())
+
+    def row(x: Any, residual: Any) -> Any:
+        return jax_nano.quantized_matmul(x, q, scale, bias=bias, activation="relu", residual=residual)
+
+    np.testing.assert_allclose(jax.vmap(row)(x, residual), row(x, residual), rtol=1e-6, atol=1e-4)
+    np.testing.assert_allclose(
+        jax.vmap(row, (None, 0))(x[0], residual), row(jnp.stack([x[0]] * 5), residual), rtol=1e-6, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("weights", ["int8", "uint8", "int4", "uint4"])
+@pytest.mark.parametrize("contracting", [0, 1])
+def test_activations_of_8_bits(weights: str, contracting: int) -> None:
+    """Exactly the product of the rounded rows, within float32; and not far from that of the rows."""
+    for zero in (False, True):
+        x, q, scale, *points = operands(weights, 4, zero=zero)
+        x = x.at[2].set(0)
+        most = np.abs(np.asarray(x)).max(1, keepdims=True)
+        step = np.where(most > 0, most / np.float32(127), 1).astype(np.float32)
+        rounded = np.round(np.asarray(x) / step) * step.astype(np.float64)
+        turned = [v.T if contracting else v for v in (q, scale, *points)]
+        got = jax_nano.quantized_matmul(x, *turned, contracting=contracting, activations="int8")
+        want = in_float64(jnp.asarray(rounded, jnp.float32), q, scale, *points)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+        exact = in_float64(x, q, scale, *points)
+        w = np.abs(in_float64(jnp.eye(96), q, scale, *points)).sum(0)
+        assert (np.abs(got - exact) <= 0.5 * step * w * 1.001 + 1e-3).all()
+    y = jax_nano.quantized_matmul(x.astype(jnp.bfloat16), q, scale, activations="int8", activation="relu")
+    assert y.dtype == jnp.bfloat16
+    assert (y >= 0).all()
+
+
+def test_activations_need_integers() -> None:
+    with pytest.raises(ValueError, match="requires q of integers"):
+        jax_nano.quantized_matmul(*operands("float8_e5m2"), activations="int8")
+
+
+class QArray(NamedTuple):
+    """As Qwix has it: scales of the weights' rank, whose sizes divide theirs."""
+
+    qvalue: Any
+    scale: Any
+    zero_point: Any = None
+
+
+def test_arrays_of_other_libraries() -> None:
+    x, q, scale, zero = operands("uint8", zero=True)
+    want = in_float64(x, q, scale, zero)
+    close(jax_nano.quantized_matmul(x, QArray(q, scale, zero)), want)
+    close(jax_nano.quantized_matmul(x, QArray(q.T, scale.T, zero.T), contracting=1), want)
+    one = QArray(q, jnp.full((1, 1), 0.5))
+    close(jax_nano.quantized_matmul(x, one), in_float64(x, q, jnp.full((1, 64), 0.5)))
+    few = jnp.linspace(1, 2, 8).reshape(1, 8)  # one for 8 columns
+    close(jax_nano.quantized_matmul(x, QArray(q, few)), in_float64(x, q, jnp.repeat(few, 8, 1)))
+
+
+def in_blocks(q: Any, scale: Any) -> np.ndarray:
+    """The dequantised array in float64, with a scale for each block."""
+    scale = np.asarray(scale, np.float64)
+    for i, size in enumerate(scale.shape):
+        scale = np.repeat(scale, q.shape[i] // size, i)
+    return np.asarray(q.astype(jnp.float32), np.float64) * scale
+
+
+@pytest.mark.parametrize(
+    ("x", "q", "scale", "numbers", "einsum", "served"),
+    [
+        ((3, 96), (96, 64), (3, 64), (((1,), (0,)), ((), ())), "ak,kn->an", True),
+        ((96, 3), (64, 96), (1, 3), (((0,), (1,)), ((), ())), "ka,nk->an", True),
+        ((2, 3, 96), (96, 4, 16), (1, 4, 1), (((2,), (0,)), ((), ())), "abk,kno->abno", True),
+        ((3, 6, 16), (6, 16, 64), (6, 1, 64), (((1, 2), (0, 1)), ((), ())), "ajk,jkn->an", True),
+        ((3, 16, 6), (6, 16, 64), (2, 1, 1), (((2, 1), (0, 1)), ((), ())), "akj,jkn->an", True),
+        ((3, 6, 16), (6, 16, 64), (2, 2, 64), (((1, 2), (0, 1)), ((), ())), "ajk,jkn->an", False),
+        ((3, 6, 16), (6, 64, 16), (6, 64, 1), (((1, 2), (0, 2)), ((), ())), "ajk,jnk->an", True),
+        ((5, 3, 32), (5, 32, 64), (5, 1, 64), (((2,), (1,)), ((0,), (0,))), "bak,bkn->ban", False),
+        ((3,), (4, 2), (4, 1), (((), ()), ((), ())), "a,no->ano", False),
+    ],
+)
+def test_dot_general(x: Any, q: Any, scale: Any, numbers: Any, einsum: str, served: bool) -> None:
+    rng = np.random.default_rng(5)
+    a = jnp.asarray(rng.standard_normal(x), jnp.float32)
+    b = jnp.asarray(rng.integers(-128, 128, q), jnp.int8)
+    s = jnp.asarray(rng.random(scale) + 0.5, jnp.float32)
+    want = np.einsum(einsum, np.asarray(a, np.float64), in_blocks(b, s))
+
+    def program(a: Any, b: Any, s: Any) -> Any:
+        return jax_nano.quantized_dot_general(a, b, s, dimension_numbers=numbers)
+
+    close(program(a, b, s), want)
+    close(jax_nano.quantized_dot_general(a, QArray(b, s), dimension_numbers=numbers), want)
+    if native.target():
+        assert calls(program, a, b, s) == int(served)
+
+
+def test_dot_general_with_zero_points_of_another_grid() -> None:
+    x, q, scale = operands("uint8")
+    zero = jnp.asarray(np.random.default_rng(0).integers(0, 9, (6, 64)), jnp.uint8)
+    got = jax_nano.quantized_dot_general(x, q, scale, zero, dimension_numbers=(((1,), (0,)), ((), ())))
+    w = (np.asarray(q, np.float64) - np.repeat(np.asarray(zero, np.float64), 16, 0)) * np.repeat(scale, 32, 0)
+    close(got, np.asarray(x, np.float64) @ w)
+
+
+@pytest.mark.parametrize("scale", [(5, 64), (64,), (3, 0)])
+def test_errors_of_dot_general(scale: Any) -> None:
+    x, q, _ = operands("int8")
+    with pytest.raises(ValueError, match="whose sizes divide"):
+        jax_nano.quantized_dot_general(x, q, jnp.ones(scale), dimension_numbers=(((1,), (0,)), ((), ())))
+
+
+several_devices = pytest.mark.skipif(jax.device_count("cpu") < 4, reason="needs four devices")
+
+
+@several_devices
+@pytest.mark.parametrize(
+    ("x_spec", "q_spec", "scale_spec"),
+    [
+        (P(), P(None, "d"), P(None, "d")),  # columns
+        (P(None, "d"), P("d", None), P("d", None)),  # K with its groups
+        (P(None, "d"), P("d", None), P()),  # K alone
+        (P("d", None), P(), P()),  # the batch
+    ],
+)
+def test_sharded_arrays(x_spec: P, q_spec: P, scale_spec: P) -> None:
+    x, q, scale = operands("int8", 8, groups=4)
+    mesh = jax.make_mesh((4,), ("d",), (AxisType.Auto,))
+    specs = (x_spec, q_spec, scale_spec)
+    given = [jax.device_put(v, NamedSharding(mesh, s)) for v, s in zip((x, q, scale), specs, strict=True)]
+    close(jax.jit(jax_nano.quantized_matmul)(*given), in_float64(x, q, scale))
+
+
+@several_devices
+@has_kernels
+def test_each_device_of_a_shard_map_makes_its_own_call() -> None:
+    x, q, scale = operands("int4", 2, n=128)
+    mesh = jax.make_mesh((4,), ("d",), (AxisType.Auto,))
+    columns = P(None, "d")
+    program = jax.shard_map(jax_nano.quantized_matmul, mesh=mesh, in_specs=(P(), columns, columns), out_specs=columns)
+    close(jax.jit(program)(x, q, scale), in_float64(x, q, scale))
+    assert calls(program, x, q, scale) == 1
