@@ -366,6 +366,19 @@ class TestRegret:
         assert len({case.key for case in cases}) == 20
         assert all(case.flops <= 1e8 for case in cases)
 
+    def test_costs_are_fitted(self, tmp_path):
+        """A profile's own times give its own costs again."""
+        profile = ROOT / "jax_nano/profiles/zen3.json"
+        copy = tmp_path / "zen3.json"
+        copy.write_text(profile.read_text())
+        done = run("fit", "--profile", str(copy), "--of", str(ROOT / "benchmarks/data/zen3-avx2.json.gz"))
+        assert done.returncode == 0, done.stderr
+        before, after = (json.loads(path.read_text()) for path in (profile, copy))
+        kernel = "gemm_f32_f32_f32_f32_6x16_x86-64-v3"
+        assert done.stdout.startswith(f"{kernel}: 543 products")
+        assert after["kernels"].keys() == before["kernels"].keys()
+        assert after["kernels"][kernel] == pytest.approx(before["kernels"][kernel], rel=0.1, abs=0.05)
+
     def test_needs_products(self):
         done = run("regret")
         assert done.returncode == 2

@@ -73,8 +73,8 @@ def write(
     objects: Sequence[Path],
     out: Path,
 ) -> None:
-    """Writes into ``out``, for C++, spec.h, profiles.h, manifest.inc, attention.inc and quantized.inc, and manifest.json
-    and kernels.cmake (objects and sources).
+    """Writes into ``out`` spec.h, profiles.h, manifest.inc, attention.inc and quantized.inc for C++, manifest.json, and
+    kernels.cmake (objects and sources).
     """
     _write(out / "spec.h", header.text())
     _write(out / "profiles.h", profiles.text([x.name for x in kernels]))
