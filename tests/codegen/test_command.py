@@ -13,6 +13,7 @@ import pytest
 import jax_nano
 from jax_nano.codegen import checks, inspect_asm, measure, report
 from jax_nano.codegen.catalog import attentions, find, kernels
+from jax_nano.codegen.quantized.kernel import kernels as quantized_kernels
 from jax_nano.codegen.target import TARGETS
 from jax_nano.codegen.toolchain import STAGES, Toolchain, ToolchainError
 
@@ -64,7 +65,7 @@ def test_list(package):
     assert done.returncode == 0, done.stderr
     first, *rest = done.stdout.splitlines()
     assert first == "targets: " + ", ".join(TARGETS)
-    assert [line.split()[0] for line in rest] == [k.name for k in (*kernels(), *attentions())]
+    assert [line.split()[0] for line in rest] == [k.name for k in (*kernels(), *attentions(), *quantized_kernels())]
 
 
 MARKS = {
