@@ -8,16 +8,14 @@
 #include "xla/attention_ffi.h"
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
-#include <mutex>
-#include <new>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
 #include "run/attention.h"
 #include "xla/attention_operands.h"
+#include "xla/call.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_nano {
@@ -28,30 +26,12 @@ namespace ffi = xla::ffi;
 using Int64s = ffi::Span<const int64_t>;
 
 struct CachedAttention {
-  std::vector<std::vector<int64_t>> shapes;  // of all buffers
-  std::vector<ffi::DataType> dtypes;
+  xla_call::Shapes shapes;  // of all buffers
   AttentionPlan plan;
   mutable sharing::Pace pace;
 
   CachedAttention(const std::vector<ffi::AnyBuffer>& buffers, const AttentionPlan& made)
-      : plan(made), pace(made.expected) {
-    for (const ffi::AnyBuffer& b : buffers) {
-      shapes.emplace_back(b.dimensions().begin(), b.dimensions().end());
-      dtypes.push_back(b.element_type());
-    }
-  }
-
-  bool Fits(const std::vector<ffi::AnyBuffer>& buffers) const {
-    if (buffers.size() != shapes.size()) return false;
-    for (size_t i = 0; i < buffers.size(); ++i) {
-      const auto have = buffers[i].dimensions();
-      if (dtypes[i] != buffers[i].element_type() || have.size() != shapes[i].size() ||
-          !std::equal(have.begin(), have.end(), shapes[i].begin())) {
-        return false;
-      }
-    }
-    return true;
-  }
+      : shapes(buffers), plan(made), pace(made.expected) {}
 };
 
 struct AttentionState {
@@ -60,13 +40,10 @@ struct AttentionState {
   AttentionOptions options;
   bool residual = false;
 
-  std::atomic<const CachedAttention*> last = nullptr;
-  std::mutex mutex;
-  std::vector<std::unique_ptr<const CachedAttention>> plans;  // guarded by mutex; never shrinks
+  xla_call::Plans<CachedAttention> plans;
 };
 
 ffi::TypeId AttentionState::id = {};
-const XLA_FFI_TypeInfo kAttentionStateInfo = ffi::MakeTypeInfo<AttentionState>();
 
 ffi::ErrorOr<std::unique_ptr<AttentionState>> Instantiate(int64_t abi, Int64s q_dims, Int64s k_dims, Int64s v_dims,
                                                           Int64s out_dims, double scale, int64_t left, int64_t right,
@@ -93,35 +70,22 @@ AttentionPlan NewPlan(const AttentionState& state, const std::vector<ffi::AnyBuf
                 buffers[next + 1].element_count() == static_cast<size_t>(shape.batch * shape.queries * shape.heads),
             "the logarithms do not fit the operands");
   }
-  const AttentionInfo* kernel =
-      SelectAttention(SelectedTargets(), NameOf(buffers[0].element_type()), NameOf(buffers[1].element_type()));
+  const AttentionInfo* kernel = SelectAttention(SelectedTargets(), xla_call::DTypeName(buffers[0].element_type()),
+                                                xla_call::DTypeName(buffers[1].element_type()));
   return PlanAttention(kernel, shape, HostMachine().caches);
-}
-
-const CachedAttention& FindPlan(AttentionState& state, const std::vector<ffi::AnyBuffer>& buffers) {
-  const CachedAttention* last = state.last.load(std::memory_order_acquire);
-  if (last != nullptr && last->Fits(buffers)) return *last;
-  const std::lock_guard lock(state.mutex);
-  for (const auto& entry : state.plans) {
-    if (entry->Fits(buffers)) {
-      state.last.store(entry.get(), std::memory_order_release);
-      return *entry;
-    }
-  }
-  state.plans.push_back(std::make_unique<const CachedAttention>(buffers, NewPlan(state, buffers)));
-  state.last.store(state.plans.back().get(), std::memory_order_release);
-  return *state.plans.back();
 }
 
 ffi::Error Execute(AttentionState* state, ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                    ffi::RemainingArgs more, ffi::RemainingRets results) {
-  try {
+  return xla_call::Guarded([&] {
     Require(more.size() == state->options.others(), "wrong number of operands");
     Require(results.size() == 1 + size_t{state->residual}, "wrong number of results");
     std::vector<ffi::AnyBuffer> all = {q, k, v};
     for (size_t i = 0; i < more.size(); ++i) all.push_back(*more.get<ffi::AnyBuffer>(i));
     for (size_t i = 0; i < results.size(); ++i) all.push_back(**results.get<ffi::AnyBuffer>(i));
-    const CachedAttention& entry = FindPlan(*state, all);
+    const CachedAttention& entry =
+        state->plans.Find([&](const CachedAttention& x) { return x.shapes.Fit(all); },
+                          [&] { return std::make_unique<const CachedAttention>(all, NewPlan(*state, all)); });
     size_t next = 3;
     const auto take = [&](bool given) -> void* { return given ? all[next++].untyped_data() : nullptr; };
     AttentionBuffers buffers = {};
@@ -135,14 +99,7 @@ ffi::Error Execute(AttentionState* state, ffi::ThreadPool pool, ffi::AnyBuffer q
     buffers.out = take(true);
     buffers.lse = static_cast<float*>(take(state->residual));
     RunAttention(entry.plan, entry.pace, buffers, pool);
-    return ffi::Error::Success();
-  } catch (const std::invalid_argument& e) {
-    return ffi::Error::InvalidArgument(e.what());
-  } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jax_nano: out of memory");
-  } catch (const std::logic_error& e) {
-    return ffi::Error::Internal(e.what());
-  }
+  });
 }
 
 XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
@@ -174,9 +131,7 @@ XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
 }  // namespace
 
 XLA_FFI_Error* AttentionInstantiate(XLA_FFI_CallFrame* frame) {
-  // As for products (ffi.cc): the state's type must be registered before its handlers are.
-  static XLA_FFI_Error* const error =
-      ffi::Ffi::RegisterTypeId(frame->api, "jax_nano.attention", &AttentionState::id, &kAttentionStateInfo);
+  static XLA_FFI_Error* const error = xla_call::RegisterState<AttentionState>(frame, "jax_nano.attention");
   return error != nullptr ? error : (*kInstantiate)(frame);
 }
 

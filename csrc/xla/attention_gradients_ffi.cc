@@ -7,15 +7,13 @@
 //
 // lse and delta are float32 [batch, queries, heads] (run/attention_gradients.h). Results have their operands' sizes and
 // dtypes, and jax.nn's order of dimensions.
-#include <atomic>
 #include <memory>
-#include <mutex>
-#include <new>
 #include <utility>
 
 #include "run/attention_gradients.h"
 #include "xla/attention_ffi.h"
 #include "xla/attention_operands.h"
+#include "xla/call.h"
 
 namespace jax_nano {
 namespace {
@@ -25,30 +23,12 @@ namespace ffi = xla::ffi;
 using Int64s = ffi::Span<const int64_t>;
 
 struct CachedGradients {
-  std::vector<std::vector<int64_t>> shapes;  // of all buffers
-  std::vector<ffi::DataType> dtypes;
+  xla_call::Shapes shapes;  // of all buffers
   GradientPlan plan;
   mutable GradientPaces paces;
 
   CachedGradients(const std::vector<ffi::AnyBuffer>& buffers, const GradientPlan& made)
-      : plan(made), paces(made.expected, made.merging) {
-    for (const ffi::AnyBuffer& b : buffers) {
-      shapes.emplace_back(b.dimensions().begin(), b.dimensions().end());
-      dtypes.push_back(b.element_type());
-    }
-  }
-
-  bool Fits(const std::vector<ffi::AnyBuffer>& buffers) const {
-    if (buffers.size() != shapes.size()) return false;
-    for (size_t i = 0; i < buffers.size(); ++i) {
-      const auto have = buffers[i].dimensions();
-      if (dtypes[i] != buffers[i].element_type() || have.size() != shapes[i].size() ||
-          !std::equal(have.begin(), have.end(), shapes[i].begin())) {
-        return false;
-      }
-    }
-    return true;
-  }
+      : shapes(buffers), plan(made), paces(made.expected, made.merging) {}
 };
 
 struct GradientState {
@@ -57,13 +37,10 @@ struct GradientState {
   AttentionOptions options;
   bool dbias = false;
 
-  std::atomic<const CachedGradients*> last = nullptr;
-  std::mutex mutex;
-  std::vector<std::unique_ptr<const CachedGradients>> plans;  // guarded by mutex; never shrinks
+  xla_call::Plans<CachedGradients> plans;
 };
 
 ffi::TypeId GradientState::id = {};
-const XLA_FFI_TypeInfo kGradientStateInfo = ffi::MakeTypeInfo<GradientState>();
 
 ffi::ErrorOr<std::unique_ptr<GradientState>> Instantiate(int64_t abi, Int64s q_dims, Int64s k_dims, Int64s v_dims,
                                                          Int64s out_dims, double scale, int64_t left, int64_t right,
@@ -108,34 +85,22 @@ GradientPlan NewPlan(const GradientState& state, const std::vector<ffi::AnyBuffe
     const auto have = buffers[next].dimensions();
     std::copy(have.begin(), have.begin() + 3, shape.dbias_sizes.begin());
   }
-  const AttentionInfo* kernel = SelectAttention(SelectedTargets(), NameOf(q.element_type()), NameOf(k.element_type()));
+  const AttentionInfo* kernel =
+      SelectAttention(SelectedTargets(), xla_call::DTypeName(q.element_type()), xla_call::DTypeName(k.element_type()));
   return PlanGradients(kernel, shape);
-}
-
-const CachedGradients& FindPlan(GradientState& state, const std::vector<ffi::AnyBuffer>& buffers) {
-  const CachedGradients* last = state.last.load(std::memory_order_acquire);
-  if (last != nullptr && last->Fits(buffers)) return *last;
-  const std::lock_guard lock(state.mutex);
-  for (const auto& entry : state.plans) {
-    if (entry->Fits(buffers)) {
-      state.last.store(entry.get(), std::memory_order_release);
-      return *entry;
-    }
-  }
-  state.plans.push_back(std::make_unique<const CachedGradients>(buffers, NewPlan(state, buffers)));
-  state.last.store(state.plans.back().get(), std::memory_order_release);
-  return *state.plans.back();
 }
 
 ffi::Error Execute(GradientState* state, ffi::ThreadPool pool, ffi::RemainingArgs operands,
                    ffi::RemainingRets results) {
-  try {
+  return xla_call::Guarded([&] {
     Require(operands.size() == 6 + state->options.others(), "wrong number of operands");
     Require(results.size() == 3 + size_t{state->dbias}, "wrong number of results");
     std::vector<ffi::AnyBuffer> all;
     for (size_t i = 0; i < operands.size(); ++i) all.push_back(*operands.get<ffi::AnyBuffer>(i));
     for (size_t i = 0; i < results.size(); ++i) all.push_back(**results.get<ffi::AnyBuffer>(i));
-    const CachedGradients& entry = FindPlan(*state, all);
+    const CachedGradients& entry =
+        state->plans.Find([&](const CachedGradients& x) { return x.shapes.Fit(all); },
+                          [&] { return std::make_unique<const CachedGradients>(all, NewPlan(*state, all)); });
     size_t next = 0;
     const auto take = [&](bool given) -> void* { return given ? all[next++].untyped_data() : nullptr; };
     GradientBuffers buffers = {};
@@ -154,14 +119,7 @@ ffi::Error Execute(GradientState* state, ffi::ThreadPool pool, ffi::RemainingArg
     buffers.dv = take(true);
     buffers.dbias = static_cast<float*>(take(state->dbias));
     RunGradients(entry.plan, entry.paces, buffers, pool);
-    return ffi::Error::Success();
-  } catch (const std::invalid_argument& e) {
-    return ffi::Error::InvalidArgument(e.what());
-  } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jax_nano: out of memory");
-  } catch (const std::logic_error& e) {
-    return ffi::Error::Internal(e.what());
-  }
+  });
 }
 
 XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
@@ -187,9 +145,7 @@ XLA_FFI_DEFINE_HANDLER(
 }  // namespace
 
 XLA_FFI_Error* GradientsInstantiate(XLA_FFI_CallFrame* frame) {
-  // As for products (ffi.cc): the state's type must be registered before its handlers are.
-  static XLA_FFI_Error* const error =
-      ffi::Ffi::RegisterTypeId(frame->api, "jax_nano.attention_gradients", &GradientState::id, &kGradientStateInfo);
+  static XLA_FFI_Error* const error = xla_call::RegisterState<GradientState>(frame, "jax_nano.attention_gradients");
   return error != nullptr ? error : (*kInstantiate)(frame);
 }
 

@@ -16,10 +16,10 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "run/attention.h"
+#include "xla/call.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_nano {
@@ -39,22 +39,12 @@ inline void Require(bool condition, const char* what) {
   if (!condition) throw std::invalid_argument(std::string("jax_nano attention: ") + what);
 }
 
-inline std::string_view NameOf(xla::ffi::DataType dtype) {
-  for (const DType& x : kDTypes) {
-    if (x.number == static_cast<int>(dtype)) return x.name;
-  }
-  return "";
-}
-
 // `others`: whether bias, mask, q_lengths and kv_lengths are there.
 inline xla::ffi::Error ParseOptions(int64_t abi, const std::array<xla::ffi::Span<const int64_t>, 4>& dims, double scale,
                                     int64_t left, int64_t right, const std::array<bool, 4>& others,
                                     AttentionOptions& options) {
   using xla::ffi::Error;
-  if (abi != kFfiAbi) {
-    return Error::InvalidArgument("jax_nano: this program asks for ABI " + std::to_string(abi) +
-                                  ", the installed one is " + std::to_string(kFfiAbi));
-  }
+  if (Error error = xla_call::CheckAbi(abi); error.failure()) return error;
   for (size_t i = 0; i < dims.size(); ++i) {
     if (dims[i].size() == 4) std::copy(dims[i].begin(), dims[i].end(), options.dims[i].begin());
     Dims sorted = options.dims[i];
