@@ -158,6 +158,9 @@ PRED: Final = 1
 
 _TUPLE: Final = 13
 
+_PACKED_BITS: Final = {x.number: x.bits for x in spec.WEIGHTS.values() if x.bits < 8}
+"""Of dtypes whose elements XLA:CPU packs into bytes; layouts say so."""
+
 # Operations that are removed when nothing uses their result any more.
 _PURE: Final = frozenset(
     (
@@ -271,6 +274,7 @@ def set_shape(shape: Any, element_type: int, dims: Sequence[int]) -> None:
     shape.dimensions.extend(dims)
     shape.is_dynamic_dimension.extend([False] * len(dims))
     shape.layout.minor_to_major.extend(range(len(dims) - 1, -1, -1))
+    shape.layout.element_size_in_bits = _PACKED_BITS.get(element_type, 0)
 
 
 def set_tuple(shape: Any, arrays: Sequence[tuple[int, Sequence[int]]]) -> None:
