@@ -541,6 +541,20 @@ class Module:
         computations.sort(key=lambda x: place[x.id])
         return new
 
+    def copy_for(self, caller: Computation, computation: Computation) -> Computation:
+        """A copy of a fused computation that `caller` may call."""
+        place = {x.id: i for i, x in enumerate(computation.instructions)}
+        parts = []
+        for x in computation.instructions:
+            part = type(x)()
+            part.CopyFrom(x)
+            part.operand_ids[:] = [place[number] for number in x.operand_ids]
+            parts.append(part)
+        new = self.add_fused(caller, parts)
+        new.root_id = new.instructions[place[computation.root_id]].id
+        self.set_parameters(new)
+        return new
+
     def set_parameters(self, computation: Computation) -> None:
         """Updates a computation's program_shape after its parameters were changed."""
         parameters = sorted(

@@ -464,6 +464,69 @@ def _note(narrowed: set[np.dtype], before: Instruction, convert: Instruction) ->
         narrowed.add(after)
 
 
+class Origin(NamedTuple):
+    """How a float matrix is made of quantised weights, outside of fusions."""
+
+    q: Instruction
+    others: tuple[Instruction, ...]  # what is read besides
+    steps: tuple[Instruction, ...]  # operands before their users; the last one is the matrix
+
+
+_STEPS: Final = ("bitcast", "convert", "copy", "transpose")
+_MOST_STEPS: Final = 6
+
+
+def origin_of(body: Body, matrix: Instruction) -> Origin | None:
+    """The origin of a float matrix, if everything that it is made of keeps its value."""
+    reader = Reader(body)
+    try:
+        array = hlo.array_of(matrix.shape)
+        if array is None or array.dtype not in _FLOATS:
+            return None
+        q = weights_of(reader, reader.element(matrix)).q.instruction
+    except (NotSimilar, NotQuantized, Unknown):
+        return None
+    steps: list[Instruction] = []
+
+    def depends(x: Instruction) -> bool:
+        """Whether x is made of q; appends what makes it to the steps."""
+        if x.id == q.id or any(x.id == y.id for y in steps):
+            return True
+        is_step = x.opcode in _STEPS or (x.opcode == "fusion" and x.fusion_kind == "kLoop")
+        if not is_step or math.prod(x.shape.dimensions) != math.prod(matrix.shape.dimensions):
+            return False
+        if not any([depends(y) for y in body.operands(x)]):
+            return False
+        steps.append(x)
+        return True
+
+    if not depends(matrix) or not 1 <= len(steps) <= _MOST_STEPS:
+        return None
+    if any(x.control_predecessor_ids or x.output_operand_aliasing for x in steps):
+        return None
+    inside = {q.id, *(x.id for x in steps)}
+    others = {y.id: y for x in steps for y in body.operands(x) if y.id not in inside}
+    if any(x.opcode == "constant" or hlo.array_of(x.shape) is None for x in others.values()):
+        return None
+    if not all(aliasing.keeps_its_value(body, x) for x in (q, *others.values())):
+        return None
+    return Origin(q, tuple(others.values()), tuple(steps))
+
+
+def made_again(body: Body, origin: Origin, arrays: Sequence[Instruction]) -> Instruction:
+    """The matrix, made by new instructions of a body from arrays in the place of q and the others."""
+    (_, first), *_ = found = list(zip((origin.q, *origin.others), arrays, strict=True))
+    known = {x.id: array for x, array in found}
+    made = first
+    for step in origin.steps:
+        made = body.like(step, [known[number] for number in step.operand_ids], near=first)
+        known[step.id] = made
+        if step.opcode == "fusion":
+            computation = body.module.computation(step.called_computation_ids[0])
+            made.called_computation_ids[:] = [body.module.copy_for(body.computation, computation).id]
+    return made
+
+
 def arrays_to_read(found: Found) -> Iterator[Element]:
     """The arrays that scales could be read from as they are, the nearest first; none if there are several scales."""
     if len(found.weights.scales) != 1 or found.weights.scales[0].divides:

@@ -94,15 +94,21 @@ class _Rewriter:
         body = Body(module, computation)
         dots = _products_of(body)
         numbers, found = frozenset(x.instruction.id for x in dots), {}
-        for x in dots:
-            seen = products.see(body, x)
-            call = None if seen is None else products.best_call(body, x.dot, seen, numbers, self._policy)
+        for number, x in _quantized_in(body, self._policy)[0].items():
+            m, k, _, n = x.sizes
+            reads = {x.x.instruction.id, x.weights.q.instruction.id}
+            found[number] = loops.Call(reads, m * k * n, is_vector=1 in (m, n), is_narrow=True)
+        for dot in dots:
+            if dot.instruction.id in found:
+                continue
+            seen = products.see(body, dot)
+            call = None if seen is None else products.best_call(body, dot.dot, seen, numbers, self._policy)
             if call is not None:
                 lhs, rhs, _ = call.views
                 labels = call.views.labels
                 sizes = labels.sizes(lhs.sizes, rhs.sizes)
                 m, n, batch = (math.prod(sizes[i] for i in y) for y in (labels.lhs_free, labels.rhs_free, labels.batch))
-                found[x.instruction.id] = loops.Call(
+                found[dot.instruction.id] = loops.Call(
                     {lhs.instruction.id, rhs.instruction.id},
                     math.prod(sizes.values()),
                     is_vector=1 in (m, n) and batch == 1,
@@ -207,8 +213,8 @@ class _Rewriter:
         return record.Product(self._module.name, source, (a, b, c), labels, "default", why)
 
 
-def _quantized_in(body: Body, policy: Policy) -> tuple[list[int], dict[int, str]]:
-    """The ids of the products with quantised weights that calls replace, and why others are none."""
+def _quantized_in(body: Body, policy: Policy) -> tuple[dict[int, quantized.Found], dict[int, str]]:
+    """The products with quantised weights that calls replace, by id, and why others are none."""
     found: dict[int, quantized.Found] = {}
     why: dict[int, str] = {}
     for number in _dots_of(body):
@@ -228,7 +234,7 @@ def _quantized_in(body: Body, policy: Policy) -> tuple[list[int], dict[int, str]
         shared = {x for x in made if body.is_awaited(body[x]) or any(y.id not in readers for y in body.users(body[x]))}
         losing = [number for number, x in found.items() if x.between & shared]
         if not losing:
-            return list(found), why
+            return found, why
         for number in losing:
             why[number] = "something else reads the dequantised weights"
             del found[number]

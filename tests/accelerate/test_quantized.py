@@ -459,6 +459,105 @@ def test_a_loop_whose_next_value_is_the_product(rng: np.random.Generator) -> Non
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("kind", ["float8_e8m0fnu", "float32"])
+def test_scaled_matmul(kind: str, rows: int, rng: np.random.Generator) -> None:
+    """Both operands are quantised; the larger one is read as it is."""
+    a, b = (jnp.asarray(weights_of("float8_e4m3fn", rng, (1, n, K))) for n in (rows, N))
+    scales = [jnp.asarray(2.0 ** rng.integers(-2, 3, (1, n, 3)), jnp.float32).astype(kind) for n in (rows, N)]
+    with jax_nano.accelerate():
+        fast = jax.jit(lambda *v: jax.nn.scaled_matmul(*v))
+        assert ops(fast, a, b, *scales)["quantized"] == 1, jax_nano.report()
+        got = np.asarray(fast(a, b, *scales))
+    wide = [np.asarray(x).astype(np.float64) * np.repeat(np.asarray(s).astype(np.float64), GROUP, -1) for x, s in
+            zip((a, b), scales, strict=True)]  # fmt: skip
+    want, size = (np.einsum("bmk,bnk->bmn", *v) for v in (wide, map(abs, wide)))
+    assert (abs(got - want) <= K * 2**-23 * size).all()
+
+
+# --- loops --------------------------------------------------------------------------------------------------------
+
+
+def decoding(form: Program, steps: int = 5) -> Program:
+    """A scan whose steps multiply with weights of the form; XLA makes the float matrix in front of it."""
+
+    def program(x: Array, q: Array, s: Array) -> Any:
+        def step(h: Array, _: None) -> tuple[Array, Array]:
+            y = form(jnp, h, q, s, d=h.dtype.type)
+            return jnp.tanh(jnp.concatenate([y, y[:, : K - N]], -1)), y.sum(-1)
+
+        return lax.scan(step, x, None, length=steps)
+
+    return program
+
+
+def decoding_of_layers(x: Array, q: Array, s: Array) -> Any:
+    """Two loops, one in the other, and two layers that share scales."""
+
+    def inner(h: Array) -> Array:
+        w = q.astype(h.dtype).reshape(3, GROUP, N) * s.astype(h.dtype)[:, None]
+        y = jnp.tanh(h @ w.reshape(K, N))
+        return jnp.concatenate([y, y[:, : K - N]], -1)
+
+    def outer(h: Array, _: None) -> tuple[Array, Array]:
+        h = lax.fori_loop(0, 3, lambda _, h: inner(h), h)
+        return h, h[:, 0]
+
+    return lax.scan(outer, x, None, length=3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("m", [1, 4])
+@pytest.mark.parametrize("weights", ["int8", "int4", "float8_e4m3fn"])
+@pytest.mark.parametrize("form", ["after", "column", "grouped", "nested"])
+def test_loops_carry_weights(form: str, weights: str, m: int, dtype: str, rng: np.random.Generator) -> None:
+    x, q, s = (jnp.asarray(v) for v in arguments("grouped" if form == "nested" else form, weights, m, dtype, rng))
+    s = s / 2
+    program = decoding_of_layers if form == "nested" else decoding(CALLS[form][0])
+    want = jax.jit(lambda *v: program(*v))(x, q, s)
+    with jax_nano.accelerate():
+        compiled = jax.jit(program).lower(x, q, s).compile()
+        got = compiled(x, q, s)
+    text = compiled.as_text()
+    assert text.count('custom_call_target="jax_nano_quantized"') == 1, jax_nano.report()
+    assert not any(f"{kind}[{K},{N}]" in text for kind in ("f32", "bf16"))
+    tolerance = 1e-3 if dtype == "float32" else 0.1
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        a, b = (np.asarray(v, np.float64) for v in (a, b))
+        assert abs(a - b).max() <= tolerance * max(1, abs(b).max())
+
+
+def test_a_loop_that_reads_the_matrix_otherwise_too_carries_it(rng: np.random.Generator) -> None:
+    x, q, s = (jnp.asarray(v) for v in arguments("column", "int8", 4, "float32", rng))
+
+    def program(x: Array, q: Array, s: Array) -> Any:
+        def step(h: Array, i: Array) -> tuple[Array, Array]:
+            w = q.astype(h.dtype) * s
+            y = h @ w
+            return jnp.tanh(jnp.concatenate([y, y[:, : K - N]], -1)), lax.dynamic_index_in_dim(w, i, 0).sum()
+
+        return lax.scan(step, x, jnp.arange(4))
+
+    want = jax.jit(lambda *v: program(*v))(x, q, s)
+    with jax_nano.accelerate():
+        fast = jax.jit(program)
+        got = fast(x, q, s)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), got, want)
+
+
+def test_weights_that_are_read_after_the_loop(rng: np.random.Generator) -> None:
+    x, q, s = (jnp.asarray(v) for v in arguments("column", "int8", 4, "float32", rng))
+
+    def program(x: Array, q: Array, s: Array) -> Any:
+        h, sums = decoding(column)(x, q, s)
+        return h, sums, (q.astype(x.dtype) * s)[:3], q.at[0].set(1)
+
+    want = jax.jit(lambda *v: program(*v))(x, q, s)
+    with jax_nano.accelerate():
+        got = jax.jit(program)(x, q, s)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), got, want)
+
+
 def test_the_gate_keeps_few_weights(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decision, "policy", decision.Policy(declines=True))
     x, q, s = (jnp.asarray(v) for v in arguments("column", "int8", 4, "float32", rng))
