@@ -355,9 +355,7 @@ def _lower_scaled_matmul(module: Any) -> None:
     )
 
 
-def _scaled_matmul(
-    a: Array, b: Array, a_scales: Array, b_scales: Array, *, preferred_element_type: Any
-) -> Array:
+def _scaled_matmul(a: Array, b: Array, a_scales: Array, b_scales: Array, *, preferred_element_type: Any) -> Array:
     def scaled(x: Array, scales: Array) -> Array:
         blocks = jax.numpy.reshape(x.astype(preferred_element_type), (*scales.shape, -1))
         return jax.numpy.reshape(blocks * scales.astype(preferred_element_type)[..., None], x.shape)

@@ -160,7 +160,7 @@ def _change(module: Module, fused: Collection[int], refused: Collection[_Element
     changes: list[_Narrowed | _Opened] = [*_open_calls(module, refused)]
     bodies = {x.id: Body(module, x) for x in module.computations if x.id not in fused}
     _carried.only_read(module, bodies, aliasing.only_reads)
-    for computation in reversed(module.computations):  # loops around others before those inside
+    for computation in list(reversed(module.computations)):  # loops around others before those inside
         if computation.id not in bodies:
             continue
         for instruction in list(computation.instructions):
@@ -198,11 +198,7 @@ def _change_loop(
     for index in sorted(_carried.unchanged(body)):
         names = _carried.elements_of(body, _carried.state_of(body), index)
         readers = [x for name in names for x in body.users(name) if x.id != body.root.id]
-        if (
-            len(names) != 1
-            or not readers
-            or _carried.elements_of(condition, _carried.state_of(condition), index)
-        ):
+        if len(names) != 1 or not readers or _carried.elements_of(condition, _carried.state_of(condition), index):
             continue
         if _Element(loop.instruction.id, index, of_weights=True) not in refused:
             origin = quantized.origin_of(around, around.operands(state)[index])

@@ -33,6 +33,7 @@ from jax_nano._programs import (
     products,
     quantized,
     quantized_calls,
+    views,
 )
 from jax_nano._programs.products import Dot
 
@@ -64,6 +65,8 @@ class _Rewriter:
         inner_products.restore(module, self._why_not_taken_out)
         why = fusions.take_out(module, self._why_not_taken_out, self._policy)
         if self._why_none is None:
+            for body in module.bodies("dot"):
+                views.convert_last(body)
             loops.carry_narrow_arrays(module, module.fused(), self._calls_in, self._policy)
             self._in_one_function = module.called_from(hlo.is_one_function)
         for body in module.bodies("dot", "fusion"):

@@ -84,8 +84,10 @@ def test_aqt(activations: int | None, rows: int, rng: np.random.Generator) -> No
     if activations is None:
         config.set_bits(settings, None, 8, None, None, None, None)
 
+    frozen = aqt_flax.FreezerMode.CALIBRATION_AND_VALUE
+
     def model(mode: Any) -> linen.Module:
-        products = functools.partial(aqt_flax.AqtDotGeneral, settings, rhs_quant_mode=mode)
+        products = functools.partial(aqt_flax.AqtDotGeneral, settings, rhs_quant_mode=mode, rhs_freeze_mode=frozen)
         return linen.Sequential(
             [
                 linen.Dense(HIDDEN, dot_general_cls=products),
@@ -97,9 +99,11 @@ def test_aqt(activations: int | None, rows: int, rng: np.random.Generator) -> No
     x = jnp.asarray(rng.normal(size=(rows, WIDTH)), jnp.float32)
     converting, serving = model(utils.QuantMode.CONVERT), model(utils.QuantMode.SERVE)
     variables = converting.init(jax.random.key(0), x)
-    _, frozen = converting.apply(variables, x, mutable=True)
-    assert any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(frozen["aqt"]))
-    plain, fast, products = run(lambda v, x: serving.apply(v, x), {**variables, **frozen}, x)
+    _, weights = converting.apply(variables, x, rngs={"params": jax.random.key(1)}, mutable=True)
+    assert any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(weights["aqt"]))
+    plain, fast, products = run(
+        lambda v, x: serving.apply(v, x, rngs={"params": jax.random.key(1)}), {**variables, **weights}, x
+    )
     close(fast, plain, 1e-4 if activations is None else 4e-2)
     assert [product.declined for product in products] == [None, None]
     for product in products:

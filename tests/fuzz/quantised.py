@@ -56,7 +56,9 @@ class Quantised(Attentions):
         if self.chance(0.15):
             self.updated(scope, q)
         if self.chance(0.5):
-            y = self.emit(scope, "{0} + {1}", [y, self.need(scope, (n,), y.dtype)], y.shape, y.dtype, y.size + 1)
+            y = self.emit(
+                scope, "{0} + {1}", [y, self.need(scope, y.shape[-1:], y.dtype)], y.shape, y.dtype, y.size + 1
+            )
         if self.chance(0.5):
             self.activation(scope, y)
 
@@ -117,6 +119,6 @@ class Quantised(Attentions):
         matrix = self._matrix(scope, q, k, n, x.dtype, 1, along_k=along_k)
         step = f"jnp.tanh(h @ ({matrix.text}))"
         # As wide as x again: columns are repeated.
-        back = f"jnp.tile({step}, {-(-k // n)})[..., :{k}]" if n != k else step
+        back = f"jnp.concatenate([{step}] * {-(-k // n)}, -1)[..., :{k}]" if n != k else step
         text = f"lax.fori_loop(0, 3, lambda i, h: ({back}).astype(h.dtype), {{0}})"
         return self.emit(scope, text, [x, *matrix.operands], x.shape, x.dtype, 1)
