@@ -30,7 +30,8 @@ def with_dots(serialized: bytes) -> bytes | None:
     """The HLO module with dots in the places of our calls, None if there are none.
 
     Epilogues are not counted: a bias, a residual and an activation cost about a hundredth of the product. Nor is making
-    floats of quantised weights, which count with their own bytes. Neither is softmax in attention, nor is it counted that a causal mask saves half of the work.
+    floats of quantised weights, which count with their own bytes. Neither is softmax in attention, nor is it counted
+    that a causal mask saves half of the work.
     """
     if not any(target.encode() in serialized for target in (*_TARGETS, native.ATTENTION_TARGET_NAME)):
         return None

@@ -495,7 +495,8 @@ def origin_of(body: Body, matrix: Instruction) -> Origin | None:
         is_step = x.opcode in _STEPS or (x.opcode == "fusion" and x.fusion_kind == "kLoop")
         if not is_step or math.prod(x.shape.dimensions) != math.prod(matrix.shape.dimensions):
             return False
-        if not any([depends(y) for y in body.operands(x)]):
+        made = [depends(y) for y in body.operands(x)]  # all of them: each appends its steps
+        if not any(made):
             return False
         steps.append(x)
         return True
