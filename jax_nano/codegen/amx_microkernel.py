@@ -149,7 +149,7 @@ class AmxTileRow:
     rows: int  # of tiles
     family: AmxDot
     out: str
-    stream: bool = False
+    direct_b: bool = False
 
     @property
     def narrow_out(self) -> bool:
@@ -157,13 +157,17 @@ class AmxTileRow:
         return self.microkernels()[0].narrow_out
 
     def microkernels(self) -> Sequence[AmxMicrokernel]:
-        """The wide and the narrow one."""
+        """That of two tiles' width, and that of one."""
         tiles = [Tile(self.rows, nv, amx.UNITS) for nv in (2, 1)]
         return [AmxMicrokernel(t, 2 * amx.UNITS, self.family, self.out) for t in tiles]
 
+    def name(self, prefix: str) -> str:
+        return f"{prefix}_row{self.rows * amx.ROWS}"
+
     def emit(self, module: ir.Module, prefix: str, epilogue: str | None) -> str:
-        wide, narrow = (m.emit(module, prefix) for m in self.microkernels())
-        name = f"{prefix}_row{self.rows * amx.ROWS}"
+        """Adds the function (with the parameters ``ROW_PARAMS``) and its microkernels; returns its name."""
+        wide, single = (m.emit(module, prefix) for m in self.microkernels())
+        name = self.name(prefix)
 
         def body(*args: Ptr | I64) -> None:
             x: dict[str, Any] = dict(zip(ROW_PARAMS, args, strict=True))
@@ -177,7 +181,7 @@ class AmxTileRow:
                 def some(j: Size) -> None:
                     here_cols = ir.minimum(end - j, at_once)
                     here = {**x, "b": x["b"].at(j * x["b_step"]), "cols": here_cols, **landing.at(j)}
-                    module.call(kernel, [here[p] for p in AmxMicrokernel.PARAMS])
+                    module.call_by_name(kernel, here)
                     landing.finish(j, x["rows"], here_cols)
 
                 ir.loop(first, end, at_once, [], some)
@@ -187,16 +191,16 @@ class AmxTileRow:
             whole = tiles // 2 * nr
             in_wide = ir.minimum(whole, cols)
             ir.if_(ir.less(0, in_wide), lambda: blocks(0, in_wide, wide))
-            ir.if_(ir.less(in_wide, cols), lambda: blocks(in_wide, cols, narrow))
+            ir.if_(ir.less(in_wide, cols), lambda: blocks(in_wide, cols, single))
 
         module.function(name, _types(ROW_PARAMS, self.family, self.out), body, internal=True)
         return name
 
 
-def _types(params: Sequence[str], family: AmxDot, out: str) -> list[str]:
+def _types(params: Sequence[str], family: AmxDot, out: str) -> dict[str, str]:
     """Parameter types of a generated function by the parameters' names."""
     pointers = {"a": family.unit, "walks": "int64", "b": family.unit, "c": out, "partial": family.acc}
-    return [pointers.get(p, "i64") for p in params]
+    return {p: pointers.get(p, "i64") for p in params}
 
 
 def block_tile() -> Tile:

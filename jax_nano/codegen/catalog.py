@@ -13,15 +13,14 @@ from jax_nano._core.spec import ATTENTION_SIGNATURES, DEFAULT_ALGORITHM, DTYPES,
 
 from . import ir, nanokernel
 from .amx_microkernel import TILE_REGISTERS, AmxMicrokernel, block_tile
-from .attention import Attention
-from .attention_gradients import Gradients
-from .inner import InnerMicrokernel
-from .macrokernel import Gemm
+from .attention.kernel import Attention
+from .gemm import Gemm
+from .inner_microkernel import InnerMicrokernel
 from .microkernel import Microkernel
 from .nanokernel import Family, Served
-from .sweep import SweepMicrokernel
+from .sweep_microkernel import SweepMicrokernel
 from .target import TARGETS, Target
-from .tile import Tile, check, panel_tile
+from .tile import Tile, check, packed_tile
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,6 @@ class AttentionKernel:
         """The kernel's verified MLIR module, as composed."""
         with ir.new_module() as module:
             self.attention.emit(module, self.symbol)
-            Gradients(self.attention).emit(module, self.symbol)
             return module.text()
 
     def microkernels(self) -> dict[str, Microkernel | AmxMicrokernel | InnerMicrokernel | SweepMicrokernel]:
@@ -152,7 +150,7 @@ def _kernel(target: Target, served: Served) -> Kernel:
         tile, used = block_tile(), f"2 x 2 tiles: 4 loads for 4 products, 7 of {TILE_REGISTERS} tile registers"
     else:
         temporaries = family.temporaries
-        tile = check(panel_tile(target, ir.elem_bytes(family.acc), temporaries), target, temporaries)
+        tile = check(packed_tile(target, ir.elem_bytes(family.acc), temporaries), target, temporaries)
         used = f"{tile.registers + temporaries} of {target.vector_registers} registers"
     return Kernel(target, *served.signature, family, tile, served.algorithm, f"{served.why}; {used}")
 

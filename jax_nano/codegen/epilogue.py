@@ -54,7 +54,7 @@ class Epilogue:
         """Adds the function to the module (once) and returns its name."""
         name = f"{prefix}_epilogue"
         pointers = {"sums": self.acc, "c": self.out, "old": self.acc}
-        module.function(name, [pointers.get(p, "i64") for p in self.PARAMS], self._body, internal=True)
+        module.function(name, {p: pointers.get(p, "i64") for p in self.PARAMS}, self._body, internal=True)
         return name
 
     def _body(
@@ -180,8 +180,7 @@ class Landing:
             "column": row["column"] + j,
             "epilogue": row["epilogue"],
         }
-        call = partial(self._module.call, self._function, [arguments[p] for p in Epilogue.PARAMS])
-        ir.if_(self._finishes, call)
+        ir.if_(self._finishes, partial(self._module.call_by_name, self._function, arguments))
 
 
 class _Copies:
