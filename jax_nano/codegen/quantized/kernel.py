@@ -16,15 +16,18 @@ from jax_nano._core import spec
 from jax_nano._core.spec import names
 
 from .. import ir
+from ..arguments import Arguments, Given
 from ..ir import I64, Ptr
 from ..target import TARGETS, Target
 from ..toolchain import LLC_FLAGS
 from . import finish
-from .columns import Columns, Sweep, sweeps
+from .columns import Columns
 from .dequantize import Dequantize
 from .formats import Bytes, Floats, Format, Nibbles, block
-from .inner import Inner, Products, inner_products
+from .inner import Inner
+from .inner_products import InnerProducts, inner_products
 from .rows import Rows
+from .sweep import Sweep, sweeps
 
 _POINTERS = {"q": "int8"} | dict.fromkeys(("x_pack", "sums", "y", "zeros", "scales"), "float32")
 _FIELDS = names(spec.QUANTIZED_ARGS)
@@ -69,7 +72,7 @@ class QuantizedKernel:
         """Its loops over columns."""
         return [] if self.form is None else sweeps(self.form, self.target)
 
-    def inner_products(self) -> list[Products]:
+    def inner_products(self) -> list[InnerProducts]:
         """Its loops along K."""
         return [] if self.form is None else inner_products(self.form, self.target)
 
@@ -81,7 +84,7 @@ class QuantizedKernel:
 
     def emit(self, module: ir.Module) -> None:
         """Adds the function and all that it calls."""
-        tasks: dict[str, Callable[[dict[str, Any]], None]] = {}
+        tasks: dict[str, Callable[[Given], None]] = {}
         if self.form is None:
             finish.emit(module, self.symbol, self.target)
             tasks["finish"] = partial(finish.finish, module, self.symbol, self.target)
@@ -108,13 +111,8 @@ class QuantizedKernel:
         module.function(self.symbol, ["int64"], body, internal=False)
 
     @staticmethod
-    def _task(emit: Callable[[dict[str, Any]], None], given: Ptr) -> None:
-        fields: dict[str, Any] = {}
-        for i, name in enumerate(_FIELDS):
-            at = given.at(i)
-            pointer = _POINTERS.get(name)
-            fields[name] = Ptr(at.as_type("ptr").load(), pointer) if pointer else I64(at.load())
-        emit(fields)
+    def _task(emit: Callable[[Given], None], given: Ptr) -> None:
+        emit(Arguments(given, _FIELDS, _POINTERS).loaded())
 
 
 def kernels() -> Iterator[QuantizedKernel]:
