@@ -59,8 +59,8 @@ def walks_of(tile: Tile, out: str, table: Ptr) -> Walks:
 
 
 def walks_min_steps(tile: Tile, out: str) -> int:
-    """K steps in which the main microkernel, hurried, gets through the walks along C and as many other lines: walks
-    that end before are not worth their table.
+    """K steps in which the main microkernel, with its most lines a turn, gets through the walks along C and as many
+    other lines: walks that end before are not worth their table.
     """
     return 2 * tile.mr * lines_of_a_row(tile, out) * MAIN_UNROLL // lines_a_turn(tile)
 

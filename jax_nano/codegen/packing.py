@@ -26,7 +26,7 @@ from .tile import Tile
 from .transpose import transpose
 from .walks import LINE
 
-PACKED_STEPS = 8  # steps of a panel of B that are copied, and fetched ahead, before those of the next panel
+PACKED_STEPS = 8  # steps of a panel of B that are copied, and prefetched, before those of the next panel
 
 Prepare = Callable[[Value, str, int], Value]
 _Part = tuple[Callable[[Size, Size], Ptr], Callable[[Value], Value]]
@@ -114,18 +114,24 @@ class Packing:
 
         def row(i: Size) -> None:
             for skipped, value in parts:
-                self._row(a.at(i * rsa), panels.at(i * pitch + skipped), k, value, ahead=rsa)
+                self._row(a.at(i * rsa), panels.at(i * pitch + skipped), k, value, next_row=rsa)
 
         def scattered() -> None:
             for skipped, value in parts:
                 first = panels.at(skipped)
                 self._elements((rows, lambda i: a.at(i * rsa)), (k, csa), lambda i, s: first.at(i * pitch + s), value)
 
-        ir.if_(
-            self._is_k_major(rsa, csa),
-            lambda: void(ir.loop(0, rows, mr, [], panel_of_columns)),
-            lambda: void(ir.if_(ir.equal(csa, 1), lambda: void(ir.loop(0, rows, 1, [], row)), scattered)),
-        )
+        for columns_contiguous in ir.branches(self._is_k_major(rsa, csa)):
+            if columns_contiguous:
+                for p in ir.range_(0, rows, mr):
+                    panel_of_columns(p)
+                continue
+            for rows_contiguous in ir.branches(ir.equal(csa, 1)):
+                if rows_contiguous:
+                    for i in ir.range_(0, rows):
+                        row(i)
+                else:
+                    scattered()
 
     def _a_value(self, part: int) -> Callable[[Value], Value]:
         return lambda v: self.family.prepare_a(v, self.a, part)
@@ -196,13 +202,17 @@ class Packing:
         def transposed() -> None:
             self._transpose_b(b, parts, k, cols, csb)
 
-        ir.if_(ir.equal(csb, 1), copied, lambda: void(ir.if_(ir.equal(rsb, 1), transposed, scattered)))
+        for rows_contiguous in ir.branches(ir.equal(csb, 1)):
+            if rows_contiguous:
+                copied()
+            else:
+                ir.if_(ir.equal(rsb, 1), transposed, scattered)
         if self.family.column_sums:
-            ir.loop(0, self._round_up(cols), nr, [], lambda p: self._sum_columns(panels.at(p // nr * height), k))
+            for p in ir.range_(0, self._round_up(cols), nr):
+                self._sum_columns(panels.at(p // nr * height), k)
 
     def _round_up(self, cols: Size) -> Size:
-        nr = self.tile.nr
-        return (cols + (nr - 1)) // nr * nr
+        return ir.round_up(cols, self.tile.nr)
 
     def _copy_b_rows(
         self, b: Ptr, at: Callable[[Size, Size], Ptr], k: Size, cols: Size, rsb: Size, value: Callable[[Value], Value]
@@ -339,14 +349,14 @@ class Packing:
         for present in range(1, kr):
             ir.if_(ir.equal(k % kr, present), lambda: step(whole, present))
 
-    def _row(self, source: Ptr, target: Ptr, k: Size, value: Callable[[Value], Value], ahead: Size) -> None:
-        """Copies ``k`` contiguous elements; those ``ahead`` are prefetched, the next row, which no hardware guesses."""
+    def _row(self, source: Ptr, target: Ptr, k: Size, value: Callable[[Value], Value], next_row: Size) -> None:
+        """Copies ``k`` contiguous elements, and prefetches those ``next_row`` further on: no hardware guesses them."""
         kr, lanes = self.family.kr, self.tile.lanes
         chunk = lanes * kr
         whole = k // chunk * chunk
 
         def vector(k0: Size) -> None:
-            source.at(k0 + ahead).prefetch()
+            source.at(k0 + next_row).prefetch()
             target.at(k0 // kr).store(self._bits(value(source.at(k0).load(chunk))))
 
         ir.loop(0, whole, chunk, [], vector)
@@ -398,7 +408,3 @@ class Packing:
             ir.loop(0, self.steps(k), 1, [], step)
 
         ir.loop(0, count, 1, [], one_line)
-
-
-def void(_: object) -> None:
-    """Drops the (empty) results of a nested control-flow helper."""
