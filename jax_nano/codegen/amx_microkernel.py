@@ -71,7 +71,7 @@ class AmxMicrokernel:
         tile, rsa = self.tile, given["rsa"]
         sums = ir.alloca(tile.mr * amx.ROWS * tile.nr, self.family.acc)
 
-        def block(j: Size) -> None:
+        for j in ir.range_(0, given["cols"], self.panel_columns):
             self._prefetch(given, j)
             bases = [given["a"].at(i * amx.ROWS * rsa) for i in range(tile.mr)]
             zeros = [amx.zero() for _ in range(tile.accumulators)]
@@ -94,17 +94,13 @@ class AmxMicrokernel:
                 amx.store(value, sums.at(i * amx.ROWS * tile.nr + v * amx.UNITS), tile.nr)
             self._store(given, j, sums)
 
-        ir.loop(0, given["cols"], self.panel_columns, [], block)
-
     def _prefetch(self, given: dict[str, Any], j: Size) -> None:
         """Fetches the block of C while the products are computed."""
         elements = 64 // ir.elem_bytes(self.out)
 
-        def row(i: I64) -> None:
+        for i in ir.range_(0, given["rows"]):
             for o in range(0, self.tile.nr, elements):
                 given["c"].at(i * given["rsc"] + j + o).prefetch(write=True)
-
-        ir.loop(0, given["rows"], 1, [], row)
 
     def _store(self, given: dict[str, Any], j: Size, sums: Ptr) -> None:
         """Adds what C or ``partial`` held, if the sum goes on, and stores the part of the block that exists."""
@@ -118,7 +114,7 @@ class AmxMicrokernel:
             return given["partial"].at(i * given["rs_partial"] + j) if self.narrow_out else c_at(i)
 
         def rows(*, adds: bool, more: bool) -> None:
-            def row(i: I64) -> None:
+            for i in ir.range_(0, given["rows"]):
                 for v, mask in enumerate(masks):
                     o = v * amx.UNITS
                     value = sums.at(i * tile.nr + o).load(amx.UNITS)
@@ -129,8 +125,6 @@ class AmxMicrokernel:
                     else:
                         (element,) = self.family.narrowed([value], self.out)
                         c_at(i).at(o).store(element, mask)
-
-            ir.loop(0, given["rows"], 1, [], row)
 
         def finish(*, adds: bool) -> None:
             if self.narrow_out:
@@ -178,13 +172,11 @@ class AmxTileRow:
             at_once = cols if epilogue is None else ir.select_size(ir.equal(x["epilogue"], 0), cols, nr)
 
             def blocks(first: Size, end: Size, kernel: str) -> None:
-                def some(j: Size) -> None:
+                for j in ir.range_(first, end, at_once):
                     here_cols = ir.minimum(end - j, at_once)
                     here = {**x, "b": x["b"].at(j * x["b_step"]), "cols": here_cols, **landing.at(j)}
                     module.call_by_name(kernel, here)
                     landing.finish(j, x["rows"], here_cols)
-
-                ir.loop(first, end, at_once, [], some)
 
             # The last block needs one tile's width only if no more than that is left.
             tiles = (cols + (one - 1)) // one

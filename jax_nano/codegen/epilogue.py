@@ -99,10 +99,9 @@ class Epilogue:
             sources = copies.of(sources, active, partly)
             copies.store(self._finished(v, sources, factor, fields["activation"], None), here, active, partly)
 
-        def row(i: I64) -> None:
-            ir.loop(0, cols, self.lanes, [], lambda j: vector(i, j))
-
-        ir.loop(0, rows, 1, [], row)
+        for i in ir.range_(0, rows):
+            for j in ir.range_(0, cols, self.lanes):
+                vector(i, j)
 
     def _nothing(self, dtype: str) -> Ptr:
         """A vector of -0.0, the one number that leaves all others as they are when it is added."""
@@ -196,7 +195,8 @@ class _Copies:
 
         def copied() -> Sequence[Ptr]:
             for source, room in zip(sources, self._rooms, strict=True):
-                ir.loop(0, active, 1, [], lambda i, s=source, r=room: r.at(i).store(s.at(i).load()))
+                for i in ir.range_(0, active):
+                    room.at(i).store(source.at(i).load())
             return self._rooms
 
         return ir.if_(partly, copied, lambda: sources, like=self._rooms)
@@ -206,6 +206,7 @@ class _Copies:
 
         def some() -> None:
             self._result.store(v)
-            ir.loop(0, active, 1, [], lambda i: to.at(i).store(self._result.at(i).load()))
+            for i in ir.range_(0, active):
+                to.at(i).store(self._result.at(i).load())
 
         ir.if_(partly, some, lambda: to.store(v))

@@ -30,7 +30,7 @@ from .target import Target
 # Rows and columns of the tile. 16 accumulators hide the latency of two pipes; with operands they take 24 registers.
 TILE, TILE_OF_16_REGISTERS = (4, 4), (3, 3)
 SHIFTED_TILE_OF_16_REGISTERS = (3, 2)  # with a sum and a constant more for each column's correction
-# Vectors that lie in memory (Zen 4, one row): long ones as so many streams, the next ones fetched meanwhile, 33 GB/s,
+# Vectors that lie in memory (Zen 4, one row): long ones as so many streams, the next ones prefetched, 33 GB/s,
 # one after the other 24; short ones one after the other, as they lie, 29 to 32 GB/s, four side by side 11 to 18.
 LONG_AT_ONCE, LONG_AT_ONCE_OF_16_REGISTERS = 8, 4
 SHORT_BYTES = 4096

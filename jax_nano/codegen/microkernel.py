@@ -49,7 +49,7 @@ def lines_of_a_row(tile: Tile, out: str) -> int:
 
 
 def lines_a_turn(tile: Tile) -> int:
-    """Lines that the main microkernel may fetch in a turn, so many products apart that no load waits for them."""
+    """Lines that the main microkernel may prefetch in a turn, so many products apart that no load waits for them."""
     return max(1, tile.accumulators * MAIN_UNROLL // PRODUCTS_A_LINE)
 
 
@@ -244,7 +244,8 @@ class Microkernel:
                 at.store(v, mask)
                 return
             scratch.store(v)
-            ir.loop(0, given["cols"], 1, [], lambda lane: at.at(lane).store(scratch.at(lane).load()))
+            for lane in ir.range_(0, given["cols"]):
+                at.at(lane).store(scratch.at(lane).load())
 
         def added(values: Sequence[Value]) -> list[Value]:
             def old(n: int) -> Value:

@@ -115,7 +115,8 @@ class SweepMicrokernel:
         scratch.store(ir.zeros(group, self.b))
 
         def load(p: Ptr) -> Value:
-            ir.loop(0, rest, 1, [], lambda lane: scratch.at(lane).store(p.at(lane).load()))
+            for lane in ir.range_(0, rest):
+                scratch.at(lane).store(p.at(lane).load())
             return scratch.load(group)
 
         return load

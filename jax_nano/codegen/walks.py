@@ -77,7 +77,7 @@ class Walks:
 
     @property
     def rest(self) -> Ptr:
-        """The table of a row that fetches nothing: its only walk stands still."""
+        """The table of a row that prefetches nothing: its only walk stands still."""
         return self.table.at(self.size * _FIELDS)
 
     @property

@@ -17,7 +17,7 @@ from .. import ir
 from ..arguments import Arguments, Given
 from ..ir import I64, Ptr, Size
 from .composition import AttentionComposition
-from .rows import fetch_elements
+from .rows import prefetch_elements
 from .softmax import Softmax
 
 VALUES_AT_ONCE, PREFETCH_DISTANCE = 8, 32
@@ -140,12 +140,12 @@ class FewQueries:
             later = j + PREFETCH_DISTANCE
             rest = ir.minimum(last - later, at_once)
             for s in ir.range_(0, rest):
-                fetch_elements(rows.base.at((later + s) * rows.step), x.get(rows.size), level=2)
+                prefetch_elements(rows.base.at((later + s) * rows.step), x.get(rows.size), level=2)
             beyond = ir.maximum(later - last, 0)
             following = ir.minimum(rows.next_count - beyond, at_once)
             following = ir.select_size(ir.less(last, later + 1), following, 0)
             for s in ir.range_(0, following):
-                fetch_elements(rows.next_base.at((beyond + s) * rows.next_step), x.get(rows.size), level=2)
+                prefetch_elements(rows.next_base.at((beyond + s) * rows.next_step), x.get(rows.size), level=2)
             yield _Chunk(rows.base.at(j * rows.step), j, here)
 
     def _score(self, block: _Block, keys: _Chunk) -> None:

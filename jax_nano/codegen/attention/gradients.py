@@ -35,7 +35,7 @@ from ..walks import Walks
 from .composition import AttentionComposition
 from .gradient_weights import GradientWeights, arguments, entry, row_of
 from .products import Products
-from .rows import fetch_elements, store_row
+from .rows import prefetch_elements, store_row
 
 PREFETCHED_ROWS = 4
 """Rows of queries and cotangents that are prefetched before they are packed."""
@@ -206,7 +206,7 @@ class Gradients:
             here = row_of(attention, x.rows, i)
             later = row_of(attention, x.rows, ir.minimum(i + PREFETCHED_ROWS, count - 1))
             for field, size, stride, to in (("q", "depth", "csq", "q_pack"), ("dout", "width", "cso", "dout_pack")):
-                fetch_elements(later.get(field), x.get(size))
+                prefetch_elements(later.get(field), x.get(size))
                 source = here.get(field)
                 row = x.get(to).at(i * pitches[size])
                 self.module.call(self.pack[0], [source, row, 1, x.get(size), 0, x.get(stride)])

@@ -30,7 +30,7 @@ from ..walks import Walk, Walks
 from .composition import AttentionComposition
 from .few import FewQueries
 from .products import Products
-from .rows import fetch_elements
+from .rows import prefetch_elements
 from .softmax import Softmax
 
 PREFETCHED_ROWS = 6
@@ -151,12 +151,12 @@ class Loops:
         keys = ir.minimum(x.end - x.begin, x.block)
         for i in ir.range_(0, x.count):
             self._prefetch_row(x, i, "q", x.depth, write=False)
-            # And its share of the first block of keys and values; the others are fetched while one is computed.
+            # And its share of the first block of keys and values; the others are prefetched while one is computed.
             share = (x.begin + i * keys // x.count, x.begin + (i + 1) * keys // x.count)
             for operand, stride, size in (("k", "rsk", "depth"), ("v", "rsv", "width")):
                 rows, step = x.get(operand), x.get(stride)
                 for s in ir.range_(*share):
-                    fetch_elements(rows.at(s * step), x.get(size), level=2)
+                    prefetch_elements(rows.at(s * step), x.get(size), level=2)
             q = attention.row(x.rows, i).q
             self.module.call(self.pack[0], [q, x.q_pack.at(i * pitch), 1, x.depth, 0, x.csq])
             x.maxima.at(i).store(ir.scalar_constant(LEAST, "float32"))
@@ -168,7 +168,7 @@ class Loops:
     def _prefetch_row(self, x: Arguments, i: I64, field: str, elements: Size, *, write: bool) -> None:
         """Prefetches a row of the caller's that comes later: each is elsewhere, where no hardware looks."""
         later = ir.minimum(i + PREFETCHED_ROWS, x.count - 1)
-        fetch_elements(self.attention.row(x.rows, later).get(field), elements, write=write)
+        prefetch_elements(self.attention.row(x.rows, later).get(field), elements, write=write)
 
     def _block_of_keys(self, call: Call, s0: I64) -> Iterator[BlockOfKeys]:
         """No loop: packs a block of keys and values."""
@@ -193,7 +193,7 @@ class Loops:
             (v.at(j * x.rsv), x.rsv, x.width, here),
         ):
             for s in ir.range_(0, count):
-                fetch_elements(rows.at(s * stride), size, level=2)
+                prefetch_elements(rows.at(s * stride), size, level=2)
 
     def _tiles_of_queries(self, keys: BlockOfKeys) -> Iterator[TileOfQueries]:
         """The loop over queries, panel by panel, of those that see a key of the block."""

@@ -35,7 +35,7 @@ def taken(target: Target, mask: Ptr, room: Ptr, place: tuple[Size, Size, Size], 
     return ir.nonzero(bytes_here)
 
 
-def fetch_elements(row: Ptr, elements: Size, *, write: bool = False, level: int = 1) -> None:
+def prefetch_elements(row: Ptr, elements: Size, *, write: bool = False, level: int = 1) -> None:
     """Prefetches a row of elements that lie side by side."""
     size = elements * ir.elem_bytes(row.elem)
     for o in ir.range_(0, size, LINE):
