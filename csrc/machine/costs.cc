@@ -29,13 +29,13 @@ CpuModel ModelOf(const CpuQueries& cpu) {
 
 }  // namespace
 
-const CostVector* CpuProfile::Of(std::string_view kernel) const {
+const CostNs* CpuProfile::Of(std::string_view kernel) const {
   const auto it =
       std::find_if(kernels.begin(), kernels.end(), [&](const KernelCosts& x) { return x.kernel == kernel; });
   return it == kernels.end() ? nullptr : &it->ns;
 }
 
-const CostVector* MeasuredCosts::Of(std::string_view kernel) const {
+const CostNs* MeasuredCosts::Of(std::string_view kernel) const {
   const auto it = kernels.find(kernel);
   return it == kernels.end() ? nullptr : &it->second;
 }

@@ -16,11 +16,13 @@
 
 namespace jax_nano {
 
-using CostVector = std::array<double, kCosts>;  // by Cost, those of a term with several costs side by side
+// By Cost, those of a term with several costs side by side: how often each arises, and how long it takes.
+using CostCounts = std::array<double, kCosts>;
+using CostNs = std::array<float, kCosts>;
 
 struct KernelCosts {
   std::string_view kernel;  // by name
-  CostVector ns;
+  const CostNs& ns;
 };
 
 // Some CPUs, as CPUID tells them.
@@ -45,7 +47,7 @@ struct CpuProfile {
   std::span<const KernelCosts> kernels;
 
   // Null if this kernel was not measured.
-  const CostVector* Of(std::string_view kernel) const;
+  const CostNs* Of(std::string_view kernel) const;
 };
 
 // The built-in profile of the CPU that answers so; null if there is none.
@@ -61,10 +63,10 @@ const CpuProfile* FindProfile(std::string_view name);
 // order of sums, so these serve what only moves data.
 struct MeasuredCosts {
   CoreModel core;
-  std::map<std::string, CostVector, std::less<>> kernels;  // by name
+  std::map<std::string, CostNs, std::less<>> kernels;  // by name
 
   // Null if this kernel was not measured.
-  const CostVector* Of(std::string_view kernel) const;
+  const CostNs* Of(std::string_view kernel) const;
 };
 
 // Names of all built-in ones.

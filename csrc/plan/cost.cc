@@ -66,7 +66,7 @@ class Counter {
     Add(Cost::kSliceElement, Real(slices) * Real(x_.m) * Real(x_.n));
   }
 
-  const CostVector& counts() const { return counts_; }
+  const CostCounts& counts() const { return counts_; }
 
  private:
   struct Height {
@@ -126,7 +126,7 @@ class Counter {
   int64_t a_bytes_, b_bytes_, c_bytes_;
   double all_a_, all_b_, all_c_;
   Level together_, a_level_, b_level_;
-  CostVector counts_ = {};
+  CostCounts counts_ = {};
 };
 
 bool Counter::IsUnblocked(const Blocked& x) const {
@@ -344,7 +344,7 @@ void Counter::Count(const Sweep& x) {
 
 }  // namespace
 
-CostVector CountCosts(const Schedule& schedule, const KernelInfo& kernel, const Product& product, int64_t slices,
+CostCounts CountCosts(const Schedule& schedule, const KernelInfo& kernel, const Product& product, int64_t slices,
                       const CoreModel& core) {
   Counter counter(kernel, product, core);
   if (product.m > 0 && product.n > 0) {
@@ -355,7 +355,7 @@ CostVector CountCosts(const Schedule& schedule, const KernelInfo& kernel, const 
   return counter.counts();
 }
 
-double PredictedNs(const CostVector& counts, const CostVector& ns) {
+double PredictedNs(const CostCounts& counts, const CostNs& ns) {
   return std::inner_product(counts.begin(), counts.end(), ns.begin(), 0.0);
 }
 

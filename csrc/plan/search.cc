@@ -14,13 +14,13 @@ namespace {
 using Blocks = std::set<int64_t>;
 
 struct Costs {
-  const CostVector& ns;
+  const CostNs& ns;
   CoreModel core;
 };
 
 // With the caches that the costs are for: those that numeric decisions follow.
 std::optional<Costs> CostsOf(const KernelInfo& kernel, const Machine& machine) {
-  const CostVector* ns = machine.cpu == nullptr ? nullptr : machine.cpu->Of(kernel.name);
+  const CostNs* ns = machine.cpu == nullptr ? nullptr : machine.cpu->Of(kernel.name);
   if (ns == nullptr) return std::nullopt;
   return Costs{*ns, machine.cpu->core};
 }
@@ -31,7 +31,7 @@ bool Decides(const Machine& machine) { return machine.cpu != nullptr && machine.
 // For decisions that only move data: what was measured here, or the built-in costs with the caches of this machine.
 std::optional<Costs> CostsHere(const KernelInfo& kernel, const Machine& machine) {
   if (machine.measured != nullptr) {
-    if (const CostVector* ns = machine.measured->Of(kernel.name)) return Costs{*ns, machine.measured->core};
+    if (const CostNs* ns = machine.measured->Of(kernel.name)) return Costs{*ns, machine.measured->core};
   }
   std::optional<Costs> costs = Decides(machine) ? CostsOf(kernel, machine) : std::nullopt;
   if (costs) {
@@ -42,8 +42,8 @@ std::optional<Costs> CostsHere(const KernelInfo& kernel, const Machine& machine)
 }
 
 // What is left open in a schedule, filled in in all ways that are worth considering.
-std::vector<Schedule> Fillings(const Blocked& open, const KernelInfo& kernel, const Product& x,
-                               const CoreModel& core, const Profile& profile) {
+std::vector<Schedule> Fillings(const Blocked& open, const KernelInfo& kernel, const Product& x, const CoreModel& core,
+                               const Profile& profile) {
   std::vector<Schedule> out;
   const int64_t mr = kernel.mr, nr = kernel.nr;
   Blocks ncs;

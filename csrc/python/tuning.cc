@@ -59,8 +59,7 @@ nb::dict CountsOf(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labe
   const CallSpec spec = {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels,
                          lhs_dtype, rhs_dtype, out_dtype,  algorithm};
   const Plan plan = spec.MakePlanBy(ParseChoice(choice));
-  const CostVector counts =
-      CountCosts(plan.schedule, *plan.kernel, plan.product, plan.split_k.slices, ModelOf(core));
+  const CostCounts counts = CountCosts(plan.schedule, *plan.kernel, plan.product, plan.split_k.slices, ModelOf(core));
   nb::dict out;
   for (size_t i = 0; i < kCosts; ++i) {
     if (counts[i] != 0) out[nb::str(kCostNames[i].data(), kCostNames[i].size())] = counts[i];
@@ -100,7 +99,7 @@ void UseCosts(const Core& core, const std::map<std::string, std::vector<double>>
   MeasuredCosts costs = {ModelOf(core), {}};
   for (const auto& [name, ns] : kernels) {
     if (ns.size() != kCosts) throw std::invalid_argument("not as many costs as the model has: " + name);
-    std::copy(ns.begin(), ns.end(), costs.kernels[name].begin());
+    std::transform(ns.begin(), ns.end(), costs.kernels[name].begin(), [](double x) { return static_cast<float>(x); });
   }
   UseMeasuredCosts(std::move(costs));
 }

@@ -7,9 +7,9 @@ each of ``spec.COST_TERMS``, come in one of two ways:
 * ``kernels``, measured: fitted to the times of many plans (``python -m benchmarks fit``). In place of its costs, a
   kernel may have the name of another one of the profile, whose costs it shares.
 * ``like``, not measured: the name of a measured profile, and ``times`` by which the costs there are multiplied:
-  ``core`` is for what the core does by itself, ``l2``, ``l3`` and ``memory`` for cache lines and elements that come from
-  there, and each of ``targets`` for a cycle of its kernels' products. A kernel has the costs of the one for the same
-  dtypes. Such costs tell what to expect and decide nothing.
+  ``core`` is for what the core does by itself, ``l2``, ``l3`` and ``memory`` for cache lines and elements that come
+  from there, and each of ``targets`` for a cycle of its kernels' products. A kernel has the costs of the one for the
+  same dtypes. Such costs tell what to expect and decide nothing.
 
 Kernels that were not measured are planned by thresholds (csrc/plan/policy.cc).
 """
@@ -109,15 +109,20 @@ def _arrays(n: int, file: str, stem: str, profiles: dict[str, Any], kernels: Col
         for x in profiles[stem]["cpus"]
         for a, b in x["models"]
     ]
-    tables = []
+    tables: list[str] = []
+    rows: dict[str, int] = {}
     for kernel, ns in costs(stem, profiles, kernels).items():
         if set(ns) != set(spec.cost_names()):
             wrong = sorted(set(ns) ^ set(spec.cost_names()))
             raise ValueError(f"{file} has not exactly the costs of {kernel} that the model has: {', '.join(wrong)}")
-        values = ", ".join(str(float(ns[name])) for name in spec.cost_names())
-        tables.append(f"{{{json.dumps(kernel)}, {{{values}}}}}")
+        values = ", ".join(f"{float(ns[name])!r}f" for name in spec.cost_names())
+        row = rows.setdefault(values, len(rows))  # kernels may share their costs
+        tables.append(f"{{{json.dumps(kernel)}, kNs{n}[{row}]}}")
     return [
         f"constexpr CpuModels kModels{n}[] = {{{', '.join(models)}}};",
+        f"constexpr CostNs kNs{n}[] = {{",
+        *(f"    {{{row}}}," for row in rows),
+        "};",
         f"constexpr std::array<KernelCosts, {len(tables)}> kKernelCosts{n} = {{{{",
         *(f"    {table}," for table in tables),
         "}};",
