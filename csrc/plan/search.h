@@ -21,8 +21,8 @@ struct Scored {
 };
 
 // Each order of sums that is worth considering, with the blocks that make it fastest. The product is whole, its batch
-// loop included. In the order of preference among equals; empty if nothing is known of what the kernel costs. Costs that were
-// not measured, but follow from what is published of a CPU, tell what to expect and decide nothing.
+// loop included. In the order of preference among equals; empty if nothing is known of what the kernel costs. Costs
+// that were not measured, but follow from what is published of a CPU, tell what to expect and decide nothing.
 std::vector<Scored> OrdersOfSums(const KernelInfo& kernel, const Product& product, const Machine& machine);
 
 // The fastest of these: the numeric choice. None if the costs of the kernel were not measured on such a CPU.

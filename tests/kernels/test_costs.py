@@ -21,6 +21,7 @@ from jax_nano.codegen.catalog import kernels
 fit, regret = (pytest.importorskip(f"benchmarks.{x}") for x in ("fit", "regret"))
 
 CPUS = [x for x in _runtime.profiles() if _runtime.profile_is_measured(x)]
+KERNELS = list(kernels())
 CORE = _runtime.tuning.profile_core("AMD Zen 3")
 CACHES = ((32 << 10, 512 << 10, 32 << 20), (48 << 10, 2 << 20, 8 << 20), (32 << 10, 256 << 10, 4 << 20))
 NUMERIC = ("kernel", "inner", "sweep", "pack_b", "kc", "split_k")
@@ -155,7 +156,7 @@ class TestChoices:
 
 
 def test_profiles_name_kernels_that_exist():
-    known = list(kernels())
+    known = KERNELS
     assert profiles.files()
     for path in profiles.files():
         text = profiles.text(known)
@@ -167,7 +168,7 @@ def test_profiles_name_kernels_that_exist():
 def costs_of(path):
     """Of each kernel."""
     found = {x.stem: json.loads(x.read_text()) for x in profiles.files()}
-    return profiles.costs(path.stem, found, list(kernels()))
+    return profiles.costs(path.stem, found, KERNELS)
 
 
 @pytest.mark.parametrize("path", profiles.files(), ids=lambda x: x.stem)
@@ -178,7 +179,7 @@ class TestProfiles:
         assert _runtime.profile_is_measured(profile["name"]) == ("kernels" in profile)
 
     def test_knows_kernels_of_each_of_its_targets(self, path):
-        known = {x.target.name for x in kernels() if x.name in costs_of(path)}
+        known = {x.target.name for x in KERNELS if x.name in costs_of(path)}
         assert known == set(json.loads(path.read_text()).get("targets", {TARGET: 1}))
 
     def test_the_extension_has_it(self, path):
