@@ -11,7 +11,7 @@ namespace jax_nano {
 struct Machine {
   Caches caches;
   Profile profile = {};
-  const CpuProfile* cpu = nullptr;  // NUMERIC: the built-in costs; null: nothing is known of such a CPU
+  const CpuProfile* cpu = nullptr;          // NUMERIC: the built-in costs; null: nothing is known of such a CPU
   const MeasuredCosts* measured = nullptr;  // here, by `tune`, if it has run: for what only moves data
 };
 
