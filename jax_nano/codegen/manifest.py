@@ -32,7 +32,7 @@ def write(
     kernels.cmake (objects and sources).
     """
     _write(out / "spec.h", header.text())
-    _write(out / "profiles.h", profiles.text([x.name for x in kernels]))
+    _write(out / "profiles.h", profiles.text(kernels))
     lists: Sequence[tuple[str, str, Sequence[Generated]]] = (
         ("JAX_NANO_KERNEL", "manifest.inc", kernels),
         ("JAX_NANO_ATTENTION", "attention.inc", attentions),
