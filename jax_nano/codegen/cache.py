@@ -15,6 +15,7 @@ import subprocess
 from pathlib import Path
 
 from .generated import Generated
+from .quantized.kernel import QuantizedKernel
 from .toolchain import Toolchain
 
 

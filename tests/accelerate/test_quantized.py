@@ -512,7 +512,7 @@ def decoding_of_layers(x: Array, q: Array, s: Array) -> Any:
 @pytest.mark.parametrize("form", ["after", "column", "grouped", "nested"])
 def test_loops_carry_weights(form: str, weights: str, m: int, dtype: str, rng: np.random.Generator) -> None:
     x, q, s = (jnp.asarray(v) for v in arguments("grouped" if form == "nested" else form, weights, m, dtype, rng))
-    s = s / 2
+    s = s / (30 if weights == "int8" else 2)  # so that roundings do not grow from step to step
     program = decoding_of_layers if form == "nested" else decoding(CALLS[form][0])
     want = jax.jit(lambda *v: program(*v))(x, q, s)
     with jax_nano.accelerate():
