@@ -22,13 +22,24 @@ from jax_nano._core import jax_compat as compat
 from jax_nano._core.hlo import Body, Computation, Instruction, Module
 from jax_nano._dispatch import xla
 from jax_nano._dispatch.decision import Policy
-from jax_nano._programs import attention, attention_calls, calls, fusions, inner_products, loops, products
+from jax_nano._programs import (
+    attention,
+    attention_calls,
+    attention_gradients,
+    calls,
+    fusions,
+    inner_products,
+    loops,
+    products,
+)
 from jax_nano._programs.products import Dot
 
 # Where the results of a changed module are not stored in donated memory, each call gets new pages for those that are
 # too large for malloc to keep: decoding with GPT-2, which donates 9 MB, gains all that its products do, a perceptron's
 # training step with 22 MB ran at 0.85 of XLA's speed, GPT-2's with 1.5 GB at 0.46.
 _MOST_DONATED: Final = 16 << 20
+
+_FEWEST_OF_TRAINING: Final = 4  # products: two of attention, one for the cotangents of weights and one gradient
 
 _SMALL: Final = "part of a small loop that XLA compiles into one function, in which no call can stand"
 
@@ -98,11 +109,12 @@ class _Rewriter:
         """Puts calls in the place of attentions; the ids of the dots in them, and what is left of the computation."""
         found = list[record.Attention]()
         before = _dots_of(body)
+        gradients = attention_gradients.find if len(before) >= _FEWEST_OF_TRAINING else None
         for number in before:
             if all(x.id != number for x in body.instructions):
                 continue
             second = body[number]
-            attended = attention.find(body, second)
+            attended = attention.find(body, second, gradients)
             if attended is None:
                 continue
             arrays: tuple[record.Array, ...] = (_array(second),)
