@@ -163,9 +163,9 @@ class Found(NamedTuple):
 
     def resolved(self) -> Found:
         """With its layout in atoms as they are split by now."""
-        dims = ("batch", "heads", "group", "queries", "keys", "depth", "width")
-        found = {name: self.reader.atoms.resolved(getattr(self.layout, name)) for name in dims}
-        return self._replace(layout=self.layout._replace(**found))
+        x, now = self.layout, self.reader.atoms.resolved
+        dims = (now(x.batch), now(x.heads), now(x.group), now(x.queries), now(x.keys), now(x.depth), now(x.width))
+        return self._replace(layout=Layout(*dims, x.orders))
 
     def count_scores(self) -> int:
         """Of all batches and heads."""

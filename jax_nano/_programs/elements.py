@@ -225,6 +225,10 @@ class Reader:
             return self._result(x, None, index) if into_fusions else None
         if x.opcode == "get-tuple-element":
             source = scope[x.operand_ids[0]]
+            if source.opcode == "opt-barrier":  # of jax.checkpoint, whose second computation is the same as the first
+                source = scope[source.operand_ids[0]]
+                there = source.opcode == "tuple"
+                return Element(scope, scope[source.operand_ids[x.tuple_index]], index) if there else None
             is_fusion = source.opcode == "fusion" and into_fusions
             return self._result(source, x.tuple_index, index) if is_fusion else None
         if x.opcode not in ("bitcast", "broadcast", "copy", "reshape", "transpose"):
@@ -405,7 +409,7 @@ class Reader:
             return all(self.atoms.identify(i, j, since) for i, j in zip(x.indices, y.indices, strict=True))
         if a.opcode != b.opcode:
             return False
-        if a.opcode == "constant":
+        if a.opcode in ("constant", "reduce"):  # the atoms of a sum are those of what else its row is made of
             return True
         if a.opcode == "iota":
             return self.atoms.identify(x.indices[a.dimensions[0]], y.indices[b.dimensions[0]], since)

@@ -76,6 +76,8 @@ class LoopBuilder:
 
     def sum(self, number: int, count: int) -> int:
         """The sum over the last `count` dimensions of the loop, whose result has the others."""
+        if not count:
+            return number
         kind = self._parts[number].shape.element_type
         start = self._add("constant", kind, (), ())
         hlo.set_number(self._parts[start], 0)

@@ -52,13 +52,13 @@ def training(fun: Program, args: Args, wanted: tuple[int, ...] | None = None) ->
 
 def check(got: Any, expected: Any, dtype: Any, factor: float = 1) -> None:
     """Of gradients: relative to the largest number in each, unless it is all noise beside another one."""
-    tolerance = factor * (2e-5 if dtype == jnp.float32 else 0.04)
+    tolerance, beside = (2e-5 * factor, 0.05) if dtype == jnp.float32 else (0.04 * factor, 0.2)
     wanted = [np.asarray(x, np.float64) for x in jax.tree.leaves(expected)]
     overall = max(1e-3, *(np.max(np.abs(np.nan_to_num(x)), initial=0) for x in wanted))
     for x, y in zip(jax.tree.leaves(got), wanted, strict=True):
         found = np.asarray(x, np.float64)
         np.testing.assert_array_equal(np.isnan(found), np.isnan(y))
-        largest = max(np.max(np.abs(np.nan_to_num(y)), initial=0), 0.05 * overall)
+        largest = max(np.max(np.abs(np.nan_to_num(y)), initial=0), beside * overall)
         np.testing.assert_allclose(found, y, rtol=0, atol=tolerance * largest)
 
 
@@ -89,7 +89,7 @@ def test_forms(rng: np.random.Generator, form: str) -> None:
         assert [(x.declined, x.detail) for x in told] == [(None, ", ".join(filter(None, (detail, "gradients"))))]
 
 
-@pytest.mark.parametrize("form", ["bfloat16", "causal", "mask", "grouped, causal", "lengths", "matmuls"])
+@pytest.mark.parametrize("form", ["jax.nn", "causal", "mask", "grouped, causal", "lengths", "matmuls"])
 def test_bfloat16(rng: np.random.Generator, form: str) -> None:
     fun, arguments, _ = FORMS[form]
     args = arguments(Case(rng, jnp.bfloat16))
