@@ -555,6 +555,15 @@ class Module:
         self.set_parameters(new)
         return new
 
+    def add_region(self, opcode: str, element_type: int, caller: Computation) -> Computation:
+        """A new computation of two numbers, which a reduction in `caller` or in a fusion of it may call."""
+        parts = [new_instruction(x) for x in ("parameter", "parameter", opcode)]
+        for i, part in enumerate(parts):
+            set_shape(part.shape, element_type, ())
+            part.parameter_number = i if i < 2 else 0
+        parts[2].operand_ids.extend((0, 1))
+        return self.add_fused(caller, parts)
+
     def set_parameters(self, computation: Computation) -> None:
         """Updates a computation's program_shape after its parameters were changed."""
         parameters = sorted(
@@ -679,6 +688,12 @@ class Body:
         instruction.operand_ids.extend(operand_ids)
         instruction.called_computation_ids.append(computation.id)
         instruction.fusion_kind, instruction.backend_config = "kLoop", config
+
+    def become_bitcast(self, instruction: Instruction) -> None:
+        """Makes an instruction of one operand the same memory as that, seen as an array of its shape."""
+        operand_ids = list(instruction.operand_ids)
+        _become(instruction, "bitcast")
+        instruction.operand_ids.extend(operand_ids)
 
     def copy_result(self, instruction: Instruction) -> Instruction:
         """Gives all users of an instruction a copy of its result; returns the instruction, which is a new message."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _TARGETS: Final = (native.TARGET_NAME, native.LINEAR_TARGET_NAME, native.QUANTIZED_TARGET_NAME)
 _ALONG_K: Final = re.compile(rb"along_k = 1")
+_ATTENTIONS: Final = (native.ATTENTION_TARGET_NAME, native.ATTENTION_GRADIENTS_TARGET_NAME)
 _LABELS: Final = re.compile(rb"(lhs|rhs|out)_labels = dense<\[?([0-9, ]*)\]?>")
 _DIMS: Final = re.compile(rb"(q|k|v|out)_dims = dense<\[([0-9, ]*)\]>")
 
@@ -33,14 +34,14 @@ def with_dots(serialized: bytes) -> bytes | None:
     floats of quantised weights, which count with their own bytes. Neither is softmax in attention, nor is it counted
     that a causal mask saves half of the work.
     """
-    if not any(target.encode() in serialized for target in (*_TARGETS, native.ATTENTION_TARGET_NAME)):
+    if not any(target.encode() in serialized for target in (*_TARGETS, *_ATTENTIONS)):
         return None
     from jax_nano._core import hlo  # needs protobuf
 
     module = hlo.Module(serialized)
     found = False
     for body in module.bodies("custom-call"):
-        attentions = [x for x in body.instructions if x.custom_call_target == native.ATTENTION_TARGET_NAME]
+        attentions = [x for x in body.instructions if x.custom_call_target in _ATTENTIONS]
         for x in attentions:
             _attention_to_dots(body, x)
         if attentions:
@@ -69,37 +70,52 @@ def with_dots(serialized: bytes) -> bytes | None:
 
 
 def _attention_to_dots(body: Body, call: Instruction) -> None:
-    """Makes a call of attention two dots, of matrices that have as many elements as its arrays."""
+    """Makes a call of attention two dots, one of its gradients five.
+
+    These are of matrices that have as many elements as the call's arrays: of each batch and head of keys.
+    """
     from jax_nano._core import hlo
 
-    q, k, v = body.operands(call)[:3]
+    arrays = body.operands(call)
     orders = {name.decode(): [int(i) for i in text.split(b",")] for name, text in _DIMS.findall(call.backend_config)}
     sizes = {
-        name: dict(zip(orders[name], x.shape.dimensions, strict=True)) for name, x in (("q", q), ("k", k), ("v", v))
+        name: dict(zip(orders[name], x.shape.dimensions, strict=True))
+        for name, x in zip("qkv", arrays[:3], strict=True)
     }
-    batch, heads = sizes["k"][0], sizes["k"][2]
+    pairs = sizes["k"][0] * sizes["k"][2]
     keys, depth, width = sizes["k"][1], sizes["k"][3], sizes["v"][3]
-    rows = prod(sizes["q"].values()) // max(batch * heads * depth, 1)
-    result = call.shape.tuple_shapes[0] if call.shape.tuple_shapes else call.shape
+    rows = prod(sizes["q"].values()) // max(pairs * depth, 1)
+    shapes = list(call.shape.tuple_shapes) or [call.shape]
 
-    def dot(lhs: Instruction, rhs: Instruction, contracting: int, columns: int, kind: int) -> Instruction:
+    def matrices(x: Instruction, n: int, m: int) -> Instruction:
+        return body.reshaped(x, (pairs, n, m))
+
+    def dot(lhs: Instruction, rhs: Instruction, contracting: tuple[int, int], kind: int) -> Instruction:
         new = body.custom_call(call, (lhs, rhs))
         new.opcode = "dot"
-        hlo.set_shape(new.shape, kind, (batch * heads, rows, columns))
+        kept = [x.shape.dimensions[3 - i] for x, i in zip((lhs, rhs), contracting, strict=True)]
+        hlo.set_shape(new.shape, kind, (pairs, *kept))
         numbers = new.dot_dimension_numbers
-        numbers.lhs_contracting_dimensions.append(2)
-        numbers.rhs_contracting_dimensions.append(contracting)
+        numbers.lhs_contracting_dimensions.append(contracting[0])
+        numbers.rhs_contracting_dimensions.append(contracting[1])
         numbers.lhs_batch_dimensions.append(0)
         numbers.rhs_batch_dimensions.append(0)
         return new
 
-    matrices = [
-        body.reshaped(x, (batch * heads, n, m)) for x, n, m in ((q, rows, depth), (k, keys, depth), (v, keys, width))
-    ]
-    scores = dot(matrices[0], matrices[1], 2, keys, q.shape.element_type)
-    out = dot(scores, matrices[2], 1, width, result.element_type)
-    operands = [body.reshaped(out, result.dimensions)]
-    for shape in call.shape.tuple_shapes[1:]:
+    q, k, v = matrices(arrays[0], rows, depth), matrices(arrays[1], keys, depth), matrices(arrays[2], keys, width)
+    scores = dot(q, k, (2, 2), q.shape.element_type)
+    if call.custom_call_target == native.ATTENTION_TARGET_NAME:
+        results = [dot(scores, v, (2, 1), shapes[0].element_type)]
+    else:
+        dout = matrices(arrays[3], rows, width)
+        dscores = dot(dout, v, (2, 2), q.shape.element_type)
+        results = [
+            dot(dscores, k, (2, 1), shapes[0].element_type),
+            dot(dscores, q, (1, 1), shapes[1].element_type),
+            dot(scores, dout, (1, 1), shapes[2].element_type),
+        ]
+    operands = [body.reshaped(x, shape.dimensions) for x, shape in zip(results, shapes, strict=False)]
+    for shape in shapes[len(results) :]:
         other = body.custom_call(call, ())
         other.opcode = "iota"
         other.dimensions.append(0)

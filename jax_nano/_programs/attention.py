@@ -57,6 +57,7 @@ _COMPARISONS: Final[Mapping[str, Callable[[Any, Any], Any]]] = {
 _FLOAT32: Final = np.dtype(np.float32)
 _NARROW: Final = (hlo.BFLOAT16, np.dtype(np.float16))
 _INT32: Final = 4  # PrimitiveType
+_MOVES: Final = frozenset(("bitcast", "broadcast", "copy", "reshape", "transpose"))
 
 
 class NotAttention(Exception):
@@ -112,6 +113,30 @@ class Layout(NamedTuple):
         """The dimensions of bias and mask."""
         return self.batch, self.heads + self.group, self.queries, self.keys
 
+    def gradient(self, of: int) -> Index:
+        """The dimensions of an operand's gradient, which are in jax.nn's order."""
+        queries = *self.batch, *self.queries, *self.heads, *self.group
+        keys = *self.batch, *self.keys, *self.heads
+        return ((*queries, *self.depth), (*keys, *self.depth), (*keys, *self.width))[of]
+
+
+class Gradient(NamedTuple):
+    """A product of the backward half, and what it computes."""
+
+    of: int  # 0: queries, 1: keys, 2: values
+    result: Element  # of an instruction outside of fusions
+    factor: float  # times the gradient that the kernel computes
+
+
+class Gradients(NamedTuple):
+    """The backward half of an attention."""
+
+    cotangent: Element  # of its result
+    arrays: Sequence[Operand]  # that hold the cotangent, the origin first
+    products: Sequence[Gradient]
+    masked: bool  # whether all conditions put zeros in the place of the scores' cotangents too
+    narrowed: frozenset[np.dtype]  # what is rounded to on the way
+
 
 class Found(NamedTuple):
     """An attention, and what a call in its place reads."""
@@ -134,6 +159,13 @@ class Found(NamedTuple):
     length: Length | None
     nan_rows: bool  # whether queries that see no key give NaN
     copied: bool  # whether the root has another order than the call
+    gradients: Gradients | None = None
+
+    def resolved(self) -> Found:
+        """With its layout in atoms as they are split by now."""
+        x, now = self.layout, self.reader.atoms.resolved
+        dims = (now(x.batch), now(x.heads), now(x.group), now(x.queries), now(x.keys), now(x.depth), now(x.width))
+        return self._replace(layout=Layout(*dims, x.orders))
 
     def count_scores(self) -> int:
         """Of all batches and heads."""
@@ -148,16 +180,20 @@ class Found(NamedTuple):
             "bias": bool(self.terms),
             "mask": bool(self.conditions),
             "lengths": self.length is not None,
+            "gradients": self.gradients is not None,
         }
         return ", ".join(name for name, there in parts.items() if there)
 
 
-def find(body: Body, instruction: Instruction) -> Found | str | None:
+def find(
+    body: Body, instruction: Instruction, gradients: Callable[[Search], Gradients | None] | None = None
+) -> Found | str | None:
     """The attention whose second product an instruction is; why it is none if it looks like one.
 
     Args:
       body: where it is.
       instruction: a dot, or a fusion with one.
+      gradients: finds the backward half of an attention, for which its weights may be read.
     """
     candidates = _results(body, instruction)
     reason: str | None = None
@@ -165,9 +201,9 @@ def find(body: Body, instruction: Instruction) -> Found | str | None:
     for root, copied in [(x, copied) for copied in (False, True) for x in reversed(candidates)]:
         # If what is added to scores is no mask that a kernel can apply, it is a bias.
         for added_masks in (True, False):
-            search = _Search(body, root, instruction, added_masks=added_masks)
+            search = Search(body, root, instruction, added_masks=added_masks)
             try:
-                return search.found(copied=copied)
+                return search.found(copied=copied, gradients=gradients)
             except NotAttention as error:
                 reason = reason or str(error)
             except Unknown:
@@ -211,15 +247,15 @@ def _looks_like_attention(reader: Reader, instruction: Instruction) -> bool:
 
 
 def _is_softmax(reader: Reader, weights: Element) -> bool:
-    seen = list(_made_of(reader, weights, through=("reduce",), up_to="exponential"))
+    seen = list(made_of(reader, weights, through=("reduce",), up_to="exponential"))
     exponentials = [x for x in seen if x.opcode == "exponential"]
     sums = [x for x in seen if x.opcode == "reduce"]
     if not sums or any(x.opcode == "dot" for x in seen):
         return False
-    return any(y.opcode == "dot" for x in exponentials for y in _made_of(reader, reader.operands(x)[0]))
+    return any(y.opcode == "dot" for x in exponentials for y in made_of(reader, reader.operands(x)[0]))
 
 
-def _made_of(reader: Reader, element: Element, *, through: Sequence[str] = (), up_to: str = "") -> Iterator[Element]:
+def made_of(reader: Reader, element: Element, *, through: Sequence[str] = (), up_to: str = "") -> Iterator[Element]:
     """The operations that an element is made of, by whatever is elementwise and of `through`."""
     waiting, seen = [element], set[int]()
     while waiting:
@@ -238,14 +274,31 @@ def _made_of(reader: Reader, element: Element, *, through: Sequence[str] = (), u
             waiting.append(Element(here.scope, source, index))
 
 
-class _Search:
-    """The comparison of one result with the formula."""
+class Search:
+    """The comparison of one result with the formula.
+
+    Attributes, once it has been compared:
+      first, second: the two products.
+      exponential: numerator of the weights, before they are rounded.
+      queries, keys, values: the factors of the two products.
+      key_atoms: the atoms that the second product sums over.
+      selects: the conditions that put a number in the place of scores, in the order of `where`, and whether each holds
+        where scores stay.
+    """
+
+    first: Element
+    second: Element
+    exponential: Element
+    queries: Element
+    keys: Element
+    values: Element
 
     def __init__(self, body: Body, root: Instruction, second: Instruction, *, added_masks: bool) -> None:
-        self._body, self._root, self._second = body, root, second
+        self.body, self.root, self._second = body, root, second
         self._added_masks = added_masks
         self.has_added_masks = False
-        self._reader = Reader(body)
+        self.reader = Reader(body)
+        self.selects: list[Condition] = []
         self._inner: set[np.dtype] = set()  # what is rounded to before the second product
         self._outer: set[np.dtype] = set()  # and after it
         self._rounds_weights = False
@@ -259,26 +312,54 @@ class _Search:
         self._length: Length | None = None
         self._left = self._right = UNBOUNDED
         self._positions: Index | None = None
-        self._keys: Index = ()
+        self.key_atoms: Index = ()
+        self._gradients: Gradients | None = None
 
-    def found(self, *, copied: bool) -> Found:
+    def found(self, *, copied: bool, gradients: Callable[[Search], Gradients | None] | None) -> Found:
         """The attention; with `copied`, the call may write its result in another order than the root has."""
-        reader = self._reader
-        dtype = hlo.array_of(self._root.shape)
+        result = self._compare()
+        why: NotAttention | None = None
+        if gradients is not None:
+            try:
+                self._gradients = gradients(self)
+            except NotAttention as error:
+                why = error
+        if self._gradients is None:
+            try:
+                self._check_users()
+            except NotAttention as error:
+                raise why or error from None
+        operands = (self.operands_of(x) for x in (self.queries, self.keys, self.values))
+        return self._fitted(result, copied, *operands)
+
+    def _compare(self) -> Element:
+        """Compares, and keeps what was found; the element of the root."""
+        reader = self.reader
+        dtype = hlo.array_of(self.root.shape)
         if dtype is None or 0 in dtype.dims:
             raise _NoCandidate
-        result = reader.element(self._root)
+        result = reader.element(self.root)
         second, total = self._second_product(result)
-        self._keys = reader.summed(second.instruction, second.scope)
+        self.key_atoms = reader.summed(second.instruction, second.scope)
         weights, values, total = self._factors(second, total)
         first = self._first_product(weights, total)
         over = reader.summed(first.instruction, first.scope)
         q, k = reader.factors(first, over)
-        keys = set(reader.atoms.resolved(self._keys))
+        keys = set(reader.atoms.resolved(self.key_atoms))
         if keys & set(self._atoms(q)):
             q, k = k, q
-        self._check_users(first)
-        return self._fitted(result, copied, *(self._operands(x) for x in (q, k, values)))
+        self.first, self.second, self.exponential = first, second, weights
+        self.queries, self.keys, self.values = q, k, values
+        start, body = self.first_instruction, self.body
+        after = closure(start.id, lambda x: (y.id for y in body.users(body[x])))
+        before = closure(self.root.id, lambda x: body[x].operand_ids)
+        self._between = after & before
+        return result
+
+    @property
+    def first_instruction(self) -> Instruction:
+        """The first product, or the fusion that it is in."""
+        return self.first.scope.fusion if self.first.scope.fusion is not None else self.first.instruction
 
     # --- the formula, from the result on ---------------------------------------------------------------------------
 
@@ -288,10 +369,10 @@ class _Search:
         if x.opcode == "dot":
             return x, None
         if x.opcode == "divide":
-            above, below = self._reader.operands(x)
+            above, below = self.reader.operands(x)
             return self._dot(above), below
         if x.opcode == "multiply":
-            for above, other in _both_ways(self._reader.operands(x)):
+            for above, other in both_ways(self.reader.operands(x)):
                 total = self._reciprocal(other)
                 if total is not None:
                     return self._dot(above), total
@@ -308,12 +389,12 @@ class _Search:
         x = self._unrounded(element, self._inner)
         if x.opcode != "divide":
             return None
-        one, below = self._reader.operands(x)
+        one, below = self.reader.operands(x)
         return below if constant(self._unrounded(one, self._inner).instruction) == 1 else None
 
     def _factors(self, second: Element, total: Element | None) -> tuple[Element, Element, Element]:
         """Exponentials, values and the sum of exponentials."""
-        for weights, values in _both_ways(self._reader.factors(second, self._keys)):
+        for weights, values in both_ways(self.reader.factors(second, self.key_atoms)):
             narrowed: set[np.dtype] = set()
             found = self._weights(weights, narrowed)
             if found is None:
@@ -326,7 +407,7 @@ class _Search:
             divisor = divisor or total
             assert divisor is not None
             return exponential, values, divisor
-        if any(_is_softmax(self._reader, x) for x in self._reader.factors(second, self._keys)):
+        if any(_is_softmax(self.reader, x) for x in self.reader.factors(second, self.key_atoms)):
             raise NotAttention("something stands between softmax and the second product")
         raise _NoCandidate
 
@@ -335,29 +416,29 @@ class _Search:
         if x.opcode == "exponential":
             return x, None
         if x.opcode == "divide":
-            above, below = self._reader.operands(x)
+            above, below = self.reader.operands(x)
             exponential = self._unrounded(above, self._inner)
             return (exponential, below) if exponential.opcode == "exponential" else None
         if x.opcode == "multiply":
-            for above, other in _both_ways(self._reader.operands(x)):
+            for above, other in both_ways(self.reader.operands(x)):
                 exponential = self._unrounded(above, self._inner)
                 if exponential.opcode == "exponential" and (total := self._reciprocal(other)) is not None:
                     return exponential, total
         return None
 
     def _first_product(self, exponential: Element, total: Element) -> Element:
-        reader = self._reader
+        reader = self.reader
         total = self._unrounded(total, self._inner)
-        summed = reader.reduced(total, self._keys, "add", self._note)
-        if summed is None or not reader.same(exponential, summed, self._note):
+        summed = reader.reduced(total, self.key_atoms, "add", self.note)
+        if summed is None or not reader.same(exponential, summed, self.note):
             raise NotAttention("its weights are not divided by their sum over the keys")
         (exponent,) = reader.operands(exponential)
         scores = self._unrounded(exponent, self._inner)
         if scores.opcode == "subtract":
             above, below = reader.operands(scores)
-            largest = reader.reduced(self._unrounded(below, self._inner), self._keys, "maximum", self._note)
+            largest = reader.reduced(self._unrounded(below, self._inner), self.key_atoms, "maximum", self.note)
             if largest is not None:
-                if not reader.same(above, largest, self._note):
+                if not reader.same(above, largest, self.note):
                     raise NotAttention("what is subtracted is not the largest score")
                 self._subtracts_maximum, scores = True, above
         return self._scores(scores)
@@ -365,7 +446,7 @@ class _Search:
     def _scores(self, element: Element) -> Element:
         """The first product; what is done to it goes into the attributes."""
         x = self._unrounded(element, self._inner)
-        reader = self._reader
+        reader = self.reader
         if x.opcode == "dot":
             return x
         if x.opcode == "select":
@@ -374,10 +455,11 @@ class _Search:
                 value = constant(self._unrounded(other, set()).instruction)
                 if value is not None:
                     self._mask(condition, positive, value)
+                    self.selects.append(Condition(condition, positive))
                     return self._scores(scores)
             raise NotAttention("a condition puts other values than one constant in the place of scores")
         if x.opcode in ("multiply", "divide"):
-            for scores, other in _both_ways(reader.operands(x)):
+            for scores, other in both_ways(reader.operands(x)):
                 value = constant(self._unrounded(other, set()).instruction)
                 if value is not None and math.isfinite(value) and value != 0:
                     if x.opcode == "multiply":
@@ -389,9 +471,9 @@ class _Search:
                     break
             raise NotAttention("scores are scaled by something that is not a constant")
         if x.opcode in ("add", "subtract"):
-            pairs = _both_ways(reader.operands(x)) if x.opcode == "add" else [tuple(reader.operands(x))]
+            pairs = both_ways(reader.operands(x)) if x.opcode == "add" else [tuple(reader.operands(x))]
             for scores, other in pairs:
-                if self._is_made_of_a_product(scores):
+                if self._is_from_a_product(scores):
                     sign = 1 if x.opcode == "add" else -1
                     if not self._added_masks or not self._added_mask(other, sign):
                         self._terms.append(Term(other, sign * self._scale))
@@ -399,15 +481,15 @@ class _Search:
         name = "what is computed elsewhere" if x.opcode not in ELEMENTWISE else f"the operation {x.opcode}"
         raise NotAttention(f"{name} stands between the first product and softmax")
 
-    def _is_made_of_a_product(self, element: Element) -> bool:
-        return any(x.opcode == "dot" for x in _made_of(self._reader, element))
+    def _is_from_a_product(self, element: Element) -> bool:
+        return any(x.opcode == "dot" for x in made_of(self.reader, element))
 
     def _unrounded(self, element: Element, narrowed: set[np.dtype]) -> Element:
         """What an element is the conversion of, from a float to a float."""
-        return self._reader.unrounded(element, partial(_note, narrowed))
+        return self.reader.unrounded(element, partial(note_rounding, narrowed))
 
-    def _note(self, before: Instruction, convert: Instruction) -> None:
-        _note(self._inner, before, convert)
+    def note(self, before: Instruction, convert: Instruction) -> None:
+        note_rounding(self._inner, before, convert)
 
     # --- conditions ------------------------------------------------------------------------------------------------
 
@@ -424,10 +506,10 @@ class _Search:
             return False
         before = self._left, self._right, self._positions, list(self._conditions), self._length
         self._condition(mask.condition, mask.yes == 0)
-        size = self._reader.atoms.size
+        size = self.reader.atoms.size
         is_window = len(self._conditions) == len(before[3]) and self._length == before[4]
         all_see = is_window and (
-            self._positions is None or _all_see(size(self._positions), size(self._keys), self._left, self._right)
+            self._positions is None or _all_see(size(self._positions), size(self.key_atoms), self._left, self._right)
         )
         if all_see or value <= _ABSORBING:
             self._masked.add(value)
@@ -448,7 +530,7 @@ class _Search:
         self._condition(condition, positive)
 
     def _condition(self, element: Element, positive: bool) -> None:
-        reader = self._reader
+        reader = self.reader
         x = reader.look(element)
         if x.opcode == "not":
             return self._condition(reader.operands(x)[0], not positive)
@@ -472,17 +554,17 @@ class _Search:
 
         flax's `make_causal_mask` and haiku's masks are arrays of 0 and 1 in a float, which are compared with 0.
         """
-        numbers, other = self._reader.operands(x)
+        numbers, other = self.reader.operands(x)
         direction = x.instruction.comparison_direction
-        value = constant(self._reader.look_through(other, "convert").instruction)
+        value = constant(self.reader.look_through(other, "convert").instruction)
         if value is None:
             numbers, other = other, numbers
-            value = constant(self._reader.look_through(other, "convert").instruction)
+            value = constant(self.reader.look_through(other, "convert").instruction)
             direction = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE"}.get(direction, direction)
         compare = _COMPARISONS.get(direction)
         if value is None or compare is None:
             return False
-        y = self._reader.look_through(numbers, "convert")
+        y = self.reader.look_through(numbers, "convert")
         if y.opcode == "constant":
             stored = hlo.values(y.instruction)
             return stored is not None and self._band(y, compare(stored.astype(np.float64), value), positive)
@@ -494,7 +576,7 @@ class _Search:
             self._condition(mask.condition, positive == yes)
             return True
         if y.opcode in ("multiply", "minimum") and positive and value == 0 and direction in ("NE", "GT"):
-            masks = [self._numbers(z) for z in self._reader.operands(y)]
+            masks = [self._numbers(z) for z in self.reader.operands(y)]
             if all(z is not None and (z.yes, z.no) == (1, 0) for z in masks):
                 for z in masks:
                     assert z is not None
@@ -504,7 +586,7 @@ class _Search:
 
     def _numbers(self, element: Element) -> _Numbers | None:
         """One of two numbers, chosen by a condition."""
-        reader = self._reader
+        reader = self.reader
         x = reader.look(element)
         if x.opcode == "convert":
             (source,) = reader.operands(x)
@@ -526,8 +608,8 @@ class _Search:
 
     def _band(self, x: Element, mask: np.ndarray | None, positive: bool) -> bool:
         """Takes a constant mask that is a window of positions into the attributes; False if it is none."""
-        atoms = self._reader.atoms
-        index, keys = atoms.resolved(chain.from_iterable(x.indices)), atoms.resolved(self._keys)
+        atoms = self.reader.atoms
+        index, keys = atoms.resolved(chain.from_iterable(x.indices)), atoms.resolved(self.key_atoms)
         positions = tuple(a for a in index if a not in keys)
         if mask is None or not keys or len(set(index)) != len(index) or not set(keys) <= set(index):
             return False
@@ -549,7 +631,7 @@ class _Search:
             direction = {"LT": "GE", "LE": "GT", "GT": "LE", "GE": "LT"}.get(direction, "")
         if direction not in ("LT", "LE", "GT", "GE"):
             return False
-        left, right = (self._sum(y) for y in self._reader.operands(x))
+        left, right = (self._sum(y) for y in self.reader.operands(x))
         if left is None or right is None:
             return False
         if direction in ("LT", "LE"):
@@ -557,7 +639,7 @@ class _Search:
         # left - right >= 0 now, or > 0.
         parts = left.minus(right)
         more = parts.constant - (direction in ("LT", "GT"))
-        keys = self._reader.atoms.resolved(self._keys)
+        keys = self.reader.atoms.resolved(self.key_atoms)
         sign = parts.positions.pop(keys, 0)
         if abs(sign) != 1 or not keys:
             return False
@@ -573,28 +655,28 @@ class _Search:
             return True
         if sign == -1 and not parts.positions and len(parts.rest) == 1 and self._length is None:
             ((element, factor),) = parts.rest
-            if factor == 1 and not set(keys) & self._reader.atoms_of(element):
+            if factor == 1 and not set(keys) & self.reader.atoms_of(element):
                 self._length = Length(element, more + 1, Condition(x, positive))
                 return True
         return False
 
     def _sum(self, element: Element) -> _Sum | None:
         """An int32 as a sum of positions, numbers and elements."""
-        x = self._reader.look(element)
+        x = self.reader.look(element)
         if x.instruction.shape.element_type != _INT32:
             return None
         value = constant(x.instruction)
         if value is not None:
             return _Sum({}, int(value), ())
         if x.opcode == "iota":
-            atoms = self._reader.atoms.resolved(x.indices[x.instruction.dimensions[0]])
+            atoms = self.reader.atoms.resolved(x.indices[x.instruction.dimensions[0]])
             return _Sum({atoms: 1} if atoms else {}, 0, ())
         if x.opcode == "constant":  # of an array: XLA computes positions with an offset when it compiles
             first = hlo.first_of_range(x.instruction)
             if first is not None:
-                return _Sum({self._reader.atoms.resolved(x.indices[0]): 1}, first, ())
+                return _Sum({self.reader.atoms.resolved(x.indices[0]): 1}, first, ())
         if x.opcode in ("add", "subtract"):
-            left, right = (self._sum(y) for y in self._reader.operands(x))
+            left, right = (self._sum(y) for y in self.reader.operands(x))
             if left is not None and right is not None:
                 return left.plus(right) if x.opcode == "add" else left.minus(right)
         return _Sum({}, 0, ((element, 1),))
@@ -602,9 +684,9 @@ class _Search:
     # --- operands, and how they lie in memory ----------------------------------------------------------------------
 
     def _atoms(self, element: Element) -> Index:
-        return self._reader.atoms.resolved(chain.from_iterable(element.indices))
+        return self.reader.atoms.resolved(chain.from_iterable(element.indices))
 
-    def _operands(self, element: Element) -> list[Operand]:
+    def operands_of(self, element: Element) -> list[Operand]:
         """What a product's operand could be read from, the origin first."""
         found, scale, narrowed = list[Operand](), 1.0, frozenset[np.dtype]()
         moved = 0  # the first one that is only moved from here on
@@ -613,15 +695,11 @@ class _Search:
             x = here.instruction
             if here.is_outside and x.opcode != "constant":
                 array = hlo.array_of(x.shape)
-                if (
-                    array is not None
-                    and array.dtype in (_FLOAT32, *_NARROW)
-                    and aliasing.keeps_its_value(self._body, x)
-                ):
+                if array is not None and array.dtype in (_FLOAT32, *_NARROW) and aliasing.keeps_its_value(self.body, x):
                     found.append(Operand(here, array.dtype, scale, narrowed, array.dtype))
-            before = self._reader.step(here)
+            before = self.reader.step(here)
             if before is None and x.opcode == "convert":
-                (source,) = self._reader.operands(here)
+                (source,) = self.reader.operands(here)
                 if converts_floats(source.instruction, x):
                     exact = hlo.dtype_of(source.instruction)
                     found[moved:] = [
@@ -629,12 +707,12 @@ class _Search:
                     ]
                     moved = len(found)
                     taken = set(narrowed)
-                    _note(taken, source.instruction, x)
+                    note_rounding(taken, source.instruction, x)
                     narrowed, before = frozenset(taken), source
             elif before is None and x.opcode in ("multiply", "divide") and not here.is_outside:
-                first, other = self._reader.operands(here)
+                first, other = self.reader.operands(here)
                 for source, factor in ((first, other), (other, first))[: 2 if x.opcode == "multiply" else 1]:
-                    value = constant(self._reader.look_through(factor, "convert").instruction)
+                    value = constant(self.reader.look_through(factor, "convert").instruction)
                     if value is not None and math.isfinite(value) and value != 0:
                         before, moved = source, len(found)
                         scale = scale * value if x.opcode == "multiply" else scale / value
@@ -642,25 +720,21 @@ class _Search:
             here = before
         return found[::-1]
 
-    def _check_users(self, first: Element) -> None:
+    def _check_users(self) -> None:
         """NotAttention if anything else reads what is computed between the products."""
-        body = self._body
-        start = first.scope.fusion if first.scope.fusion is not None else first.instruction
-        after = _closure(start.id, lambda x: (y.id for y in body.users(body[x])))
-        before = _closure(self._root.id, lambda x: body[x].operand_ids)
-        self._between = after & before
-        for number in self._between - {self._root.id}:
+        body = self.body
+        for number in self._between - {self.root.id}:
             x = body[number]
             if body.is_awaited(x) or x.control_predecessor_ids:
                 raise NotAttention("something else waits for what is computed between its products")
             if any(user.id not in self._between for user in body.users(x)):
-                what = "scores" if number == start.id else "what is computed between its products"
+                what = "scores" if number == self.first_instruction.id else "what is computed between its products"
                 raise NotAttention(f"something else reads {what}, as gradients do")
 
     def _fitted(self, result: Element, copied: bool, q: list[Operand], k: list[Operand], v: list[Operand]) -> Found:
         if not q or not k or not v:
             raise NotAttention("an operand is overwritten before the second product, or has a dtype without a kernel")
-        if any(self._reader.arrays_of(x) & self._between for x in self._extras()):
+        if any(self.reader.arrays_of(x) & self._between for x in self.extras()):
             raise NotAttention("its bias or mask is computed from scores")
         reason = "its dimensions lie in memory in an order that no kernel reads"
         for operands in product(q, k, v):
@@ -670,12 +744,15 @@ class _Search:
             if dtypes is None:
                 reason = "no kernel for its dtypes and roundings"
                 continue
-            in_q, in_k, in_v = (self._reader.in_memory(x.element) for x in operands)
-            keys, positions = self._reader.atoms.resolved(self._keys), self._resolved_positions()
-            in_result = self._reader.in_memory(result)
+            in_q, in_k, in_v = (self.reader.in_memory(x.element) for x in operands)
+            keys, positions = self.reader.atoms.resolved(self.key_atoms), self._resolved_positions()
+            in_result = self.reader.in_memory(result)
             layouts = list(_layouts(in_q, in_k, in_v, in_result, keys, positions, copied=copied))
-            sizes = self._reader.atoms.size
+            sizes = self.reader.atoms.size
             layouts = [x for x in layouts if max(sizes(x.depth), sizes(x.width)) <= MOST_ATTENTION_ELEMENTS]
+            if layouts and self._gradients is not None:
+                layouts = [x for x in layouts if self._has_gradients(x)]
+                reason = "the gradients of shared keys and values are summed in more than one step"
             if not layouts:
                 continue
             layout = min(layouts, key=self._extra_elements)
@@ -685,14 +762,22 @@ class _Search:
             return self._with_masks(result, copied, operands, layout, *dtypes)
         raise NotAttention(reason)
 
+    def _has_gradients(self, layout: Layout) -> bool:
+        """Whether the products of the backward half have the dimensions of what they are the gradients of."""
+        assert self._gradients is not None
+        return all(
+            sorted(self._atoms(x.result)) == sorted(self.reader.atoms.resolved(layout.gradient(x.of)))
+            for x in self._gradients.products
+        )
+
     def _resolved_positions(self) -> Index | None:
-        return None if self._positions is None else self._reader.atoms.resolved(self._positions)
+        return None if self._positions is None else self.reader.atoms.resolved(self._positions)
 
     def _has_lengths(self, layout: Layout) -> bool:
         """Whether lengths are the same for all heads and queries."""
-        return self._length is None or self._reader.atoms_of(self._length.element) <= set(layout.batch)
+        return self._length is None or self.reader.atoms_of(self._length.element) <= set(layout.batch)
 
-    def _extras(self) -> list[Element]:
+    def extras(self) -> list[Element]:
         """What bias, mask and lengths are made of."""
         length = [] if self._length is None else [self._length.element]
         return [*(x.element for x in self._terms), *(x.element for x in self._conditions), *length]
@@ -700,10 +785,10 @@ class _Search:
     def _extra_elements(self, layout: Layout) -> tuple[bool, int]:
         """Whether lengths become a mask in a layout, and how many elements bias and mask have."""
         count = 0
-        for x in self._extras():
-            there = self._reader.atoms_of(x)
+        for x in self.extras():
+            there = self.reader.atoms_of(x)
             dims = [dim for dim in layout.scores[:3] if there & set(dim)]
-            count += math.prod(self._reader.atoms.size(dim) for dim in (*dims, layout.keys))
+            count += math.prod(self.reader.atoms.size(dim) for dim in (*dims, layout.keys))
         return not self._has_lengths(layout), count
 
     def _dtypes(self, q: Operand, k: Operand, v: Operand) -> tuple[np.dtype, np.dtype] | None:
@@ -716,7 +801,7 @@ class _Search:
         if k.dtype != v.dtype:
             kv = next((x for x in (k.dtype, v.dtype) if x != _FLOAT32 and k.exact == v.exact == x), _FLOAT32)
         # What the result is rounded to, even if it is stored as something wider.
-        (result,) = self._outer or {hlo.dtype_of(self._root)}
+        (result,) = self._outer or {hlo.dtype_of(self.root)}
         if inner and not self._rounds_weights and result == _FLOAT32:
             return None
         if self._rounds_weights:
@@ -738,7 +823,7 @@ class _Search:
         kv_dtype: np.dtype,
     ) -> Found:
         q, k, v = operands
-        queries, keys = self._reader.atoms.size(layout.queries), self._reader.atoms.size(layout.keys)
+        queries, keys = self.reader.atoms.size(layout.queries), self.reader.atoms.size(layout.keys)
         all_see = not self._masked or (
             not self._conditions and self._length is None and _all_see(queries, keys, self._left, self._right)
         )
@@ -753,15 +838,19 @@ class _Search:
             if self.has_added_masks and not math.isinf(value) and not alone:
                 raise NotAttention("a mask is added to scores that are no more alike where it excludes them all")
             nan_rows = math.isinf(value) or not self._subtracts_maximum
+            if self._gradients is not None and (self.has_added_masks or not self._gradients.masked):
+                raise NotAttention("a query that sees no key, if there is one, has gradients")
         elif self._terms and self._masked and any(math.isinf(x) for x in self._masked):
             raise NotAttention("a bias is added to scores that a condition excludes")
         scale = self._scale * q.scale * k.scale
         if v.scale != 1:
             raise NotAttention("values are scaled")
+        if self._gradients is not None:
+            self._gradients = self._scaled(self._gradients, (k.scale / scale, q.scale / scale, 1), (dtype, kv_dtype))
         return Found(
-            self._reader,
+            self.reader,
             result,
-            self._root,
+            self.root,
             self._second,
             q,
             k,
@@ -777,7 +866,53 @@ class _Search:
             self._length,
             nan_rows,
             copied,
+            self._gradients,
         )
+
+    def _scaled(
+        self, gradients: Gradients, factors: tuple[float, float, float], dtypes: tuple[np.dtype, np.dtype]
+    ) -> Gradients:
+        """With factors of what the kernel computes, if it rounds where the program does."""
+        products = []
+        for x in gradients.products:
+            dtype = dtypes[min(x.of, 1)]
+            rounded = dtype if dtype != _FLOAT32 else next(iter(gradients.narrowed), None)
+            if len(gradients.narrowed) > 1 or not self._is_rounded(x.result.instruction, rounded):
+                raise NotAttention("its gradients are read in another precision than that of its arrays")
+            products.append(x._replace(factor=x.factor * factors[x.of]))
+        return gradients._replace(products=products)
+
+    def _is_rounded(self, x: Instruction, dtype: np.dtype | None) -> bool:
+        """Whether an array is read only rounded to a dtype, or has it."""
+        if dtype is None or hlo.dtype_of(x) == dtype:
+            return True
+        return not self.body.is_awaited(x) and all(self._rounds(x, user, dtype) for user in self.body.users(x))
+
+    def _rounds(self, x: Instruction, user: Instruction, dtype: np.dtype) -> bool:
+        if user.opcode == "convert":
+            return hlo.dtype_of(user) == dtype
+        if user.opcode in _MOVES:
+            return self._is_rounded(user, dtype)
+        if user.opcode != "fusion":
+            return False
+        computation = self.reader.inside(user).computation
+        waiting = [
+            y.id
+            for y in computation.instructions
+            if y.opcode == "parameter" and user.operand_ids[y.parameter_number] == x.id
+        ]
+        while waiting:
+            here = waiting.pop()
+            if here == computation.root_id:
+                return self._is_rounded(user, dtype)
+            for y in computation.instructions:
+                if here not in y.operand_ids:
+                    continue
+                if y.opcode in _MOVES:
+                    waiting.append(y.id)
+                elif y.opcode != "convert" or hlo.dtype_of(y) != dtype:
+                    return False
+        return True
 
 
 class _Numbers(NamedTuple):
@@ -823,13 +958,13 @@ def _all_see(queries: int, keys: int, left: int, right: int) -> bool:
     return right >= 0 and left + right >= 0 and queries - 1 - left <= keys - 1
 
 
-def _both_ways(pair: Sequence[Element]) -> Iterator[tuple[Element, Element]]:
+def both_ways(pair: Sequence[Element]) -> Iterator[tuple[Element, Element]]:
     first, second = pair
     yield first, second
     yield second, first
 
 
-def _closure(start: int, more: object) -> set[int]:
+def closure(start: int, more: object) -> set[int]:
     found, waiting = {start}, [start]
     while waiting:
         for number in more(waiting.pop()):  # type: ignore[operator]
@@ -839,7 +974,7 @@ def _closure(start: int, more: object) -> set[int]:
     return found
 
 
-def _note(narrowed: set[np.dtype], before: Instruction, convert: Instruction) -> None:
+def note_rounding(narrowed: set[np.dtype], before: Instruction, convert: Instruction) -> None:
     after = hlo.dtype_of(convert)
     if not np.can_cast(hlo.dtype_of(before), after, "safe"):
         narrowed.add(after)

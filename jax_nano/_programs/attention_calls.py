@@ -1,9 +1,10 @@
-"""A custom call of the attention kernels, written into an HLO module in the place of what `attention` found."""
+"""Custom calls of the attention kernels, written into an HLO module in the place of what `attention` found."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain
+from functools import partial
+from itertools import chain, permutations
 from typing import Final
 
 import numpy as np
@@ -17,6 +18,8 @@ from jax_nano._programs.attention import (
     HEAD,
     POSITION,
     Found,
+    Gradient,
+    Gradients,
     NotAttention,
     Operand,
 )
@@ -26,6 +29,12 @@ from jax_nano._programs.loop_builder import CannotBuild, LoopBuilder
 _MASKED: Final = float(np.float32(-0.7) * np.finfo(np.float32).max)
 """The logarithm that the call gives for a query that sees no key."""
 
+_ROWS: Final = (BATCH, POSITION, HEAD)
+_DENSE: Final = (BATCH, POSITION, HEAD, ELEMENT)
+"""jax.nn's order of dimensions, in which gradients are written."""
+
+_EQUAL: Final = 1e-6  # Factors that differ by less are one and the same, rounded
+
 _FLOAT32: Final = hlo.ELEMENT_TYPES[np.dtype(np.float32)]
 _INT32: Final = hlo.ELEMENT_TYPES[np.dtype(np.int32)]
 
@@ -34,7 +43,7 @@ Extra = Callable[[], Instruction]
 
 
 def write(body: Body, found: Found) -> None:
-    """Makes the root of an attention a call.
+    """Makes the root of an attention a call, and the products of its backward half another one.
 
     Raises:
       NotAttention: bias, mask or lengths cannot be made; nothing was changed.
@@ -43,50 +52,200 @@ def write(body: Body, found: Found) -> None:
         extras = _extras(body, found)
     except CannotBuild as error:
         raise NotAttention(f"its bias or mask cannot be computed by itself: {error}") from None
-    reader, layout = found.reader, found.layout
+    if found.gradients is not None:
+        _write_both(body, found.resolved(), found.gradients, extras)
+        return
+    layout = found.layout
     dims = _dims(found)
-    operands = [
-        _operand(body, x, found.kv_dtype if i else found.dtype, [dims[i][role] for role in layout.orders[i]])
-        for i, x in enumerate((found.q, found.k, found.v))
-    ]
-    operands += [make() for make in extras.values()]
+    operands = [*_operands(body, found, dims), *(make() for make in extras.values())]
     root, order = found.root, layout.orders[3]
     sizes = [dims[3][role] for role in order]
     if found.nan_rows or found.copied:
         call = body.custom_call(root, operands)
-        kind = hlo.ELEMENT_TYPES[found.dtype]
-        loop = LoopBuilder(body, reader, reader.in_memory(found.result))
-        roles = dict(zip((BATCH, POSITION, HEAD), (layout.batch, layout.queries, layout.scores[1]), strict=True))
-        in_call = tuple(chain.from_iterable({**roles, ELEMENT: layout.width}[role] for role in order))
         if found.nan_rows:
-            hlo.set_tuple(call.shape, [(kind, sizes), (_FLOAT32, [dims[3][role] for role in roles])])
+            _set_results(call, found, dims)
             out, logarithms = (body.get(call, i) for i in (0, 1))
-            values = loop.converted(loop.array(out, in_call), _FLOAT32)
-            of_logarithms = loop.array(logarithms, tuple(chain.from_iterable(roles.values())))
-            sees_none = loop.compare("LE", of_logarithms, loop.constant(_MASKED, _FLOAT32))
-            result = loop.operation("select", _FLOAT32, sees_none, loop.constant(float("nan"), _FLOAT32), values)
+            _become_result(body, found, out, logarithms)
         else:
-            hlo.set_shape(call.shape, kind, sizes)
-            result = loop.array(call, in_call)
-        loop.become(loop.converted(result, root.shape.element_type), root)
+            hlo.set_shape(call.shape, hlo.ELEMENT_TYPES[found.dtype], sizes)
+            _become_result(body, found, call, None)
     else:
-        if not aliasing.has_memory_of_its_own(body, root):
-            root = body.copy_result(root)
-        if hlo.dtype_of(root) != found.dtype:
-            root = body.convert_result(root, found.dtype)
-        body.set_operands(root, operands)
-        array = hlo.array_of(root.shape)
-        assert array is not None
-        call = root
-        if array.dims != tuple(sizes) or not array.is_row_major:
-            call = body.bitcast_result(root, found.dtype, sizes)
+        call = _own_root(body, found, operands, sizes)
         calls.clear(call)
         call.opcode = "custom-call"
-    call.custom_call_target = native.ATTENTION_TARGET_NAME
+    _make_call(call, native.ATTENTION_TARGET_NAME, operands, _attributes(found, extras, residual=found.nan_rows))
+
+
+def _make_call(call: Instruction, target: str, operands: Sequence[Instruction], attributes: bytes) -> None:
+    call.custom_call_target = target
     call.custom_call_api_version = hlo.TYPED_FFI
-    call.backend_config = _attributes(found, extras)
+    call.backend_config = attributes
     call.constrain_layout = True
     call.operand_shapes_with_layout.extend(x.shape for x in operands)
+
+
+def _set_results(call: Instruction, found: Found, dims: list[dict[int, int]]) -> None:
+    """Makes the results of a call those of attention with logarithms."""
+    kind = hlo.ELEMENT_TYPES[found.dtype]
+    sizes, rows = ([dims[3][role] for role in x] for x in (found.layout.orders[3], _ROWS))
+    hlo.set_tuple(call.shape, [(kind, sizes), (_FLOAT32, rows)])
+
+
+def _roles(found: Found) -> dict[int, Index]:
+    """The atoms of the result's dimensions."""
+    layout = found.layout
+    return {BATCH: layout.batch, POSITION: layout.queries, HEAD: layout.scores[1], ELEMENT: layout.width}
+
+
+def _of_rows(found: Found) -> Index:
+    """The atoms of logarithms in memory."""
+    roles = _roles(found)
+    return tuple(chain.from_iterable(roles[x] for x in _ROWS))
+
+
+def _own_root(body: Body, found: Found, operands: Sequence[Instruction], sizes: Sequence[int]) -> Instruction:
+    """The root of an attention, with these operands and the shape and dtype that a call writes."""
+    root = found.root
+    if not aliasing.has_memory_of_its_own(body, root):
+        root = body.copy_result(root)
+    if hlo.dtype_of(root) != found.dtype:
+        root = body.convert_result(root, found.dtype)
+    body.set_operands(root, operands)
+    array = hlo.array_of(root.shape)
+    assert array is not None
+    if array.dims != tuple(sizes) or not array.is_row_major:
+        root = body.bitcast_result(root, found.dtype, sizes)
+    return root
+
+
+def _become_result(body: Body, found: Found, out: Instruction, logarithms: Instruction | None) -> None:
+    """Makes the root a loop that reads what a call computed, with NaN for queries that see no key."""
+    loop = LoopBuilder(body, found.reader, found.reader.in_memory(found.result))
+    roles = _roles(found)
+    in_call = tuple(chain.from_iterable(roles[role] for role in found.layout.orders[3]))
+    result = loop.array(out, in_call)
+    if logarithms is not None:
+        result = _with_nan(loop, loop.converted(result, _FLOAT32), logarithms, _of_rows(found))
+    loop.become(loop.converted(result, found.root.shape.element_type), found.root)
+
+
+def _with_nan(loop: LoopBuilder, values: int, logarithms: Instruction, rows: Index) -> int:
+    sees_none = loop.compare("LE", loop.array(logarithms, rows), loop.constant(_MASKED, _FLOAT32))
+    return loop.operation("select", _FLOAT32, sees_none, loop.constant(float("nan"), _FLOAT32), values)
+
+
+# --- gradients ----------------------------------------------------------------------------------------------------
+
+
+def _write_both(body: Body, found: Found, gradients: Gradients, extras: dict[str, Extra]) -> None:
+    """Makes the root of an attention and the products of its backward half what two calls compute."""
+    try:
+        cotangent, order = _cotangent(body, found, gradients)
+    except CannotBuild as error:
+        raise NotAttention(f"the cotangent of its result cannot be computed by itself: {error}") from None
+    dims = _dims(found)
+    operands, others = _operands(body, found, dims), [make() for make in extras.values()]
+    call = body.custom_call(found.root, [*operands, *others])
+    _set_results(call, found, dims)
+    _make_call(call, native.ATTENTION_TARGET_NAME, [*operands, *others], _attributes(found, extras, residual=True))
+    out, logarithms = (body.get(call, i) for i in (0, 1))
+    if found.nan_rows or found.copied:
+        _become_result(body, found, out, logarithms if found.nan_rows else None)
+    else:
+        root = _own_root(body, found, [out], [dims[3][role] for role in found.layout.orders[3]])
+        body.become_bitcast(root)
+
+    dout = cotangent(logarithms)
+    delta = _delta(body, found, out, dout, order)
+    inputs = [*operands, dout, logarithms, delta, *others]
+    backward = body.custom_call(gradients.products[0].result.instruction, inputs)
+    sizes = [[dims[i][role] for role in _DENSE] for i in range(3)]
+    kinds = [hlo.ELEMENT_TYPES[x] for x in (found.dtype, found.kv_dtype, found.kv_dtype)]
+    hlo.set_tuple(backward.shape, list(zip(kinds, sizes, strict=True)))
+    attributes = _attributes(found, extras, out_dims=order, dbias=False)
+    _make_call(backward, native.ATTENTION_GRADIENTS_TARGET_NAME, inputs, attributes)
+    results = {i: body.get(backward, i) for i in sorted({x.of for x in gradients.products})}
+    for x in gradients.products:
+        _become_gradient(body, found, x, results[x.of])
+
+
+def _become_gradient(body: Body, found: Found, gradient: Gradient, computed: Instruction) -> None:
+    """Makes a product of the backward half what the call computed."""
+    reader, root = found.reader, gradient.result.instruction
+    in_call = found.layout.gradient(gradient.of)
+    in_memory = reader.in_memory(gradient.result)
+    factor = np.float32(gradient.factor)
+    if (
+        abs(factor - 1) < _EQUAL
+        and in_memory == in_call
+        and hlo.dtype_of(root) == hlo.dtype_of(computed)
+        and aliasing.has_memory_of_its_own(body, root)
+    ):
+        body.set_operands(root, [computed])
+        body.become_bitcast(root)
+        return
+    loop = LoopBuilder(body, reader, in_memory)
+    result = loop.array(computed, in_call)
+    if abs(factor - 1) >= _EQUAL:
+        scale = loop.constant(float(factor), _FLOAT32)
+        result = loop.operation("multiply", _FLOAT32, loop.converted(result, _FLOAT32), scale)
+    loop.become(loop.converted(result, root.shape.element_type), root)
+
+
+def _cotangent(
+    body: Body, found: Found, gradients: Gradients
+) -> tuple[Callable[[Instruction], Instruction], tuple[int, ...]]:
+    """How to make the array of the result's cotangents, given the logarithms, and the order of its dimensions."""
+    reader, roles, dims = found.reader, _roles(found), _dims(found)[3]
+    kind = hlo.ELEMENT_TYPES[found.dtype]
+    if not found.nan_rows:
+        for x in gradients.arrays:
+            if x.dtype != found.dtype or x.scale != 1 or x.narrowed:
+                continue
+            order = _order_of(reader.in_memory(x.element), roles)
+            if order is not None:
+                return partial(_reshaped, body, x.element.instruction, [dims[role] for role in order]), order
+    atoms = tuple(chain.from_iterable(roles[role] for role in _DENSE))
+    loop = LoopBuilder(body, reader, atoms)
+    number = loop.element(gradients.cotangent)
+
+    def make(logarithms: Instruction) -> Instruction:
+        result = number
+        if found.nan_rows:
+            result = _with_nan(loop, loop.converted(result, _FLOAT32), logarithms, _of_rows(found))
+        return loop.build(loop.converted(result, kind), [dims[role] for role in _DENSE])
+
+    return make, _DENSE
+
+
+def _reshaped(body: Body, x: Instruction, sizes: Sequence[int], logarithms: Instruction) -> Instruction:
+    del logarithms
+    return body.reshaped(x, sizes)
+
+
+def _order_of(in_memory: Index, roles: dict[int, Index]) -> tuple[int, ...] | None:
+    """The order of an array's dimensions, if its atoms are those of whole dimensions."""
+    for order in permutations(roles):
+        if tuple(chain.from_iterable(roles[x] for x in order)) == in_memory:
+            return order
+    return None
+
+
+def _delta(body: Body, found: Found, out: Instruction, dout: Instruction, order: tuple[int, ...]) -> Instruction:
+    """Of each query, the sum of its results times their cotangents."""
+    roles = _roles(found)
+    rows = _of_rows(found)
+    loop = LoopBuilder(body, found.reader, (*rows, *roles[ELEMENT]))
+    factors = [
+        loop.converted(loop.array(x, tuple(chain.from_iterable(roles[role] for role in y))), _FLOAT32)
+        for x, y in ((out, found.layout.orders[3]), (dout, order))
+    ]
+    number = loop.operation("multiply", _FLOAT32, *factors)
+    dims = _dims(found)[3]
+    return loop.build(loop.sum(number, len(roles[ELEMENT])), [dims[role] for role in _ROWS])
+
+
+# --- operands and attributes --------------------------------------------------------------------------------------
 
 
 def _dims(found: Found) -> list[dict[int, int]]:
@@ -105,6 +264,14 @@ def _dims(found: Found) -> list[dict[int, int]]:
     ]
 
 
+def _operands(body: Body, found: Found, dims: list[dict[int, int]]) -> list[Instruction]:
+    """Queries, keys and values as the call reads them."""
+    return [
+        _operand(body, x, found.kv_dtype if i else found.dtype, [dims[i][role] for role in found.layout.orders[i]])
+        for i, x in enumerate((found.q, found.k, found.v))
+    ]
+
+
 def _operand(body: Body, operand: Operand, dtype: np.dtype, sizes: Sequence[int]) -> Instruction:
     x = operand.element.instruction
     array = hlo.array_of(x.shape)
@@ -114,19 +281,22 @@ def _operand(body: Body, operand: Operand, dtype: np.dtype, sizes: Sequence[int]
     return x if operand.dtype == dtype else body.converted(x, dtype)
 
 
-def _attributes(found: Found, extras: dict[str, Extra]) -> bytes:
+def _attributes(
+    found: Found, extras: dict[str, Extra], *, out_dims: Sequence[int] | None = None, **others: bool
+) -> bytes:
+    orders = (*found.layout.orders[:3], out_dims or found.layout.orders[3])
     names = ("q_dims", "k_dims", "v_dims", "out_dims")
     attributes = {
         "abi": f"{native.ABI} : i64",
         **{
             name: f"dense<[{', '.join(map(str, order))}]> : tensor<4xi64>"
-            for name, order in zip(names, found.layout.orders, strict=True)
+            for name, order in zip(names, orders, strict=True)
         },
         "scale": f"0x{int(np.float64(found.scale).view(np.uint64)):016X} : f64",
         "left": f"{found.left} : i64",
         "right": f"{found.right} : i64",
         **{name: f"{int(name in extras)} : i64" for name in ("bias", "mask", "q_lengths", "kv_lengths")},
-        "residual": f"{int(found.nan_rows)} : i64",
+        **{name: f"{int(x)} : i64" for name, x in others.items()},
     }
     return calls.attributes_text(attributes)
 

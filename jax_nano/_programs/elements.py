@@ -21,8 +21,10 @@ Index: TypeAlias = tuple[int, ...]
 
 ELEMENTWISE: Final = frozenset(
     (
-        *("abs", "add", "and", "compare", "convert", "divide", "exponential", "log", "maximum", "minimum", "multiply"),
-        *("negate", "not", "or", "power", "rsqrt", "select", "sqrt", "subtract", "tanh", "xor"),
+        *("abs", "add", "and", "ceil", "compare", "convert", "cosine", "divide", "erf", "exponential"),
+        *("exponential-minus-one", "floor", "log", "log-plus-one", "logistic", "maximum", "minimum", "multiply"),
+        *("negate", "not", "or", "power", "remainder", "rsqrt", "select", "sign", "sine", "sqrt", "subtract", "tan"),
+        *("tanh", "xor"),
     )
 )
 _FLOATS: Final = frozenset((10, 11, 16))  # PrimitiveType: float16, float32, bfloat16
@@ -43,7 +45,7 @@ class Atoms:
 
     def __init__(self) -> None:
         self._sizes: list[int] = []
-        self._parts: dict[int, tuple[int, int]] = {}
+        self._parts: dict[int, tuple[int, ...]] = {}
 
     def new(self, size: int) -> Index:
         if size == 1:
@@ -60,6 +62,38 @@ class Atoms:
 
     def size(self, index: Iterable[int]) -> int:
         return math.prod(self._sizes[atom] for atom in index)
+
+    def count(self) -> int:
+        """How many there are; newer ones get numbers from here on."""
+        return len(self._sizes)
+
+    def identify(self, index: Iterable[int], known: Iterable[int], since: int) -> bool:
+        """Makes atoms of an index, as far as they are numbered from `since` on, the same as those of another one.
+
+        False if the two are of different sizes or atoms that are not the same; some may have been identified then.
+        """
+        left, right = (list(self.resolved(x))[::-1] for x in (index, known))
+        while left and right:
+            a, b = left.pop(), right.pop()
+            if a in self._parts or b in self._parts:  # split or identified meanwhile
+                left += self.resolved((a,))[::-1]
+                right += self.resolved((b,))[::-1]
+                continue
+            if a == b:
+                continue
+            m, n = self._sizes[a], self._sizes[b]
+            if m != n:
+                small, large, atom = (m, n, b) if m < n else (n, m, a)
+                if large % small:
+                    return False
+                self.divided((atom,), (small, large // small))
+                left.append(a)
+                right.append(b)
+            elif a < since:
+                return False
+            else:
+                self._parts[a] = (b,)
+        return not left and not right
 
     def divided(self, index: Iterable[int], sizes: Sequence[int]) -> list[Index]:
         """An index cut into indices of these sizes; Unknown where atoms would have to be cut in a second way."""
@@ -148,6 +182,10 @@ class Reader:
         self._scopes: dict[int, Scope] = {}
         self._steps = 0
 
+    def begin(self) -> None:
+        """Begins a search of its own: what was found before is kept, and it may take as many steps again."""
+        self._steps = 0
+
     def element(self, instruction: Instruction) -> Element:
         """Any element of an array outside of fusions."""
         return Element(self._outside, instruction, tuple(self.atoms.new(n) for n in instruction.shape.dimensions))
@@ -187,6 +225,10 @@ class Reader:
             return self._result(x, None, index) if into_fusions else None
         if x.opcode == "get-tuple-element":
             source = scope[x.operand_ids[0]]
+            if source.opcode == "opt-barrier":  # of jax.checkpoint, whose second computation is the same as the first
+                source = scope[source.operand_ids[0]]
+                there = source.opcode == "tuple"
+                return Element(scope, scope[source.operand_ids[x.tuple_index]], index) if there else None
             is_fusion = source.opcode == "fusion" and into_fusions
             return self._result(source, x.tuple_index, index) if is_fusion else None
         if x.opcode not in ("bitcast", "broadcast", "copy", "reshape", "transpose"):
@@ -355,6 +397,33 @@ class Reader:
             for a in self.atoms.new(lhs.shape.dimensions[i])
         )
 
+    def identify(self, x: Element, y: Element, since: int) -> bool:
+        """Makes atoms of an element, numbered from `since` on, those that make it the same as another one.
+
+        Follows both to the arrays that they are made of, through the same operations: whether they are the same then
+        is left to `same`. False if they are not made in the same way.
+        """
+        x, y = (self.unrounded(z, _ignore) for z in (x, y))
+        a, b = x.instruction, y.instruction
+        if a is b:
+            return all(self.atoms.identify(i, j, since) for i, j in zip(x.indices, y.indices, strict=True))
+        if a.opcode != b.opcode:
+            return False
+        if a.opcode in ("constant", "reduce"):  # the atoms of a sum are those of what else its row is made of
+            return True
+        if a.opcode == "iota":
+            return self.atoms.identify(x.indices[a.dimensions[0]], y.indices[b.dimensions[0]], since)
+        if a.opcode in ELEMENTWISE and len(a.operand_ids) == len(b.operand_ids):
+            pairs = zip(self.operands(x), self.operands(y), strict=True)
+        elif a.opcode == "dot":
+            over, other = self.summed(a, x.scope), self.summed(b, y.scope)
+            if self.atoms.size(over) != self.atoms.size(other):
+                return False
+            pairs = zip(self.factors(x, over), self.factors(y, other), strict=True)
+        else:
+            return False
+        return all(self.identify(left, right, since) for left, right in pairs)
+
     # --- comparisons ---------------------------------------------------------------------------------------------
 
     def unrounded(self, element: Element, rounding: Rounding) -> Element:
@@ -381,8 +450,7 @@ class Reader:
         if a.opcode != b.opcode or a.shape.element_type != b.shape.element_type:
             return False
         if a.opcode == "constant":
-            is_scalar = not a.shape.dimensions and not b.shape.dimensions
-            return is_scalar and bool(a.literal == b.literal)
+            return self.logical(x) == self.logical(y) and bool(a.literal == b.literal)
         if a.opcode == "iota":
             i, j = a.dimensions[0], b.dimensions[0]
             return self.atoms.resolved(x.indices[i]) == self.atoms.resolved(y.indices[j])
@@ -418,6 +486,10 @@ class Reader:
             pairs = zip(self.factors(x, over), self.factors(y, over), strict=True)
             return all(self.same(*pair) for pair in pairs)
         return False
+
+
+def _ignore(before: Instruction, convert: Instruction) -> None:
+    """A rounding of no interest."""
 
 
 def converts_floats(before: Instruction, convert: Instruction) -> bool:

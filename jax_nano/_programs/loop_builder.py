@@ -74,6 +74,20 @@ class LoopBuilder:
     def converted(self, number: int, kind: int) -> int:
         return number if self._parts[number].shape.element_type == kind else self._add("convert", kind, [number])
 
+    def sum(self, number: int, count: int) -> int:
+        """The sum over the last `count` dimensions of the loop, whose result has the others."""
+        if not count:
+            return number
+        kind = self._parts[number].shape.element_type
+        start = self._add("constant", kind, (), ())
+        hlo.set_number(self._parts[start], 0)
+        rank = len(self._dims) - count
+        total = self._add("reduce", kind, [number, start], self._dims[:rank])
+        part = self._parts[total]
+        part.dimensions.extend(range(rank, len(self._dims)))
+        part.called_computation_ids.append(self._body.module.add_region("add", kind, self._body.computation).id)
+        return total
+
     def element(self, element: Element) -> int:
         """What an element is, computed anew from the arrays outside of fusions."""
         x = self._reader.look(element, into_fusions=False)

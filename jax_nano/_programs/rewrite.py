@@ -26,6 +26,7 @@ from jax_nano._dispatch.decision import Policy
 from jax_nano._programs import (
     attention,
     attention_calls,
+    attention_gradients,
     calls,
     fusions,
     inner_products,
@@ -41,6 +42,8 @@ from jax_nano._programs.products import Dot
 # too large for malloc to keep: decoding with GPT-2, which donates 9 MB, gains all that its products do, a perceptron's
 # training step with 22 MB ran at 0.85 of XLA's speed, GPT-2's with 1.5 GB at 0.46.
 _MOST_DONATED: Final = 16 << 20
+
+_FEWEST_OF_TRAINING: Final = 4  # products: two of attention, one for the cotangents of weights and one gradient
 
 _SMALL: Final = "part of a small loop that XLA compiles into one function, in which no call can stand"
 
@@ -123,11 +126,12 @@ class _Rewriter:
         """Puts calls in the place of attentions; the ids of the dots in them, and what is left of the computation."""
         found = list[record.Attention]()
         before = _dots_of(body)
+        gradients = attention_gradients.find if len(before) >= _FEWEST_OF_TRAINING else None
         for number in before:
             if all(x.id != number for x in body.instructions):
                 continue
             second = body[number]
-            attended = attention.find(body, second)
+            attended = attention.find(body, second, gradients)
             if attended is None:
                 continue
             arrays: tuple[record.Array, ...] = (_array(second),)

@@ -110,6 +110,18 @@ def test_attention_counts_as_its_products(heads: int) -> None:
         assert flops == products
 
 
+@pytest.mark.parametrize("heads", [4, 2], ids=["", "grouped"])
+def test_gradients_of_attention_count_as_their_products(heads: int) -> None:
+    q, kv = (2, 24, 4, 16), (2, 40, heads, 16)
+
+    def program(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> tuple[jax.Array, ...]:
+        return jax.vjp(lambda *x: jax_nano.dot_product_attention(*x[:3], bias=x[3]), q, k, v, bias)[1](q)
+
+    products = 7 * 2 * 2 * 4 * 24 * 40 * 16
+    for flops in attention_flops(program, q, kv, kv, (1, 1, 24, 40)):
+        assert products <= flops < 1.1 * products
+
+
 def test_accelerated_attention_counts_as_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decision, "policy", decision.Policy(declines=False))
     q = (2, 40, 4, 16)

@@ -283,6 +283,35 @@ class Functions(Quantised):
         else:
             self.emit_after(scope, results)
 
+    def trained(self, scope: Scope) -> None:
+        """The gradients of an attention, by some of what it reads."""
+        inner = Scope(scope)
+        self.attend(inner)
+        made = {x.name for statement in inner.statements for x in statement.targets}
+        last = next((x for x in reversed(inner.values) if x.is_float and x.name in made), None)
+        if last is None:
+            return
+        read = {x.name: x for statement in inner.statements for x in statement.operands if x.name not in made}
+        given = [x for x in read.values() if x.is_float and self.chance(0.8)]
+        if not given:
+            return
+        params = {x.name: self.renamed(x) for x in given}
+        statements = [
+            Statement(x.targets, x.text, tuple(params.get(y.name, y) for y in x.operands), x.bodies)
+            for x in inner.statements
+        ]
+        inner.statements[:] = statements
+        last = self.tame(inner, last)
+        text = self.choose(("jnp.mean({0} * {0})", "jnp.mean(jnp.tanh({0}))", "jnp.sum(jnp.sin({0}) * 0.1)"))
+        value = self.emit(inner, text, [last], (), last.dtype, last.size**2)
+        body = Block(tuple(params.values()), tuple(inner.statements), (value,))
+        places = ", ".join(f"{{{j}}}" for j in range(len(given)))
+        fun = "{f0}" if self.chance(0.8) else "jax.checkpoint({f0})"
+        results = (self.renamed(value), *(self.renamed(x) for x in given))
+        text = f"jax.tree.leaves(jax.value_and_grad({fun}, {tuple(range(len(given)))})({places}))"
+        scope.statements.append(Statement(results, text, tuple(given), (body,)))
+        self.emit_after(scope, results)
+
     @staticmethod
     def emit_after(scope: Scope, results: Sequence[Value]) -> None:
         scope.values += results

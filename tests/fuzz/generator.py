@@ -33,8 +33,8 @@ _WEIGHTS: Final[dict[str, dict[str, float]]] = {
         "nested": 3, "layer": 2, "product": 1.5, "elementwise": 1, "move": 1, "reduction": 1, "convolution": 0.3,
     },
     "attentions": {
-        "attend": 5, "cache": 0.5, "product": 1, "update": 1, "loop": 1, "nested": 1.2, "move": 1, "elementwise": 0.7,
-        "norm": 0.3,
+        "attend": 3, "trained": 3, "cache": 0.5, "product": 1, "update": 1, "loop": 1, "nested": 1.2, "move": 1,
+        "elementwise": 0.7, "norm": 0.3,
     },
     "quantised": {
         "quantised": 5, "product": 1, "update": 1, "loop": 0.7, "nested": 1, "move": 1, "elementwise": 0.7, "norm": 0.3,
@@ -105,8 +105,8 @@ class _Generator(Functions):
             "layer": self.layer, "product": self.product, "elementwise": self.elementwise, "move": self.move,
             "norm": self.norm, "reduction": self.reduction, "update": self.update, "loop": self.loop,
             "nested": self.nested, "attention": self.attention, "cache": self.cache, "sharded": self.over_devices,
-            "convolution": self.convolution, "attend": self.attend, "stationary": self.stationary,
-            "quantised": self.quantised,
+            "convolution": self.convolution, "attend": self.attend, "trained": self.trained,
+            "stationary": self.stationary, "quantised": self.quantised,
         }  # fmt: skip
         names = [x for x in weights if scope.depth < 2 or x not in ("loop", "nested", "sharded", "stationary")]
         p = np.array([weights[x] for x in names])
