@@ -1,5 +1,7 @@
 """The only file with private imports from JAX and with branches on its version (0.10.0 to 0.12.x).
 
+(One branch is in `custom_calls`, as it is needed when the package is imported, which must not import all of this.)
+
 Everything here gives what jnp and lax themselves do to their arguments, so that jax_nano agrees with them
 to the last error message, or reaches a hook that JAX keeps to itself.
 """

@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from jax_nano._core import hlo, native
+from jax_nano._core import custom_calls, hlo, native
 from jax_nano._core.hlo import Body, Instruction
 from jax_nano._programs import aliasing
 from jax_nano._programs.attention import (
@@ -86,7 +86,7 @@ def write(body: Body, found: Found) -> None:
             call.ClearField(field)
         call.opcode = "custom-call"
     call.custom_call_target = native.ATTENTION_TARGET_NAME
-    call.custom_call_api_version = hlo.TYPED_FFI
+    call.custom_call_api_version = custom_calls.TYPED_FFI
     call.backend_config = _attributes(found, extras)
     call.constrain_layout = True
     call.operand_shapes_with_layout.extend(x.shape for x in operands)

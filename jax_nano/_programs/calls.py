@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-import numpy as np
-
-from jax_nano._core import hlo, native
+from jax_nano._core import custom_calls, hlo, native
 from jax_nano._core.contraction import Dims, Labels
 from jax_nano._core.hlo import Body
 from jax_nano._programs import epilogues, views
@@ -21,7 +19,7 @@ def write(
     """Turns the instruction of `out` into the call; with an epilogue, the instruction that computes the epilogue."""
     inputs = [_narrowed(body, view) for view in (lhs, rhs)]
     attributes = {"abi": f"{native.ABI} : i64", "algorithm": f'"{algorithm}"'}
-    target = native.TARGET_NAME
+    target, described = native.TARGET_NAME, None
     if epilogue is not None:
         out = out._replace(instruction=epilogue.instruction)
     if hlo.dtype_of(out.instruction) != out.dtype:
@@ -33,12 +31,22 @@ def write(
             inputs.append(View(bias, out.dtype, out.sizes[-1:], out.labels[-1:]))
         if epilogue.residual is not None:
             inputs.append(out._replace(instruction=epilogue.residual))
+        has_bias, has_residual = epilogue.bias is not None, epilogue.residual is not None
+        described = native.Epilogue.of(epilogue.activation, epilogue.scale, bias=has_bias, residual=has_residual)
         attributes["activation"] = f'"{epilogue.activation}"'
-        attributes["scale"] = _float32(epilogue.scale)
-        attributes["bias"] = f"{int(epilogue.bias is not None)} : i64"
-        attributes["residual"] = f"{int(epilogue.residual is not None)} : i64"
+        attributes["scale"] = f"0x{described.scale_bits:08X} : f32"  # decimal digits have no infinities and no NaN
+        attributes["bias"] = f"{int(has_bias)} : i64"
+        attributes["residual"] = f"{int(has_residual)} : i64"
     for name, dims in zip(("lhs", "rhs", "out"), labels, strict=True):
         attributes[f"{name}_labels"] = _dense(dims)
+    arrays = (*inputs[:2], out)
+    untyped = native.untyped_call(
+        tuple(x.sizes for x in arrays),
+        tuple(labels),
+        tuple(hlo.NAMES[x.dtype] for x in arrays),
+        algorithm,
+        described,
+    )
 
     call = out.instruction
     operands = [x.instruction if x.is_its_shape else body.bitcast(x.instruction, x.dtype, x.sizes) for x in inputs]
@@ -49,8 +57,12 @@ def write(
         call.ClearField(field)
     call.opcode = "custom-call"
     call.custom_call_target = target
-    call.custom_call_api_version = hlo.TYPED_FFI
-    call.backend_config = ("{" + ", ".join(f"{x} = {value}" for x, value in attributes.items()) + "}").encode()
+    if untyped is not None:
+        call.custom_call_api_version = custom_calls.STATUS_RETURNING
+        call.backend_config = untyped.encode()
+    else:
+        call.custom_call_api_version = custom_calls.TYPED_FFI
+        call.backend_config = ("{" + ", ".join(f"{x} = {value}" for x, value in attributes.items()) + "}").encode()
     call.constrain_layout = True
     call.operand_shapes_with_layout.extend(x.shape for x in operands)
 
@@ -59,13 +71,6 @@ def _narrowed(body: Body, view: View) -> View:
     """The view with an instruction whose result has the view's dtype."""
     instruction = views.before_widening(body, view.instruction, view.dtype)
     return view._replace(instruction=instruction or views.narrow(body, view.instruction))
-
-
-def _float32(value: float) -> str:
-    """A number as MLIR's text, bit for bit: decimal digits have no infinities and no NaN."""
-    with np.errstate(over="ignore"):
-        bits = int(np.float32(value).view(np.uint32))
-    return f"0x{bits:08X} : f32"
 
 
 @cache
