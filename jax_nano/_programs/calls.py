@@ -18,7 +18,6 @@ def write(
 ) -> None:
     """Turns the instruction of `out` into the call; with an epilogue, the instruction that computes the epilogue."""
     inputs = [_narrowed(body, view) for view in (lhs, rhs)]
-    attributes = {"abi": f"{native.ABI} : i64", "algorithm": f'"{algorithm}"'}
     target, described = native.TARGET_NAME, None
     if epilogue is not None:
         out = out._replace(instruction=epilogue.instruction)
@@ -33,20 +32,9 @@ def write(
             inputs.append(out._replace(instruction=epilogue.residual))
         has_bias, has_residual = epilogue.bias is not None, epilogue.residual is not None
         described = native.Epilogue.of(epilogue.activation, epilogue.scale, bias=has_bias, residual=has_residual)
-        attributes["activation"] = f'"{epilogue.activation}"'
-        attributes["scale"] = f"0x{described.scale_bits:08X} : f32"  # decimal digits have no infinities and no NaN
-        attributes["bias"] = f"{int(has_bias)} : i64"
-        attributes["residual"] = f"{int(has_residual)} : i64"
-    for name, dims in zip(("lhs", "rhs", "out"), labels, strict=True):
-        attributes[f"{name}_labels"] = _dense(dims)
     arrays = (*inputs[:2], out)
-    untyped = native.untyped_call(
-        tuple(x.sizes for x in arrays),
-        tuple(labels),
-        tuple(hlo.NAMES[x.dtype] for x in arrays),
-        algorithm,
-        described,
-    )
+    dtypes = tuple(hlo.NAMES[x.dtype] for x in arrays)
+    untyped = native.untyped_call(tuple(x.sizes for x in arrays), tuple(labels), dtypes, algorithm, described)
 
     call = out.instruction
     operands = [x.instruction if x.is_its_shape else body.bitcast(x.instruction, x.dtype, x.sizes) for x in inputs]
@@ -62,7 +50,7 @@ def write(
         call.backend_config = untyped.encode()
     else:
         call.custom_call_api_version = custom_calls.TYPED_FFI
-        call.backend_config = ("{" + ", ".join(f"{x} = {value}" for x, value in attributes.items()) + "}").encode()
+        call.backend_config = _attributes(labels, algorithm, described)
     call.constrain_layout = True
     call.operand_shapes_with_layout.extend(x.shape for x in operands)
 
@@ -71,6 +59,19 @@ def _narrowed(body: Body, view: View) -> View:
     """The view with an instruction whose result has the view's dtype."""
     instruction = views.before_widening(body, view.instruction, view.dtype)
     return view._replace(instruction=instruction or views.narrow(body, view.instruction))
+
+
+def _attributes(labels: Labels, algorithm: str, epilogue: native.Epilogue | None) -> bytes:
+    """The attributes of a typed call as MLIR's text."""
+    attributes = {"abi": f"{native.ABI} : i64", "algorithm": f'"{algorithm}"'}
+    if epilogue is not None:
+        attributes["activation"] = f'"{epilogue.activation}"'
+        attributes["scale"] = f"0x{epilogue.scale_bits:08X} : f32"  # decimal digits have no infinities and no NaN
+        attributes["bias"] = f"{int(epilogue.bias)} : i64"
+        attributes["residual"] = f"{int(epilogue.residual)} : i64"
+    for name, dims in zip(("lhs", "rhs", "out"), labels, strict=True):
+        attributes[f"{name}_labels"] = _dense(dims)
+    return ("{" + ", ".join(f"{x} = {value}" for x, value in attributes.items()) + "}").encode()
 
 
 @cache

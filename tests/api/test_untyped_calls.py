@@ -73,6 +73,7 @@ def test_accelerated_programs() -> None:
 
     with jax_nano.accelerate():
         assert calls(dots, square(8), square(8)) == (0, 2)
+        assert calls(lambda a, b: jax.nn.relu(a @ b), square(8), square(8)) == (0, 1)
         assert calls(lambda a, b: dots(a, b) * 1, square(256), square(256)) == (2, 0)
 
 
@@ -92,6 +93,7 @@ def test_a_jaxlib_that_takes_typed_calls_only(typed_only: Callable[[], None]) ->
     assert calls(jax_nano.linear, square(8), square(8)) == (1, 0)
     with jax_nano.accelerate():
         assert calls(lambda a, b: a @ b, square(8), square(8)) == (1, 0)
+        assert calls(lambda a, b: jax.nn.relu(a @ b), square(8), square(8)) == (1, 0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16", "int8"])
