@@ -58,13 +58,16 @@ def _cases(dtype: str) -> Iterator[Case]:
 def _declined(case: Case) -> bool:
     """Whether the gate leaves a product to XLA."""
     from jax_nano._core import contraction
+    from jax_nano._core import jax_compat as compat
     from jax_nano._dispatch import decision, xla
 
     (*operands, out), (lhs, rhs, _) = case.labels, case.shapes
     labels = contraction.einsum_labels(operands, out, (lhs, rhs))
     assert labels is not None
     operand, bits = DTYPES[case.dtype].operand, decision.this_machine().vector_bits
-    return xla.is_faster(labels, lhs, rhs, dtypes=(operand, operand), vector_bits=bits) is not None
+    in_function = compat.INLINES_SMALL_PRODUCTS
+    dtypes = (operand, operand)
+    return xla.is_faster(labels, lhs, rhs, dtypes=dtypes, vector_bits=bits, in_function=in_function) is not None
 
 
 def _measured(case: Case, declined: bool, rounds: int) -> tuple[str, ...]:

@@ -143,6 +143,32 @@ class _Plan(TypedDict):
 def registrations() -> dict[str, dict[Literal["instantiate", "execute"], CapsuleType]]:
     """FFI targets by name, for `jax.ffi.register_ffi_target(..., platform="cpu")`."""
 
+def untyped_registrations() -> dict[str, CapsuleType]:
+    """C functions for calls of API version 3, for `jax.ffi.register_ffi_target(..., platform="cpu", api_version=0)`."""
+
+def untyped_call(
+    lhs_shape: Sequence[int],
+    rhs_shape: Sequence[int],
+    out_shape: Sequence[int],
+    lhs_labels: Sequence[int],
+    rhs_labels: Sequence[int],
+    out_labels: Sequence[int],
+    lhs_dtype: str,
+    rhs_dtype: str,
+    out_dtype: str,
+    algorithm: str = "default",
+    activation: str | None = None,
+    scale: int = 0x3F800000,
+    bias: bool = False,
+    residual: bool = False,
+) -> str | None:
+    """The string that such a call must carry; None: on this machine it is to be a typed one.
+
+    Args:
+      activation: of the call of `linear`; None: the call is one of `dot_general`.
+      scale: the bits of a float32.
+    """
+
 def targets(features: Sequence[str] | None = None) -> list[_Target]:
     """Every target, best first, as on this CPU or on one with the given features."""
 

@@ -155,6 +155,7 @@ Plan Assemble(const Contraction& contraction, const KernelInfo& kernel, Nest nes
   plan.a_pack_bytes = PackedABytes(plan.schedule, kernel, x);
   plan.b_pack_bytes = PackedBBytes(plan.schedule, kernel, x);
   plan.partial_bytes = PartialBytes(kernel, ItemRows(kernel, x, choice.split), x.rs_partial);
+  plan.one_call = plan.items() == 1 && plan.outer.empty() && plan.k_outer.empty();
   return plan;
 }
 

@@ -66,6 +66,7 @@ struct Plan {
   std::chrono::nanoseconds expected{0};  // on one thread, roughly: until its calls have been timed
   Split split;
   SplitK split_k;
+  bool one_call = false;  // one item, which is one call of the kernel with `args` as they are
   int64_t a_pack_bytes = 0, b_pack_bytes = 0, partial_bytes = 0;  // workspace of one thread
 
   int64_t items() const { return split.items() * split_k.slices; }

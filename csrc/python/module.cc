@@ -7,6 +7,8 @@
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
 
+#include <bit>
+
 #include "machine/caches.h"
 #include "machine/features.h"
 #include "machine/machine.h"
@@ -20,6 +22,7 @@
 #include "xla/attention_ffi.h"
 #include "xla/ffi.h"
 #include "xla/quantized_ffi.h"
+#include "xla/untyped.h"
 
 namespace nb = nanobind;
 
@@ -42,6 +45,28 @@ nb::dict Registrations() {
   out[kAttentionGradientsCall] = stages(&GradientsInstantiate, &GradientsExecute);
   out[kQuantizedCall] = stages(&QuantizedInstantiate, &QuantizedExecute);
   return out;
+}
+
+nb::dict UntypedRegistrations() {
+  const auto function = [](auto* f) { return nb::capsule(reinterpret_cast<void*>(f), "xla._CUSTOM_CALL_TARGET"); };
+  nb::dict out;
+  out[kDotGeneralCall] = function(&DotUntyped);
+  out[kLinearCall] = function(&LinearUntyped);
+  return out;
+}
+
+std::optional<std::string> UntypedCall(Ints lhs_shape, Ints rhs_shape, Ints out_shape, Ints lhs_labels, Ints rhs_labels,
+                                       Ints out_labels, std::string lhs_dtype, std::string rhs_dtype,
+                                       std::string out_dtype, std::string algorithm,
+                                       std::optional<std::string> activation, uint32_t scale, bool bias,
+                                       bool residual) {
+  CallDescription call = {std::move(algorithm),
+                          {CallArray{std::move(lhs_dtype), std::move(lhs_shape), std::move(lhs_labels)},
+                           CallArray{std::move(rhs_dtype), std::move(rhs_shape), std::move(rhs_labels)},
+                           CallArray{std::move(out_dtype), std::move(out_shape), std::move(out_labels)}},
+                          std::nullopt};
+  if (activation) call.epilogue = {std::move(*activation), std::bit_cast<float>(scale), bias, residual};
+  return DescribeCall(call);
 }
 
 Features HostOr(const std::optional<Names>& features) { return features ? ParseFeatures(*features) : HostFeatures(); }
@@ -124,6 +149,10 @@ NB_MODULE(_runtime, m) {
   m.attr("ABI_VERSION") = kFfiAbi;
   m.attr("FFI_API_VERSION") = FfiApiVersion();
   m.def("registrations", &Registrations);
+  m.def("untyped_registrations", &UntypedRegistrations);
+  m.def("untyped_call", &UntypedCall, "lhs_shape"_a, "rhs_shape"_a, "out_shape"_a, "lhs_labels"_a, "rhs_labels"_a,
+        "out_labels"_a, "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "algorithm"_a = "default",
+        "activation"_a = nb::none(), "scale"_a = 0x3f800000, "bias"_a = false, "residual"_a = false);
   m.def("targets", &TargetList, "features"_a = nb::none());
   m.def("selected_target", &SelectedTarget);
   m.def("supports", &Supports, "lhs"_a, "rhs"_a, "out"_a, "algorithm"_a = "default");

@@ -130,6 +130,26 @@ void RunItem(const Plan& plan, const Buffers& buffers, void* slices, int64_t ite
   }
 }
 
+void RunOneCall(const Plan& plan, GemmArgs& args, const Buffers& buffers) {
+  if (plan.workspace_bytes() > 0) TakeWorkspace(args, plan.a_pack_bytes, plan.b_pack_bytes, plan.partial_bytes);
+  args.a = plan.swapped ? buffers.rhs : buffers.lhs;
+  args.b = plan.swapped ? buffers.lhs : buffers.rhs;
+  args.c = buffers.out;
+  args.epilogue = buffers.epilogue;
+  plan.kernel->fn(&args);
+}
+
+void RunAlone(const Plan& plan, const Buffers& buffers) {
+  if (plan.empty) return;
+  if (plan.one_call) {
+    GemmArgs args = plan.args;
+    return RunOneCall(plan, args, buffers);
+  }
+  void* const slices = SharedWorkspace(plan.shared_bytes());
+  for (int64_t item = 0; item < plan.items(); ++item) RunItem(plan, buffers, slices, item);
+  if (plan.split_k.slices > 1) ReduceSlices(plan, buffers, slices);
+}
+
 void ReduceSlices(const Plan& plan, const Buffers& buffers, void* slices) {
   const KernelInfo& kernel = *plan.kernel;
   const auto add = AdderOf(kernel);

@@ -24,6 +24,13 @@ struct Buffers {
 // std::bad_alloc if there is no memory for the workspace.
 void RunItem(const Plan& plan, const Buffers& buffers, void* slices, int64_t item);
 
+// The same for a plan that is one_call, without RunItem's divisions, which take longer than a tiny product. `args` are
+// the plan's; only their pointers are set, so that a caller can use them again.
+void RunOneCall(const Plan& plan, GemmArgs& args, const Buffers& buffers);
+
+// The whole product, on this thread.
+void RunAlone(const Plan& plan, const Buffers& buffers);
+
 // The end of split-K: adds the slices' sums in pairs and finishes the result.
 void ReduceSlices(const Plan& plan, const Buffers& buffers, void* slices);
 
@@ -41,17 +48,13 @@ struct Plans {
 template <typename Pool>
 void RunPlans(const Plans& plans, const Buffers& buffers, Pool& pool) {
   const Plan &shared = plans.shared, &alone = plans.alone;
-  if (shared.empty) return;
+  if (shared.empty || shared.items() == 1) return RunAlone(alone, buffers);
   void* const slices = SharedWorkspace(shared.shared_bytes());
   const auto run_alone = [&] {
     for (int64_t item = 0; item < alone.items(); ++item) RunItem(alone, buffers, slices, item);
   };
-  if (shared.items() == 1) {
-    run_alone();
-  } else {
-    ParallelFor(pool, shared.items(), plans.pace, run_alone,
-                [&](int64_t item) { RunItem(shared, buffers, slices, item); });
-  }
+  ParallelFor(pool, shared.items(), plans.pace, run_alone,
+              [&](int64_t item) { RunItem(shared, buffers, slices, item); });
   if (shared.split_k.slices > 1) ReduceSlices(shared, buffers, slices);
 }
 

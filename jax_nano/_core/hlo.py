@@ -180,9 +180,6 @@ _PURE: Final = frozenset(
     )
 )
 
-TYPED_FFI: Final = 4
-"""CustomCallApiVersion's API_VERSION_TYPED_FFI."""
-
 
 def _declare() -> dict[str, type[Any]]:
     field = descriptor_pb2.FieldDescriptorProto

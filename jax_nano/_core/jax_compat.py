@@ -1,5 +1,7 @@
 """The only file with private imports from JAX and with branches on its version (0.10.0 to 0.12.x).
 
+(One branch is in `custom_calls`, as it is needed when the package is imported, which must not import all of this.)
+
 Everything here gives what jnp and lax themselves do to their arguments, so that jax_nano agrees with them
 to the last error message, or reaches a hook that JAX keeps to itself.
 """
@@ -34,6 +36,7 @@ from jax_nano._core.imports import when_imported
 
 __all__ = [
     "INLINE",
+    "INLINES_SMALL_PRODUCTS",
     "KEEPS_DONATION",
     "OutSharding",
     "TooOld",
@@ -85,6 +88,10 @@ KEEPS_DONATION: bool = jaxlib_version >= (0, 11, 1)
 # jaxlib 0.10.2 does, for [3, 3] x [40000, 3] along the last dimensions, then squared and summed; 0.12.0 does not.
 # Releases between them were not tried.
 MISCOUNTS_LARGE_FUSED_DOTS: bool = jaxlib_version < (0, 12, 0)
+
+# Whether XLA computes products up to 6x6x6 inside of small loops that it compiles into one function: jaxlib 0.10.2
+# does, 0.12.0 only up to 3x3x3 (at 4x4x4 its loop takes 18 times as long). Releases between them were not tried.
+INLINES_SMALL_PRODUCTS: bool = jaxlib_version < (0, 12, 0)
 
 # Renamed in 0.10.1. Casts an operand that is replicated over a manual mesh axis to one that varies over it
 # where the other operand varies; its transpose is the psum of the gradient of a replicated weight.

@@ -13,21 +13,24 @@ import hashlib
 import importlib
 import platform
 import sys
-from functools import cache
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Final
+from typing import Final, NamedTuple
 
 import jax
+import numpy as np
 
-from jax_nano._core import spec, tuned
+from jax_nano._core import custom_calls, spec, tuned
 
 TARGET_NAME: Final = spec.DOT_GENERAL_CALL
 LINEAR_TARGET_NAME: Final = spec.LINEAR_CALL
 ATTENTION_TARGET_NAME: Final = spec.ATTENTION_CALL
 ATTENTION_GRADIENTS_TARGET_NAME: Final = spec.ATTENTION_GRADIENTS_CALL
 QUANTIZED_TARGET_NAME: Final = spec.QUANTIZED_CALL
+UNTYPED_CALLS: Final = (TARGET_NAME, LINEAR_TARGET_NAME)
+"""The calls that may also be untyped ones, under the same name."""
 ABI: Final = spec.FFI_ABI
 
 # The frontend attribute of a call that names the build which made it. The handlers do not read it, so what one build
@@ -60,6 +63,9 @@ def runtime() -> ModuleType | None:
     tuned.use(native)
     for name, stages in native.registrations().items():
         jax.ffi.register_ffi_target(name, stages, platform="cpu")
+    if custom_calls.UNTYPED:
+        for name, function in native.untyped_registrations().items():
+            jax.ffi.register_ffi_target(name, function, platform="cpu", api_version=0)
     return native
 
 
@@ -103,6 +109,50 @@ def supports(lhs_dtype: str, rhs_dtype: str, out_dtype: str, algorithm: str = sp
     """Whether a kernel for these dtypes runs on this CPU, on the target that was selected."""
     native = runtime()
     return native is not None and bool(native.supports(lhs_dtype, rhs_dtype, out_dtype, algorithm))
+
+
+class Epilogue(NamedTuple):
+    """What a call of `linear` does with its product."""
+
+    activation: str
+    scale_bits: int  # of a float32: 0.0 and -0.0 are equal
+    bias: bool
+    residual: bool
+
+    @classmethod
+    def of(cls, activation: str, scale: float, *, bias: bool, residual: bool) -> Epilogue:
+        """With the scale as a number."""
+        with np.errstate(over="ignore"):
+            bits = int(np.float32(scale).view(np.uint32))
+        return cls(activation, bits, bias, residual)
+
+
+@lru_cache(maxsize=4096)
+def untyped_call(
+    shapes: tuple[tuple[int, ...], ...],
+    labels: tuple[tuple[int, ...], ...],
+    dtypes: tuple[str, ...],
+    algorithm: str,
+    epilogue: Epilogue | None = None,
+) -> str | None:
+    """The string that a call of API version 3 carries, which costs less than one through the typed FFI.
+
+    Args:
+      shapes, labels, dtypes: those of lhs, rhs and out. A size may be symbolic.
+      algorithm: as in the attribute of the typed call.
+      epilogue: that of a call of `linear`, None for one of `dot_general`.
+
+    Returns:
+      None if the call must be a typed one: shapes are known only when it runs, several threads would compute it, or
+      this jaxlib takes no other.
+    """
+    native = runtime()
+    if native is None or not custom_calls.UNTYPED:
+        return None
+    if not all(isinstance(size, int) for shape in shapes for size in shape):
+        return None
+    description: str | None = native.untyped_call(*shapes, *labels, *dtypes, algorithm, *(epilogue or ()))
+    return description
 
 
 def supports_attention(q: str, kv: str) -> bool:

@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from jax_nano._core import contraction, native, signatures, spec
+from jax_nano._core import jax_compat as compat
 from jax_nano._core.contraction import Dims, Labels
 from jax_nano._core.signatures import Precision, Signature
 from jax_nano._dispatch import xla
@@ -29,6 +30,7 @@ class Product(NamedTuple):
     rhs_shape: tuple[int, ...]
     dtypes: tuple[np.dtype, np.dtype, np.dtype]  # of lhs, rhs and result
     precision: Precision  # canonical
+    placed: bool = False  # whether it is known that XLA will not compile a loop around it into one function
 
 
 class Attention(NamedTuple):
@@ -112,12 +114,12 @@ def this_machine() -> Machine:
 @lru_cache(maxsize=4096)
 def dispatch(product: Product, machine: Machine, policy: Policy) -> Decision:
     """The decision about a product."""
-    labels, lhs_shape, rhs_shape, dtypes, precision = product
+    labels, lhs_shape, rhs_shape, dtypes, precision, placed = product
     signature = signature_of(product, machine)
     if signature is None:
         return Decision(labels, None, "no kernel for {} x {} -> {} at precision {}".format(*dtypes, precision))
     names = dtypes[0].name, dtypes[1].name
-    declined = why_declined(labels, (lhs_shape, rhs_shape), names, signature.algorithm, machine, policy)
+    declined = why_declined(labels, (lhs_shape, rhs_shape), names, signature.algorithm, machine, policy, placed=placed)
     return Decision(labels, None if declined else signature, declined)
 
 
@@ -128,6 +130,8 @@ def why_declined(
     algorithm: str,
     machine: Machine,
     policy: Policy,
+    *,
+    placed: bool = False,
 ) -> str | None:
     """Why a product that a kernel could compute is left to XLA, or None.
 
@@ -138,11 +142,13 @@ def why_declined(
       algorithm: that of the kernel.
       machine: what there are kernels for.
       policy: that of the process, or of the program.
+      placed: as in `Product`.
     """
     # XLA would compute an algorithm that rounds operands in plain float32, so it goes to a kernel at any size.
     if not policy.declines or algorithm != signatures.DEFAULT:
         return None
-    return xla.is_faster(labels, *shapes, dtypes=dtypes, vector_bits=machine.vector_bits)
+    in_function = compat.INLINES_SMALL_PRODUCTS and not placed
+    return xla.is_faster(labels, *shapes, dtypes=dtypes, vector_bits=machine.vector_bits, in_function=in_function)
 
 
 def signature_of(product: Product, machine: Machine) -> Signature | None:

@@ -1,12 +1,13 @@
 """The decline gate: products that XLA computes at least as fast stay with XLA, which can also fuse them.
 
-A call costs about 0.15 us, and one product of a batch about 25 ns; XLA emits tiny products inline, and fuses outer
-products into the operations that read them. The gate looks only at static shapes, dtypes and the width of vectors, so
-that a program always makes the same choice; a symbolic size counts as large. `JAX_NANO_GATE=off` in the environment
-(read at import) sends every product to a kernel. docs/planner.md has all rules in a table.
+A call costs about 0.15 us through the typed FFI, less than half of that without, and one product of a batch about 25
+ns; XLA emits tiny products inline, and fuses outer products into the operations that read them. The gate looks only at
+static shapes, dtypes, the width of vectors and the version of XLA, so that a program always makes the same choice; a
+symbolic size counts as large. `JAX_NANO_GATE=off` in the environment (read at import) sends every product to a kernel.
+docs/planner.md has all rules in a table.
 
-The constants were measured on one AMD EPYC (Zen 4) core, products in a fori_loop, November 2026:
-`python -m benchmarks gate` repeats it, and says what is still on the wrong side.
+The constants were measured on one AMD EPYC (Zen 4) core unless they say otherwise, products in a fori_loop, November
+2026: `python -m benchmarks gate` repeats it, and says what is still on the wrong side.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ from typing import Any, Final
 from jax_nano._core.contraction import Labels
 from jax_nano._core.cost import element_bytes
 
-# Multiply-adds of one product. XLA emits small ones inline: in float32 up to 7x7x7 (0.09 us against 0.37; 8x8x8: 0.53),
-# in other dtypes up to 5x5x5 (6x6x6, float64: 0.93 us against 0.37; int8: 1.0 against 0.46). In a batch it is faster up
-# to 3x3x3, and 9 times slower at 4x4x4.
-MIN_SINGLE: Final = 8**3
-MIN_SINGLE_OTHER: Final = 6**3  # where elements have not 4 bytes
-MIN_BATCHED: Final = 64
+# Multiply-adds of one product. One after the other, XLA computes up to 3x3x3 as fast as a call does (0.8 to 1.0 of its
+# time, bytes up to 5x5x5), and takes 2.1 to 4.4 times as long from 4x4x4 on; in a batch up to 3x3x3 (0.2 to 0.6), and 4
+# to 30 times as long at 4x4x4 (Zen 3, one core, JAX 0.10.2 and 0.12, experiment 0088).
+MIN_SINGLE: Final = 4**3
+MIN_SINGLE_OF_BYTES: Final = 6**3
+MIN_BATCHED: Final = 4**3
+# In a loop that XLA compiles into one function it computes larger ones faster than a call: up to 6x6x6 (0.3 to 0.5 of
+# its time; 7x7x7 takes 3.0 to 4.8 times as long), float64 up to 4x4x4 (0.25; 5x5x5 4.1).
+MIN_IN_FUNCTION: Final = 7**3
+MIN_IN_FUNCTION_FLOAT64: Final = 5**3
 
 # XLA writes large results of sums this short at the speed of memory (512x512 of K = 2: 14 us against 41,
 # 4: 30 against 50, 16: 55 against 76, 32: 119 against 126).
@@ -102,6 +107,7 @@ def is_faster(
     *,
     dtypes: tuple[str, str] = ("float32", "float32"),
     vector_bits: int = 512,
+    in_function: bool = False,
 ) -> str | None:
     """Why XLA computes a product at least as fast as a kernel does, or None.
 
@@ -109,6 +115,7 @@ def is_faster(
       labels, lhs_shape, rhs_shape: the product.
       dtypes: of each operand's elements.
       vector_bits: of the kernels' vector registers.
+      in_function: XLA may compile the product and a loop around it into one function.
     """
     sizes = labels.sizes(lhs_shape, rhs_shape)
     m, n, k, batch = (
@@ -132,9 +139,17 @@ def is_faster(
     shallow = k <= SHALLOW_K and SHALLOW_MIN_RESULT <= m * n < math.inf and n not in SHALLOW_SHORT_ROWS
     if batch == 1 and shallow and min(widths) >= 4:
         return f"sums of {k} terms: XLA writes the result as fast"
-    single = MIN_SINGLE if max(widths) == 4 else MIN_SINGLE_OTHER
-    least = single if batch == 1 else MIN_BATCHED
+    least = MIN_BATCHED if batch > 1 else _least_single(max(widths), in_function=in_function)
     return f"too small: {work} multiply-adds of at least {least}" if work < least else None
+
+
+def _least_single(width: int, *, in_function: bool) -> int:
+    """Multiply-adds from which on a call computes a product of elements of so many bytes faster."""
+    if width == 1:
+        return MIN_SINGLE_OF_BYTES
+    if in_function:
+        return MIN_IN_FUNCTION_FLOAT64 if width == 8 else MIN_IN_FUNCTION
+    return MIN_SINGLE
 
 
 def _vector_serves(

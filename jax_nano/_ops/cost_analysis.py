@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _TARGETS: Final = (native.TARGET_NAME, native.LINEAR_TARGET_NAME, native.QUANTIZED_TARGET_NAME)
 _ALONG_K: Final = re.compile(rb"along_k = 1")
 _ATTENTIONS: Final = (native.ATTENTION_TARGET_NAME, native.ATTENTION_GRADIENTS_TARGET_NAME)
-_LABELS: Final = re.compile(rb"(lhs|rhs|out)_labels = dense<\[?([0-9, ]*)\]?>")
+_LABELS: Final = re.compile(rb"(lhs|rhs|out)(?:_labels = dense<\[?|=\w+\[[0-9,]*\]\{)([0-9, ]*)")
 _DIMS: Final = re.compile(rb"(q|k|v|out)_dims = dense<\[([0-9, ]*)\]>")
 
 
@@ -129,7 +129,7 @@ def _attention_to_dots(body: Body, call: Instruction) -> None:
 
 
 def labels_of(backend_config: bytes) -> Labels:
-    """The labels among the attributes of a call, as XLA prints them."""
+    """The labels among the attributes of a typed call, as XLA prints them, or in the description of an untyped one."""
     found = {
         name.decode(): tuple(map(int, re.findall(rb"\d+", text))) for name, text in _LABELS.findall(backend_config)
     }

@@ -34,6 +34,7 @@ from jax_nano._ops.lowering import (
     fold_transposes,
     lax_product,
     tell,
+    untyped_call,
 )
 
 _ffi_rule: Callable[..., Any] = jax.ffi.ffi_lowering(native.LINEAR_TARGET_NAME)
@@ -59,6 +60,15 @@ def _custom_call(
     text = record.epilogue_text(epilogue.activation, epilogue.scale, bias=epilogue.bias, residual=epilogue.residual)
     dtypes = (signature.lhs, signature.rhs, dtype)
     tell(ctx, labels, (x.shape, w.shape, shape), dtypes, signature.algorithm, None, text)
+    untyped = native.untyped_call(
+        (x.shape, w.shape, shape),
+        tuple(labels),
+        (signature.lhs.name, signature.rhs.name, dtype.name),
+        signature.algorithm,
+        native.Epilogue.of(epilogue.activation, epilogue.scale, bias=epilogue.bias, residual=epilogue.residual),
+    )
+    if untyped is not None:
+        return untyped_call(ctx, native.LINEAR_TARGET_NAME, untyped, operands, shape, dtype)
     (out,) = _ffi_rule(
         ctx.replace(
             avals_in=[

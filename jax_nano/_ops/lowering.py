@@ -21,7 +21,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo as _stablehlo
 from jax.interpreters import mlir, xla
 
-from jax_nano._core import contraction, native, record
+from jax_nano._core import contraction, custom_calls, native, record
 from jax_nano._core import jax_compat as compat
 from jax_nano._core.contraction import Dims, Labels
 from jax_nano._core.signatures import Precision, Signature
@@ -47,6 +47,11 @@ _ffi_rule: Callable[..., Any] = jax.ffi.ffi_lowering(native.TARGET_NAME)
 def _custom_call(
     ctx: Context, lhs: Operand, rhs: Operand, labels: Labels, shape: tuple[int, ...], signature: Signature
 ) -> Value:
+    shapes = (lhs.shape, rhs.shape, shape)
+    dtypes = (signature.lhs.name, signature.rhs.name, signature.out.name)
+    untyped = native.untyped_call(shapes, tuple(labels), dtypes, signature.algorithm)
+    if untyped is not None:
+        return untyped_call(ctx, native.TARGET_NAME, untyped, (lhs, rhs), shape, signature.out)
     # Building the attributes takes most of the time of lowering a product. So it is done once per module, which owns
     # them.
     cache, key = compat.module_cache(ctx), ("jax_nano attributes", labels, signature.algorithm)
@@ -73,6 +78,33 @@ def _custom_call(
     if static:
         cache[key] = compat.attributes_of(out.owner)
     return out
+
+
+def untyped_call(
+    ctx: Context, target: str, description: str, operands: Sequence[Operand], shape: tuple[int, ...], dtype: np.dtype
+) -> Value:
+    """A call that is not one of the typed FFI (csrc/xla/untyped.h). Its description says what the operands are."""
+    cache, key = compat.module_cache(ctx), ("jax_nano untyped attributes", description)
+    attributes = cache.get(key) or {
+        "call_target_name": ir.StringAttr.get(target),
+        "has_side_effect": ir.BoolAttr.get(False),
+        "backend_config": ir.StringAttr.get(description),
+        "api_version": ir.IntegerAttr.get(ir.IntegerType.get_signless(32), custom_calls.STATUS_RETURNING),
+        "operand_layouts": ir.ArrayAttr.get([_row_major(len(x.shape)) for x in operands]),
+        "result_layouts": ir.ArrayAttr.get([_row_major(len(shape))]),
+    }
+    types = [ir.RankedTensorType.get(shape, mlir.dtype_to_ir_type(dtype))]
+    values = [x.value for x in operands]
+    operation = ir.Operation.create("stablehlo.custom_call", types, values, attributes=attributes)
+    if key not in cache:
+        compat.set_frontend_attributes(operation, {native.BUILD: native.build()})
+        cache[key] = compat.attributes_of(operation)
+    return operation.results[0]
+
+
+def _row_major(rank: int) -> Any:
+    order: Any = np.arange(rank - 1, -1, -1, dtype=np.int64)
+    return ir.DenseIntElementsAttr.get(order, type=ir.IndexType.get())
 
 
 class Operand(NamedTuple):

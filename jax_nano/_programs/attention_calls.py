@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from jax_nano._core import hlo, native
+from jax_nano._core import custom_calls, hlo, native
 from jax_nano._core.hlo import Body, Instruction
 from jax_nano._programs import aliasing, calls
 from jax_nano._programs.attention import (
@@ -78,7 +78,7 @@ def write(body: Body, found: Found) -> None:
 
 def _make_call(call: Instruction, target: str, operands: Sequence[Instruction], attributes: bytes) -> None:
     call.custom_call_target = target
-    call.custom_call_api_version = hlo.TYPED_FFI
+    call.custom_call_api_version = custom_calls.TYPED_FFI
     call.backend_config = attributes
     call.constrain_layout = True
     call.operand_shapes_with_layout.extend(x.shape for x in operands)

@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from jax_nano._core import hlo, native
+from jax_nano._core import custom_calls, hlo, native
 from jax_nano._core.contraction import Dims, Labels
 from jax_nano._core.hlo import Body, Instruction
 from jax_nano._programs import epilogues, views
@@ -22,8 +22,7 @@ def write(
 ) -> None:
     """Turns the instruction of `out` into the call; with an epilogue, the instruction that computes the epilogue."""
     inputs = [_narrowed(body, view) for view in (lhs, rhs)]
-    attributes = {"abi": f"{native.ABI} : i64", "algorithm": f'"{algorithm}"'}
-    target = native.TARGET_NAME
+    target, described = native.TARGET_NAME, None
     if epilogue is not None:
         out = out._replace(instruction=epilogue.instruction)
     if hlo.dtype_of(out.instruction) != out.dtype:
@@ -35,12 +34,11 @@ def write(
             inputs.append(View(bias, out.dtype, out.sizes[-1:], out.labels[-1:]))
         if epilogue.residual is not None:
             inputs.append(out._replace(instruction=epilogue.residual))
-        attributes["activation"] = f'"{epilogue.activation}"'
-        attributes["scale"] = float32(epilogue.scale)
-        attributes["bias"] = f"{int(epilogue.bias is not None)} : i64"
-        attributes["residual"] = f"{int(epilogue.residual is not None)} : i64"
-    for name, dims in zip(("lhs", "rhs", "out"), labels, strict=True):
-        attributes[f"{name}_labels"] = _dense(dims)
+        has_bias, has_residual = epilogue.bias is not None, epilogue.residual is not None
+        described = native.Epilogue.of(epilogue.activation, epilogue.scale, bias=has_bias, residual=has_residual)
+    arrays = (*inputs[:2], out)
+    dtypes = tuple(hlo.NAMES[x.dtype] for x in arrays)
+    untyped = native.untyped_call(tuple(x.sizes for x in arrays), tuple(labels), dtypes, algorithm, described)
 
     call = out.instruction
     operands = [x.instruction if x.is_its_shape else body.bitcast(x.instruction, x.dtype, x.sizes) for x in inputs]
@@ -50,8 +48,12 @@ def write(
     clear(call)
     call.opcode = "custom-call"
     call.custom_call_target = target
-    call.custom_call_api_version = hlo.TYPED_FFI
-    call.backend_config = attributes_text(attributes)
+    if untyped is not None:
+        call.custom_call_api_version = custom_calls.STATUS_RETURNING
+        call.backend_config = untyped.encode()
+    else:
+        call.custom_call_api_version = custom_calls.TYPED_FFI
+        call.backend_config = _attributes(labels, algorithm, described)
     call.constrain_layout = True
     call.operand_shapes_with_layout.extend(x.shape for x in operands)
 
@@ -78,6 +80,19 @@ def float32(value: float) -> str:
     with np.errstate(over="ignore"):
         bits = int(np.float32(value).view(np.uint32))
     return f"0x{bits:08X} : f32"
+
+
+def _attributes(labels: Labels, algorithm: str, epilogue: native.Epilogue | None) -> bytes:
+    """The attributes of a typed call as MLIR's text."""
+    attributes = {"abi": f"{native.ABI} : i64", "algorithm": f'"{algorithm}"'}
+    if epilogue is not None:
+        attributes["activation"] = f'"{epilogue.activation}"'
+        attributes["scale"] = f"0x{epilogue.scale_bits:08X} : f32"  # decimal digits have no infinities and no NaN
+        attributes["bias"] = f"{int(epilogue.bias)} : i64"
+        attributes["residual"] = f"{int(epilogue.residual)} : i64"
+    for name, dims in zip(("lhs", "rhs", "out"), labels, strict=True):
+        attributes[f"{name}_labels"] = _dense(dims)
+    return attributes_text(attributes)
 
 
 @cache

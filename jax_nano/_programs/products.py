@@ -152,7 +152,7 @@ def decide(dot: Instruction, arrays: Views, policy: Policy) -> Decision:
     if dot.dot_sparsity:
         return Decision(labels, None, "an operand is sparse")
     shapes = arrays.lhs.sizes, arrays.rhs.sizes
-    asked = decision.Product(labels, *shapes, dtypes, _ALGORITHMS[algorithm])
+    asked = decision.Product(labels, *shapes, dtypes, _ALGORITHMS[algorithm], placed=True)
     found = decision.dispatch(asked, decision.this_machine(), policy)
     if found.signature is None:
         return found

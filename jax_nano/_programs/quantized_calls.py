@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from jax_nano._core import hlo, native
+from jax_nano._core import custom_calls, hlo, native
 from jax_nano._core.hlo import Body, Instruction
 from jax_nano._programs import aliasing, calls
 from jax_nano._programs.elements import Element
@@ -75,7 +75,7 @@ def write(body: Body, found: Found) -> None:
         calls.clear(call)
         call.opcode = "custom-call"
     call.custom_call_target = native.QUANTIZED_TARGET_NAME
-    call.custom_call_api_version = hlo.TYPED_FFI
+    call.custom_call_api_version = custom_calls.TYPED_FFI
     call.backend_config = calls.attributes_text(attributes)
     call.constrain_layout = True
     call.operand_shapes_with_layout.extend(x.shape for x in inputs)

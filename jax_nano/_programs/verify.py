@@ -7,14 +7,18 @@ XLA's parser and verifier that a rewrite can break. A violation raises `Invalid`
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from jax_nano._core import hlo
+from jax_nano._core import custom_calls, hlo, native
 from jax_nano._core.hlo import Computation, Instruction, Module
 
 # Operations whose result has the dimensions of their operand.
 _SAME_SHAPE: Final = frozenset(("convert", "copy"))
+
+# Arrays in the description of an untyped call.
+_DESCRIBED: Final = re.compile(rb" (lhs|rhs|out)=(\w+)\[([0-9,]*)\]")
 
 
 class Invalid(Exception):
@@ -93,6 +97,27 @@ def _check_shapes(x: Instruction, operands: list[Instruction], callees: list[Com
             raise Invalid(f"{x.name} has {len(operands)} operands")
         for shape, operand in zip(x.operand_shapes_with_layout, operands, strict=True):
             _must_be(x, shape, operand.shape, operand.name)
+        if x.custom_call_api_version == custom_calls.STATUS_RETURNING and x.custom_call_target in native.UNTYPED_CALLS:
+            _check_description(x, operands)
+
+
+def _check_description(x: Instruction, operands: list[Instruction]) -> None:
+    """An untyped call sees nothing of its buffers when it runs, so its description must be that of its arrays."""
+    described = {
+        name.decode(): (dtype.decode(), tuple(map(int, dims.split(b",") if dims else ())))
+        for name, dtype, dims in _DESCRIBED.findall(x.backend_config)
+    }
+    want = [described.get("lhs"), described.get("rhs")]
+    if (out := described.get("out")) is not None:
+        want += [(out[0], out[1][-1:])] * (b" bias=1 " in x.backend_config)
+        want += [out] * (b" residual=1 " in x.backend_config)
+    if [*map(_described, operands), _described(x)] != [*want, out]:
+        raise Invalid(f"the description of {x.name} is not that of its arrays")
+
+
+def _described(x: Instruction) -> tuple[str, tuple[int, ...]] | None:
+    array = hlo.array_of(x.shape)
+    return (hlo.NAMES[array.dtype], array.dims) if array is not None and array.is_row_major else None
 
 
 def _check_call(x: Instruction, operands: list[Instruction], callee: Computation) -> None:

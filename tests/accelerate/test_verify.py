@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 
 import jax_nano
-from jax_nano._core import hlo, native
+from jax_nano._core import custom_calls, hlo, native
 from jax_nano._core.hlo import Module
 from jax_nano._programs import accelerate, verify
 from jax_nano._programs import rewrite as _rewrite
@@ -74,6 +74,12 @@ def call_with_another_layout(module: Module) -> None:
     instruction(module, "custom-call").operand_shapes_with_layout[0].element_type = 12
 
 
+def untyped_call_of_other_arrays(module: Module) -> None:
+    call = instruction(module, "custom-call")
+    assert b"[48,48]" in call.backend_config
+    call.backend_config = call.backend_config.replace(b"[48,48]", b"[48,24]", 1)
+
+
 def element_of_another_shape(module: Module) -> None:
     element = instruction(module, "get-tuple-element")
     element.shape.element_type = 8 if element.shape.element_type != 8 else 4
@@ -117,6 +123,7 @@ BREACHES: list[Callable[[Module], None]] = [
     fusion_of_another_shape,
     fusion_with_another_operand,
     call_with_another_layout,
+    *[untyped_call_of_other_arrays] * custom_calls.UNTYPED,
     element_of_another_shape,
     tuple_of_other_elements,
     body_after_its_loop,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from functools import partial
 from typing import Any
 
@@ -229,9 +230,9 @@ def test_algorithms_are_kept_by_transformations(name: str, rng: np.random.Genera
     np.testing.assert_array_equal(da, matmul(g, b.T))
     np.testing.assert_array_equal(db, matmul(a.T, g))
     lowered = jax.jit(jax.grad(lambda a, b: jnp.sin(matmul(a, b)).sum(), (0, 1))).lower(a, b).as_text()
-    assert lowered.count(f'algorithm = "{name}"') == 3
+    assert len(re.findall(rf'algorithm(?:=| = "){name}\b', lowered)) == 3
     halves = jax.jit(matmul).lower(*(jnp.asarray(x, jnp.bfloat16) for x in (a, b))).as_text()
-    assert 'algorithm = "default"' in halves
+    assert "algorithm=default" in halves
 
 
 @needs_rounding_kernels

@@ -175,8 +175,8 @@ def test_einsum_steps() -> None:
     ("subscripts", "lhs", "rhs", "why"),
     [
         ("mk,kn->mn", (2, 2), (2, 2), "too small"),
-        ("mk,kn->mn", (7, 7), (7, 7), "too small"),
-        ("mk,kn->mn", (8, 8), (8, 8), None),
+        ("mk,kn->mn", (3, 3), (3, 3), "too small"),
+        ("mk,kn->mn", (4, 4), (4, 4), None),
         ("km,kn->mn", (16, 512), (16, 512), "terms"),
         ("km,kn->mn", (17, 512), (17, 512), None),
         ("km,kn->mn", (16, 128), (16, 512 - 1), None),
@@ -184,7 +184,7 @@ def test_einsum_steps() -> None:
         ("mk,kn->mn", (512, 512), (512, 512), None),
         ("bmk,bkn->bmn", (64, 3, 3), (64, 3, 3), "too small"),
         ("bmk,bkn->bmn", (64, 4, 4), (64, 4, 4), None),
-        ("bmk,bkn->bmn", (1, 4, 4), (1, 4, 4), "too small"),
+        ("bmk,bkn->bmn", (1, 3, 4), (1, 4, 3), "too small"),
         ("mk,kn->mn", (0, 512), (512, 512), "empty"),
         ("mk,kn->mn", (512, 0), (0, 512), "empty"),
         ("mk,kn->mn", (512, 1), (1, 512), "outer"),
@@ -206,7 +206,7 @@ def test_gate(subscripts: str, lhs: tuple, rhs: tuple, why: str | None) -> None:
     reason = xla.is_faster(labels, lhs, rhs)
     assert (reason is None) if why is None else (why in reason)
     float32 = np.dtype(np.float32)
-    product = decision.Product(labels, lhs, rhs, (float32,) * 3, None)
+    product = decision.Product(labels, lhs, rhs, (float32,) * 3, None, placed=True)
     machine = decision.Machine("x86-64-v4", frozenset({("float32", "float32", "float32", "default")}))
     assert decision.dispatch(product, machine, decision.Policy(declines=True)).declined == reason
     for declines, kernels, signature, text in (
@@ -272,11 +272,21 @@ def test_the_gate_lets_vectors_through_where_memory_or_l2_is_read() -> None:
         assert (xla.is_faster(labels, *shapes, dtypes=("float64", "float64")) is None) == passes, (subscripts, n)
 
 
-def test_the_gate_keeps_fewer_small_products_of_other_dtypes() -> None:
+def test_the_gate_keeps_small_products_by_dtype_and_place() -> None:
     labels = contraction.labels_of(MATMUL, None, 2, 2)
-    for dtype in ("int8", "bfloat16", "float64"):
-        assert xla.is_faster(labels, (5, 5), (5, 5), dtypes=(dtype, dtype)) is not None
-        assert xla.is_faster(labels, (6, 6), (6, 6), dtypes=(dtype, dtype)) is None
+    for dtype, in_function, least in (
+        ("float32", False, 4),
+        ("float64", False, 4),
+        ("bfloat16", False, 4),
+        ("int8", False, 6),
+        ("float32", True, 7),
+        ("float64", True, 5),
+        ("bfloat16", True, 7),
+        ("int8", True, 6),
+    ):
+        for n in range(2, 9):
+            why = xla.is_faster(labels, (n, n), (n, n), dtypes=(dtype, dtype), in_function=in_function)
+            assert (why is None) == (n >= least), (dtype, in_function, n)
     assert xla.is_faster(labels, (512, 16), (16, 512), dtypes=("bfloat16", "bfloat16")) is None
 
 

@@ -1,0 +1,22 @@
+"""Which kinds of custom calls this jaxlib takes: the one branch on a version that is not in `jax_compat`.
+
+It is needed to register the calls when the package is imported, which must not import much of JAX.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from jaxlib.version import __version_info__ as _jaxlib_version
+
+STATUS_RETURNING: Final = 3
+"""CustomCallApiVersion's API_VERSION_STATUS_RETURNING_UNIFIED, in HLO as in StableHLO."""
+TYPED_FFI: Final = 4
+"""Its API_VERSION_TYPED_FFI."""
+
+UNTYPED: Final[bool] = _jaxlib_version < (0, 13)
+"""Whether it takes calls of API version 3: C functions that return a status.
+
+The status must be the struct that csrc/xla/untyped.cc declares; tried with jaxlib 0.10.2 and 0.12.0. With any other,
+every call goes through the typed FFI.
+"""
