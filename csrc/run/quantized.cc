@@ -375,7 +375,6 @@ QuantizedPlan PlanQuantized(const QuantizedShape& shape, std::span<const Target*
   args.n = shape.n;
   args.k = shape.k;
   args.group = group;
-  args.flip = weight.flip;
   args.rsx = shape.k;
   args.x_dtype = RowNumber(shape.x, false);
   args.rsq = row * weight.bits / 8;

@@ -24,7 +24,7 @@ from .. import ir
 from ..ir import I64, Ptr, Size, Value
 from ..microkernel import A_ROWS_PER_POINTER, RowOffsets
 from ..target import Target
-from .formats import Format, block, field_count
+from .formats import Format, block, field_count, scaled
 from .rows import Rows
 
 ROWS = 4  # of x at once: with more of them products, not memory, are the limit
@@ -44,7 +44,7 @@ class Sweep:
     depth: int
     points: bool
 
-    PARAMS = ("q", "rsq", "x", "sums", "zeros", "cols", "flip")
+    PARAMS = ("q", "rsq", "x", "sums", "zeros", "cols")
     LINE = 64  # bytes
 
     def name(self, prefix: str) -> str:
@@ -69,12 +69,12 @@ class Sweep:
         return self.LINE // (4 * self.form.lanes) if self.rows == 1 and self.depth > 1 else 1
 
     def _body(self, *args: Any) -> None:
-        q, rsq, x, sums, zeros, cols, flip = args
+        q, rsq, x, sums, zeros, cols = args
         form, lanes, rows = self.form, self.form.lanes, self.rows
         count, width = field_count(form), block(form)
         offsets = RowOffsets(rsq)
         behind = rsq * self.depth
-        constants = form.constants(flip)
+        constants = form.constants()
 
         def register(at: Sequence[Ptr], load: Callable[[Ptr], Ptr | Value], *, ahead: bool) -> None:
             """A register of columns: ``at`` points to rows of weights, then to sums, then to zeros."""
@@ -146,6 +146,8 @@ class Columns:
             sweep.emit(module, self.prefix)
         module.function(name("flush"), ["float32"] * 3 + ["i64"] * 3, self._flush, internal=True)
         module.function(name("clear"), ["float32", "i64"], self._clear, internal=True)
+        if self.form.x_factor != 1:
+            module.function(name("scale"), ["float32", "i64"], self._scale, internal=True)
         module.function(name("zeros"), ["float32", "float32", "i64"], self._zeros, internal=True)
 
     def _name(self, what: str) -> str:
@@ -156,14 +158,21 @@ class Columns:
         zero = ir.zeros(self.form.lanes, "float32")
         ir.loop(0, count, self.form.lanes, [], lambda i: p.at(i).store(zero))
 
+    def _scale(self, p: Ptr, count: I64) -> None:
+        """Numbers of x, with the format's factor."""
+        lanes, factor = self.form.lanes, self.form.x_factor
+        whole = count // lanes * lanes
+        ir.loop(0, whole, lanes, [], lambda i: p.at(i).store(scaled(p.at(i).load(lanes), factor)))
+        ir.loop(whole, count, 1, [], lambda i: p.at(i).store(scaled(p.at(i).load(), factor)))
+
     def _zeros(self, points: Ptr, to: Ptr, registers: I64) -> None:
-        """Zero points in the order of fields, of which whole registers of float32 are given."""
+        """Zero points in the order and the unit of fields; whole registers of float32 are given."""
         form, lanes, count = self.form, self.form.lanes, field_count(self.form)
 
         def register(_: I64, source: Ptr, target: Ptr) -> list[Any]:
             natural = [source.at(j * lanes).load(lanes) for j in range(count)]
             for f, v in enumerate(form.permuted(natural)):
-                target.at(f * lanes).store(v)
+                target.at(f * lanes).store(scaled(v, form.unit))
             return [source.at(count * lanes), target.at(count * lanes)]
 
         ir.loop(0, registers, 1, [points, to], register)
@@ -178,8 +187,7 @@ class Columns:
             fields = [source.at(f * lanes).load(lanes) for f in range(count)]
             for f, v in enumerate(form.natural(fields)):
                 p, factor = target.at(f * lanes), scales.at(j * (count * lanes) + f * lanes).load(lanes)
-                total = ir.multiply(v, ir.like(v, form.factor)) if form.factor != 1 else v
-                p.store(ir.fma(total, factor, p.load(lanes)))
+                p.store(ir.fma(scaled(v, form.factor), factor, p.load(lanes)))
             for f in range(count):
                 source.at(f * lanes).store(zero)
 
@@ -198,7 +206,9 @@ class Columns:
             rows.load(source, x["x_dtype"], x["x_pack"].at(i), x["k"], x["m"])
 
         ir.loop(0, x["m"], 1, [], pack)
-        flip, q, sums, y, zeros, scales = (x[name] for name in ("flip", "q", "sums", "y", "zeros", "scales"))
+        if form.x_factor != 1:
+            module.call(self._name("scale"), [x["x_pack"], x["k"] * x["m"]])
+        q, sums, y, zeros, scales = (x[name] for name in ("q", "sums", "y", "zeros", "scales"))
         cols = x["n"]
         registers = (cols + (width - 1)) // width
         module.call(self._name("clear"), [sums, registers * width * x["m"]])
@@ -212,7 +222,7 @@ class Columns:
             def one(kind: Sweep, kk: I64, first: Size, count: Size) -> None:
                 row = q.at(kk * x["rsq"] + first * form.bits // 8)
                 to, point = sums.at(first * rows_of_x), zeros.at(first)
-                arguments = [row, x["rsq"], x["x_pack"].at(kk * rows_of_x), to, point, count, flip]
+                arguments = [row, x["rsq"], x["x_pack"].at(kk * rows_of_x), to, point, count]
                 module.call(kind.name(self.prefix), arguments)
 
             ir.loop(begin, last, DEPTH, [], lambda kk: one(deep, kk, 0, whole))

@@ -32,7 +32,6 @@ class Dequantize:
         q: Ptr,
         out: Ptr,
         count: Size,
-        flip: I64,
         finish: Callable[[Value, Size, int], Value],
         tail: tuple[Ptr, Ptr],
     ) -> None:
@@ -41,7 +40,7 @@ class Dequantize:
         some, result = tail
 
         def chunk(source: Ptr, first: Size, to: Ptr) -> None:
-            for j, v in enumerate(form.chunk(source, flip)):
+            for j, v in enumerate(form.chunk(source)):
                 to.at(j * form.lanes).store(finish(v, first, j))
 
         whole = count // CHUNK * CHUNK
@@ -79,7 +78,7 @@ class Dequantize:
             ir.if_(has_points, points)
 
             def row(kk: I64) -> None:
-                self._stretch(x["q"].at(kk * x["rsq"]), x["y"].at(kk * x["nc"]), n, x["flip"], finish, tail)
+                self._stretch(x["q"].at(kk * x["rsq"]), x["y"].at(kk * x["nc"]), n, finish, tail)
 
             ir.loop(begin, end, 1, [], row)
 
@@ -110,7 +109,6 @@ class Dequantize:
                     source,
                     x["y"].at(j * x["nc"] + begin),
                     end - begin,
-                    x["flip"],
                     lambda v, _first, _j: ir.multiply(ir.subtract(v, zero), factor),
                     tail,
                 )

@@ -24,7 +24,7 @@ from .. import ir
 from ..ir import I64, Ptr, Size, Value
 from ..target import Target
 from .columns import ROWS, bytes_of
-from .formats import CHUNK, Format, block, field_count
+from .formats import CHUNK, Format, block, field_count, scaled
 from .rows import Rows
 
 FEW_COLUMNS, COLUMNS = 2, 4  # at once: as many streams, each element of x read once for all of them
@@ -45,7 +45,7 @@ class Products:
     groups: int
     points: bool
 
-    PARAMS = ("q0", "q1", "q2", "q3", "ahead", "x", "y", "work", "scales", "zeros", "pitch", "k", "group", "flip")
+    PARAMS = ("q0", "q1", "q2", "q3", "ahead", "x", "y", "work", "scales", "zeros", "pitch", "k", "group")
 
     def name(self, prefix: str) -> str:
         return f"{prefix}_inner_{self.rows}x{self.cols}_{self.groups}{'_points' if self.points else ''}"
@@ -62,7 +62,7 @@ class Products:
     @property
     def _by_field(self) -> bool:
         """Whether a register's groups have fields of their own, not lanes."""
-        return self.groups > 1 and self.form.in_order
+        return self.groups > 1 and self.form.by_field
 
     def emit(self, module: ir.Module, prefix: str) -> None:
         pointers = dict.fromkeys(("q0", "q1", "q2", "q3"), "int8") | dict.fromkeys(
@@ -71,7 +71,7 @@ class Products:
         module.function(self.name(prefix), [pointers.get(p, "i64") for p in self.PARAMS], self._body, internal=True)
 
     def _body(self, *args: Any) -> None:
-        q0, q1, q2, q3, ahead, x, y, work, scales, zeros, pitch, k, group, flip = args
+        q0, q1, q2, q3, ahead, x, y, work, scales, zeros, pitch, k, group = args
         of_q = [q0, q1, q2, q3][: self.cols]
         form, lanes, rows, cols, chains = self.form, self.form.lanes, self.rows, self.cols, self.chains
         count, width = field_count(form), block(form)
@@ -84,9 +84,9 @@ class Products:
         for of_column in totals:
             for p in of_column:
                 p.store(zero)
-        constants = form.constants(flip)
+        constants = form.constants()
         # With zero points registers are too few for constants too.
-        kept = [work.at((cols * rows + cols + i) * lanes).as_type("uint8") for i in range(len(constants))]
+        kept = [work.at((cols * rows + cols * apart + i) * lanes).as_type("uint8") for i in range(len(constants))]
         if self.points and form.at_once > 1:
             for p, v in zip(kept, constants, strict=True):
                 p.store(v)
@@ -103,10 +103,11 @@ class Products:
             if self.points:
                 for c, of_column in enumerate(origins):
                     if not self._by_field:
-                        of_column[0].store(per_lane(zeros.at(c * pitch), first))
+                        of_column[0].store(scaled(per_lane(zeros.at(c * pitch), first), form.unit))
                         continue
                     for g, p in enumerate(of_column):
-                        p.store(ir.splat(zeros.at(c * pitch).at(first + g).load(), lanes))
+                        zero_point = ir.splat(zeros.at(c * pitch).at(first + g).load(), lanes)
+                        p.store(scaled(zero_point, form.unit))
 
         def register(at: Sequence[Ptr], acc: list[Value], load: Callable[[Ptr], Ptr | Value]) -> list[Value]:
             *columns, factors = at
@@ -195,9 +196,7 @@ class Products:
         for c in range(cols):
             for i in range(rows):
                 total = ir.tree_sum(totals[c][i].load(lanes))
-                if form.factor != 1:
-                    total = ir.multiply(total, ir.like(total, form.factor))
-                y.at(i * cols + c).store(total)
+                y.at(i * cols + c).store(scaled(total, form.factor))
 
 
 def least_group(form: Format) -> int:
@@ -232,13 +231,13 @@ class Inner:
         )
 
     def _permute(self, source: Ptr, to: Ptr, registers: I64, rows: I64) -> None:
-        """A row of x in the order of fields, ``rows`` rows to a register."""
+        """A row of x in the order of fields, with the formats' factor, ``rows`` rows to a register."""
         lanes, count = self.form.lanes, field_count(self.form)
 
         def register(r: I64) -> None:
             natural = [source.at(r * (count * lanes) + j * lanes).load(lanes) for j in range(count)]
             for f, v in enumerate(self.form.permuted(natural)):
-                to.at(r * rows * (count * lanes) + f * lanes).store(v)
+                to.at(r * rows * (count * lanes) + f * lanes).store(scaled(v, self.form.x_factor))
 
         ir.loop(0, registers, 1, [], register)
 
@@ -310,7 +309,7 @@ class Inner:
                         k,
                         x["group"],
                     ]
-                    module.call(products.name(self.prefix), [*arguments, x["flip"]])
+                    module.call(products.name(self.prefix), arguments)
 
                 which: Size = 0
                 for i, products in enumerate(kinds):
