@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     regret.add_argument("--cores", nargs="+", default=["1"], metavar="N", help="(default: 1)")
     regret.add_argument("--most-mflop", type=float, default=300, help="of a random product (default: 300)")
     regret.add_argument("--most", type=int, default=0, metavar="N", help="time N candidates drawn at random, not all")
+    regret.add_argument("--cold", action="store_true", help="operands from memory instead of from a cache")
     regret.add_argument("--rounds", type=int, default=9, help="samples of candidates near the best (default: 9)")
     regret.add_argument("--sample-ms", type=float, default=2, help="length of a sample (default: 2)")
     regret.add_argument("--out", type=pathlib.Path, help="keep the times in this JSON file")
@@ -313,7 +314,9 @@ def _regret(args: argparse.Namespace) -> int:
         cases += regret.random_cases(args.random, dtype, args.most_mflop * 1e6)
     if not cases:
         return _complain("no products: name some with --shapes, --suite or --random")
-    settings = [regret.Settings(count, args.rounds, args.sample_ms / 1e3, args.most) for count in cores]
+    cold_bytes = 3 * machine.last_level_cache() if args.cold else 0
+    seconds = args.sample_ms / 1e3
+    settings = [regret.Settings(count, args.rounds, seconds, args.most, cold_bytes=cold_bytes) for count in cores]
     rows = []
     with _stoppable():
         for row in regret.measure(cases, settings):

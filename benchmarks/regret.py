@@ -1,6 +1,6 @@
 """The planner's regret: how much slower its plans are than the best of all that it could have chosen.
 
-Every candidate plan of a product (``_runtime.testing.candidates``) is checked, then timed on operands in cache, in
+Every candidate plan of a product (``_runtime.tuning.candidates``) is checked, then timed on operands in cache, in
 turn with all others. The times are kept as data, from which the regret of any planner can be computed later without a
 clock: a planner's choice is looked up among the candidates.
 """
@@ -10,96 +10,27 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-import math
 import pathlib
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from benchmarks import machine
-from benchmarks.cases import DTYPES, Array, Case, matmul
-
-CHOICE: Final = (
-    *("kernel", "inner", "sweep", "pack_a", "pack_b", "prefetch", "mc", "kc", "nc", "tile_rows", "split", "split_k"),
-)
-"""What is kept of a candidate, beside its time."""
-
-_STAGES = ((2.5, 2), (1.25, 4))
-"""Rounds of samples that candidates get, until one is slower than the best by this factor."""
-
-
-class _Probe:
-    """Tells whether the core has its full speed, by a short product of known time.
-
-    A core of a virtual machine may share its execution units with another machine, for milliseconds to seconds, and
-    some candidates suffer more from that than others. Samples are kept if the core was fast before and after.
-    """
-
-    _SIZE, _TRIPS, _SLOWER, _TRIES = 48, 12, 1.08, 40
-
-    def __init__(self) -> None:
-        from jax_nano import _runtime
-
-        time_dot: Any = _runtime.testing.time_dot
-        self._arrays = [np.ones((self._SIZE, self._SIZE), np.float32) for _ in range(3)]
-        labels = [[ord(x) for x in term] for term in ("mk", "kn", "mn")]
-        shape = (self._SIZE, self._SIZE)
-        arguments = (_addresses(*self._arrays), self._TRIPS, shape, shape, *labels, *["float32"] * 3, 1)
-        self._run: Callable[[], float] = partial(time_dot, *arguments)
-        self._best = min(self._run() for _ in range(10_000))
-        self._last = math.inf
-
-    def _now(self) -> float:
-        self._last = self._run()
-        self._best = min(self._best, self._last)
-        return self._last
-
-    def sample(self, measure: Callable[[], float]) -> float:
-        """The first of some measurements that was taken at full speed; the least of all, if none was."""
-        seen = []
-        for _ in range(self._TRIES):
-            if self._last > self._SLOWER * self._best and self._now() > self._SLOWER * self._best:
-                continue
-            seen.append(measure())
-            if self._now() <= self._SLOWER * self._best:
-                return seen[-1]
-        return min(seen, default=math.inf) if seen else measure()
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How a product is measured.
-
-    Attributes:
-      threads: how many compute it.
-      rounds: samples of each candidate that comes close to the best.
-      sample_seconds: how long one sample lasts, at least.
-      most: at most so many candidates, the planner's among them; the others are drawn at random. 0: all.
-    """
-
-    threads: int
-    rounds: int
-    sample_seconds: float
-    most: int
+from benchmarks.cases import DTYPES, Case, matmul
+from jax_nano._tools.timing import CHOICE, Probe, Product, Settings, addresses, candidates, size, times
 
 
 def random_cases(count: int, dtype: str, most_flops: float, seed: int = 0) -> Iterator[Case]:
     """Products of log-uniform sizes up to 4096; a quarter of the sizes are powers of two, a quarter are odd."""
     rng = random.Random(f"{dtype} {seed}")
 
-    def size() -> int:
-        x = 2 ** rng.uniform(0, 12)
-        kind = rng.random()
-        return 1 << round(math.log2(x)) if kind < 0.25 else int(x) | 1 if kind < 0.5 else max(1, round(x))
-
     while count > 0:
-        m, n, k = size(), size(), size()
+        m, n, k = (size(rng, 4096) for _ in range(3))
         if 2 * m * n * k <= most_flops:
             count -= 1
             yield matmul(m, n, k, dtype, layout=rng.choice(("NN", "NN", "NT", "TN", "TT")))
@@ -108,60 +39,36 @@ def random_cases(count: int, dtype: str, most_flops: float, seed: int = 0) -> It
 def measure(cases: Sequence[Case], settings: Sequence[Settings]) -> Iterator[dict[str, Any]]:
     """The times of each case's candidates, with each of the settings."""
     todo = [(case, how) for case in cases for how in settings]
-    probe = _Probe()
+    probe = Probe()
     for case, how in tqdm(todo, unit="product", disable=None):
         yield _measured(case, how, probe)
 
 
-def _measured(case: Case, how: Settings, probe: _Probe) -> dict[str, Any]:
+def _measured(case: Case, how: Settings, probe: Probe) -> dict[str, Any]:
     from jax_nano import _runtime
 
     dtype = DTYPES[case.dtype]
     lhs, rhs, out = case.labels
-    labels = [[ord(x) for x in term] for term in (lhs, rhs, out)]
-    product: tuple[Any, ...] = (*case.shapes[:2], *labels, dtype.operand, dtype.operand, dtype.out, how.threads)
-    plans = list(_runtime.testing.candidates(*product))
-    if 0 < how.most < len(plans):
-        plans = [plans[0], *random.Random(case.key).sample(plans[1:], how.most - 1)]
-    choices = [{name: plan[name] for name in CHOICE} for plan in plans]
-
-    time_dot: Any = _runtime.testing.time_dot
-
-    def run(buffers: Array, trips: int, choice: dict[str, Any]) -> float:
-        return float(time_dot(buffers, trips, *product, choice=choice))
+    product = Product((case.shapes[0], case.shapes[1]), (lhs, rhs, out), (dtype.operand, dtype.operand, dtype.out))
+    choices = candidates(product, how)
 
     result = np.empty(case.shapes[2], dtype.out_dtype)
     exact, want = case.exact_operands(), case.exact_result()
+    time_dot: Any = _runtime.tuning.time_dot
     for choice in choices:
         result.fill(0)
-        run(_addresses(*exact, result), 1, choice)
+        time_dot(addresses(*exact, result), 1, *product.arguments, how.threads, choice=choice)
         if not np.array_equal(result, want):
             raise AssertionError(f"{case.key}: a wrong result by {choice}")
 
-    pair = case.random_operands()
-    buffers = _addresses(*pair, result)
-    once = max(min(run(buffers, 1, choices[0]) for _ in range(3)), 1e-9)
-    trips = max(1, round(how.sample_seconds / once))
-    samples: list[list[float]] = [[] for _ in choices]
-
-    def sample(which: Sequence[int], rounds: int) -> None:
-        order = list(which)
-        for turn in range(rounds):
-            random.Random(turn).shuffle(order)
-            for i in order:
-                samples[i].append(probe.sample(partial(run, buffers, trips, choices[i])) / trips)
-
-    left: Sequence[int] = range(len(choices))
-    for factor, rounds in (*_STAGES, (math.inf, how.rounds)):
-        sample(left, rounds)
-        best = min(min(samples[i]) for i in left)
-        left = sorted({0, *(i for i in left if min(samples[i]) <= factor * best)})
+    samples = times(product, choices, (*case.random_operands(), result), how, probe)
     return {
         "product": case.key,
         "spec": case.spec,
         "dims": dict(case.dims),
         "dtype": case.dtype,
         "threads": how.threads,
+        "cold": how.cold_bytes > 0,
         "planned": 0,  # the planner's choice when this was measured, among the candidates
         "samples": [len(x) for x in samples],
         "us": [round(min(x) * 1e6, 3) for x in samples],
@@ -169,8 +76,13 @@ def _measured(case: Case, how: Settings, probe: _Probe) -> dict[str, Any]:
     }
 
 
-def _addresses(*arrays: Array) -> Array:
-    return np.array([[array.ctypes.data for array in arrays]], np.uintp)
+def product_of(row: Mapping[str, Any]) -> Product:
+    """That of a row of times."""
+    dtype, dims = DTYPES[row["dtype"]], row["dims"]
+    operands, out = row["spec"].split("->")
+    lhs, rhs = operands.split(",")
+    shapes = tuple(dims[x] for x in lhs), tuple(dims[x] for x in rhs)
+    return Product(shapes, (lhs, rhs, out), (dtype.operand, dtype.operand, dtype.out))
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> list[float]:

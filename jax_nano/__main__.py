@@ -58,6 +58,17 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--threads", type=int, default=machine.threads(), help="(default: all, here %(default)s)")
     explain.add_argument("--target", help="as on a CPU that has this target")
 
+    tune = commands.add_parser(
+        "tune", help="measure this CPU for about a minute, for faster plans with the same results"
+    )
+    tune.set_defaults(command=_tune)
+    tune.add_argument("--seconds", type=float, default=60, help="how long it measures (default: 60)")
+    tune.add_argument(
+        "--dtype", nargs="+", default=[], metavar="DTYPE", help="kernels of these, such as f32 bf16 f64 i8"
+    )
+    tune.add_argument("--output", type=Path, metavar="FILE", help="keep it here (default: in your cache folder)")
+    tune.add_argument("--show", action="store_true", help="tell where it is kept, and measure nothing")
+
     run = commands.add_parser("run", help="a Python program with its products on kernels, and a report at its end")
     run.add_argument("program", nargs=argparse.REMAINDER, metavar="SCRIPT | -m MODULE, ARGUMENTS", help="as for python")
     return parser
@@ -92,6 +103,17 @@ def _explain_product(runtime: Any, args: argparse.Namespace) -> int:
     )
     print(text)
     return 0
+
+
+# --- tune ---------------------------------------------------------------------------------------
+
+
+def _tune(runtime: Any, args: argparse.Namespace) -> int:
+    if runtime is None:
+        raise ValueError("this platform has no kernels; XLA computes every product")
+    from jax_nano._tools import tune
+
+    return tune.tune(runtime, seconds=args.seconds, dtypes=args.dtype, output=args.output, show=args.show)
 
 
 # --- info ---------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The compiled half of jax_nano: generated kernels, planning, and the handler that XLA calls.
 
-What only tests and benchmarks call is in its submodule `testing` (_runtime_testing.pyi describes it).
+What only tests and benchmarks call is in its submodule `testing`, what measures plans in `tuning`
+(_runtime_testing.pyi and _runtime_tuning.pyi describe them).
 
 Sizes and strides are in elements. Labels are einsum's letters as integers: in lhs, rhs and out they mean batch;
 in lhs and rhs only, contracting; in lhs and out, M; in rhs and out, N. dtypes go by their NumPy / ml_dtypes names.
@@ -11,9 +12,10 @@ from typing import Literal, TypedDict
 
 from typing_extensions import CapsuleType  # types.CapsuleType is new in Python 3.13; stubs may always use this one
 
-from jax_nano import _runtime_testing
+from jax_nano import _runtime_testing, _runtime_tuning
 
 testing = _runtime_testing
+tuning = _runtime_tuning
 
 ABI_VERSION: int
 """Version of the custom call's attributes, part of every exported program."""
@@ -317,8 +319,14 @@ def considered(
       ValueError: as `plan`.
     """
 
+def cpu_signature() -> str:
+    """Vendor, family, model and stepping of this CPU, such as "AuthenticAMD-25-1-1"."""
+
 def profiles() -> list[str]:
     """Names of the CPU families whose costs are built in."""
+
+def profile_is_measured(name: str) -> bool:
+    """Whether a profile's costs were measured; if not, they are another CPU's, multiplied by what is published."""
 
 def profile() -> str:
     """That of the CPU that runs this process, or ""."""

@@ -5,28 +5,12 @@ decides whether threads share a call. Sizes, strides, labels and dtypes are give
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jax_nano._runtime import _Plan
-
-class Choice(TypedDict):
-    """What is free to decide for a product, named as in a plan, which is one itself. Not a class at run time."""
-
-    kernel: str
-    inner: bool
-    sweep: bool
-    pack_a: bool
-    pack_b: bool
-    prefetch: bool  # of inner products and sweeps
-    mc: int  # mc, kc, nc, tile_rows: of the blocked path
-    kc: int
-    nc: int
-    tile_rows: int
-    split: tuple[int, int, int]  # parts of products, m, n
-    split_k: int
+from jax_nano._runtime_tuning import Choice
 
 def select_target(features: Sequence[str], forced: str = "") -> str:
     """What `_runtime.selected_target` would say on a CPU with these features and with JAX_NANO_TARGET=forced.
@@ -82,72 +66,6 @@ def plan_by(
     Raises:
       ValueError: as `_runtime.plan`; or why the kernel cannot compute the product so: another signature, what
         `why_illegal` says, a split into more parts than there are, or more workspace than a plan may take.
-    """
-
-def candidates(
-    lhs_shape: Sequence[int],
-    rhs_shape: Sequence[int],
-    lhs_labels: Sequence[int],
-    rhs_labels: Sequence[int],
-    out_labels: Sequence[int],
-    lhs_dtype: str,
-    rhs_dtype: str,
-    out_dtype: str,
-    threads: int,
-    algorithm: str = "default",
-    target: str | None = None,
-) -> list[_Plan]:
-    """All plans of a product worth measuring (csrc/plan/candidates.h), each also a choice; the planner's first.
-
-    Raises:
-      ValueError: as `_runtime.plan`.
-    """
-
-def counts(
-    lhs_shape: Sequence[int],
-    rhs_shape: Sequence[int],
-    lhs_labels: Sequence[int],
-    rhs_labels: Sequence[int],
-    out_labels: Sequence[int],
-    lhs_dtype: str,
-    rhs_dtype: str,
-    out_dtype: str,
-    choice: Choice,
-    cpu: str,
-    algorithm: str = "default",
-) -> dict[str, float]:
-    """How often each cost of `spec.cost_names` arises in a plan, with the caches of a profile; those that do.
-
-    Raises:
-      ValueError: as `plan_by`, or there is no such profile.
-    """
-
-def time_dot(
-    buffers: NDArray[np.uintp],
-    trips: int,
-    lhs_shape: Sequence[int],
-    rhs_shape: Sequence[int],
-    lhs_labels: Sequence[int],
-    rhs_labels: Sequence[int],
-    out_labels: Sequence[int],
-    lhs_dtype: str,
-    rhs_dtype: str,
-    out_dtype: str,
-    threads: int,
-    algorithm: str = "default",
-    choice: Choice | None = None,
-) -> float:
-    """Run one plan on each of several sets of dense arrays in turn, `trips` times. Releases the GIL.
-
-    Args:
-      buffers: a row for each set, the addresses of lhs, rhs and out.
-      choice: as in `dot`.
-
-    Returns:
-      The seconds it took, without planning and without starting threads.
-
-    Raises:
-      ValueError: as `dot`.
     """
 
 def why_illegal(kernel_name: str, args: Mapping[str, int]) -> str:

@@ -340,7 +340,7 @@ class TestRegret:
         for row, sizes in zip(data["rows"], ((5, 40, 30), (33, 20, 70)), strict=True):
             assert tuple(row["dims"].values()) == sizes
             given = ([sizes[0], sizes[2]], [sizes[1], sizes[2]], [0, 2], [1, 2], [0, 1], *["float32"] * 3)
-            listed = _runtime.testing.candidates(*given, 1)
+            listed = _runtime.tuning.candidates(*given, 1)
             choices = [dict(zip(data["choice"], choice, strict=True)) for choice in row["choices"]]
             assert len(choices) == len(listed) == len(row["us"]) > 5
             assert min(row["us"]) > 0

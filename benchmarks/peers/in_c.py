@@ -114,7 +114,7 @@ class KernelsRunner(_CRunner):
         assert self._buffers is not None
         buffers, case, dtype = self._buffers, self._case, DTYPES[self._case.dtype]
         sets = zip(buffers.a, buffers.b, buffers.c, strict=True)
-        return self._runtime.testing.time_dot(
+        return self._runtime.tuning.time_dot(
             np.array([[array.ctypes.data for array in arrays] for arrays in sets], np.uintp),
             trips,
             *case.shapes[:2],

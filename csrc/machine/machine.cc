@@ -1,10 +1,24 @@
 #include "machine/machine.h"
 
-namespace jax_nano {
+#include <memory>
+#include <utility>
 
-const Machine& HostMachine() {
-  static const Machine machine = {HostCaches(), {}, FindProfile(HostQueries())};
+namespace jax_nano {
+namespace {
+
+Machine& Host() {
+  static Machine machine = {HostCaches(), {}, FindProfile(HostQueries())};
   return machine;
+}
+
+}  // namespace
+
+const Machine& HostMachine() { return Host(); }
+
+void UseMeasuredCosts(MeasuredCosts costs) {
+  static std::unique_ptr<MeasuredCosts> kept;
+  kept = std::make_unique<MeasuredCosts>(std::move(costs));
+  Host().measured = kept.get();
 }
 
 }  // namespace jax_nano

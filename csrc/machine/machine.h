@@ -11,11 +11,15 @@ namespace jax_nano {
 struct Machine {
   Caches caches;
   Profile profile = {};
-  const CpuProfile* cpu = nullptr;  // NUMERIC: the built-in costs; null: such a CPU was never measured
+  const CpuProfile* cpu = nullptr;          // NUMERIC: the built-in costs; null: nothing is known of such a CPU
+  const MeasuredCosts* measured = nullptr;  // here, by `tune`, if it has run: for what only moves data
 };
 
 // The one that runs this process; detected once.
 const Machine& HostMachine();
+
+// From now on, for plans that are still to be made. For the start of a process: no other thread may plan meanwhile.
+void UseMeasuredCosts(MeasuredCosts costs);
 
 }  // namespace jax_nano
 

@@ -17,28 +17,26 @@ constexpr double kLine = 64;
 constexpr int64_t kPage = 4096;
 constexpr int64_t kL1WayBytes = 4096, kL2WayBytes = 64 << 10;  // rows so far apart share their sets
 constexpr int64_t kL1Ways = 8, kL1TlbPages = 64;
-// A cycle's products and loads, and cycles until a product can be added to: what makes a step of a tile longer than
-// the others of its size. How long a cycle takes is a cost.
-constexpr double kProducts = 2, kLoads = 2, kLatency = 4;
+// A cycle's products and loads, loads of whole vectors where these come in halves, and cycles until a product can be
+// added to: what makes a step of a tile longer than the others of its size. How long a cycle takes is a cost.
+constexpr double kProducts = 2, kLoads = 2, kHalves = 2, kLatency = 4;
 // Shares of a cache that data may have, beside all else that passes through it.
 constexpr double kL1Share = 0.75, kL2Share = 0.8;
 constexpr int64_t kTilesAhead = 2;         // tiles of a B where it lies that are prefetched (codegen/microkernel.py)
 constexpr int64_t kNearSteps = 168;        // unblocked loops (codegen/macrokernel.py)
 constexpr int64_t kNearBytes = 256 << 10;  // of B
+// Rows of A at a time there, with vectors of 512 bits.
+constexpr int64_t kShortRows = 4, kShortWideRows = 8, kWideVectors = 4;
 constexpr int64_t kSweepRows = 4, kSweepDepth = 4, kSweepSumsBytes = 16 << 10;  // codegen/sweep.py
 constexpr int64_t kInnerTile = 3;                                               // codegen/inner.py, of 16 registers
-
-double Cycles(double rows, double vectors) {
-  return std::max({rows * vectors / kProducts, (rows + vectors) / kLoads, kLatency});
-}
 
 // A product's loops and caches, and the counts so far.
 class Counter {
  public:
-  Counter(const KernelInfo& kernel, const Product& product, const CacheLevels& caches)
+  Counter(const KernelInfo& kernel, const Product& product, const CoreModel& core)
       : kernel_(kernel),
         x_(product),
-        caches_(caches),
+        core_(core),
         a_bytes_(ElementBytes(kernel.lhs)),
         b_bytes_(ElementBytes(kernel.rhs)),
         c_bytes_(ElementBytes(kernel.out)) {
@@ -68,7 +66,7 @@ class Counter {
     Add(Cost::kSliceElement, Real(slices) * Real(x_.m) * Real(x_.n));
   }
 
-  const CostVector& counts() const { return counts_; }
+  const CostCounts& counts() const { return counts_; }
 
  private:
   struct Height {
@@ -88,14 +86,33 @@ class Counter {
       const auto apart = static_cast<double>(std::gcd(std::abs(stride), way));
       return std::min(1.0, std::max(run, kLine) / std::max(apart, kLine));
     };
-    if (bytes <= kL1Share * Real(caches_.l1d) * share(kL1WayBytes)) return Level::kL1;
-    if (bytes <= kL2Share * Real(caches_.l2) * share(kL2WayBytes)) return Level::kL2;
-    return bytes <= Real(caches_.near) ? Level::kNear : bytes <= Real(caches_.far) ? Level::kFar : Level::kMemory;
+    if (bytes <= kL1Share * Real(core_.l1d) * share(kL1WayBytes)) return Level::kL1;
+    if (bytes <= kL2Share * Real(core_.l2) * share(kL2WayBytes)) return Level::kL2;
+    return bytes <= Real(core_.near) ? Level::kNear : bytes <= Real(core_.far) ? Level::kFar : Level::kMemory;
   }
+
+  // Of a step of `rows` elements of A times `vectors` of B.
+  double Cycles(double rows, double vectors) const {
+    const double halves = core_.halves_512 && IsWide() ? kHalves : 1;
+    return std::max({rows * vectors * halves / kProducts, (rows + vectors * halves) / kLoads, kLatency});
+  }
+  bool IsWide() const { return int64_t{kernel_.lanes} * ElementBytes(kernel_.acc) * 8 == 512; }
 
   static bool Within(Level level, Level most) { return level <= most; }
   bool Aliased(int64_t stride_bytes) const { return stride_bytes != 0 && stride_bytes % kL1WayBytes == 0; }
   int64_t DirectVectors(int64_t rows) const { return kernel_.direct_vectors[rows - 1] - '0'; }
+
+  // An A whose columns are contiguous has a line for each step, which the next panels share: where those of a panel
+  // stay, and how many there are.
+  Level LevelOfSteps(double depth) const {
+    constexpr double kFew = 128;
+    const double bytes = depth * kLine;
+    if (Aliased(std::abs(x_.csa) * a_bytes_)) return depth <= kFew ? Level::kL2 : Level::kNear;
+    return bytes <= Real(core_.l1d) / 2 ? Level::kL1 : bytes <= Real(core_.l2) / 2 ? Level::kL2 : Level::kNear;
+  }
+  double LinesOfSteps(int64_t rows, double depth) const {
+    return depth * (1 + Real(rows - 1) * Real(a_bytes_) / kLine);
+  }
 
   bool IsUnblocked(const Blocked& x) const;
   std::vector<Height> Heights(const Blocked& x) const;
@@ -105,17 +122,17 @@ class Counter {
 
   const KernelInfo& kernel_;
   const Product& x_;
-  const CacheLevels& caches_;
+  const CoreModel& core_;
   int64_t a_bytes_, b_bytes_, c_bytes_;
   double all_a_, all_b_, all_c_;
   Level together_, a_level_, b_level_;
-  CostVector counts_ = {};
+  CostCounts counts_ = {};
 };
 
 bool Counter::IsUnblocked(const Blocked& x) const {
   if (x.pack_a || x.pack_b || !kernel_.direct_a || !kernel_.direct_b || x.kc < x_.k || x.nc < x_.n) return false;
   const bool near = x_.k * x_.n * b_bytes_ <= kNearBytes;
-  constexpr int64_t kUnroll = 4, kProductsALine = 14;
+  constexpr int64_t kUnroll = 4, kProductsALine = 28;  // codegen/microkernel.py
   const int64_t lines = CeilDiv(int64_t{kernel_.nr} * c_bytes_, 64), vectors = kernel_.nr / kernel_.lanes;
   const int64_t a_turn = std::max<int64_t>(1, kernel_.mr * vectors * kUnroll / kProductsALine);
   return x_.k / kernel_.kr < (near ? kNearSteps : 2 * kernel_.mr * lines * kUnroll / a_turn);
@@ -128,7 +145,11 @@ std::vector<Counter::Height> Counter::Heights(const Blocked& x) const {
     if (rows > 0 && panels > 0) out.push_back({rows, Real(panels)});
   };
   if (IsUnblocked(x)) {
-    const int64_t rows = CeilDiv(x_.m, CeilDiv(x_.m, x.tile_rows));  // of equal height
+    int64_t most = x.tile_rows;
+    if (IsWide() && x_.n > kernel_.nr) {
+      most = std::min(most, x_.n > kWideVectors * kernel_.lanes ? kShortWideRows : kShortRows);
+    }
+    const int64_t rows = CeilDiv(x_.m, CeilDiv(x_.m, most));  // of equal height
     add(rows, x_.m / rows);
     add(x_.m % rows, 1);
     return out;
@@ -181,17 +202,10 @@ void Counter::CountPanels(const Blocked& x, const Height& height, double depth, 
     if (Aliased(x_.rsa * a_bytes_))
       Add(Cost::kAAliasedLine, calls * Real(rows) * depth * Real(a_bytes_) / kLine * tiles);
   } else {
-    // A line for each step, which the next panels share: where all of a panel's stay.
     const int64_t stride = std::abs(x_.csa) * a_bytes_;
-    const bool aliased = Aliased(stride);
-    const double bytes = depth * kLine;
-    constexpr int64_t kFew = 128;
-    const Level level = bytes <= Real(caches_.l1d) / 2 && !aliased                        ? Level::kL1
-                        : (aliased ? depth <= Real(kFew) : bytes <= Real(caches_.l2) / 2) ? Level::kL2
-                                                                                          : Level::kNear;
     const bool far = stride >= kPage / 2 && depth > Real(kL1TlbPages);
-    const double lines = depth * (1 + Real(rows - 1) * Real(a_bytes_) / kLine);
-    Add(far ? Cost::kAFarStepLine : Cost::kAStepLine, level, calls * tiles * lines);
+    Add(far ? Cost::kAFarStepLine : Cost::kAStepLine, LevelOfSteps(depth), calls * tiles * LinesOfSteps(rows, depth));
+    Add(Cost::kAColumnLine, a_level_, height.panels * blocks_of_k * Real(rows) * depth * Real(a_bytes_) / kLine);
   }
 
   const double lines = depth * Real(columns * b_bytes_) / kLine;
@@ -213,7 +227,7 @@ void Counter::CountPanels(const Blocked& x, const Height& height, double depth, 
   const int64_t apart = std::max<int64_t>(64, std::gcd(stride, kL1WayBytes));
   const double lines_of_a_row = Real(widest * lanes * b_bytes_) / kLine + (stride % 64 != 0 ? 1 : 0);
   const double room =
-      std::min(Real(kL1Ways * (kL1WayBytes / apart)), kL1Share * Real(caches_.l1d) / kLine / lines_of_a_row);
+      std::min(Real(kL1Ways * (kL1WayBytes / apart)), kL1Share * Real(core_.l1d) / kLine / lines_of_a_row);
   if (depth > room) Add(Cost::kBConflictLine, calls * lines);
   if (stride % 64 != 0) Add(Cost::kBUnalignedLine, calls * lines);
   if (depth * Real(stride) > Real(kL1TlbPages * kPage)) {
@@ -248,6 +262,7 @@ void Counter::CountPacking(const Blocked& x, double depth) {
     } else {
       Add(Cost::kPackAColumns, a_level_, packed);
       Add(Cost::kPackAColumnPanel, panels * blocks_of_k);
+      Add(Cost::kPackAStepLine, LevelOfSteps(depth), panels * blocks_of_k * LinesOfSteps(x.tile_rows, depth));
       if (columns >= kPage) Add(Cost::kPackAPage, Real(x_.k) * panels);
     }
   }
@@ -277,7 +292,7 @@ void Counter::Count(const Blocked& x) {
   } else {
     Add(Cost::kCLine, together_, rows * Real(CeilDiv(row, 64)));
   }
-  if (!Within(together_, Level::kL2)) Add(Cost::kCSegment, rows * Real(CeilDiv(x_.n, wide)));
+  Add(Cost::kCSegment, together_, rows * Real(CeilDiv(x_.n, wide)));
   if (x_.m > 1 && Aliased(apart)) Add(Cost::kCAliasedLine, rows * Real(CeilDiv(row, 64)));
   if (x_.m > 1 && row >= kPage) Add(Cost::kCPage, rows * Real(CeilDiv(x_.n, kernel_.nr)));
 }
@@ -329,9 +344,9 @@ void Counter::Count(const Sweep& x) {
 
 }  // namespace
 
-CostVector CountCosts(const Schedule& schedule, const KernelInfo& kernel, const Product& product, int64_t slices,
-                      const CacheLevels& caches) {
-  Counter counter(kernel, product, caches);
+CostCounts CountCosts(const Schedule& schedule, const KernelInfo& kernel, const Product& product, int64_t slices,
+                      const CoreModel& core) {
+  Counter counter(kernel, product, core);
   if (product.m > 0 && product.n > 0) {
     std::visit([&](const auto& path) { counter.Count(path); }, schedule);
   }
@@ -340,7 +355,7 @@ CostVector CountCosts(const Schedule& schedule, const KernelInfo& kernel, const 
   return counter.counts();
 }
 
-double PredictedNs(const CostVector& counts, const CostVector& ns) {
+double PredictedNs(const CostCounts& counts, const CostNs& ns) {
   return std::inner_product(counts.begin(), counts.end(), ns.begin(), 0.0);
 }
 

@@ -13,11 +13,11 @@ namespace jax_nano {
 
 // How often each cost arises when the kernel computes the product by the schedule, which is legal. With slices of
 // split-K, each of them and their sum.
-CostVector CountCosts(const Schedule& schedule, const KernelInfo& kernel, const Product& product, int64_t slices,
-                      const CacheLevels& caches);
+CostCounts CountCosts(const Schedule& schedule, const KernelInfo& kernel, const Product& product, int64_t slices,
+                      const CoreModel& core);
 
 // Nanoseconds.
-double PredictedNs(const CostVector& counts, const CostVector& ns);
+double PredictedNs(const CostCounts& counts, const CostNs& ns);
 
 }  // namespace jax_nano
 

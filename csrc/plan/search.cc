@@ -14,32 +14,48 @@ namespace {
 using Blocks = std::set<int64_t>;
 
 struct Costs {
-  const CostVector& ns;
-  CacheLevels caches;
+  const CostNs& ns;
+  CoreModel core;
 };
 
 // With the caches that the costs are for: those that numeric decisions follow.
 std::optional<Costs> CostsOf(const KernelInfo& kernel, const Machine& machine) {
-  const CostVector* ns = machine.cpu == nullptr ? nullptr : machine.cpu->Of(kernel.name);
+  const CostNs* ns = machine.cpu == nullptr ? nullptr : machine.cpu->Of(kernel.name);
   if (ns == nullptr) return std::nullopt;
-  return Costs{*ns, machine.cpu->caches};
+  return Costs{*ns, machine.cpu->core};
+}
+
+// Costs that were not measured decide nothing: they only tell what to expect.
+bool Decides(const Machine& machine) { return machine.cpu != nullptr && machine.cpu->measured; }
+
+// For decisions that only move data: what was measured here, or the built-in costs with the caches of this machine.
+std::optional<Costs> CostsHere(const KernelInfo& kernel, const Machine& machine) {
+  if (machine.measured != nullptr) {
+    if (const CostNs* ns = machine.measured->Of(kernel.name)) return Costs{*ns, machine.measured->core};
+  }
+  std::optional<Costs> costs = Decides(machine) ? CostsOf(kernel, machine) : std::nullopt;
+  if (costs) {
+    costs->core.l1d = machine.caches.l1d;
+    costs->core.l2 = machine.caches.l2;
+  }
+  return costs;
 }
 
 // What is left open in a schedule, filled in in all ways that are worth considering.
-std::vector<Schedule> Fillings(const Blocked& open, const KernelInfo& kernel, const Product& x,
-                               const CacheLevels& caches, const Profile& profile) {
+std::vector<Schedule> Fillings(const Blocked& open, const KernelInfo& kernel, const Product& x, const CoreModel& core,
+                               const Profile& profile) {
   std::vector<Schedule> out;
   const int64_t mr = kernel.mr, nr = kernel.nr;
   Blocks ncs;
   if (open.pack_b) {
     const int64_t column = open.kc * kernel.b_panel_bytes;
-    const auto most = static_cast<int64_t>(profile.packing.b_share_of_l2 * Real(caches.l2));
+    const auto most = static_cast<int64_t>(profile.packing.b_share_of_l2 * Real(core.l2));
     for (const int64_t parts : {8, 4, 2, 1}) {
       ncs.insert(BalancedBlock(x.n, std::min(profile.packing.b_max_bytes, most / parts) / column, nr));
     }
   } else {
     const int64_t row = open.kc * ElementBytes(kernel.rhs), unit = profile.unpacked.reused_b_tiles * nr;
-    for (const int64_t parts : {8, 4, 2}) ncs.insert(BalancedBlock(x.n, caches.l2 / parts / row, unit));
+    for (const int64_t parts : {8, 4, 2}) ncs.insert(BalancedBlock(x.n, core.l2 / parts / row, unit));
     ncs.insert(BalancedBlock(x.n, x.n + nr, nr));  // whole
   }
   const auto even = [&](int64_t most) { return BalancedBlock(x.m, most, 1); };
@@ -59,12 +75,12 @@ std::vector<Schedule> Fillings(const Blocked& open, const KernelInfo& kernel, co
   return out;
 }
 
-std::vector<Schedule> Fillings(const InnerProduct& open, const KernelInfo&, const Product&, const CacheLevels&,
+std::vector<Schedule> Fillings(const InnerProduct& open, const KernelInfo&, const Product&, const CoreModel&,
                                const Profile&) {
   return {InnerProduct{open.pack_a, open.pack_b, false}, InnerProduct{open.pack_a, open.pack_b, true}};
 }
 
-std::vector<Schedule> Fillings(const Sweep&, const KernelInfo&, const Product&, const CacheLevels&, const Profile&) {
+std::vector<Schedule> Fillings(const Sweep&, const KernelInfo&, const Product&, const CoreModel&, const Profile&) {
   return {Sweep{false}, Sweep{true}};
 }
 
@@ -72,10 +88,10 @@ std::vector<Schedule> Fillings(const Sweep&, const KernelInfo&, const Product&, 
 std::optional<Scored> Fastest(const Schedule& open, const KernelInfo& kernel, const Product& x, const Costs& costs,
                               const Profile& profile) {
   std::optional<Scored> best;
-  const auto fillings = [&](const auto& path) { return Fillings(path, kernel, x, costs.caches, profile); };
+  const auto fillings = [&](const auto& path) { return Fillings(path, kernel, x, costs.core, profile); };
   for (const Schedule& schedule : std::visit(fillings, open)) {
     if (!Validate(schedule, kernel, x).empty()) continue;
-    const double ns = PredictedNs(CountCosts(schedule, kernel, x, 1, costs.caches), costs.ns);
+    const double ns = PredictedNs(CountCosts(schedule, kernel, x, 1, costs.core), costs.ns);
     if (!best || ns < best->ns) best = {schedule, ns};
   }
   return best;
@@ -112,6 +128,7 @@ std::vector<Scored> OrdersOfSums(const KernelInfo& kernel, const Product& produc
 }
 
 std::optional<Schedule> FastestOrderOfSums(const KernelInfo& kernel, const Product& product, const Machine& machine) {
+  if (!Decides(machine)) return std::nullopt;
   const std::vector<Scored> orders = OrdersOfSums(kernel, product, machine);
   if (orders.empty()) return std::nullopt;
   return std::min_element(orders.begin(), orders.end(), [](const Scored& x, const Scored& y) { return x.ns < y.ns; })
@@ -120,10 +137,8 @@ std::optional<Schedule> FastestOrderOfSums(const KernelInfo& kernel, const Produ
 
 std::optional<Schedule> FastestBlocks(const Schedule& schedule, const KernelInfo& kernel, const Product& product,
                                       int64_t item_m, int64_t item_n, const Machine& machine) {
-  std::optional<Costs> costs = CostsOf(kernel, machine);
+  const std::optional<Costs> costs = CostsHere(kernel, machine);
   if (!costs) return std::nullopt;
-  costs->caches.l1d = machine.caches.l1d;
-  costs->caches.l2 = machine.caches.l2;
   Product item = product;
   item.m = item_m;
   item.n = item_n;

@@ -21,13 +21,15 @@ struct Scored {
 };
 
 // Each order of sums that is worth considering, with the blocks that make it fastest. The product is whole, its batch
-// loop included. In the order of preference among equals; empty if the costs of the kernel are not known.
+// loop included. In the order of preference among equals; empty if nothing is known of what the kernel costs. Costs
+// that were not measured, but follow from what is published of a CPU, tell what to expect and decide nothing.
 std::vector<Scored> OrdersOfSums(const KernelInfo& kernel, const Product& product, const Machine& machine);
 
-// The fastest of these: the numeric choice. None if the costs of the kernel are not known.
+// The fastest of these: the numeric choice. None if the costs of the kernel were not measured on such a CPU.
 std::optional<Schedule> FastestOrderOfSums(const KernelInfo& kernel, const Product& product, const Machine& machine);
 
-// Fills in what only moves data, for items of at most item_m x item_n. None if the costs of the kernel are not known.
+// Fills in what only moves data, for items of at most item_m x item_n. None if the costs of the kernel were measured
+// neither on such a CPU nor here.
 std::optional<Schedule> FastestBlocks(const Schedule& schedule, const KernelInfo& kernel, const Product& product,
                                       int64_t item_m, int64_t item_n, const Machine& machine);
 

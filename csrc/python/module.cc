@@ -16,6 +16,7 @@
 #include "python/product.h"
 #include "python/quantized.h"
 #include "python/testing.h"
+#include "python/tuning.h"
 #include "xla/attention_ffi.h"
 #include "xla/ffi.h"
 #include "xla/quantized_ffi.h"
@@ -111,6 +112,11 @@ nb::list ConsideredList(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rh
   return out;
 }
 
+bool ProfileIsMeasured(std::string_view name) {
+  const CpuProfile* profile = FindProfile(name);
+  return profile != nullptr && profile->measured;
+}
+
 }  // namespace
 
 NB_MODULE(_runtime, m) {
@@ -130,12 +136,15 @@ NB_MODULE(_runtime, m) {
   m.def("considered", &ConsideredList, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a, "out_labels"_a,
         "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "algorithm"_a = "default", "target"_a = nb::none(),
         "cpu"_a = nb::none());
+  m.def("cpu_signature", [] { return CpuSignature(HostQueries()); });
   m.def("profiles", &ProfileNames);
+  m.def("profile_is_measured", &ProfileIsMeasured, "name"_a);
   m.def("profile", [] { return HostMachine().cpu == nullptr ? std::string_view() : HostMachine().cpu->name; });
   DefineAttention(m);
   nb::module_ testing = m.def_submodule("testing");
   DefineQuantized(m, testing);
   DefineTesting(testing);
+  DefineTuning(m.def_submodule("tuning"));
 }
 
 }  // namespace jax_nano

@@ -10,7 +10,6 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
@@ -19,15 +18,13 @@
 #include "machine/features.h"
 #include "machine/machine.h"
 #include "plan/arithmetic.h"
-#include "plan/cost.h"
 #include "plan/plan.h"
 #include "plan/policy.h"
 #include "plan/registry.h"
 #include "plan/schedule.h"
 #include "plan/select.h"
 #include "python/product.h"
-#include "run/gemm.h"
-#include "run/private_pool.h"
+#include "python/tuning.h"
 #include "run/sharing.h"
 #include "run/standby.h"
 #include "run/workspace.h"
@@ -56,38 +53,6 @@ std::vector<std::string_view> DecodeFeatures(
   return NamesOf(DetectFeatures(q));
 }
 
-// Runs one plan on all sets of buffers in turn, `trips` times; returns the seconds, without planning. With `share`, all
-// threads take part in every call.
-double RunOften(const Plans& plans, int64_t threads, const std::vector<Buffers>& sets, int64_t trips) {
-  PrivatePool pool(threads);
-  const auto start = std::chrono::steady_clock::now();
-  for (int64_t trip = 0; trip < trips; ++trip) {
-    for (const Buffers& set : sets) RunPlans(plans, set, pool);
-  }
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
-// The planner's plan, or one by a choice that is not None.
-double RunSpec(const CallSpec& spec, int64_t threads, const std::vector<Buffers>& sets, int64_t trips, bool share,
-               const std::optional<nb::dict>& choice) {
-  std::optional<ForcedChoice> forced;
-  if (choice) {
-    forced = ParseChoice(*choice);
-    const std::vector<TargetStatus> targets = DescribeTargets(HostFeatures());
-    const auto runs = [&](const TargetStatus& x) { return x.supported && x.target->name == forced->kernel->target; };
-    if (std::none_of(targets.begin(), targets.end(), runs)) {
-      throw std::invalid_argument("this CPU cannot run " + std::string(forced->kernel->name));
-    }
-  }
-  const nb::gil_scoped_release release;
-  const auto plan_for = [&](int64_t n) {
-    return forced ? spec.MakePlanBy(*forced) : spec.MakePlanFor(SelectedTargets(), n, HostMachine());
-  };
-  Plan shared = plan_for(threads), alone = plan_for(1);
-  const sharing::Duration pace = share ? sharing::Pace::kEndless : alone.expected;
-  return RunOften(Plans(std::move(shared), std::move(alone), pace), threads, sets, trips);
-}
-
 // The plan of a choice, which runs nothing.
 nb::dict ForcedPlan(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels, Ints out_labels,
                     std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, const nb::dict& choice,
@@ -97,38 +62,6 @@ nb::dict ForcedPlan(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_la
   return PlanDict(spec.MakePlanBy(ParseChoice(choice)));
 }
 
-nb::list CandidateList(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels, Ints out_labels,
-                       std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads,
-                       std::string algorithm, std::optional<std::string> target) {
-  const CallSpec spec = {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels,
-                         lhs_dtype, rhs_dtype, out_dtype,  algorithm};
-  nb::list out;
-  for (const Plan& plan : spec.CandidatePlans(TargetsFor(target), threads, HostMachine())) out.append(PlanDict(plan));
-  return out;
-}
-
-// How often a choice has each cost, by name, with the caches of a profile.
-nb::dict CountsOf(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels, Ints out_labels,
-                  std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, const nb::dict& choice,
-                  const std::string& cpu, std::string algorithm) {
-  const CallSpec spec = {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels,
-                         lhs_dtype, rhs_dtype, out_dtype,  algorithm};
-  const Plan plan = spec.MakePlanBy(ParseChoice(choice));
-  const Machine machine = MachineOf(std::nullopt, cpu);
-  if (machine.cpu == nullptr) throw std::invalid_argument("a profile's name is needed");
-  const CostVector counts =
-      CountCosts(plan.schedule, *plan.kernel, plan.product, plan.split_k.slices, machine.cpu->caches);
-  nb::dict out;
-  for (size_t i = 0; i < kCosts; ++i) {
-    if (counts[i] != 0) out[nb::str(kCostNames[i].data(), kCostNames[i].size())] = counts[i];
-  }
-  return out;
-}
-
-Buffers BuffersAt(uintptr_t lhs, uintptr_t rhs, uintptr_t out) {
-  return {reinterpret_cast<const void*>(lhs), reinterpret_cast<const void*>(rhs), reinterpret_cast<void*>(out)};
-}
-
 void Dot(uintptr_t lhs, uintptr_t rhs, uintptr_t out, Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels,
          Ints out_labels, std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads,
          std::string algorithm, const std::optional<nb::dict>& choice) {
@@ -136,21 +69,8 @@ void Dot(uintptr_t lhs, uintptr_t rhs, uintptr_t out, Ints lhs_shape, Ints rhs_s
           threads, {BuffersAt(lhs, rhs, out)}, 1, true, choice);
 }
 
-// A set of buffers: addresses of the operands and of the result.
-using BufferRows = nb::ndarray<const uintptr_t, nb::shape<-1, 3>, nb::c_contig, nb::device::cpu>;
-
 sharing::Duration Ns(int64_t ns) { return sharing::Duration(ns); }
 sharing::Time At(int64_t ns) { return sharing::Time(Ns(ns)); }
-
-// For benchmarks of the kernels alone.
-double TimeDot(const BufferRows& rows, int64_t trips, Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels,
-               Ints out_labels, std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads,
-               std::string algorithm, const std::optional<nb::dict>& choice) {
-  std::vector<Buffers> sets;
-  for (size_t i = 0; i < rows.shape(0); ++i) sets.push_back(BuffersAt(rows(i, 0), rows(i, 1), rows(i, 2)));
-  return RunSpec({lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels, lhs_dtype, rhs_dtype, out_dtype, algorithm},
-                 threads, sets, trips, false, choice);
-}
 
 // The product and the schedule that the fields of GemmArgs stand for.
 struct Call {
@@ -292,13 +212,6 @@ void DefineTesting(nb::module_ m) {
         "choice"_a = nb::none());
   m.def("plan_by", &ForcedPlan, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a, "out_labels"_a,
         "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "choice"_a, "algorithm"_a = "default");
-  m.def("candidates", &CandidateList, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a, "out_labels"_a,
-        "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a, "algorithm"_a = "default", "target"_a = nb::none());
-  m.def("counts", &CountsOf, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a, "out_labels"_a,
-        "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "choice"_a, "cpu"_a, "algorithm"_a = "default");
-  m.def("time_dot", &TimeDot, "buffers"_a.noconvert(), "trips"_a, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a,
-        "rhs_labels"_a, "out_labels"_a, "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a,
-        "algorithm"_a = "default", "choice"_a = nb::none());
   m.def("why_illegal", &WhyIllegal, "kernel_name"_a, "args"_a);
   m.def("call", &CallKernel, "kernel_name"_a, "args"_a);
   m.def("call_many", &CallKernelOften, "kernel_name"_a, "rows"_a.noconvert());

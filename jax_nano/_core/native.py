@@ -21,7 +21,7 @@ from typing import Final
 
 import jax
 
-from jax_nano._core import spec
+from jax_nano._core import spec, tuned
 
 TARGET_NAME: Final = spec.DOT_GENERAL_CALL
 LINEAR_TARGET_NAME: Final = spec.LINEAR_CALL
@@ -57,6 +57,7 @@ def runtime() -> ModuleType | None:
             f"jax_nano._runtime has ABI version {native.ABI_VERSION}, the Python files expect {ABI}:"
             " the two come from different builds. Reinstall jax_nano."
         )
+    tuned.use(native)
     for name, stages in native.registrations().items():
         jax.ffi.register_ffi_target(name, stages, platform="cpu")
     return native

@@ -146,7 +146,8 @@ def explain(
         algorithm=algorithm,
         target=target,
     )
-    lines += _rows("considered", _considered_lines(runtime.profile(), considered))
+    cpu = runtime.profile()
+    lines += _rows("considered", _considered_lines(cpu, considered, measured=runtime.profile_is_measured(cpu)))
     lines += _rows("cost", _cost_lines(runtime, asked, kernel, algorithm))
     return "\n".join(lines)
 
@@ -251,14 +252,16 @@ def _blocking_lines(plan: Mapping[str, Any]) -> list[str]:
 _MOST_CONSIDERED: Final = 6
 
 
-def _considered_lines(cpu: str, considered: Sequence[Mapping[str, Any]]) -> list[str]:
+def _considered_lines(cpu: str, considered: Sequence[Mapping[str, Any]], *, measured: bool) -> list[str]:
     """The schedules that the planner compared, each with its predicted time and how much slower it is than the best."""
     if not considered:
-        return ["nothing: there are no measured costs of this kernel on this CPU, so that thresholds decide"]
+        return ["nothing: the costs of this kernel on this CPU are not known, so that thresholds decide"]
     best = considered[0]["ns"]
     lines = [f"predicted for one core of {cpu}:"]
+    if not measured:
+        lines = [f"predicted for one core of {cpu} from published numbers; thresholds decide, as none was measured:"]
     for x in considered[:_MOST_CONSIDERED]:
-        why = "chosen" if x is considered[0] else f"{x['ns'] / best:.2f} times as long"
+        why = ("chosen" if measured else "the least") if x is considered[0] else f"{x['ns'] / best:.2f} times as long"
         lines.append(f"{_duration(x['ns']):>8}  {_schedule_text(x)} ({why})")
     if (more := len(considered) - _MOST_CONSIDERED) > 0:
         lines.append(f"and {more} slower {'one' if more == 1 else 'ones'}")

@@ -77,7 +77,7 @@ def write(
     kernels.cmake (objects and sources).
     """
     _write(out / "spec.h", header.text())
-    _write(out / "profiles.h", profiles.text([x.name for x in kernels]))
+    _write(out / "profiles.h", profiles.text(kernels))
     entries = [entry(k) for k in kernels]
     for macro, name, rows in (
         ("JAX_NANO_KERNEL", "manifest.inc", entries),

@@ -280,7 +280,7 @@ def test_candidates(target):
             given = (*c.shapes[:2], *c.labels, *dtypes)
             where = {"algorithm": kernel["algorithm"], "target": target}
             for threads in (1, 2):
-                plans = _runtime.testing.candidates(*given, threads, **where)
+                plans = _runtime.tuning.candidates(*given, threads, **where)
                 assert plans[0] == _runtime.plan(*given, threads, **where)
                 assert len(plans) == len({repr(p) for p in plans})
                 for p in (plans[0], *plans[1::17]):
@@ -295,4 +295,4 @@ def test_candidates(target):
 
 def test_an_empty_result_has_no_candidates_but_its_plan():
     given = ([3, 4], [4, 0], [0, 1], [1, 2], [0, 2], *["float32"] * 3)
-    assert _runtime.testing.candidates(*given, 2, target="x86-64-v3") == [_runtime.plan(*given, 2, target="x86-64-v3")]
+    assert _runtime.tuning.candidates(*given, 2, target="x86-64-v3") == [_runtime.plan(*given, 2, target="x86-64-v3")]
