@@ -1,8 +1,8 @@
 """Decoding with a whole model: the GPT-2 of examples/decoder.py by the bits of its weights, plain, ours, PyTorch's.
 
 A token is decoded after 64 others. Scores of all ways to run the same weights are compared before anything is timed.
-PyTorch, where it is installed, runs the bfloat16 weights, eagerly. Cores are those of the process (taskset), and XLA and
-PyTorch have as many threads.
+PyTorch, where it is installed, runs the bfloat16 weights, eagerly. Cores are those of the process (taskset), and XLA
+and PyTorch have as many threads.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ def _rows(blocks: int, *, quick: bool) -> list[tuple[str, ...]]:
         words = jnp.ones(bytes_of[form.name] // 4, jnp.int32)
         reading = jax.jit(jnp.sum).lower(words).compile()
         candidates |= {f"ours {form.name}": ours.seconds, f"plain {form.name}": plain.seconds}
-        candidates[f"read {form.name}"] = _timed(lambda f=reading, v=words: f(v).block_until_ready())
+        candidates[f"read {form.name}"] = _timed(partial(_waited, reading, words))
     samples = interleave(candidates, 2 if quick else 9)
 
     def ms(name: str) -> str:
@@ -89,6 +90,10 @@ def _check(name: str, got: np.ndarray, want: np.ndarray, tolerance: float) -> No
     apart = np.linalg.norm(got - want) / np.linalg.norm(want)
     if not apart <= tolerance:
         raise AssertionError(f"{name}: scores differ by {apart:.1e}, more than {tolerance:.0e}")
+
+
+def _waited(program: Any, words: Any) -> None:
+    program(words).block_until_ready()
 
 
 def _timed(run: Callable[[], Any]) -> Callable[[], float]:
