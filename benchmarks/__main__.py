@@ -300,6 +300,7 @@ def _product(shape: str, dtype: str, layout: str) -> Case:
 
 def _regret(args: argparse.Namespace) -> int:
     from benchmarks import regret
+    from jax_nano._tools.timing import Settings
 
     if args.of:
         print(regret.Summary.of(regret.load(args.of)))
@@ -316,7 +317,7 @@ def _regret(args: argparse.Namespace) -> int:
         return _complain("no products: name some with --shapes, --suite or --random")
     cold_bytes = 3 * machine.last_level_cache() if args.cold else 0
     seconds = args.sample_ms / 1e3
-    settings = [regret.Settings(count, args.rounds, seconds, args.most, cold_bytes=cold_bytes) for count in cores]
+    settings = [Settings(count, args.rounds, seconds, args.most, cold_bytes=cold_bytes) for count in cores]
     rows = []
     with _stoppable():
         for row in regret.measure(cases, settings):

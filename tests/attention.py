@@ -56,31 +56,55 @@ def visible(x: Case) -> np.ndarray:
     return seen
 
 
+def einsum(subscripts: str, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
+    """np.einsum of arrays with the batch dimensions b and n and one contracted dimension, by NumPy's products."""
+    of_lhs, of_rhs, of_out = subscripts.replace("->", ",").split(",")
+    contracted = next(c for c in of_lhs if c not in of_out)
+    free = [next(c for c in dims if c not in f"bn{contracted}") for dims in (of_lhs, of_rhs)]
+    a = lhs.transpose([of_lhs.index(c) for c in f"bn{free[0]}{contracted}"])
+    b = rhs.transpose([of_rhs.index(c) for c in f"bn{contracted}{free[1]}"])
+    return (a @ b).transpose([f"bn{free[0]}{free[1]}".index(c) for c in of_out])
+
+
+def allowed(x: Case) -> np.ndarray:
+    """Which scores lengths, window and mask leave, [B, N, T, S]."""
+    seen = np.broadcast_to(visible(x), x.scores_shape)
+    return seen if x.mask is None else seen & x.mask
+
+
+def operands(x: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries, keys and values in float64, the latter two once for each head of queries."""
+    group = x.q.shape[2] // x.k.shape[2]
+    q, k, v = (a.astype(np.float64) for a in (x.q, x.k, x.v))
+    return q, *(np.repeat(a, group, axis=2) for a in (k, v))
+
+
+def scores_of(x: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Scores with bias, nothing masked, and the sums of the magnitudes of their terms; [B, N, T, S]."""
+    q, k, _ = operands(x)
+    scores = einsum("btnh,bsnh->bnts", q, k) * x.scale
+    terms = einsum("btnh,bsnh->bnts", np.abs(q), np.abs(k)) * abs(x.scale)
+    if x.bias is not None:
+        scores, terms = scores + x.bias, terms + np.abs(np.where(np.isfinite(x.bias), x.bias, 0))
+    return scores, terms
+
+
 def expected(x: Case) -> tuple[reference.Expected, np.ndarray]:
     """The result, and the logarithms of the sums of exponentials [B, T, N], as jax.nn defines them; in float64.
 
     The bound: a score is off by what its product is; so is, relatively, its exponential, and with it the weight of a
     value; then comes the error of a sum over keys.
     """
-    group = x.q.shape[2] // x.k.shape[2]
-    q, k, v = (a.astype(np.float64) for a in (x.q, x.k, x.v))
-    k, v = (np.repeat(a, group, axis=2) for a in (k, v))
-    seen = visible(x)
-    allowed = np.broadcast_to(seen, x.scores_shape)
-    if x.mask is not None:
-        allowed = allowed & x.mask
+    q, _, v = operands(x)
     with np.errstate(all="ignore"):
-        scores = np.einsum("btnh,bsnh->bnts", q, k) * x.scale
-        terms = np.einsum("btnh,bsnh->bnts", np.abs(q), np.abs(k)) * abs(x.scale)
-        if x.bias is not None:
-            scores, terms = scores + x.bias, terms + np.abs(np.where(np.isfinite(x.bias), x.bias, 0))
-        scores = np.where(allowed, scores, MASKED)
+        scores, terms = scores_of(x)
+        scores = np.where(allowed(x), scores, MASKED)
         top = scores.max(-1, keepdims=True)
         exps = np.exp(scores - top)
         total = exps.sum(-1, keepdims=True)
         weights = exps / total
         # A masked key has no part in a result but through its value times zero: of no one who is not seen.
-        unseen = (~np.broadcast_to(seen, weights.shape)) & (weights == 0)
+        unseen = (~np.broadcast_to(visible(x), weights.shape)) & (weights == 0)
         products = np.where(unseen[..., None], 0.0, weights[..., None] * np.moveaxis(v, 1, 2)[:, :, None])
         value = np.moveaxis(products.sum(3), 1, 2)
         magnitude = np.moveaxis(np.abs(products).sum(3), 1, 2)
@@ -98,19 +122,81 @@ def expected(x: Case) -> tuple[reference.Expected, np.ndarray]:
     return reference.Expected(value, bound), lse
 
 
-def _address(x: np.ndarray | None) -> int:
+def address(x: np.ndarray | None) -> int:
     return 0 if x is None else int(x.ctypes.data)
 
 
-def _strides(x: np.ndarray) -> list[int]:
+def strides(x: np.ndarray) -> list[int]:
     return [s // x.itemsize for s in x.strides]
 
 
-def _broadcast(x: np.ndarray | None) -> list[int]:
+def broadcast(x: np.ndarray | None) -> list[int]:
     if x is None:
         return [0, 0, 0]
     assert x.shape[3] == 1 or x.strides[3] == x.itemsize
     return [0 if n == 1 else s // x.itemsize for n, s in zip(x.shape[:3], x.strides[:3], strict=True)]
+
+
+def at_index(array: np.ndarray, index: tuple[int, ...]) -> int:
+    """The address of an element, or of the row that leading indices give; dimensions of size 1 are for all."""
+    steps = zip(index, array.strides, array.shape, strict=False)
+    return address(array) + sum(0 if size == 1 else i * j for i, j, size in steps)
+
+
+def round_up(x: int, unit: int) -> int:
+    return -(-x // unit) * unit
+
+
+def packed_row(info: dict[str, Any], elements: int) -> int:
+    """Bytes of a packed row of A: an odd number of cache lines."""
+    return (-(-round_up(elements, info["kr"]) * info["pack_bytes"] // 64) | 1) * 64
+
+
+def packed_panels(info: dict[str, Any], k: int, cols: int) -> int:
+    """Bytes of packed panels of B, and what packing may overrun."""
+    return round_up(cols, info["nr"]) * round_up(k, info["kr"]) * info["pack_bytes"] + spec.PACK_SLACK_BYTES
+
+
+def rs_scores_of(keys: int) -> int:
+    """Floats between rows of scores: an odd number of cache lines."""
+    return (-(-keys * 4 // 64) | 1) * 16
+
+
+def rooms_of(sizes: dict[str, int], regions: contextlib.ExitStack, at: str) -> dict[str, int]:
+    """Addresses of memory of these sizes, at the end or the beginning between guard pages, full of NaN; 0 for none."""
+    rooms = {}
+    for name, size in sizes.items():
+        if size == 0:
+            rooms[name] = 0
+            continue
+        region = regions.enter_context(Region(size))
+        rooms[name] = (region.end - size) // 64 * 64 if at == "end" else region.begin
+        ctypes.memset(region.begin, 0xFF, region.end - region.begin)
+    return rooms
+
+
+def call_function(function: Any, names: tuple[str, ...], given: dict[str, int]) -> None:
+    """Calls a generated function with the struct of these fields; those that are not given are zero."""
+    function((ctypes.c_int64 * len(names))(*(given.get(name, 0) for name in names)))
+
+
+def window(x: Case, t: int) -> dict[str, int]:
+    """The keys lo <= s < hi that the window leaves to a query."""
+    lo = max(0, t - x.left)
+    return {"lo": lo, "hi": max(lo, min(x.k.shape[1], t + x.right + 1))}
+
+
+def steps_of(x: Case) -> dict[str, int]:
+    """The arguments of both generated functions that say how operands lie."""
+    return {
+        "depth": x.q.shape[3],
+        "width": x.v.shape[3],
+        "csq": x.q.strides[3] // x.q.itemsize,
+        "rsk": x.k.strides[1] // x.k.itemsize,
+        "csk": x.k.strides[3] // x.k.itemsize,
+        "rsv": x.v.strides[1] // x.v.itemsize,
+        "csv": x.v.strides[3] // x.v.itemsize,
+    }
 
 
 def fields(x: Case, out: np.ndarray, lse: np.ndarray | None) -> dict[str, Any]:
@@ -118,11 +204,11 @@ def fields(x: Case, out: np.ndarray, lse: np.ndarray | None) -> dict[str, Any]:
     arrays = (x.q, x.k, x.v, out, x.bias, x.mask, x.q_lengths, x.kv_lengths, lse)
     b, t, n, h = x.q.shape
     return {
-        "addresses": [_address(a) for a in arrays],
+        "addresses": [address(a) for a in arrays],
         "sizes": [b, t, x.k.shape[1], n, x.k.shape[2], h, x.v.shape[3]],
-        "strides": [_strides(a) for a in (x.q, x.k, x.v, out)],
-        "bias": _broadcast(x.bias),
-        "mask": _broadcast(x.mask),
+        "strides": [strides(a) for a in (x.q, x.k, x.v, out)],
+        "bias": broadcast(x.bias),
+        "mask": broadcast(x.mask),
         "scale": x.scale,
         "left": x.left,
         "right": x.right,
@@ -145,77 +231,53 @@ def call(
     the last one ended. The workspace is exactly as large as csrc/attention.cc makes it, between guard pages.
     """
     (b, t, n, h), s, kv_heads, width = x.q.shape, x.k.shape[1], x.k.shape[2], x.v.shape[3]
-    group, q_size, kv_size = n // kv_heads, x.q.itemsize, x.k.itemsize
+    group = n // kv_heads
     out = np.full((b, t, n, width), np.nan, x.q.dtype)
     rows = group * t
-    padded, rs_sums = _round_up(rows, info["mr"]), _round_up(width, info["nr"])
-    packed = info["pack_bytes"]
-    tile_rows = max(info["mr"], spec.FEW_QUERIES)
-
-    def packed_row(elements: int) -> int:
-        return (-(-_round_up(elements, info["kr"]) * packed // 64) | 1) * 64
-
-    rs_scores = (-(-block * 4 // 64) | 1) * 16
+    padded, rs_sums = round_up(rows, info["mr"]), round_up(width, info["nr"])
+    tile_rows, rs_scores = max(info["mr"], spec.FEW_QUERIES), rs_scores_of(block)
     sizes = {
-        "q_pack": padded * packed_row(h) + spec.PACK_SLACK_BYTES,
-        "k_pack": _round_up(block, info["nr"]) * _round_up(h, info["kr"]) * packed + spec.PACK_SLACK_BYTES,
-        "v_pack": _round_up(width, info["nr"]) * _round_up(block, info["kr"]) * packed + spec.PACK_SLACK_BYTES,
+        "q_pack": padded * packed_row(info, h) + spec.PACK_SLACK_BYTES,
+        "k_pack": packed_panels(info, h, block),
+        "v_pack": packed_panels(info, block, width),
         "scores": tile_rows * rs_scores * 4,
         "sums": padded * rs_sums * 4,
         "maxima": rows * 4,
         "totals": rows * info["lanes"] * 4,
     }
     if info["converts"]:
-        sizes["weights"] = tile_rows * packed_row(block)
+        sizes["weights"] = tile_rows * packed_row(info, block)
     names, row_names = spec.names(spec.ATTENTION_ARGS), spec.names(spec.ATTENTION_ROW)
     scale = np.array(x.scale * np.log2(np.e)).view(np.int64)
     with contextlib.ExitStack() as regions:
-        rooms = {}
-        for name, size in sizes.items():
-            region = regions.enter_context(Region(size))
-            rooms[name] = (region.end - size) // 64 * 64 if at == "end" else region.begin
-            ctypes.memset(region.begin, 0xFF, region.end - region.begin)
+        rooms = rooms_of(sizes, regions, at)
         for batch in range(b):
             for head in range(kv_heads):
                 table = np.zeros((rows, len(row_names)), np.int64)
                 for r in range(rows):
                     position, which = divmod(r, group)
-                    here = (batch, position, head * group + which)
-                    lo, hi = max(0, position - x.left), min(s, position + x.right + 1)
+                    query = head * group + which
                     row = {
-                        "q": _address(x.q) + sum(i * j for i, j in zip(here, x.q.strides, strict=False)),
-                        "out": _address(out) + sum(i * j for i, j in zip(here, out.strides, strict=False)),
-                        "lo": lo,
-                        "hi": max(lo, hi),
+                        "q": at_index(x.q, (batch, position, query)),
+                        "out": at_index(out, (batch, position, query)),
+                        **window(x, position),
                     }
                     for name, array in (("bias", x.bias), ("mask", x.mask)):
                         if array is not None:
-                            offset = sum(
-                                0 if size == 1 else i * j
-                                for i, j, size in zip(
-                                    (batch, here[2], position), array.strides, array.shape, strict=False
-                                )
-                            )
-                            row[name] = _address(array) + offset
+                            row[name] = at_index(array, (batch, query, position))
                     for name, value in row.items():
                         table[r, row_names.index(name)] = value
                 ends = (*pieces, s)
                 for i, end in enumerate(ends):
                     given = {
                         **rooms,
+                        **steps_of(x),
                         "rows": table.ctypes.data,
-                        "k": _address(x.k) + batch * x.k.strides[0] + head * x.k.strides[2],
-                        "v": _address(x.v) + batch * x.v.strides[0] + head * x.v.strides[2],
+                        "k": at_index(x.k, (batch, 0, head)),
+                        "v": at_index(x.v, (batch, 0, head)),
                         "count": rows,
-                        "depth": h,
-                        "width": width,
                         "begin": ends[i - 1] if i else 0,
                         "end": end,
-                        "csq": x.q.strides[3] // q_size,
-                        "rsk": x.k.strides[1] // kv_size,
-                        "csk": x.k.strides[3] // kv_size,
-                        "rsv": x.v.strides[1] // kv_size,
-                        "csv": x.v.strides[3] // kv_size,
                         "block": block,
                         "rs_scores": rs_scores,
                         "rs_sums": rs_sums,
@@ -226,12 +288,8 @@ def call(
                         "finish": int(end == s),
                     }
                     given.setdefault("weights", given["scores"])
-                    function((ctypes.c_int64 * len(names))(*(given[name] for name in names)))
+                    call_function(function, names, given)
     return out
-
-
-def _round_up(x: int, unit: int) -> int:
-    return -(-x // unit) * unit
 
 
 def run(name: str, x: Case, threads: int = 1, out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

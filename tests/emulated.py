@@ -113,7 +113,7 @@ def load_attentions(kernels: list[AttentionKernel], suffix: str = "") -> dict[st
     With the suffix "_gradients" the functions are those of their gradients.
     """
     functions = library("attentions", kernels)
-    return {k.name: (manifest.attention_entry(k), _function(functions, k.symbol + suffix)) for k in kernels}
+    return {k.name: (manifest.entry(k), _function(functions, k.symbol + suffix)) for k in kernels}
 
 
 def library(kind: str, kernels: Sequence[_AnyKernel]) -> ctypes.CDLL:

@@ -23,7 +23,7 @@ constexpr double kProducts = 2, kLoads = 2, kHalves = 2, kLatency = 4;
 // Shares of a cache that data may have, beside all else that passes through it.
 constexpr double kL1Share = 0.75, kL2Share = 0.8;
 constexpr int64_t kTilesAhead = 2;         // tiles of a B where it lies that are prefetched (codegen/microkernel.py)
-constexpr int64_t kNearSteps = 168;        // unblocked loops (codegen/macrokernel.py)
+constexpr int64_t kNearSteps = 168;        // unblocked loops (codegen/unblocked.py)
 constexpr int64_t kNearBytes = 256 << 10;  // of B
 // Rows of A at a time there, with vectors of 512 bits.
 constexpr int64_t kShortRows = 4, kShortWideRows = 8, kWideVectors = 4;

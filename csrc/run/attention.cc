@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "plan/registry.h"
+#include "run/attention_rows.h"
 
 // attention.inc has one JAX_NANO_ATTENTION(...) line per generated attention, read twice as manifest.inc is.
 #define JAX_NANO_ATTENTION(symbol, ...)                   \
@@ -25,7 +26,6 @@ constexpr AttentionInfo kAttentions[] = {
     {},  // an array may not be empty, a build without kernels may
 };
 
-constexpr int64_t kLine = 64;               // bytes
 constexpr int64_t kMostRows = 512;          // of an item: packing keys costs a hundredth of their products then
 constexpr int64_t kFewestRows = 48;         // that an item is cut down to, so that there are
 constexpr int64_t kItems = 16;              // so many for threads to share
@@ -35,9 +35,6 @@ constexpr int64_t kSplitRows = 64;          // with more of them in all, keys ar
 constexpr int64_t kSplitKeys = 512;         // the least keys in a piece
 constexpr int64_t kSplitItems = 64;         // with more items without it neither
 constexpr int64_t kMostPieces = 16;
-
-int64_t CeilDiv(int64_t x, int64_t y) { return (x + y - 1) / y; }
-int64_t RoundUp(int64_t x, int64_t unit) { return CeilDiv(x, unit) * unit; }
 
 int64_t SumsRow(const AttentionPlan& plan) { return RoundUp(plan.shape.width, plan.kernel->nr); }
 
@@ -55,12 +52,6 @@ State StateAt(const AttentionPlan& plan, void* memory) {
   s.maxima = s.sums + rows * SumsRow(plan);
   s.totals = s.maxima + RoundUp(rows, kLine / 4);
   return s;
-}
-
-template <typename T>
-T* Advance(T* base, int64_t elements, int64_t element_bytes) {
-  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-  return static_cast<Byte*>(base) + elements * element_bytes;
 }
 
 // Which queries an item computes.
@@ -95,21 +86,16 @@ struct Rooms {
 };
 
 Rooms TakeRooms(const AttentionPlan& plan) {
-  char* at = static_cast<char*>(Workspace(plan.workspace_bytes()));
-  const auto next = [&](int64_t bytes) {
-    char* const here = at;
-    at += bytes;
-    return here;
-  };
+  Parts parts(Workspace(plan.workspace_bytes()));
   Rooms r;
-  r.q_pack = next(plan.q_pack);
-  r.k_pack = next(plan.k_pack);
-  r.v_pack = next(plan.v_pack);
-  r.scores = next(plan.scores);
-  r.weights = plan.kernel->converts ? next(plan.weights) : r.scores;
-  r.table = reinterpret_cast<AttentionRow*>(next(plan.table));
-  r.mask_row = reinterpret_cast<uint8_t*>(next(plan.mask_row));
-  r.state = next(plan.state);
+  r.q_pack = parts.Next(plan.q_pack);
+  r.k_pack = parts.Next(plan.k_pack);
+  r.v_pack = parts.Next(plan.v_pack);
+  r.scores = parts.Next(plan.scores);
+  r.weights = plan.kernel->converts ? parts.Next(plan.weights) : r.scores;
+  r.table = parts.Next<AttentionRow>(plan.table);
+  r.mask_row = parts.Next<uint8_t>(plan.mask_row);
+  r.state = parts.Next(plan.state);
   return r;
 }
 
@@ -128,30 +114,13 @@ AttentionArgs ArgsFor(const AttentionPlan& plan, const AttentionBuffers& buffers
   x.sums = state.sums;
   x.maxima = state.maxima;
   x.totals = state.totals;
-  x.depth = shape.depth;
-  x.width = shape.width;
-  x.csq = shape.q[3];
-  x.rsk = shape.k[1];
-  x.csk = shape.k[3];
-  x.rsv = shape.v[1];
-  x.csv = shape.v[3];
+  SetOperands(shape, x);
   x.block = plan.block;
-  x.rs_scores = (CeilDiv(plan.block * 4, kLine) | 1) * kLine / 4;
+  x.rs_scores = ScoresRow(plan.block);
   x.rs_sums = SumsRow(plan);
-  x.scale = shape.scale * M_LOG2E;
   x.few = plan.few;
   x.general = buffers.bias != nullptr || buffers.mask != nullptr || !(shape.scale > 0);
   return x;
-}
-
-int64_t KeysOf(const AttentionPlan& plan, const AttentionBuffers& buffers, int64_t batch) {
-  const int64_t keys = plan.shape.keys;
-  return buffers.kv_lengths ? std::clamp<int64_t>(buffers.kv_lengths[batch], 0, keys) : keys;
-}
-
-int64_t QueriesOf(const AttentionPlan& plan, const AttentionBuffers& buffers, int64_t batch) {
-  const int64_t queries = plan.shape.queries;
-  return buffers.q_lengths ? std::clamp<int64_t>(buffers.q_lengths[batch], 0, queries) : queries;
 }
 
 // The table of an output's queries, a position's heads side by side; returns the number of rows. Positions behind the
@@ -159,22 +128,19 @@ int64_t QueriesOf(const AttentionPlan& plan, const AttentionBuffers& buffers, in
 int64_t FillTable(const AttentionPlan& plan, const AttentionBuffers& buffers, const Output& output,
                   AttentionRow* table) {
   const AttentionShape& shape = plan.shape;
-  const int64_t keys = KeysOf(plan, buffers, output.batch);
-  const int64_t end = std::min(output.first_position + output.positions, QueriesOf(plan, buffers, output.batch));
+  const int64_t keys = Length(buffers.kv_lengths, output.batch, shape.keys);
+  const int64_t queries = Length(buffers.q_lengths, output.batch, shape.queries);
+  const int64_t end = std::min(output.first_position + output.positions, queries);
   AttentionRow* row = table;
   for (int64_t t = output.first_position; t < end; ++t) {
-    const int64_t lo = std::max<int64_t>(0, t - shape.left), hi = std::min(keys, t + shape.right + 1);
+    const Window window = WindowAt(shape, t, keys);
     for (int64_t n = output.first_head; n < output.first_head + output.heads; ++n, ++row) {
-      row->q = Advance(buffers.q, output.batch * shape.q[0] + t * shape.q[1] + n * shape.q[2], plan.q_bytes);
-      row->out = Advance(buffers.out, output.batch * shape.out[0] + t * shape.out[1] + n * shape.out[2], plan.q_bytes);
-      row->bias = buffers.bias == nullptr
-                      ? nullptr
-                      : buffers.bias + output.batch * shape.bias[0] + n * shape.bias[1] + t * shape.bias[2];
-      row->mask = buffers.mask == nullptr
-                      ? nullptr
-                      : buffers.mask + output.batch * shape.mask[0] + n * shape.mask[1] + t * shape.mask[2];
-      row->lo = lo;
-      row->hi = std::max(lo, hi);
+      row->q = RowAt(buffers.q, shape.q, output.batch, t, n, plan.q_bytes);
+      row->out = RowAt(buffers.out, shape.out, output.batch, t, n, plan.q_bytes);
+      row->bias = OfScores(buffers.bias, shape.bias, output.batch, t, n);
+      row->mask = OfScores(buffers.mask, shape.mask, output.batch, t, n);
+      row->lo = window.lo;
+      row->hi = window.hi;
     }
   }
   return row - table;
@@ -199,13 +165,13 @@ Keys KeysFor(const AttentionPlan& plan, const AttentionRow* table, int64_t rows)
 // Queries behind the length of their batch: zeros.
 void WritePadding(const AttentionPlan& plan, const AttentionBuffers& buffers, const Output& output) {
   const AttentionShape& shape = plan.shape;
-  const int64_t begin = std::max(output.first_position, QueriesOf(plan, buffers, output.batch));
+  const int64_t queries = Length(buffers.q_lengths, output.batch, shape.queries);
+  const int64_t begin = std::max(output.first_position, queries);
   for (int64_t t = begin; t < output.first_position + output.positions; ++t) {
     for (int64_t n = output.first_head; n < output.first_head + output.heads; ++n) {
-      void* const out =
-          Advance(buffers.out, output.batch * shape.out[0] + t * shape.out[1] + n * shape.out[2], plan.q_bytes);
+      void* const out = RowAt(buffers.out, shape.out, output.batch, t, n, plan.q_bytes);
       std::memset(out, 0, static_cast<size_t>(shape.width * plan.q_bytes));
-      if (buffers.lse != nullptr) buffers.lse[(output.batch * shape.queries + t) * shape.heads + n] = kJaxMasked;
+      if (buffers.lse != nullptr) buffers.lse[StatisticAt(shape, output.batch, t, n)] = kJaxMasked;
     }
   }
 }
@@ -254,7 +220,7 @@ void FinishRows(const AttentionPlan& plan, const AttentionBuffers& buffers, cons
       const int64_t t = output.first_position + i / output.heads, n = output.first_head + i % output.heads;
       const bool masked = outweighed && (excluded || total > 0);
       const double log = (static_cast<double>(maximum) + std::log2(static_cast<double>(total))) * M_LN2;
-      buffers.lse[(output.batch * shape.queries + t) * shape.heads + n] = masked ? kJaxMasked : static_cast<float>(log);
+      buffers.lse[StatisticAt(shape, output.batch, t, n)] = masked ? kJaxMasked : static_cast<float>(log);
     }
     if (!excluded) continue;
     if (outweighed) {
@@ -301,9 +267,7 @@ AttentionPlan PlanAttention(const AttentionInfo* kernel, const AttentionShape& s
 
   // What decides bits: by the shape alone.
   const int64_t key_bytes = (RoundUp(shape.depth, kernel->kr) + RoundUp(shape.width, kernel->nr)) * kernel->pack_bytes;
-  const int64_t unit = kernel->unit;
-  p.block = std::clamp(kBlockBytes / key_bytes / unit * unit, unit, RoundUp(kMostKeys, unit));
-  p.block = std::min(p.block, RoundUp(shape.keys, unit));
+  p.block = BlockOfKeys(kBlockBytes, key_bytes, kernel->unit, kMostKeys, shape.keys);
   p.pieces = 1;
   if (p.group * shape.queries <= kSplitRows && shape.batch * shape.kv_heads <= kSplitItems) {
     p.pieces = std::clamp<int64_t>(shape.keys / kSplitKeys, 1, kMostPieces);
@@ -330,18 +294,17 @@ AttentionPlan PlanAttention(const AttentionInfo* kernel, const AttentionShape& s
 
   p.few = kernel->few && p.rows() <= kFewQueries && shape.k[3] == 1 && shape.v[3] == 1;
   const int64_t padded = PaddedRows(p), tile_rows = std::max<int64_t>(kernel->mr, kFewQueries);
-  const auto bytes = [](int64_t x) { return RoundUp(x, kLine); };
-  p.q_pack = bytes(padded * PackedRowBytes(*kernel, shape.depth)) + kPackSlackBytes;
-  p.k_pack =
-      bytes(RoundUp(p.block, kernel->nr) * RoundUp(shape.depth, kernel->kr) * kernel->pack_bytes) + kPackSlackBytes;
-  p.v_pack =
-      bytes(RoundUp(shape.width, kernel->nr) * RoundUp(p.block, kernel->kr) * kernel->pack_bytes) + kPackSlackBytes;
-  p.scores = tile_rows * (CeilDiv(p.block * 4, kLine) | 1) * kLine;
+  p.q_pack = WholeLines(padded * PackedRowBytes(*kernel, shape.depth)) + kPackSlackBytes;
+  p.k_pack = WholeLines(RoundUp(p.block, kernel->nr) * RoundUp(shape.depth, kernel->kr) * kernel->pack_bytes) +
+             kPackSlackBytes;
+  p.v_pack = WholeLines(RoundUp(shape.width, kernel->nr) * RoundUp(p.block, kernel->kr) * kernel->pack_bytes) +
+             kPackSlackBytes;
+  p.scores = tile_rows * ScoresRow(p.block) * 4;
   p.weights = kernel->converts ? tile_rows * PackedRowBytes(*kernel, p.block) : 0;
-  p.table = bytes(p.rows() * static_cast<int64_t>(sizeof(AttentionRow)));
-  p.mask_row = bytes(shape.keys);
+  p.table = WholeLines(p.rows() * static_cast<int64_t>(sizeof(AttentionRow)));
+  p.mask_row = WholeLines(shape.keys);
   // Twice: a query that is computed once more has a state of its own.
-  p.state = 2 * bytes((padded * SumsRow(p) + RoundUp(padded, kLine / 4) + padded * kernel->lanes) * 4);
+  p.state = 2 * WholeLines((padded * SumsRow(p) + RoundUp(padded, kLine / 4) + padded * kernel->lanes) * 4);
   const double products = static_cast<double>(shape.batch * shape.heads) * static_cast<double>(shape.queries) *
                           static_cast<double>(shape.keys) * static_cast<double>(shape.depth + shape.width);
   p.expected = std::chrono::nanoseconds(static_cast<int64_t>(products / 16) + 1000);

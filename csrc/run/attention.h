@@ -3,7 +3,7 @@
 //     out[b, t, n] = sum over s of softmax(scale * q[b, t, n] . k[b, s, n / G] + bias[b, n, t, s]) v[b, s, n / G]
 //
 // for N query heads that share N / G key and value heads, over the keys that lengths and a window leave to a query;
-// what a mask excludes has jax.nn's large negative score. A generated kernel (jax_nano/codegen/attention.py) computes
+// what a mask excludes has jax.nn's large negative score. A generated kernel (jax_nano/codegen/attention) computes
 // the rows of an item: some positions, and at each of them all heads that share keys. Here they are laid out, shared
 // among threads and, where few queries meet many keys, split over the keys and merged.
 //

@@ -8,11 +8,11 @@
 #include <vector>
 
 #include "plan/registry.h"
+#include "run/attention_rows.h"
 
 namespace jax_nano {
 namespace {
 
-constexpr int64_t kLine = 64;               // bytes
 constexpr int64_t kBlockBytes = 340 << 10;  // of all that a block of keys keeps in L2: packed three times, and sums
 constexpr int64_t kMostKeys = 256;          // in a block
 constexpr int64_t kChunkRows = 96;          // about so many, in which sums of dk and dv are loaded and stored once
@@ -23,15 +23,6 @@ constexpr int64_t kFewestItems = 8;         // so many in any case, with
 constexpr int64_t kFewestPieceKeys = 128;   // no fewer keys than these
 
 enum Step : int64_t { kKeys, kPack, kRows, kWriteQueries, kWriteKeys };
-
-int64_t CeilDiv(int64_t x, int64_t y) { return (x + y - 1) / y; }
-int64_t RoundUp(int64_t x, int64_t unit) { return CeilDiv(x, unit) * unit; }
-
-template <typename T>
-T* Advance(T* base, int64_t elements, int64_t element_bytes) {
-  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-  return static_cast<Byte*>(base) + elements * element_bytes;
-}
 
 // What is known of a packed chunk of rows.
 enum class Chunk : uint8_t { kUnpacked, kPacked, kFinite, kNotFinite };
@@ -54,35 +45,20 @@ struct Rooms {
 };
 
 Rooms TakeRooms(const GradientPlan& plan) {
-  char* at = static_cast<char*>(Workspace(plan.workspace_bytes()));
-  const auto next = [&](int64_t bytes) {
-    char* const here = at;
-    at += bytes;
-    return here;
-  };
-  const auto floats = [&](int64_t bytes) { return reinterpret_cast<float*>(next(bytes)); };
+  Parts parts(Workspace(plan.workspace_bytes()));
   Rooms r;
-  r.rows = next(plan.chunks() * plan.chunk_bytes());
-  r.kt_pack = next(plan.kt_pack);
-  r.vt_pack = next(plan.vt_pack);
-  r.k_pack = next(plan.k_pack);
-  r.scores = floats(plan.scores);
-  r.dscores = floats(plan.dscores);
-  r.turned = next(plan.turned);
-  r.table = reinterpret_cast<GradientRow*>(next(plan.table));
-  r.dk = floats(plan.dk);
-  r.dv = floats(plan.dv);
-  r.dq = plan.pieces > 1 ? nullptr : floats(plan.dq);
+  r.rows = parts.Next(plan.chunks() * plan.chunk_bytes());
+  r.kt_pack = parts.Next(plan.kt_pack);
+  r.vt_pack = parts.Next(plan.vt_pack);
+  r.k_pack = parts.Next(plan.k_pack);
+  r.scores = parts.Next<float>(plan.scores);
+  r.dscores = parts.Next<float>(plan.dscores);
+  r.turned = parts.Next(plan.turned);
+  r.table = parts.Next<GradientRow>(plan.table);
+  r.dk = parts.Next<float>(plan.dk);
+  r.dv = parts.Next<float>(plan.dv);
+  r.dq = plan.pieces > 1 ? nullptr : parts.Next<float>(plan.dq);
   return r;
-}
-
-int64_t Length(const int32_t* lengths, int64_t batch, int64_t all) {
-  return lengths == nullptr ? all : std::clamp<int64_t>(lengths[batch], 0, all);
-}
-
-// Rows of logarithms and of deltas: position t of head n.
-int64_t StatisticAt(const GradientPlan& plan, int64_t batch, int64_t t, int64_t n) {
-  return (batch * plan.shape.attention.queries + t) * plan.shape.attention.heads + n;
 }
 
 bool IsUniform(float lse) { return lse <= kJaxMasked && !std::isinf(lse); }
@@ -106,19 +82,12 @@ GradientArgs ArgsFor(const GradientPlan& plan, const Rooms& rooms) {
   x.weights = rooms.scores;
   x.dscores = rooms.dscores;
   x.turned = rooms.turned;
-  x.depth = shape.depth;
-  x.width = shape.width;
-  x.csq = shape.q[3];
+  SetOperands(shape, x);
   x.cso = shape.out[3];
-  x.rsk = shape.k[1];
-  x.csk = shape.k[3];
-  x.rsv = shape.v[1];
-  x.csv = shape.v[3];
   x.rs_scores = plan.rs_scores;
   x.rs_dq = plan.rs_dq;
   x.rs_dk = plan.rs_dq;
   x.rs_dv = plan.rs_dv;
-  x.scale = shape.scale * M_LOG2E;
   return x;
 }
 
@@ -150,7 +119,7 @@ void WriteQueries(const GradientPlan& plan, const GradientBuffers& buffers, int6
     const bool present = r < length;
     const int64_t stop = std::min(present ? std::min(length, end) : end, regular ? end : (t + 1) * plan.group);
     const int64_t n = kv_head * plan.group + g;
-    void* const out = Advance(buffers.dq, StatisticAt(plan, batch, t, n) * shape.depth, plan.q_bytes);
+    void* const out = Advance(buffers.dq, StatisticAt(shape, batch, t, n) * shape.depth, plan.q_bytes);
     if (present) {
       Write(plan, kWriteQueries, dq + r * plan.rs_dq, plan.rs_dq, out, pitch, stop - r, shape.depth, shape.scale);
     } else {
@@ -174,27 +143,23 @@ Seen FillTable(const GradientPlan& plan, const GradientBuffers& buffers, const H
   Seen seen;
   int64_t t = first / plan.group, g = first % plan.group;
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t n = head.first_head + g, statistic = StatisticAt(plan, head.batch, t, n);
+    const int64_t n = head.first_head + g, statistic = StatisticAt(shape, head.batch, t, n);
     const float lse = buffers.lse[statistic];
     const bool uniform = IsUniform(lse);
     GradientRow& row = table[i];
-    row.q = Advance(buffers.q, head.batch * shape.q[0] + t * shape.q[1] + n * shape.q[2], plan.q_bytes);
-    row.dout = Advance(buffers.dout, head.batch * shape.out[0] + t * shape.out[1] + n * shape.out[2], plan.q_bytes);
-    row.bias = buffers.bias == nullptr
-                   ? nullptr
-                   : buffers.bias + head.batch * shape.bias[0] + n * shape.bias[1] + t * shape.bias[2];
-    row.mask = buffers.mask == nullptr
-                   ? nullptr
-                   : buffers.mask + head.batch * shape.mask[0] + n * shape.mask[1] + t * shape.mask[2];
+    row.q = RowAt(buffers.q, shape.q, head.batch, t, n, plan.q_bytes);
+    row.dout = RowAt(buffers.dout, shape.out, head.batch, t, n, plan.q_bytes);
+    row.bias = OfScores(buffers.bias, shape.bias, head.batch, t, n);
+    row.mask = OfScores(buffers.mask, shape.mask, head.batch, t, n);
     row.dbias = nullptr;
     if (buffers.dbias != nullptr) {
       const auto& sizes = plan.shape.dbias_sizes;
       const int64_t b = sizes[0] > 1 ? head.batch : 0, h = sizes[1] > 1 ? n : 0, q = sizes[2] > 1 ? t : 0;
       row.dbias = buffers.dbias + ((b * sizes[1] + h) * sizes[2] + q) * shape.keys;
     }
-    row.lo = uniform ? 0 : std::max<int64_t>(0, t - shape.left);
-    row.hi = uniform ? shape.keys : std::min(head.keys, t + shape.right + 1);
-    row.hi = std::max(row.lo, row.hi);
+    const Window window = uniform ? Window{0, shape.keys} : WindowAt(shape, t, head.keys);
+    row.lo = window.lo;
+    row.hi = window.hi;
     row.lse = static_cast<double>(lse) * M_LOG2E;
     row.delta = buffers.delta[statistic];
     row.uniform = uniform ? 1.0 / static_cast<double>(shape.keys) : 0.0;
@@ -352,7 +317,7 @@ void RunBlock(const GradientPlan& plan, const GradientBuffers& buffers, Head& he
 
 bool AnyUniform(const GradientPlan& plan, const GradientBuffers& buffers, const Head& head) {
   for (int64_t t = 0; t < head.queries; ++t) {
-    const float* const lse = buffers.lse + StatisticAt(plan, head.batch, t, head.first_head);
+    const float* const lse = buffers.lse + StatisticAt(plan.shape.attention, head.batch, t, head.first_head);
     if (std::any_of(lse, lse + plan.group, IsUniform)) return true;
   }
   return false;
@@ -391,8 +356,7 @@ GradientPlan PlanGradients(const AttentionInfo* kernel, const GradientShape& giv
   const int64_t unit = kernel->unit, packed = kernel->pack_bytes;
   const int64_t key_bytes = (2 * RoundUp(shape.depth, kernel->kr) + RoundUp(shape.width, kernel->kr)) * packed +
                             (p.rs_dq + p.rs_dv) * static_cast<int64_t>(sizeof(float));
-  p.block = std::clamp(kBlockBytes / key_bytes / unit * unit, unit, RoundUp(kMostKeys, unit));
-  p.block = std::min(p.block, RoundUp(shape.keys, unit));
+  p.block = BlockOfKeys(kBlockBytes, key_bytes, unit, kMostKeys, shape.keys);
   // Whole tiles, and whole steps of what takes several rows at once.
   p.chunk = std::min(RoundUp(kChunkRows, kernel->mr), RoundUp(p.rows(), kernel->mr));
 
@@ -409,13 +373,12 @@ GradientPlan PlanGradients(const AttentionInfo* kernel, const GradientShape& giv
   // Blocks of about the same size: a small last one is packed for little.
   p.block = RoundUp(CeilDiv(p.piece, CeilDiv(p.piece, p.block)), unit);
 
-  const auto bytes = [](int64_t x) { return RoundUp(x, kLine); };
   const int64_t rows = RoundUp(p.chunk, kernel->mr), keys = RoundUp(p.block, kernel->nr);
   const auto panels = [&](int64_t k, int64_t cols) {
-    return bytes(RoundUp(cols, kernel->nr) * RoundUp(k, kernel->kr) * packed) + kPackSlackBytes;
+    return WholeLines(RoundUp(cols, kernel->nr) * RoundUp(k, kernel->kr) * packed) + kPackSlackBytes;
   };
   // A tile of keys more than there are is read, as zeros.
-  p.rs_scores = (CeilDiv((keys + kernel->nr) * 4, kLine) | 1) * kLine / 4;
+  p.rs_scores = ScoresRow(keys + kernel->nr);
   p.packs_once =
       p.rows() * (PackedRowBytes(*kernel, shape.depth) + PackedRowBytes(*kernel, shape.width)) <= kPackedRows;
   p.q_pack = rows * PackedRowBytes(*kernel, shape.depth) + kPackSlackBytes;
@@ -430,11 +393,11 @@ GradientPlan PlanGradients(const AttentionInfo* kernel, const GradientShape& giv
   p.kt_pack = panels(shape.depth, p.block);
   p.vt_pack = panels(shape.width, p.block);
   p.k_pack = panels(p.block, shape.depth);
-  p.scores = p.dscores = bytes(rows * p.rs_scores * 4);
-  p.table = bytes(p.chunk * static_cast<int64_t>(sizeof(GradientRow)));
-  p.dk = bytes((keys + kernel->mr) * p.rs_dq * 4);
-  p.dv = bytes((keys + kernel->mr) * p.rs_dv * 4);
-  p.dq = bytes(RoundUp(p.rows(), kernel->mr) * p.rs_dq * 4);
+  p.scores = p.dscores = WholeLines(rows * p.rs_scores * 4);
+  p.table = WholeLines(p.chunk * static_cast<int64_t>(sizeof(GradientRow)));
+  p.dk = WholeLines((keys + kernel->mr) * p.rs_dq * 4);
+  p.dv = WholeLines((keys + kernel->mr) * p.rs_dv * 4);
+  p.dq = WholeLines(RoundUp(p.rows(), kernel->mr) * p.rs_dq * 4);
 
   const double scores = static_cast<double>(shape.batch * shape.heads) * static_cast<double>(shape.queries) *
                         static_cast<double>(shape.keys);

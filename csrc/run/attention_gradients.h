@@ -8,7 +8,7 @@
 //
 // An item is a piece of the keys of one head of keys and values, with all the queries that share it. It goes through
 // blocks of keys and, for each, through chunks of queries, whose scores are computed once more by a generated kernel
-// (jax_nano/codegen/attention_gradients.py): sums of dk and dv live for a block, those of dq for the item. Where keys
+// (jax_nano/codegen/attention/gradients.py): sums of dk and dv live for a block, those of dq for the item. Where keys
 // are cut into pieces, dq is summed over them in a fixed tree. Where several heads or batches share a bias whose
 // gradient is wanted, an item does all of them, one after the other: so each number has one thread that sums it.
 //

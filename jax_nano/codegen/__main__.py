@@ -123,11 +123,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     if args.command == "list":
         print("targets: " + ", ".join(TARGETS))
-        listed: list[Kernel | AttentionKernel] = [*kernels(), *attentions()]
+        listed: list[_AnyKernel] = [*kernels(), *attentions(), *quantized_kernels()]
         for kernel in listed:
             print(f"{kernel.name:48} {kernel.signature:28} {kernel.why}")
-        for quantized in quantized_kernels():
-            print(f"{quantized.name:48} {quantized.signature:28} {quantized.why}")
     elif args.command == "build":
         if args.emulate:
             emulate.build([*kernels(), *attentions()], args.out / "emulated.so", args.jobs)

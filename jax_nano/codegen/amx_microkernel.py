@@ -71,7 +71,7 @@ class AmxMicrokernel:
         tile, rsa = self.tile, given["rsa"]
         sums = ir.alloca(tile.mr * amx.ROWS * tile.nr, self.family.acc)
 
-        def block(j: Size) -> None:
+        for j in ir.range_(0, given["cols"], self.panel_columns):
             self._prefetch(given, j)
             bases = [given["a"].at(i * amx.ROWS * rsa) for i in range(tile.mr)]
             zeros = [amx.zero() for _ in range(tile.accumulators)]
@@ -94,17 +94,13 @@ class AmxMicrokernel:
                 amx.store(value, sums.at(i * amx.ROWS * tile.nr + v * amx.UNITS), tile.nr)
             self._store(given, j, sums)
 
-        ir.loop(0, given["cols"], self.panel_columns, [], block)
-
     def _prefetch(self, given: dict[str, Any], j: Size) -> None:
         """Fetches the block of C while the products are computed."""
         elements = 64 // ir.elem_bytes(self.out)
 
-        def row(i: I64) -> None:
+        for i in ir.range_(0, given["rows"]):
             for o in range(0, self.tile.nr, elements):
                 given["c"].at(i * given["rsc"] + j + o).prefetch(write=True)
-
-        ir.loop(0, given["rows"], 1, [], row)
 
     def _store(self, given: dict[str, Any], j: Size, sums: Ptr) -> None:
         """Adds what C or ``partial`` held, if the sum goes on, and stores the part of the block that exists."""
@@ -118,7 +114,7 @@ class AmxMicrokernel:
             return given["partial"].at(i * given["rs_partial"] + j) if self.narrow_out else c_at(i)
 
         def rows(*, adds: bool, more: bool) -> None:
-            def row(i: I64) -> None:
+            for i in ir.range_(0, given["rows"]):
                 for v, mask in enumerate(masks):
                     o = v * amx.UNITS
                     value = sums.at(i * tile.nr + o).load(amx.UNITS)
@@ -129,8 +125,6 @@ class AmxMicrokernel:
                     else:
                         (element,) = self.family.narrowed([value], self.out)
                         c_at(i).at(o).store(element, mask)
-
-            ir.loop(0, given["rows"], 1, [], row)
 
         def finish(*, adds: bool) -> None:
             if self.narrow_out:
@@ -149,7 +143,7 @@ class AmxTileRow:
     rows: int  # of tiles
     family: AmxDot
     out: str
-    stream: bool = False
+    direct_b: bool = False
 
     @property
     def narrow_out(self) -> bool:
@@ -157,13 +151,17 @@ class AmxTileRow:
         return self.microkernels()[0].narrow_out
 
     def microkernels(self) -> Sequence[AmxMicrokernel]:
-        """The wide and the narrow one."""
+        """That of two tiles' width, and that of one."""
         tiles = [Tile(self.rows, nv, amx.UNITS) for nv in (2, 1)]
         return [AmxMicrokernel(t, 2 * amx.UNITS, self.family, self.out) for t in tiles]
 
+    def name(self, prefix: str) -> str:
+        return f"{prefix}_row{self.rows * amx.ROWS}"
+
     def emit(self, module: ir.Module, prefix: str, epilogue: str | None) -> str:
-        wide, narrow = (m.emit(module, prefix) for m in self.microkernels())
-        name = f"{prefix}_row{self.rows * amx.ROWS}"
+        """Adds the function (with the parameters ``ROW_PARAMS``) and its microkernels; returns its name."""
+        wide, single = (m.emit(module, prefix) for m in self.microkernels())
+        name = self.name(prefix)
 
         def body(*args: Ptr | I64) -> None:
             x: dict[str, Any] = dict(zip(ROW_PARAMS, args, strict=True))
@@ -174,29 +172,27 @@ class AmxTileRow:
             at_once = cols if epilogue is None else ir.select_size(ir.equal(x["epilogue"], 0), cols, nr)
 
             def blocks(first: Size, end: Size, kernel: str) -> None:
-                def some(j: Size) -> None:
+                for j in ir.range_(first, end, at_once):
                     here_cols = ir.minimum(end - j, at_once)
                     here = {**x, "b": x["b"].at(j * x["b_step"]), "cols": here_cols, **landing.at(j)}
-                    module.call(kernel, [here[p] for p in AmxMicrokernel.PARAMS])
+                    module.call_by_name(kernel, here)
                     landing.finish(j, x["rows"], here_cols)
-
-                ir.loop(first, end, at_once, [], some)
 
             # The last block needs one tile's width only if no more than that is left.
             tiles = (cols + (one - 1)) // one
             whole = tiles // 2 * nr
             in_wide = ir.minimum(whole, cols)
             ir.if_(ir.less(0, in_wide), lambda: blocks(0, in_wide, wide))
-            ir.if_(ir.less(in_wide, cols), lambda: blocks(in_wide, cols, narrow))
+            ir.if_(ir.less(in_wide, cols), lambda: blocks(in_wide, cols, single))
 
         module.function(name, _types(ROW_PARAMS, self.family, self.out), body, internal=True)
         return name
 
 
-def _types(params: Sequence[str], family: AmxDot, out: str) -> list[str]:
+def _types(params: Sequence[str], family: AmxDot, out: str) -> dict[str, str]:
     """Parameter types of a generated function by the parameters' names."""
     pointers = {"a": family.unit, "walks": "int64", "b": family.unit, "c": out, "partial": family.acc}
-    return [pointers.get(p, "i64") for p in params]
+    return {p: pointers.get(p, "i64") for p in params}
 
 
 def block_tile() -> Tile:

@@ -2,7 +2,8 @@
 
 The package is built once for each Python, from the same kernels; this makes the second build a matter of seconds.
 An object's name is a hash of its MLIR, its kernel's facts, the tools' versions and the sources that call the tools and
-check the outcome, so it is either right or not found.
+check the outcome, so it is either right or not found. Changes of the generator that leave the MLIR as it was, to the
+byte, cost nothing.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from .catalog import AttentionKernel, Kernel
-from .quantized.kernel import QuantizedKernel
+from .generated import Generated
 from .toolchain import Toolchain
 
 
@@ -29,7 +29,7 @@ class Cache:
             folder.mkdir(parents=True, exist_ok=True)
             self._tools = _fingerprint(tools)
 
-    def name(self, kernel: Kernel | AttentionKernel | QuantizedKernel, mlir: str) -> str:
+    def name(self, kernel: Generated, mlir: str) -> str:
         """The object's file name."""
         parts = (self._tools, repr(kernel).encode(), mlir.encode())
         return hashlib.sha256(b"\0".join(hashlib.sha256(p).digest() for p in parts)).hexdigest() + ".o"

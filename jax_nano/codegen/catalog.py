@@ -8,24 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+from jax_nano._core import spec
 from jax_nano._core.spec import ATTENTION_SIGNATURES, DEFAULT_ALGORITHM, DTYPES, Signature
 
 from . import ir, nanokernel
 from .amx_microkernel import TILE_REGISTERS, AmxMicrokernel, block_tile
-from .attention import Attention
-from .attention_gradients import Gradients
-from .inner import InnerMicrokernel
-from .macrokernel import Gemm
+from .attention.kernel import Attention
+from .gemm import Gemm
+from .generated import Generated
+from .inner_microkernel import InnerMicrokernel
 from .microkernel import Microkernel
 from .nanokernel import Family, Served
-from .sweep import SweepMicrokernel
+from .sweep_microkernel import SweepMicrokernel
 from .target import TARGETS, Target
-from .tile import Tile, check, panel_tile
+from .tile import Tile, check, packed_tile
 
 
 @dataclass(frozen=True)
-class Kernel:
+class Kernel(Generated):
     """One generated matrix product.
 
     Attributes:
@@ -46,6 +48,8 @@ class Kernel:
     algorithm: str
     why: str
 
+    INFO = spec.KERNEL_INFO
+
     @property
     def name(self) -> str:
         dtypes = "_".join(DTYPES[d].short for d in (self.a, self.b, self.family.acc, self.out))
@@ -59,16 +63,34 @@ class Kernel:
         return f"{a} x {b} -> {acc} -> {out}{algorithm}"
 
     @property
-    def symbol(self) -> str:
-        """The C identifier of the generated function."""
-        return "jax_nano_" + self.name.replace("-", "_")
-
-    @property
     def gemm(self) -> Gemm:
         return Gemm(self.target, self.a, self.b, self.out, self.family, self.tile)
 
+    def facts(self) -> dict[str, Any]:
+        family, gemm = self.family, self.gemm
+        return {
+            "lhs": self.a,
+            "rhs": self.b,
+            "acc": family.acc,
+            "out": self.out,
+            "algorithm": self.algorithm,
+            "mr": self.tile.mr,
+            "nr": self.tile.nr,
+            "kr": family.kr * family.steps_at_once,
+            "a_panel_bytes": ir.elem_bytes(family.a_elem) * len(family.parts),
+            "b_panel_bytes": ir.elem_bytes(family.b_elem) * len(family.parts),
+            "b_header_bytes": ir.elem_bytes(family.unit) * family.column_sums,
+            "direct_a": gemm.direct_a,
+            "direct_b": gemm.direct_b,
+            "inner": gemm.inner is not None,
+            "sweep": gemm.sweep is not None,
+            "narrow_out": ir.elem_bytes(self.out) < ir.elem_bytes(family.acc),
+            "epilogue": gemm.epilogue is not None,
+            "lanes": self.tile.lanes,
+            "direct_vectors": "".join(map(str, gemm.direct_vectors)),
+        }
+
     def mlir(self) -> str:
-        """The kernel's verified MLIR module, as composed."""
         with ir.new_module() as module:
             self.gemm.emit(module, self.symbol)
             return module.text()
@@ -79,7 +101,7 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class AttentionKernel:
+class AttentionKernel(Generated):
     """One generated attention.
 
     Attributes:
@@ -97,6 +119,8 @@ class AttentionKernel:
     tile: Tile
     why: str
 
+    INFO = spec.ATTENTION_INFO
+
     @property
     def name(self) -> str:
         q, kv = (DTYPES[d].short for d in (self.q, self.kv))
@@ -108,19 +132,27 @@ class AttentionKernel:
         return f"{q}, {kv} -> f32 -> {q}"
 
     @property
-    def symbol(self) -> str:
-        """The C identifier of the generated function."""
-        return "jax_nano_" + self.name.replace("-", "_")
-
-    @property
     def attention(self) -> Attention:
         return Attention(self.target, self.q, self.kv, self.family, self.tile)
 
+    def facts(self) -> dict[str, Any]:
+        family, attention = self.family, self.attention
+        return {
+            "q": self.q,
+            "kv": self.kv,
+            "mr": self.tile.mr,
+            "nr": self.tile.nr,
+            "kr": family.kr * family.steps_at_once,
+            "unit": attention.unit,
+            "lanes": self.tile.lanes,
+            "pack_bytes": ir.elem_bytes(family.b_elem),
+            "few": attention.inner is not None,
+            "converts": attention.converts,
+        }
+
     def mlir(self) -> str:
-        """The kernel's verified MLIR module, as composed."""
         with ir.new_module() as module:
             self.attention.emit(module, self.symbol)
-            Gradients(self.attention).emit(module, self.symbol)
             return module.text()
 
     def microkernels(self) -> dict[str, Microkernel | AmxMicrokernel | InnerMicrokernel | SweepMicrokernel]:
@@ -152,7 +184,7 @@ def _kernel(target: Target, served: Served) -> Kernel:
         tile, used = block_tile(), f"2 x 2 tiles: 4 loads for 4 products, 7 of {TILE_REGISTERS} tile registers"
     else:
         temporaries = family.temporaries
-        tile = check(panel_tile(target, ir.elem_bytes(family.acc), temporaries), target, temporaries)
+        tile = check(packed_tile(target, ir.elem_bytes(family.acc), temporaries), target, temporaries)
         used = f"{tile.registers + temporaries} of {target.vector_registers} registers"
     return Kernel(target, *served.signature, family, tile, served.algorithm, f"{served.why}; {used}")
 

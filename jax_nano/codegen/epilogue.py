@@ -54,7 +54,7 @@ class Epilogue:
         """Adds the function to the module (once) and returns its name."""
         name = f"{prefix}_epilogue"
         pointers = {"sums": self.acc, "c": self.out, "old": self.acc}
-        module.function(name, [pointers.get(p, "i64") for p in self.PARAMS], self._body, internal=True)
+        module.function(name, {p: pointers.get(p, "i64") for p in self.PARAMS}, self._body, internal=True)
         return name
 
     def _body(
@@ -99,10 +99,9 @@ class Epilogue:
             sources = copies.of(sources, active, partly)
             copies.store(self._finished(v, sources, factor, fields["activation"], None), here, active, partly)
 
-        def row(i: I64) -> None:
-            ir.loop(0, cols, self.lanes, [], lambda j: vector(i, j))
-
-        ir.loop(0, rows, 1, [], row)
+        for i in ir.range_(0, rows):
+            for j in ir.range_(0, cols, self.lanes):
+                vector(i, j)
 
     def _nothing(self, dtype: str) -> Ptr:
         """A vector of -0.0, the one number that leaves all others as they are when it is added."""
@@ -180,8 +179,7 @@ class Landing:
             "column": row["column"] + j,
             "epilogue": row["epilogue"],
         }
-        call = partial(self._module.call, self._function, [arguments[p] for p in Epilogue.PARAMS])
-        ir.if_(self._finishes, call)
+        ir.if_(self._finishes, partial(self._module.call_by_name, self._function, arguments))
 
 
 class _Copies:
@@ -197,7 +195,8 @@ class _Copies:
 
         def copied() -> Sequence[Ptr]:
             for source, room in zip(sources, self._rooms, strict=True):
-                ir.loop(0, active, 1, [], lambda i, s=source, r=room: r.at(i).store(s.at(i).load()))
+                for i in ir.range_(0, active):
+                    room.at(i).store(source.at(i).load())
             return self._rooms
 
         return ir.if_(partly, copied, lambda: sources, like=self._rooms)
@@ -207,6 +206,7 @@ class _Copies:
 
         def some() -> None:
             self._result.store(v)
-            ir.loop(0, active, 1, [], lambda i: to.at(i).store(self._result.at(i).load()))
+            for i in ir.range_(0, active):
+                to.at(i).store(self._result.at(i).load())
 
         ir.if_(partly, some, lambda: to.store(v))

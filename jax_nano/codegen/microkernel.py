@@ -3,7 +3,7 @@
 A microkernel reads ``mr`` rows of A and ``nr`` columns of B wherever they are (packed or in the caller's buffers:
 only strides differ) and writes one tile of C. Its generated signature is
 
-    void name(a, b, walks, rsa, csa, rsb, k, later, c, rsc, cols, mode, partial, rs_partial)
+    void name(a, b, walks, rsa, csa, rsb, k, [prefetch_offset,] c, rsc, cols, mode, partial, rs_partial)
 
 with strides in elements of what the pointers point to, ``k`` in K steps, and ``cols`` the columns of C that exist
 (only masked microkernels look at it: they neither read B nor touch C beyond it). Accumulators start from zero (or
@@ -33,14 +33,14 @@ ROW_PARAMS = (
     *("a", "b", "walks", "rsa", "csa", "rsb", "k"),
     *("c", "rsc", "rows", "cols", "b_step", "mode", "partial", "rs_partial"),
     *("column", "epilogue"),
-    *("fetch", "wrap"),
+    *("prefetch_b", "wrap"),
 )
 """What a row of tiles from left to right against one panel of A is called with (``macrokernel``)."""
 
 MAIN_UNROLL = 4
 PRODUCTS_A_LINE = 28  # 28 cycles on Zen 4 (512 bits), 14 on others
 A_ROWS_PER_POINTER = 7  # x86 reaches p + i * s for i = 0..6 from one pointer and the registers s, 3s and 5s
-STREAM_TILES_AHEAD = 2  # tiles of an unpacked B to fetch ahead, along its rows
+PREFETCHED_TILES = 2  # of a B where it lies, along its rows: from the next one on
 
 
 def lines_of_a_row(tile: Tile, out: str) -> int:
@@ -49,7 +49,7 @@ def lines_of_a_row(tile: Tile, out: str) -> int:
 
 
 def lines_a_turn(tile: Tile) -> int:
-    """Lines that the main microkernel may fetch in a turn, so many products apart that no load waits for them."""
+    """Lines that the main microkernel may prefetch in a turn, so many products apart that no load waits for them."""
     return max(1, tile.accumulators * MAIN_UNROLL // PRODUCTS_A_LINE)
 
 
@@ -59,8 +59,8 @@ def walks_of(tile: Tile, out: str, table: Ptr) -> Walks:
 
 
 def walks_min_steps(tile: Tile, out: str) -> int:
-    """K steps in which the main microkernel, hurried, gets through the walks along C and as many other lines: walks
-    that end before are not worth their table.
+    """K steps in which the main microkernel, with its most lines a turn, gets through the walks along C and as many
+    other lines: walks that end before are not worth their table.
     """
     return 2 * tile.mr * lines_of_a_row(tile, out) * MAIN_UNROLL // lines_a_turn(tile)
 
@@ -90,7 +90,7 @@ class Microkernel:
       out: dtype name of C.
       main: this is the one that does nearly all the work: unrolled, and prefetching what comes next.
       masked: its one vector a row is partial.
-      stream: B is not packed: prefetch its rows.
+      direct_b: B is read where it lies, and its rows are prefetched, ``prefetch_offset`` elements further on.
       masks_b, masks_c: whether the target loads and stores masked vectors of B's and of C's elements; else a masked
         microkernel gets by without.
     """
@@ -101,7 +101,7 @@ class Microkernel:
     out: str
     main: bool
     masked: bool
-    stream: bool
+    direct_b: bool
     masks_b: bool
     masks_c: bool
 
@@ -118,12 +118,12 @@ class Microkernel:
     @property
     def params(self) -> tuple[str, ...]:
         # What the K loop does not need comes last: it arrives on the stack and leaves the registers to the loop.
-        loop = ("a", "b", "walks", "rsa", "csa", "rsb", "k", *(("later",) if self.stream else ()))
+        loop = ("a", "b", "walks", "rsa", "csa", "rsb", "k", *(("prefetch_offset",) if self.direct_b else ()))
         tile = ("c", "rsc", "cols", "mode")
         return (*loop, *tile, "partial", "rs_partial") if self.narrow_out else (*loop, *tile)
 
     def name(self, prefix: str) -> str:
-        kind = ("_stream" if self.stream else "") + ("_masked" if self.masked else "")
+        kind = ("_stream" if self.direct_b else "") + ("_masked" if self.masked else "")
         return f"{prefix}_{self.tile.mr}x{self.tile.nr}{kind}"
 
     def emit(self, module: ir.Module, prefix: str) -> str:
@@ -131,7 +131,7 @@ class Microkernel:
         unit = self.family.unit
         pointers = {"a": unit, "walks": "int64", "b": self.b, "c": self.out, "partial": self.family.acc}
         name = self.name(prefix)
-        module.function(name, [pointers.get(p, "i64") for p in self.params], self._body, internal=True)
+        module.function(name, {p: pointers.get(p, "i64") for p in self.params}, self._body, internal=True)
         return name
 
     def _body(self, *args: Ptr | I64) -> None:
@@ -155,10 +155,10 @@ class Microkernel:
             pointers: Sequence[Ptr] = carried[: len(bases)]
             b_row: Ptr = carried[len(bases)]
             acc: Sequence[Value] = carried[len(bases) + 1 :]
-            if self.stream:
-                later = b_row.at(given["later"])
+            if self.direct_b:
+                next_row = b_row.at(given["prefetch_offset"])
                 for o in range(0, tile.nr, LINE // ir.elem_bytes(self.b)):
-                    later.at(o).prefetch(level=2)
+                    next_row.at(o).prefetch(level=2)
             new = step(
                 tile,
                 self.family,
@@ -190,7 +190,7 @@ class Microkernel:
     def _b_loader(self, cols: Size) -> Callable[[Ptr], Value]:
         """What loads a vector of B's row."""
         lanes = self.tile.lanes
-        if not self.stream:
+        if not self.direct_b:
             return lambda p: p.load(lanes)  # panels are filled up
         if not self.masked:
             return lambda p: self.family.prepare_b(p.load(lanes), self.b, 0)
@@ -244,7 +244,8 @@ class Microkernel:
                 at.store(v, mask)
                 return
             scratch.store(v)
-            ir.loop(0, given["cols"], 1, [], lambda lane: at.at(lane).store(scratch.at(lane).load()))
+            for lane in ir.range_(0, given["cols"]):
+                at.at(lane).store(scratch.at(lane).load())
 
         def added(values: Sequence[Value]) -> list[Value]:
             def old(n: int) -> Value:

@@ -14,7 +14,7 @@ A family whose products stand for several (``parts``) gets one panel per part, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -26,7 +26,7 @@ from .tile import Tile
 from .transpose import transpose
 from .walks import LINE
 
-PACKED_STEPS = 8  # steps of a panel of B that are copied, and fetched ahead, before those of the next panel
+PACKED_STEPS = 8  # steps of a panel of B that are copied, and prefetched, before those of the next panel
 
 Prepare = Callable[[Value, str, int], Value]
 _Part = tuple[Callable[[Size, Size], Ptr], Callable[[Value], Value]]
@@ -114,18 +114,24 @@ class Packing:
 
         def row(i: Size) -> None:
             for skipped, value in parts:
-                self._row(a.at(i * rsa), panels.at(i * pitch + skipped), k, value, ahead=rsa)
+                self._row(a.at(i * rsa), panels.at(i * pitch + skipped), k, value, next_row=rsa)
 
         def scattered() -> None:
             for skipped, value in parts:
                 first = panels.at(skipped)
                 self._elements((rows, lambda i: a.at(i * rsa)), (k, csa), lambda i, s: first.at(i * pitch + s), value)
 
-        ir.if_(
-            self._is_k_major(rsa, csa),
-            lambda: void(ir.loop(0, rows, mr, [], panel_of_columns)),
-            lambda: void(ir.if_(ir.equal(csa, 1), lambda: void(ir.loop(0, rows, 1, [], row)), scattered)),
-        )
+        for columns_contiguous in ir.branches(self._is_k_major(rsa, csa)):
+            if columns_contiguous:
+                for p in ir.range_(0, rows, mr):
+                    panel_of_columns(p)
+                continue
+            for rows_contiguous in ir.branches(ir.equal(csa, 1)):
+                if rows_contiguous:
+                    for i in ir.range_(0, rows):
+                        row(i)
+                else:
+                    scattered()
 
     def _a_value(self, part: int) -> Callable[[Value], Value]:
         return lambda v: self.family.prepare_a(v, self.a, part)
@@ -139,17 +145,15 @@ class Packing:
         """One panel from columns that are contiguous along M."""
         lanes, mr = self.tile.lanes, self.tile.mr
 
-        def step(s: Size, present: int) -> None:
+        if not self.masks:
+            self._elements((here, lambda i: a.at(i)), (k, csa), lambda i, s: target.at(s * mr + i), value)
+            return
+        for s, present in self._k_steps(k):
             source = a.at(s * self.family.kr * csa)
             for o in range(0, mr, lanes):
                 mask = ir.lane_mask(here - o, lanes)
                 rows = [source.at(o + r * csa).load(lanes, mask) for r in range(present)]
                 target.at(s * mr + o).store(self._units(rows, value))
-
-        if self.masks:
-            self._whole_and_last_step(k, step)
-        else:
-            self._elements((here, lambda i: a.at(i)), (k, csa), lambda i, s: target.at(s * mr + i), value)
 
     def _transpose_a(
         self, a: Ptr, target: Ptr, here: Size, k: Size, csa: Size, value: Callable[[Value], Value]
@@ -157,20 +161,18 @@ class Packing:
         """The same into rows, up to the last step that is filled up with zeros."""
         lanes, kr, pitch = self.tile.lanes, self.family.kr, self.a_row(k)
 
-        def block(s: Size) -> None:
+        def units(step: Size, o: int) -> Value:
+            """A step of the rows from ``o`` on."""
+            first = step * kr
+            present = [ir.select_size(ir.less(first + r, k), here - o, 0) for r in range(kr)]
+            masks = [ir.lane_mask(p, lanes) for p in present]
+            rows = [a.at(o + (first + r) * csa).load(lanes, mask) for r, mask in enumerate(masks)]
+            return self._units(rows, value)
+
+        for s in ir.range_(0, self.steps(k), lanes):
             for o in range(0, self.tile.mr, lanes):
-
-                def units(step: Size, o: int = o) -> Value:
-                    first = step * kr
-                    present = [ir.select_size(ir.less(first + r, k), here - o, 0) for r in range(kr)]
-                    masks = [ir.lane_mask(p, lanes) for p in present]
-                    rows = [a.at(o + (first + r) * csa).load(lanes, mask) for r, mask in enumerate(masks)]
-                    return self._units(rows, value)
-
-                for i, row in enumerate(transpose([units(s + t) for t in range(lanes)], self.family.unit)):
+                for i, row in enumerate(transpose([units(s + t, o) for t in range(lanes)], self.family.unit)):
                     target.at((o + i) * pitch + s).store(row)
-
-        ir.loop(0, self.steps(k), lanes, [], block)
 
     # --- B ----------------------------------------------------------------------------------------------------
 
@@ -196,13 +198,17 @@ class Packing:
         def transposed() -> None:
             self._transpose_b(b, parts, k, cols, csb)
 
-        ir.if_(ir.equal(csb, 1), copied, lambda: void(ir.if_(ir.equal(rsb, 1), transposed, scattered)))
+        for rows_contiguous in ir.branches(ir.equal(csb, 1)):
+            if rows_contiguous:
+                copied()
+            else:
+                ir.if_(ir.equal(rsb, 1), transposed, scattered)
         if self.family.column_sums:
-            ir.loop(0, self._round_up(cols), nr, [], lambda p: self._sum_columns(panels.at(p // nr * height), k))
+            for p in ir.range_(0, self._round_up(cols), nr):
+                self._sum_columns(panels.at(p // nr * height), k)
 
     def _round_up(self, cols: Size) -> Size:
-        nr = self.tile.nr
-        return (cols + (nr - 1)) // nr * nr
+        return ir.round_up(cols, self.tile.nr)
 
     def _copy_b_rows(
         self, b: Ptr, at: Callable[[Size, Size], Ptr], k: Size, cols: Size, rsb: Size, value: Callable[[Value], Value]
@@ -220,37 +226,31 @@ class Packing:
 
         def steps(begin: Size, end: Size, present: int) -> None:
             """Some steps of all panels."""
-
-            def panel(p: Size, masks: Sequence[Value | None]) -> None:
-                ir.loop(begin, end, 1, [], lambda s: to_panel(p, s, present, masks))
-
-            ir.loop(0, whole, nr, [], lambda p: panel(p, [None] * self.tile.nv))
+            for p in ir.range_(0, whole, nr):
+                for s in ir.range_(begin, end):
+                    to_panel(p, s, present, [None] * self.tile.nv)
             if self.masks:
                 edge = [ir.lane_mask(cols - whole - o, lanes) for o in range(0, nr, lanes)]
-                ir.if_(ir.negate(ir.equal(whole, cols)), lambda: panel(whole, edge))
-
-        def blank(s: Size) -> None:
-            zero = ir.zeros(lanes, self.family.unit)
-            ir.loop(0, self._round_up(cols), lanes, [], lambda j: at(j, s).store(zero))
+                for _ in ir.when(ir.negate(ir.equal(whole, cols))):
+                    for s in ir.range_(begin, end):
+                        to_panel(whole, s, present, edge)
 
         full = k // kr
-        ir.loop(0, full, PACKED_STEPS, [], lambda s: steps(s, ir.minimum(s + PACKED_STEPS, full), kr))
+        for s in ir.range_(0, full, PACKED_STEPS):
+            steps(s, ir.minimum(s + PACKED_STEPS, full), kr)
         for present in range(1, kr):
             ir.if_(ir.equal(k % kr, present), partial(steps, full, full + 1, present))
         if self.family.steps_at_once > 1:
-            ir.loop((k + (kr - 1)) // kr, self.steps(k), 1, [], blank)
+            for s in ir.range_(ir.ceil_div(k, kr), self.steps(k)):
+                zero = ir.zeros(lanes, self.family.unit)
+                for j in ir.range_(0, self._round_up(cols), lanes):
+                    at(j, s).store(zero)
         if not self.masks:
             self._scattered_b(b, at, whole, k, cols, (rsb, 1), value)
 
     def _transpose_b(self, b: Ptr, parts: Sequence[_Part], k: Size, cols: Size, csb: Size) -> None:
         nr, lanes, kr = self.tile.nr, self.tile.lanes, self.family.kr
         last = cols - 1
-
-        def strip(j: Size) -> None:
-            """Columns j .. j + lanes of B; those beyond the edge repeat the last one."""
-            columns = [b.at(ir.minimum(j + o, last) * csb) for o in range(lanes)]
-            for at, value in parts:
-                strip_of_part(j, columns, at(j, 0), value)
 
         def strip_of_part(j: Size, columns: Sequence[Ptr], target: Ptr, value: Callable[[Value], Value]) -> None:
             def block(s: Size, mask: Value | None) -> None:
@@ -271,12 +271,17 @@ class Packing:
 
             whole = k // (lanes * kr) * lanes
             rest = k - whole * kr
-            ir.loop(0, whole, lanes, [], lambda s: block(s, None))
+            for s in ir.range_(0, whole, lanes):
+                block(s, None)
             ir.if_(ir.negate(ir.equal(rest, 0)), lambda: tail(whole, rest))
 
         # Strips in the order of the panels and parts in that of their rows: what one overruns, the next part, strip
         # or panel writes again.
-        ir.loop(0, self._round_up(cols), lanes, [], strip)
+        for j in ir.range_(0, self._round_up(cols), lanes):
+            # Columns beyond the edge repeat the last one.
+            columns = [b.at(ir.minimum(j + o, last) * csb) for o in range(lanes)]
+            for at, value in parts:
+                strip_of_part(j, columns, at(j, 0), value)
 
     def _scattered_b(
         self,
@@ -331,25 +336,25 @@ class Packing:
             prepared = [ir.shuffle(prepared[i], prepared[i + half], order) for i in range(half)]
         return ir.bitcast(prepared[0], lanes, self.family.unit)
 
-    def _whole_and_last_step(self, k: Size, step: Callable[[Size, int], None]) -> None:
-        """``step(s, rows present)`` for each K step; the last one may have fewer than ``kr`` rows."""
+    def _k_steps(self, k: Size) -> Iterator[tuple[Size, int]]:
+        """The loop over K steps: (step, rows present). The last one may have fewer than ``kr`` rows."""
         kr = self.family.kr
         whole = k // kr
-        ir.loop(0, whole, 1, [], lambda s: step(s, kr))
+        for s in ir.range_(0, whole):
+            yield s, kr
         for present in range(1, kr):
-            ir.if_(ir.equal(k % kr, present), lambda: step(whole, present))
+            for _ in ir.when(ir.equal(k % kr, present)):
+                yield whole, present
 
-    def _row(self, source: Ptr, target: Ptr, k: Size, value: Callable[[Value], Value], ahead: Size) -> None:
-        """Copies ``k`` contiguous elements; those ``ahead`` are prefetched, the next row, which no hardware guesses."""
+    def _row(self, source: Ptr, target: Ptr, k: Size, value: Callable[[Value], Value], next_row: Size) -> None:
+        """Copies ``k`` contiguous elements, and prefetches those ``next_row`` further on: no hardware guesses them."""
         kr, lanes = self.family.kr, self.tile.lanes
         chunk = lanes * kr
         whole = k // chunk * chunk
 
-        def vector(k0: Size) -> None:
-            source.at(k0 + ahead).prefetch()
+        for k0 in ir.range_(0, whole, chunk):
+            source.at(k0 + next_row).prefetch()
             target.at(k0 // kr).store(self._bits(value(source.at(k0).load(chunk))))
-
-        ir.loop(0, whole, chunk, [], vector)
         rest = k - whole
 
         def tail() -> None:
@@ -377,10 +382,9 @@ class Packing:
         kr = self.family.kr
         elem = self.family.a_elem if kr > 1 else self.family.unit
 
-        def one_line(i: Size) -> None:
+        for i in ir.range_(0, count):
             source = line(i)
-
-            def step(s: Size) -> None:
+            for s in ir.range_(0, self.steps(k)):
                 unit = unit_at(i, s).as_type(elem)
                 for r in range(kr):
                     here = s * kr + r
@@ -394,11 +398,3 @@ class Packing:
                         like=[ir.zero_of(elem)],
                     )
                     unit.at(r).store(x)
-
-            ir.loop(0, self.steps(k), 1, [], step)
-
-        ir.loop(0, count, 1, [], one_line)
-
-
-def void(_: object) -> None:
-    """Drops the (empty) results of a nested control-flow helper."""

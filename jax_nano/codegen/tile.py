@@ -5,11 +5,11 @@ registers and streams the other through one register, so a tile fits when
 
     mr * nv + min(mr, nv) + 1 + temporaries <= registers.
 
-*Panel tiles* serve packed operands. Loads must not be their bottleneck: a K step issues ``mr + nv`` loads for
+*Packed tiles* serve packed operands. Loads must not be their bottleneck: a K step issues ``mr + nv`` loads for
 ``mr * nv`` products. Of the tiles that remain the largest ``mr`` wins: the macrokernel streams B from L2 and each
 vector of B is used mr times, while A's side comes from L1.
 
-*Stream tiles* serve a B that is read once, where it lies, by few rows of A: there memory is the bottleneck, and the
+*Direct tiles* serve a B that is read once, where it lies, by few rows of A: there memory is the bottleneck, and the
 widest tile reads the longest runs of each row of B.
 """
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from .target import Target
 
-MAX_STREAM_VECTORS = 8
+MAX_DIRECT_VECTORS = 8
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def check(tile: Tile, target: Target, temporaries: int = 0) -> Tile:
     return tile
 
 
-def panel_tile(target: Target, acc_bytes: int, temporaries: int = 0) -> Tile:
+def packed_tile(target: Target, acc_bytes: int, temporaries: int = 0) -> Tile:
     """The register tile for packed operands.
 
     Args:
@@ -82,12 +82,12 @@ def panel_tile(target: Target, acc_bytes: int, temporaries: int = 0) -> Tile:
     return max(unbound, key=lambda t: (t.mr, t.accumulators))
 
 
-def stream_tile(panel: Tile, rows: int, target: Target, temporaries: int = 0) -> Tile:
+def direct_tile(panel: Tile, rows: int, target: Target, temporaries: int = 0) -> Tile:
     """The register tile for ``rows`` <= mr rows against a B that is not packed."""
     budget = target.vector_registers - temporaries
     fits = [
         tile
-        for nv in range(panel.nv, MAX_STREAM_VECTORS + 1)
+        for nv in range(panel.nv, MAX_DIRECT_VECTORS + 1)
         if (tile := Tile(rows, nv, panel.lanes)).registers <= budget
     ]
     return fits[-1] if fits else Tile(rows, panel.nv, panel.lanes)

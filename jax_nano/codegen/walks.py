@@ -1,4 +1,4 @@
-"""What a row of tiles fetches into the caches meanwhile, a few lines in every turn of the main K loop.
+"""What a row of tiles has prefetched meanwhile, a few lines in every turn of the main K loop.
 
 A walk is ``count`` addresses, ``step`` bytes apart, that begin ``per_tile`` bytes further on in each tile of the row.
 A row's walks stand in a table in memory, one behind the other; the main microkernel prefetches along them, in this
@@ -54,15 +54,15 @@ class Walks:
         """Fills in the rest, which stays at one address."""
         self._put(self.size, rest, (0, 0, _ENDLESS, 0))
 
-    def put(self, walks: Sequence[Walk], hurried: Value | bool) -> None:
-        """Fills in the walks: ``lines`` lines a turn if ``hurried``, else one."""
+    def put(self, walks: Sequence[Walk], many_lines: Value | bool) -> None:
+        """Fills in the walks: ``lines`` lines a turn if ``many_lines``, else one."""
         if len(walks) > self.size:
             raise ValueError(f"{len(walks)} walks for a table of {self.size}")
         nothing = Walk(walks[0].start, 0, 0, 0)
         for i, walk in enumerate([*walks, *[nothing] * (self.size - len(walks))]):
-            between = ir.select_size(hurried, walk.step, 0)
-            further = ir.select_size(hurried, walk.step * (self.lines - self._before_last_pair), walk.step)
-            turns = ir.select_size(hurried, (walk.count + (self.lines - 1)) // self.lines, walk.count)
+            between = ir.select_size(many_lines, walk.step, 0)
+            further = ir.select_size(many_lines, walk.step * (self.lines - self._before_last_pair), walk.step)
+            turns = ir.select_size(many_lines, (walk.count + (self.lines - 1)) // self.lines, walk.count)
             self._put(i, walk.start, (between, further, turns, walk.per_tile))
 
     @property
@@ -77,7 +77,7 @@ class Walks:
 
     @property
     def rest(self) -> Ptr:
-        """The table of a row that fetches nothing: its only walk stands still."""
+        """The table of a row that prefetches nothing: its only walk stands still."""
         return self.table.at(self.size * _FIELDS)
 
     @property

@@ -47,7 +47,7 @@ class TestTiles:
     def test_no_better_tile_exists(self, temporaries):
         """No tile that fits and is not bound by loads has more rows."""
         for target in TARGETS.values():
-            best = tile.panel_tile(target, 4, temporaries)
+            best = tile.packed_tile(target, 4, temporaries)
             assert best.registers + temporaries <= target.vector_registers
             for nv in range(1, 16):
                 taller = tile.Tile(best.mr + 1, nv, best.lanes)
@@ -56,7 +56,7 @@ class TestTiles:
                 assert not (fits and loads <= 0.75), taller
 
     def test_known_tiles(self):
-        assert [tile.panel_tile(TARGETS[t], 4).mr for t in ("x86-64-v3", "x86-64-v4")] == [6, 14]
+        assert [tile.packed_tile(TARGETS[t], 4).mr for t in ("x86-64-v3", "x86-64-v4")] == [6, 14]
 
 
 class TestContract:

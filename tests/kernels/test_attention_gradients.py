@@ -3,58 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import os
 from typing import Any
 
+import attention_cases as cases
 import attention_gradients as gradients
-import emulated
 import numpy as np
 import pytest
-import reference
 from attention import Case, visible
+from attention_cases import (
+    EMULATED,
+    INFOS,
+    LAYOUTS,
+    SIZES,
+    around_tiles,
+    emulated_kernels,
+    native,
+    restrictions,
+    stored,
+)
 from guarded import Region
 
-from jax_nano import _runtime
-from jax_nano.codegen import catalog, emulate
-from jax_nano.codegen.toolchain import ToolchainError
 
-SUPPORTED = {t["name"] for t in _runtime.targets() if t["supported"]}
-REQUIRED = {name for name in os.environ.get("JAX_NANO_REQUIRE_TARGET", "").split(",") if name}
-INFOS = {a["name"]: a for a in _runtime.attentions()}
-EMULATED = [k for k in catalog.attentions() if k.target != emulate.BASELINE]
-
-
-def array(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    return reference.random(rng, shape, dtype)
-
-
-def case(
-    rng: np.random.Generator,
-    info: dict[str, Any],
-    b: int = 1,
-    t: int = 7,
-    s: int = 19,
-    n: int = 2,
-    kv_heads: int = 2,
-    h: int = 16,
-    width: int | None = None,
-    **restrictions: Any,
-) -> tuple[Case, gradients.Given]:
-    q = array(rng, (b, t, n, h), info["q"])
-    k, v = (array(rng, (b, s, kv_heads, size), info["kv"]) for size in (h, width or h))
-    x = Case(q, k, v, **{"scale": h**-0.5, **restrictions})
-    return x, gradients.given(x, array(rng, (b, t, n, width or h), info["q"]))
+def case(rng: np.random.Generator, info: dict[str, Any], *sizes: int, **given: Any) -> tuple[Case, gradients.Given]:
+    """A case (``attention_cases.case``) and what its gradients are computed from."""
+    x = cases.case(rng, info, *sizes, **given)
+    return x, gradients.given(x, cases.array(rng, (*x.q.shape[:3], x.v.shape[3]), info["q"]))
 
 
 @pytest.fixture(params=list(INFOS))
 def info(request: pytest.FixtureRequest) -> dict[str, Any]:
-    found = INFOS[request.param]
-    if found["target"] not in SUPPORTED:
-        if found["target"] in REQUIRED:
-            pytest.fail(f"JAX_NANO_REQUIRE_TARGET: {found['target']}")
-        pytest.skip(f"this CPU is no {found['target']}")
-    return found
+    return native(request.param)
 
 
 def check(info: dict[str, Any], x: Case, g: gradients.Given, context: object = "", **options: Any) -> dict[str, Any]:
@@ -64,49 +42,15 @@ def check(info: dict[str, Any], x: Case, g: gradients.Given, context: object = "
     return out
 
 
-def restrictions(rng: np.random.Generator, b: int, t: int, s: int, n: int) -> dict[str, dict[str, Any]]:
-    bias = rng.standard_normal((b, n, t, s)).astype(np.float32)
-    mask = rng.random((b, n, t, s)) < 0.6
-    mask[..., 0] = True
-    return {
-        "none": {},
-        "causal": {"right": 0},
-        "window": {"left": 3, "right": 2},
-        "window behind": {"left": 5, "right": -2},
-        "bias": {"bias": bias},
-        "one bias for all": {"bias": bias[:1, :1, :1]},
-        "one bias for all heads": {"bias": bias[:, :1], "right": 0},
-        "one bias for all batches": {"bias": bias[:1]},
-        "one bias for all queries": {"bias": bias[:, :, :1]},
-        "mask": {"mask": mask},
-        "mask of keys": {"mask": mask[:, :1, :1], "right": 0},
-        "bias and mask": {"bias": bias[:, :1], "mask": mask[:1], "left": 9},
-        "lengths": {
-            "q_lengths": rng.integers(0, t + 1, b).astype(np.int32),
-            "kv_lengths": rng.integers(1, s + 1, b).astype(np.int32),
-        },
-        "all at once": {
-            "bias": bias[:, :, :1],
-            "mask": mask[:, :1],
-            "right": 1,
-            "kv_lengths": rng.integers(1, s + 1, b).astype(np.int32),
-        },
-        "another scale": {"scale": -0.3},
-        "no scale": {"scale": 0.0},
-    }
-
-
-@pytest.mark.parametrize(("t", "s", "n", "kv_heads", "h"), [(23, 41, 4, 2, 24), (61, 61, 3, 1, 16), (1, 70, 8, 2, 40)])
+@pytest.mark.parametrize(("t", "s", "n", "kv_heads", "h"), SIZES)
 def test_restrictions(info, rng, t, s, n, kv_heads, h):
-    for name, given in restrictions(rng, 2, t, s, n).items():
+    for name, given in restrictions(rng, 2, t, s, n, sees_a_key=True).items():
         check(info, *case(rng, info, 2, t, s, n, kv_heads, h, **given), name)
 
 
 def test_sizes(info, rng):
     """Every number of queries and keys around tiles, and odd sizes of heads."""
-    for t, s in itertools.product(
-        (1, 2, info["mr"] - 1, info["mr"] + 1, 70), (1, 2, info["nr"] - 1, info["nr"] + 1, 67)
-    ):
+    for t, s in around_tiles(info):
         check(info, *case(rng, info, t=t, s=s, right=max(0, s - t)), (t, s))
     for h, width in ((1, 1), (3, 5), (16, 17), (33, 16), (64, 64), (80, 80), (129, 40), (256, 256)):
         check(info, *case(rng, info, t=9, s=37, h=h, width=width), (h, width))
@@ -131,21 +75,11 @@ def test_blocks_chunks_and_pieces(info, rng):
     check(info, x, g)
 
 
-@pytest.mark.parametrize("layout", ["BNTH", "BTHN", "spare"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides(info, rng, layout):
     x, g = case(rng, info, 2, 21, 37, 4, 2, 24, right=16)
-
-    def stored(a: np.ndarray) -> np.ndarray:
-        if layout == "spare":
-            room = np.full([2 * size for size in a.shape[:2]] + [a.shape[2], a.shape[3] + 5], np.nan, a.dtype)
-            view = room[: a.shape[0], : a.shape[1], :, : a.shape[3]]
-            view[...] = a
-            return view
-        order = [layout.index(c) for c in "BTNH"]
-        return np.ascontiguousarray(np.transpose(a, np.argsort(order))).transpose(order)
-
-    y = Case(*map(stored, (x.q, x.k, x.v)), right=16, scale=x.scale)
-    check(info, y, gradients.Given(stored(g.dout), g.lse, g.delta))
+    y = Case(*(stored(a, layout) for a in (x.q, x.k, x.v)), right=16, scale=x.scale)
+    check(info, y, gradients.Given(stored(g.dout, layout), g.lse, g.delta))
 
 
 @pytest.mark.parametrize("at", ["end", "begin"])
@@ -252,15 +186,7 @@ def test_the_bound_would_notice_a_missing_key(info, rng):
 
 @pytest.fixture(scope="session")
 def library() -> dict[str, tuple[dict[str, Any], Any]]:
-    if emulate.BASELINE.name not in SUPPORTED:
-        pytest.skip(f"this CPU is no {emulate.BASELINE.name}")
-    try:
-        return emulated.load_attentions(EMULATED, "_gradients")
-    except ToolchainError as error:
-        message = str(error)
-    if "emulated" in REQUIRED:
-        pytest.fail(message)
-    pytest.skip(message)
+    return emulated_kernels("_gradients")
 
 
 class TestEmulated:

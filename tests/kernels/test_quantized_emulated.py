@@ -21,7 +21,7 @@ from jax_nano import _runtime
 from jax_nano._core import spec
 from jax_nano.codegen import emulate
 from jax_nano.codegen.quantized.formats import block
-from jax_nano.codegen.quantized.inner import least_group
+from jax_nano.codegen.quantized.inner_products import least_group
 from jax_nano.codegen.quantized.kernel import QuantizedKernel, kernels
 from jax_nano.codegen.toolchain import ToolchainError
 

@@ -45,14 +45,14 @@ class Bf16Dot(VectorFamily):
         """Two vectors at a time: half as many stores, each of a whole line."""
         if out != "bfloat16":
             return super().narrowed(sums, out)
-        narrow = []
+        elements_of_c = []
         for i in range(0, len(sums), 2):
             lower, *higher = sums[i : i + 2]
             lanes = ir.lanes_of(lower) * (1 + len(higher))
             name = f"llvm.x86.avx512bf16.cvtne{'2' if higher else ''}ps2bf16.{self.bits}"
             elements = ir.call_intrinsic(name, ir.vec(lanes, mlir.BF16Type.get()), [*higher, lower])
-            narrow.append(ir.bitcast(elements, lanes, out))
-        return narrow
+            elements_of_c.append(ir.bitcast(elements, lanes, out))
+        return elements_of_c
 
 
 def kernels(target: Target) -> Iterator[Served]:

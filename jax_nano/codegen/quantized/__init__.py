@@ -2,8 +2,10 @@
 
     formats      weights in memory as vectors of float32, the bit patterns
     rows         conversions of rows between dtypes
-    columns      few rows of x; the weights' columns lie side by side: a sweep through a few rows of them at a time
-    inner        few rows of x; the weights lie along K: inner products
+    columns      few rows of x; the weights' columns lie side by side: the loops around sweeps
+    sweep        a few rows of weights, read from end to end
+    inner        few rows of x; the weights lie along K: the loops around inner products
+    inner_products    of a few columns, all of K
     dequantize   a block of weights as float32, for the products of many rows, which the plain kernels compute
     finish       an epilogue of the sums, and their rounding
     kernel       one generated function of all of these, and the list of such functions

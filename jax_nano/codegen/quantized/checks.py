@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from .. import inspect_asm
 from ..checks import Checked, SpillError
-from .columns import DEPTH
 from .formats import field_count
 from .kernel import QuantizedKernel
+from .sweep import DEPTH
 
 MOST_SCALARS = 2  # sizes that a loop of hundreds of instructions may fetch from the stack
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from jax_nano._core.spec import DTYPES, QUANTIZED_ROWS
 
 from .. import ir
+from ..arguments import Given
 from ..epilogue import Epilogue
-from ..ir import I64, Ptr
+from ..ir import Ptr
 from ..target import Target
-from .columns import bytes_of
-from .rows import Rows
+from .rows import Rows, address
 
 
 def emit(module: ir.Module, prefix: str, target: Target) -> None:
@@ -22,38 +21,35 @@ def emit(module: ir.Module, prefix: str, target: Target) -> None:
         _epilogue(target, name).emit(module, f"{prefix}_{name}")
 
 
-def finish(module: ir.Module, prefix: str, target: Target, x: dict[str, Any]) -> None:
+def finish(module: ir.Module, prefix: str, target: Target, x: Given) -> None:
     """``m`` rows of ``n`` sums in ``y``, ``nc`` apart, given the fields of the arguments."""
     rows = Rows(module, prefix, target.lanes(4))
 
-    def plain() -> None:
-        def row(i: I64) -> None:
-            to = x["out"] + i * x["rs_out"] * bytes_of(x["out_dtype"])
-            rows.store(x["y"].at(i * x["nc"]), to, x["out_dtype"], x["n"])
+    for plain in ir.branches(ir.equal(x.epilogue, 0)):
+        if plain:
+            for i in ir.range_(0, x.m):
+                to = address(x.out, i, x.rs_out, x.out_dtype)
+                rows.store(x.y.at(i * x.nc), to, x.out_dtype, x.n)
+        else:
+            ir.switch(x.out_dtype, [partial(_by_epilogue, module, prefix, name, x) for name in _floats()])
 
-        ir.loop(0, x["m"], 1, [], row)
 
-    def by_epilogue(name: str) -> None:
-        to = Ptr.of_address(x["out"], name)
-        arguments = {
-            "sums": x["y"],
-            "ld": x["nc"],
-            "rows": x["m"],
-            "cols": x["n"],
-            "c": to,
-            "rsc": x["rs_out"],
-            "old": x["y"],
-            "rs_old": 0,
-            "mode": 0,
-            "column": 0,
-            "epilogue": x["epilogue"],
-        }
-        module.call(f"{prefix}_{name}_epilogue", [arguments[p] for p in Epilogue.PARAMS])
-
-    def finished() -> None:
-        ir.switch(x["out_dtype"], [partial(by_epilogue, name) for name in _floats()])
-
-    ir.if_(ir.equal(x["epilogue"], 0), plain, finished)
+def _by_epilogue(module: ir.Module, prefix: str, name: str, x: Given) -> None:
+    """All rows at once, as elements of the dtype ``name``."""
+    arguments = {
+        "sums": x.y,
+        "ld": x.nc,
+        "rows": x.m,
+        "cols": x.n,
+        "c": Ptr.of_address(x.out, name),
+        "rsc": x.rs_out,
+        "old": x.y,
+        "rs_old": 0,
+        "mode": 0,
+        "column": 0,
+        "epilogue": x.epilogue,
+    }
+    module.call_by_name(f"{prefix}_{name}_epilogue", arguments)
 
 
 def _floats() -> list[str]:

@@ -16,22 +16,26 @@ from jax_nano._core import spec
 from jax_nano._core.spec import names
 
 from .. import ir
+from ..arguments import Arguments, Given
+from ..generated import Generated
 from ..ir import I64, Ptr
 from ..target import TARGETS, Target
 from ..toolchain import LLC_FLAGS
 from . import finish
-from .columns import Columns, Sweep, sweeps
+from .columns import Columns
 from .dequantize import Dequantize
 from .formats import Bytes, Floats, Format, Nibbles, block
-from .inner import Inner, Products, inner_products
+from .inner import Inner
+from .inner_products import InnerProducts, inner_products
 from .rows import Rows
+from .sweep import Sweep, sweeps
 
 _POINTERS = {"q": "int8"} | dict.fromkeys(("x_pack", "sums", "y", "zeros", "scales"), "float32")
 _FIELDS = names(spec.QUANTIZED_ARGS)
 
 
 @dataclass(frozen=True)
-class QuantizedKernel:
+class QuantizedKernel(Generated):
     """A format on a target; without a format what finishes sums.
 
     Attributes:
@@ -51,6 +55,8 @@ class QuantizedKernel:
     def name(self) -> str:
         return f"quantized_{self.form_name}_{self.target.name}"
 
+    INFO = spec.QUANTIZED_INFO
+
     @property
     def why(self) -> str:
         """What it is, for people."""
@@ -60,28 +66,26 @@ class QuantizedKernel:
     def signature(self) -> str:
         return "quantised weights"
 
-    @property
-    def symbol(self) -> str:
-        """The C identifier of the generated function."""
-        return "jax_nano_" + self.name.replace("-", "_")
-
     def sweeps(self) -> list[Sweep]:
         """Its loops over columns."""
         return [] if self.form is None else sweeps(self.form, self.target)
 
-    def inner_products(self) -> list[Products]:
+    def inner_products(self) -> list[InnerProducts]:
         """Its loops along K."""
         return [] if self.form is None else inner_products(self.form, self.target)
 
+    def facts(self) -> dict[str, Any]:
+        bits, weights = (self.form.bits, block(self.form)) if self.form else (0, 0)
+        return {"form": self.form_name, "bits": bits, "block": weights}
+
     def mlir(self) -> str:
-        """The kernel's verified MLIR module."""
         with ir.new_module() as module:
             self.emit(module)
             return module.text()
 
     def emit(self, module: ir.Module) -> None:
         """Adds the function and all that it calls."""
-        tasks: dict[str, Callable[[dict[str, Any]], None]] = {}
+        tasks: dict[str, Callable[[Given], None]] = {}
         if self.form is None:
             finish.emit(module, self.symbol, self.target)
             tasks["finish"] = partial(finish.finish, module, self.symbol, self.target)
@@ -108,13 +112,8 @@ class QuantizedKernel:
         module.function(self.symbol, ["int64"], body, internal=False)
 
     @staticmethod
-    def _task(emit: Callable[[dict[str, Any]], None], given: Ptr) -> None:
-        fields: dict[str, Any] = {}
-        for i, name in enumerate(_FIELDS):
-            at = given.at(i)
-            pointer = _POINTERS.get(name)
-            fields[name] = Ptr(at.as_type("ptr").load(), pointer) if pointer else I64(at.load())
-        emit(fields)
+    def _task(emit: Callable[[Given], None], given: Ptr) -> None:
+        emit(Arguments(given, _FIELDS, _POINTERS).loaded())
 
 
 def kernels() -> Iterator[QuantizedKernel]:
@@ -125,15 +124,3 @@ def kernels() -> Iterator[QuantizedKernel]:
             integers = [kind(lanes, signed) for kind in (Bytes, Nibbles) for signed in (True, False)]
             for form in (*integers, Floats(4, lanes), Floats(5, lanes), None):
                 yield QuantizedKernel(target, form)
-
-
-def entry(kernel: QuantizedKernel) -> dict[str, Any]:
-    """One kernel's facts for the manifest: its symbol, then the fields of QuantizedInfo in their order."""
-    facts = {
-        "name": kernel.name,
-        "target": kernel.target.name,
-        "form": kernel.form_name,
-        "bits": kernel.form.bits if kernel.form else 0,
-        "block": block(kernel.form) if kernel.form else 0,
-    }
-    return {"symbol": kernel.symbol} | {x.name: facts[x.name] for x in spec.QUANTIZED_INFO if x.c_type != "QuantizedFn"}

@@ -6,7 +6,7 @@ known when the function is called, not when it is generated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -65,28 +65,26 @@ class Rows:
     def _load(self, source: I64, dtype: I64, to: Ptr, count: I64, step: I64) -> None:
         def of(name: str) -> None:
             p = Ptr.of_address(source, name)
-
-            def put(i: Size, lanes: int | None = None) -> None:
-                to.at(i * step).store(_widened(p.at(i).load(lanes), name))
-
             whole = ir.select_size(ir.equal(step, 1), count // self.lanes * self.lanes, 0)
-            ir.loop(0, whole, self.lanes, [], lambda i: put(i, self.lanes))
-            ir.loop(whole, count, 1, [], lambda i: put(i))
+            for i, lanes in self._vectors_and_elements(whole, count):
+                to.at(i * step).store(_widened(p.at(i).load(lanes), name))
 
         self._each_dtype(dtype, QUANTIZED_ROWS, of)
 
     def _store(self, source: Ptr, to: I64, dtype: I64, count: I64) -> None:
         def of(name: str) -> None:
             p = Ptr.of_address(to, name)
-
-            def put(i: Size, lanes: int | None = None) -> None:
+            for i, lanes in self._vectors_and_elements(count // self.lanes * self.lanes, count):
                 p.at(i).store(ir.convert(source.at(i).load(lanes), "float32", name))
 
-            whole = count // self.lanes * self.lanes
-            ir.loop(0, whole, self.lanes, [], lambda i: put(i, self.lanes))
-            ir.loop(whole, count, 1, [], lambda i: put(i))
-
         self._each_dtype(dtype, tuple(x for x in QUANTIZED_ROWS if DTYPES[x].kind == "float"), of)
+
+    def _vectors_and_elements(self, whole: Size, count: Size) -> Iterator[tuple[I64, int | None]]:
+        """The loop over ``whole`` elements by vectors, and the one over the others: where, and how many lanes."""
+        for i in ir.range_(0, whole, self.lanes):
+            yield i, self.lanes
+        for i in ir.range_(whole, count):
+            yield i, None
 
 
 def _widened(v: Value, name: str) -> Value:
@@ -94,3 +92,18 @@ def _widened(v: Value, name: str) -> Value:
     if DTYPES[name].kind == "float":
         return ir.convert(v, name, "float32")
     return ir.int32_to_float32(ir.convert(v, name, "int32"))
+
+
+def address(first: I64, index: Size, pitch: Size, dtype: Size) -> I64:
+    """The address of a row, ``index`` rows of ``pitch`` elements behind the first one."""
+    at = first + index * pitch * bytes_of(dtype)
+    assert isinstance(at, I64)
+    return at
+
+
+def bytes_of(dtype: Size) -> Size:
+    """Bytes of an element of one of the dtypes of rows, by its number."""
+    size: Size = 0
+    for number, name in enumerate(QUANTIZED_ROWS):
+        size = ir.select_size(ir.equal(dtype, number), DTYPES[name].bytes, size)
+    return size

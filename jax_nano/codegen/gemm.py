@@ -1,0 +1,111 @@
+"""What a generated matrix product consists of: its microkernels, its paths, and the function around all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from . import ir
+from .amx_microkernel import AmxMicrokernel, AmxTileRow
+from .composition import Composition
+from .epilogue import Epilogue
+from .inner import InnerPath
+from .inner_microkernel import InnerMicrokernel
+from .macrokernel import Macrokernel
+from .microkernel import Microkernel
+from .nanokernel.amx import ROWS, AmxDot
+from .packing import Packing
+from .sweep import SweepPath, family_of
+from .sweep_microkernel import SweepMicrokernel
+from .tile import Tile, direct_tile
+from .tile_row import TileRow
+
+
+class Gemm(Composition):
+    """A generated matrix product for one signature."""
+
+    @property
+    def inner(self) -> InnerPath | None:
+        """The inner-product path, where the nanokernel can take both operands as they lie along K."""
+        if not self.direct_both:
+            return None
+        return InnerPath(self.target, self.tile.lanes, self.family, self.a, self.b, self.out)
+
+    @property
+    def sweep(self) -> SweepPath | None:
+        """The path for few rows of A and a row-major B, where the nanokernel can take both as they lie."""
+        if not self.direct_both:
+            return None
+        return SweepPath(self.target, self.tile.lanes, family_of(self.family), self.a, self.b, self.out)
+
+    @property
+    def epilogue(self) -> Epilogue | None:
+        """What it can do to finished sums."""
+        masks = self.target.masks(1)
+        return Epilogue(self.out, self.family.acc, self.tile.lanes, masks) if self.family.acc == "float32" else None
+
+    def microkernels(self) -> Iterator[Microkernel | AmxMicrokernel | InnerMicrokernel | SweepMicrokernel]:
+        """Every microkernel of this product."""
+        for rows in self._tile_rows():
+            yield from rows.microkernels()
+        for path in (self.inner, self.sweep):
+            if path is not None:
+                yield from path.microkernels()
+
+    def emit(self, module: ir.Module, symbol: str) -> None:
+        """Adds ``void symbol(const GemmArgs*)`` and everything behind it to the module."""
+        masks = all(self.target.masks(ir.elem_bytes(x)) for x in (self.a, self.b))
+        packing = Packing(self.tile, self.family, self.a, self.b, masks)
+        pack_a, pack_b = packing.emit(module, symbol)
+        epilogue = self.epilogue.emit(module, symbol) if self.epilogue else None
+        rows_of_tiles: dict[bool, list[str]] = {direct_b: [] for direct_b in (False, True)}
+        for rows in self._tile_rows():
+            rows_of_tiles[rows.direct_b].append(rows.emit(module, symbol, epilogue))
+        paths = {"inner": self.inner, "sweep": self.sweep}
+        macrokernel = Macrokernel(
+            gemm=self,
+            module=module,
+            packing=packing,
+            pack_a=pack_a,
+            pack_b=pack_b,
+            packed_rows=rows_of_tiles[False],
+            direct_rows=rows_of_tiles[True],
+            paths={field: path.emit(module, symbol, epilogue) for field, path in paths.items() if path is not None},
+            inner=self.inner,
+        )
+        module.function(symbol, ["int64"], macrokernel.emit, internal=False)
+
+    @property
+    def direct_vectors(self) -> list[int]:
+        """Vectors in a row of tiles of 1, 2 ... mr rows against a B where it lies; none if it is always packed."""
+        if not self.direct_b or isinstance(self.family, AmxDot):
+            return []
+        return [self._direct_tile(rows).nv for rows in range(1, self.tile.mr + 1)]
+
+    def _direct_tile(self, rows: int) -> Tile:
+        return direct_tile(self.tile, rows, self.target, self.family.temporaries)
+
+    def _tile_rows(self) -> Iterator[TileRow | AmxTileRow]:
+        """For each number of rows 1..mr, or of rows of tiles, against packed panels of B and B where it lies."""
+        if isinstance(self.family, AmxDot):
+            for tiles in range(1, self.tile.mr // ROWS + 1):
+                yield AmxTileRow(tiles, self.family, self.out)
+            return
+        for direct_b in (False, True) if self.direct_b else (False,):
+            for m in range(1, self.tile.mr + 1):
+                tile = self._direct_tile(m) if direct_b else Tile(m, self.tile.nv, self.tile.lanes)
+                whole = [self._micro(Tile(m, nv, tile.lanes), direct_b) for nv in range(1, tile.nv + 1)]
+                yield TileRow(whole, self._micro(Tile(m, 1, tile.lanes), direct_b, masked=True))
+
+    def _micro(self, tile: Tile, direct_b: bool, *, masked: bool = False) -> Microkernel:
+        b = self.b if direct_b else self.family.unit
+        return Microkernel(
+            tile=tile,
+            family=self.family,
+            b=b,
+            out=self.out,
+            main=tile.mr == self.tile.mr and tile.nv == self.tile.nv,
+            masked=masked,
+            direct_b=direct_b,
+            masks_b=self.target.masks(ir.elem_bytes(b)),
+            masks_c=self.target.masks(ir.elem_bytes(self.out)),
+        )
