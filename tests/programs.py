@@ -20,12 +20,17 @@ _OPCODE = re.compile(r"= (?:\([^)]*\)|\S+) ([a-z][a-z0-9-]*)\(")
 def ops(fun: Callable[..., Any], *args: Any) -> Counter[str]:
     """How often each HLO operation occurs in the program that XLA compiles for fun(*args).
 
-    Our calls count as "product", "linear" and "attention", other custom calls as "custom-call".
+    Our calls count as "product", "linear", "attention" and "quantized", other custom calls as "custom-call".
     """
     fun = fun if hasattr(fun, "lower") else jax.jit(fun)
     text = _METADATA.sub("", fun.lower(*args).compile().as_text())
     found = Counter(_OPCODE.findall(text))
-    targets = {"product": "jax_nano_dot_general", "linear": "jax_nano_linear", "attention": "jax_nano_attention"}
+    targets = {
+        "product": "jax_nano_dot_general",
+        "linear": "jax_nano_linear",
+        "attention": "jax_nano_attention",
+        "quantized": "jax_nano_quantized",
+    }
     ours = Counter({name: text.count(f'custom_call_target="{target}"') for name, target in targets.items()})
     return found + ours - Counter({"custom-call": ours.total()})
 

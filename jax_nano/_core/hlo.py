@@ -158,6 +158,9 @@ PRED: Final = 1
 
 _TUPLE: Final = 13
 
+_PACKED_BITS: Final = {x.number: x.bits for x in spec.WEIGHTS.values() if x.bits < 8}
+"""Of dtypes whose elements XLA:CPU packs into bytes; layouts say so."""
+
 # Operations that are removed when nothing uses their result any more.
 _PURE: Final = frozenset(
     (
@@ -271,6 +274,7 @@ def set_shape(shape: Any, element_type: int, dims: Sequence[int]) -> None:
     shape.dimensions.extend(dims)
     shape.is_dynamic_dimension.extend([False] * len(dims))
     shape.layout.minor_to_major.extend(range(len(dims) - 1, -1, -1))
+    shape.layout.element_size_in_bits = _PACKED_BITS.get(element_type, 0)
 
 
 def set_tuple(shape: Any, arrays: Sequence[tuple[int, Sequence[int]]]) -> None:
@@ -535,6 +539,20 @@ class Module:
         place = {x.id: (i, 1) for i, x in enumerate(computations)}
         place[number] = (place[caller.id][0], 0)
         computations.sort(key=lambda x: place[x.id])
+        return new
+
+    def copy_for(self, caller: Computation, computation: Computation) -> Computation:
+        """A copy of a fused computation that `caller` may call."""
+        place = {x.id: i for i, x in enumerate(computation.instructions)}
+        parts = []
+        for x in computation.instructions:
+            part = type(x)()
+            part.CopyFrom(x)
+            part.operand_ids[:] = [place[number] for number in x.operand_ids]
+            parts.append(part)
+        new = self.add_fused(caller, parts)
+        new.root_id = new.instructions[place[computation.root_id]].id
+        self.set_parameters(new)
         return new
 
     def set_parameters(self, computation: Computation) -> None:

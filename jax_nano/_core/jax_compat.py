@@ -342,6 +342,32 @@ def require_hlo_transformations() -> None:
         raise TooOld(f"this is jaxlib {'.'.join(map(str, jaxlib_version))}")
 
 
+def lower_scaled_matmul() -> None:
+    """Give `jax.nn.scaled_matmul` a meaning on CPUs where JAX has none (0.10): that of JAX 0.12."""
+    when_imported("jax._src.cudnn.scaled_matmul_stablehlo", _lower_scaled_matmul)
+
+
+def _lower_scaled_matmul(module: Any) -> None:
+    if hasattr(module, "_scaled_matmul_cpu_lowering_impl") or not hasattr(module, "_scaled_matmul_p"):
+        return
+    mlir.register_lowering(
+        module._scaled_matmul_p, mlir.lower_fun(_scaled_matmul, multiple_results=False), platform="cpu"
+    )
+
+
+def _scaled_matmul(a: Array, b: Array, a_scales: Array, b_scales: Array, *, preferred_element_type: Any) -> Array:
+    def scaled(x: Array, scales: Array) -> Array:
+        blocks = jax.numpy.reshape(x.astype(preferred_element_type), (*scales.shape, -1))
+        return jax.numpy.reshape(blocks * scales.astype(preferred_element_type)[..., None], x.shape)
+
+    return jax.lax.dot_general(
+        scaled(a, a_scales),
+        scaled(b, b_scales),
+        (((2,), (2,)), ((0,), (0,))),
+        preferred_element_type=preferred_element_type,
+    )
+
+
 def register_hlo_transformation(name: str, transform: Callable[[bytes], bytes | None]) -> None:
     """Let `transform` change the modules that XLA compiles for CPUs, after its own passes.
 

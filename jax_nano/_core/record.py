@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from jax_nano._core import jax_compat as compat
-from jax_nano._core import machine, native
+from jax_nano._core import machine, native, spec
 from jax_nano._core.contraction import Labels
 
 
@@ -37,6 +37,7 @@ class Product(NamedTuple):
     declined: str | None  # why XLA computes it; None: a kernel does
     epilogue: str = ""  # what the call does besides
     kernel: str = ""  # what computes it; "" if that is to be asked of the planner of plain products
+    weights: str = ""  # why an operand that was made of quantised weights is read as floats
 
 
 class Attention(NamedTuple):
@@ -133,7 +134,16 @@ def line(product: Product | Attention) -> str:
     algorithm = "" if product.algorithm == "default" else f" ({product.algorithm})"
     algorithm += f", then {product.epilogue}" if product.epilogue else ""
     fate = product.kernel or _kernel(product) if product.declined is None else f"left to XLA: {product.declined}"
+    if product.weights:
+        fate += f"; its quantised weights are made floats first: {product.weights}"
     return f"{what}{algorithm}: {fate}  [{product.source}]"
+
+
+def quantized_text(weights: str, k: int, groups: int, *, zero: bool) -> str:
+    """What computes a product with quantised weights, in words."""
+    form = spec.WEIGHTS[weights].form if weights in spec.WEIGHTS else weights
+    scales = f"scales of {groups} groups of {k // groups}" if groups > 1 else "scales of columns"
+    return ", ".join([native.target(), f"quantized_{form}", scales, *(["zero points"] if zero else [])])
 
 
 def _attention_line(attention: Attention) -> str:

@@ -84,6 +84,17 @@ def keeps_attention(scores: int) -> bool:
     return scores < ATTENTION_SCORES
 
 
+# Products with quantised weights, by the number of weights.
+QUANTIZED_WEIGHTS: Final = 2**12
+
+
+def keeps_quantized(rows: int, weights: int) -> str | None:
+    """Why a product with so many quantised weights is better made of floats first, or None."""
+    if weights < QUANTIZED_WEIGHTS:
+        return f"{weights} weights of at least {QUANTIZED_WEIGHTS}"
+    return None
+
+
 def is_faster(
     labels: Labels,
     lhs_shape: Sequence[int],

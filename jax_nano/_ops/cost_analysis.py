@@ -20,7 +20,8 @@ from jax_nano._core.contraction import Labels
 if TYPE_CHECKING:
     from jax_nano._core.hlo import Body, Instruction
 
-_TARGETS: Final = (native.TARGET_NAME, native.LINEAR_TARGET_NAME)
+_TARGETS: Final = (native.TARGET_NAME, native.LINEAR_TARGET_NAME, native.QUANTIZED_TARGET_NAME)
+_ALONG_K: Final = re.compile(rb"along_k = 1")
 _LABELS: Final = re.compile(rb"(lhs|rhs|out)_labels = dense<\[?([0-9, ]*)\]?>")
 _DIMS: Final = re.compile(rb"(q|k|v|out)_dims = dense<\[([0-9, ]*)\]>")
 
@@ -28,8 +29,9 @@ _DIMS: Final = re.compile(rb"(q|k|v|out)_dims = dense<\[([0-9, ]*)\]>")
 def with_dots(serialized: bytes) -> bytes | None:
     """The HLO module with dots in the places of our calls, None if there are none.
 
-    Epilogues are not counted: a bias, a residual and an activation cost about a hundredth of the product. Neither is
-    softmax in attention, nor is it counted that a causal mask saves half of the work.
+    Epilogues are not counted: a bias, a residual and an activation cost about a hundredth of the product. Nor is making
+    floats of quantised weights, which count with their own bytes. Neither is softmax in attention, nor is it counted
+    that a causal mask saves half of the work.
     """
     if not any(target.encode() in serialized for target in (*_TARGETS, native.ATTENTION_TARGET_NAME)):
         return None
@@ -50,7 +52,10 @@ def with_dots(serialized: bytes) -> bytes | None:
             if x.opcode != "custom-call" or x.custom_call_target not in _TARGETS:
                 continue
             found = True
-            labels = labels_of(x.backend_config)
+            if x.custom_call_target == native.QUANTIZED_TARGET_NAME:
+                labels = Labels((0, 1), (2, 1) if _ALONG_K.search(x.backend_config) else (1, 2), (0, 2))
+            else:
+                labels = labels_of(x.backend_config)
             dot = type(x)(name=x.name, opcode="dot", id=x.id, operand_ids=x.operand_ids[:2], shape=x.shape)
             dot.control_predecessor_ids.extend(x.control_predecessor_ids)
             numbers = dot.dot_dimension_numbers

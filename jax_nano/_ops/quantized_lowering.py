@@ -19,7 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir, xla
 
 from jax_nano._core import jax_compat as compat
-from jax_nano._core import native, record, spec
+from jax_nano._core import native, record
 from jax_nano._ops import sharding
 from jax_nano._ops.lowering import Context, Operand, Value, fold_transposes, tell
 from jax_nano._ops.quantized import Options, composition, labels, split
@@ -29,8 +29,6 @@ _ffi_rule: Callable[..., Any] = jax.ffi.ffi_lowering(native.QUANTIZED_TARGET_NAM
 
 _BYTES = {np.dtype(jnp.int4): np.dtype(np.int8), np.dtype(jnp.uint4): np.dtype(np.uint8)}
 """Zero points of 4 bits, of which there are few, go to the kernel as bytes."""
-
-_KERNELS = {name: f"quantized_{x.form}" for name, x in spec.WEIGHTS.items()}
 
 
 @cache
@@ -102,7 +100,8 @@ def _lower(ctx: Context, *values: Value, options: Options) -> Sequence[Value]:
             operands = [x, q, scale, *others]
             whole = partial(_call, flipped=flipped, options=options._replace(along_k=along_k != flipped))
         groups = scale.shape[1 if along_k else 0]
-        kernel = f"{_KERNELS.get(q.dtype.name, '')}, {groups} group{'s' if groups != 1 else ''}"
+        k = q.shape[1 if along_k else 0]
+        kernel = record.quantized_text(q.dtype.name, k, groups, zero=bool(zero)) if local and served else ""
         declined = None if local and served else "no kernel for these quantised weights" if local else "several devices"
         shapes = (x.shape, ctx.avals_in[1].shape, out_aval.shape)
         dtypes = (x.dtype, q.dtype, options.dtype)

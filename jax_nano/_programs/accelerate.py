@@ -76,6 +76,7 @@ class _Hook:
                     " other functions work with this version"
                 ) from None
             compat.mark_lowered_modules(_mark)
+            compat.lower_scaled_matmul()
             compat.retry_failed_compilations(MARK, record.recorded, self._not_compiled)
             self._installed = True
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from jax_nano._core import hlo, native
 from jax_nano._core.hlo import Body, Instruction
-from jax_nano._programs import aliasing
+from jax_nano._programs import aliasing, calls
 from jax_nano._programs.attention import (
     BATCH,
     ELEMENT,
@@ -28,8 +28,6 @@ _MASKED: Final = float(np.float32(-0.7) * np.finfo(np.float32).max)
 
 _FLOAT32: Final = hlo.ELEMENT_TYPES[np.dtype(np.float32)]
 _INT32: Final = hlo.ELEMENT_TYPES[np.dtype(np.int32)]
-
-_OF_OTHERS: Final = ("called_computation_ids", "dimensions", "dot_dimension_numbers", "fusion_kind", "precision_config")
 
 Extra = Callable[[], Instruction]
 """Makes an operand behind q, k and v, when everything has been found possible."""
@@ -82,8 +80,7 @@ def write(body: Body, found: Found) -> None:
         call = root
         if array.dims != tuple(sizes) or not array.is_row_major:
             call = body.bitcast_result(root, found.dtype, sizes)
-        for field in _OF_OTHERS:
-            call.ClearField(field)
+        calls.clear(call)
         call.opcode = "custom-call"
     call.custom_call_target = native.ATTENTION_TARGET_NAME
     call.custom_call_api_version = hlo.TYPED_FFI
@@ -131,7 +128,7 @@ def _attributes(found: Found, extras: dict[str, Extra]) -> bytes:
         **{name: f"{int(name in extras)} : i64" for name in ("bias", "mask", "q_lengths", "kv_lengths")},
         "residual": f"{int(found.nan_rows)} : i64",
     }
-    return ("{" + ", ".join(f"{x} = {value}" for x, value in attributes.items()) + "}").encode()
+    return calls.attributes_text(attributes)
 
 
 # --- what follows q, k and v --------------------------------------------------------------------------------------

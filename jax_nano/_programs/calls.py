@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
+from typing import Final
 
 import numpy as np
 
 from jax_nano._core import hlo, native
 from jax_nano._core.contraction import Dims, Labels
-from jax_nano._core.hlo import Body
+from jax_nano._core.hlo import Body, Instruction
 from jax_nano._programs import epilogues, views
 from jax_nano._programs.views import View
 
-_OF_DOTS_AND_FUSIONS = ("dot_dimension_numbers", "precision_config", "fusion_kind", "called_computation_ids")
+_OF_OTHERS: Final = ("called_computation_ids", "dimensions", "dot_dimension_numbers", "fusion_kind", "precision_config")
 
 
 def write(
@@ -34,7 +36,7 @@ def write(
         if epilogue.residual is not None:
             inputs.append(out._replace(instruction=epilogue.residual))
         attributes["activation"] = f'"{epilogue.activation}"'
-        attributes["scale"] = _float32(epilogue.scale)
+        attributes["scale"] = float32(epilogue.scale)
         attributes["bias"] = f"{int(epilogue.bias is not None)} : i64"
         attributes["residual"] = f"{int(epilogue.residual is not None)} : i64"
     for name, dims in zip(("lhs", "rhs", "out"), labels, strict=True):
@@ -45,14 +47,24 @@ def write(
     body.set_operands(call, operands)
     if not out.is_its_shape:
         call = body.bitcast_result(call, out.dtype, out.sizes)
-    for field in _OF_DOTS_AND_FUSIONS:
-        call.ClearField(field)
+    clear(call)
     call.opcode = "custom-call"
     call.custom_call_target = target
     call.custom_call_api_version = hlo.TYPED_FFI
-    call.backend_config = ("{" + ", ".join(f"{x} = {value}" for x, value in attributes.items()) + "}").encode()
+    call.backend_config = attributes_text(attributes)
     call.constrain_layout = True
     call.operand_shapes_with_layout.extend(x.shape for x in operands)
+
+
+def clear(instruction: Instruction) -> None:
+    """Removes from an instruction what says which operation it was."""
+    for field in _OF_OTHERS:
+        instruction.ClearField(field)
+
+
+def attributes_text(attributes: Mapping[str, str]) -> bytes:
+    """A call's attributes as a dictionary of MLIR."""
+    return ("{" + ", ".join(f"{x} = {value}" for x, value in attributes.items()) + "}").encode()
 
 
 def _narrowed(body: Body, view: View) -> View:
@@ -61,7 +73,7 @@ def _narrowed(body: Body, view: View) -> View:
     return view._replace(instruction=instruction or views.narrow(body, view.instruction))
 
 
-def _float32(value: float) -> str:
+def float32(value: float) -> str:
     """A number as MLIR's text, bit for bit: decimal digits have no infinities and no NaN."""
     with np.errstate(over="ignore"):
         bits = int(np.float32(value).view(np.uint32))

@@ -41,14 +41,21 @@ class Found(NamedTuple):
     scale: float
     bias: Instruction | None  # of any float dtype, to be converted to that of the result
     residual: Instruction | None
+    columns: Instruction | None = None  # a scale for each column, of any float dtype
 
     @property
     def is_nothing(self) -> bool:
         """Whether it only converts the result."""
-        return self.activation == "none" and self.scale == 1 and self.bias is None and self.residual is None
+        return (
+            (self.activation, self.scale) == ("none", 1)
+            and self.bias is None
+            and self.residual is None
+            and self.columns is None
+        )
 
     def __str__(self) -> str:
         there = {"bias": self.bias is not None, "residual": self.residual is not None}
+        # Scales a column belong to the weights.
         return record.epilogue_text(self.activation, self.scale, **there)
 
 
@@ -169,8 +176,11 @@ _ACTIVATIONS: Final[Mapping[str, Sequence[tuple[str, Callable[[_Graph, Expressio
 }
 
 
-def epilogue_of(body: Body, out: View) -> Found | None:
-    """The epilogue after a product that is summed in float32 and has no other user; None if no call can compute it."""
+def epilogue_of(body: Body, out: View, *, columns: bool = False) -> Found | None:
+    """The epilogue after a product that is summed in float32 and has no other user; None if no call can compute it.
+
+    With `columns`, it may have a scale for each column, as calls for quantised weights have.
+    """
     product = out.instruction
     if out.dtype not in (_FLOAT32, *_NARROW) or not out.is_its_shape:
         return None
@@ -194,7 +204,7 @@ def epilogue_of(body: Body, out: View) -> Found | None:
     if expression is None:
         return None
     found = Found(fusion, dtype, "none", 1.0, None, None)
-    return _matched(body, graph, expression, graph.add("array", ours[0]), found)
+    return _matched(body, graph, expression, graph.add("array", ours[0]), found, loop.is_one_row if columns else None)
 
 
 def _only_user(body: Body, instruction: Instruction) -> Instruction | None:
@@ -217,6 +227,10 @@ class _Loop:
 
     def __init__(self, graph: _Graph, rows: tuple[int, int] | None, product: int) -> None:
         self._graph, self._rows, self._product = graph, rows, graph.add("array", product)
+
+    @property
+    def is_one_row(self) -> bool:
+        return self._rows is not None and self._rows[0] == 1
 
     def result(self, computation: hlo.Computation) -> Expression | None:
         """What an element of the result is; None if some operation is not understood."""
@@ -280,7 +294,15 @@ class _Loop:
         return self._graph.add("rounded", number) if is_given else number
 
 
-def _matched(body: Body, graph: _Graph, whole: Expression, product: Expression, found: Found) -> Found | None:
+def _matched(
+    body: Body, graph: _Graph, whole: Expression, product: Expression, found: Found, one_row: bool | None
+) -> Found | None:
+    """The epilogue whose value the whole expression is.
+
+    Args:
+      body, graph, whole, product, found: what is compared with what.
+      one_row: whether an array is a scale for each column; None if there may be none of these.
+    """
     operands = body.operands(found.instruction)
     candidates: list[tuple[Expression, Instruction | None]] = []
     node = graph.node(whole)
@@ -294,13 +316,16 @@ def _matched(body: Body, graph: _Graph, whole: Expression, product: Expression, 
     candidates.append((whole, None))
     affine = [(y, *parts) for y in range(len(graph)) if (parts := _affine(graph, y, product)) is not None]
     for expression, residual in candidates:
-        for y, scale, row in affine:
-            bias = None if row is None else _bias(graph, row, operands, found.dtype)
-            if row is not None and bias is None:
+        for y, scale, factor, row in affine:
+            bias = None if row is None else _vector(graph, row, operands, found.dtype)
+            columns = None
+            if factor is not None and one_row is not None:
+                columns = _columns(body, graph, factor, operands, found.dtype, one_row=one_row)
+            if (row is not None and bias is None) or (factor is not None and columns is None):
                 continue
             activation = _activation(graph, y, expression)
             if activation is not None:
-                return found._replace(activation=activation, scale=scale, bias=bias, residual=residual)
+                return found._replace(activation=activation, scale=scale, bias=bias, residual=residual, columns=columns)
     return None
 
 
@@ -312,8 +337,16 @@ def _activation(graph: _Graph, y: Expression, expression: Expression) -> str | N
     return next((name for name, form in forms if form(graph, y) == expression), None)
 
 
-def _affine(graph: _Graph, y: Expression, product: Expression) -> tuple[float, Expression | None] | None:
-    """Scale and row if y is scale * product + row."""
+class _Affine(NamedTuple):
+    """scale * factor * product + row."""
+
+    scale: float
+    factor: Expression | None
+    row: Expression | None
+
+
+def _affine(graph: _Graph, y: Expression, product: Expression) -> _Affine | None:
+    """What y is, if it is that."""
     row, node = None, graph.node(y)
     if node.name == "add":
         rows = [x for x in node.operands if graph.node(x).name == "row"]
@@ -323,15 +356,37 @@ def _affine(graph: _Graph, y: Expression, product: Expression) -> tuple[float, E
         (y,) = (x for x in node.operands if x != row)
         node = graph.node(y)
     if y == product:
-        return 1.0, row
+        return _Affine(1.0, None, row)
     if node.name == "multiply" and product in node.operands:
-        factor = graph.node(node.operands[node.operands[0] == product])
-        return (factor.value, row) if factor.name == "constant" else None
+        other = node.operands[node.operands[0] == product]
+        factor = graph.node(other)
+        if factor.name == "constant":
+            return _Affine(factor.value, None, row)
+        return _Affine(1.0, other, row) if other != product else None
     return None
 
 
-def _bias(graph: _Graph, row: Expression, operands: Sequence[Instruction], dtype: np.dtype) -> Instruction | None:
-    """The vector of a row, if the loop adds it as one of this dtype."""
+def _columns(
+    body: Body,
+    graph: _Graph,
+    factor: Expression,
+    operands: Sequence[Instruction],
+    dtype: np.dtype,
+    *,
+    one_row: bool,
+) -> Instruction | None:
+    """The vector that a factor is, if it has a number for each column."""
+    node = graph.node(factor)
+    found: Instruction | None = None
+    if node.name == "row":
+        found = _vector(graph, factor, operands, dtype)
+    elif one_row and node.name in ("array", "rounded"):
+        found = _vector(graph, graph.add("row", factor), operands, dtype)
+    return found if found is not None and aliasing.keeps_its_value(body, found) else None
+
+
+def _vector(graph: _Graph, row: Expression, operands: Sequence[Instruction], dtype: np.dtype) -> Instruction | None:
+    """The vector of a row, if the loop takes it as one of this dtype."""
     node = graph.node(graph.node(row).operands[0])
     rounded = node.name == "rounded"
     (number,) = (graph.node(node.operands[0]) if rounded else node).operands

@@ -18,6 +18,10 @@ An element of a loop's state is replaced by the original array if
 
 Readers of the element after the loop get a conversion there.
 
+XLA also makes float matrices of quantised weights in front of a loop. The loop is made to carry the weights instead,
+and in elements of its own their scales and zero points, under the same conditions; what makes the matrix stands in the
+loop then, where products with quantised weights are recognised as anywhere.
+
 Some loops XLA (seen in jaxlib 0.12) wraps into a call and compiles into one function, if it can compile everything in
 them itself, as it can products with vectors of any size. Such a function cannot contain custom calls
 (`rewrite._SMALL`). The wrapper is removed, which makes each operation of the loop a task of the runtime, if the
@@ -38,7 +42,7 @@ from jax_nano._core import hlo
 from jax_nano._core.hlo import Body, Computation, Instruction, Module
 from jax_nano._dispatch import xla
 from jax_nano._dispatch.decision import Policy
-from jax_nano._programs import aliasing, views
+from jax_nano._programs import aliasing, quantized, views
 from jax_nano._programs import carried as _carried
 from jax_nano._programs.carried import Loop
 
@@ -63,6 +67,7 @@ class _Element(NamedTuple):
 
     loop: int
     position: int
+    of_weights: bool = False  # carried as quantised weights, not as what was widened
 
 
 class _Narrowed(NamedTuple):
@@ -155,7 +160,7 @@ def _change(module: Module, fused: Collection[int], refused: Collection[_Element
     changes: list[_Narrowed | _Opened] = [*_open_calls(module, refused)]
     bodies = {x.id: Body(module, x) for x in module.computations if x.id not in fused}
     _carried.only_read(module, bodies, aliasing.only_reads)
-    for computation in reversed(module.computations):  # loops around others before those inside
+    for computation in list(reversed(module.computations)):  # loops around others before those inside
         if computation.id not in bodies:
             continue
         for instruction in list(computation.instructions):
@@ -193,20 +198,21 @@ def _change_loop(
     for index in sorted(_carried.unchanged(body)):
         names = _carried.elements_of(body, _carried.state_of(body), index)
         readers = [x for name in names for x in body.users(name) if x.id != body.root.id]
-        if (
-            _Element(loop.instruction.id, index) in refused
-            or len(names) != 1
-            or not readers
-            or _carried.elements_of(condition, _carried.state_of(condition), index)
-        ):
+        if len(names) != 1 or not readers or _carried.elements_of(condition, _carried.state_of(condition), index):
+            continue
+        if _Element(loop.instruction.id, index, of_weights=True) not in refused:
+            origin = quantized.origin_of(around, around.operands(state)[index])
+            if origin is not None:
+                state = _own_state(around, loop, state)
+                yield _carry_weights(module, bodies, around, loop, state, index, origin)
+                continue
+        if _Element(loop.instruction.id, index) in refused:
             continue
         found = _narrow_source(around, around.operands(state)[index])
         if found is None:
             continue
         narrow, moves = found
-        if len(around.users(state)) > 1:
-            state = around.like(state, around.operands(state), near=state)
-            around.set_operands(loop.instruction, [state])
+        state = _own_state(around, loop, state)
         operands = around.operands(state)
         array = hlo.array_of(operands[index].shape)
         assert array is not None
@@ -221,6 +227,67 @@ def _change_loop(
             tuple_.shape.tuple_shapes[index].CopyFrom(narrow.shape)
         module.only_read[loop.instruction.id] |= {index}
         yield _Narrowed(_Element(loop.instruction.id, index), loop.body.id, carried.id, widened.id, wide_bytes)
+
+
+def _own_state(around: Body, loop: Loop, state: Instruction) -> Instruction:
+    """The initial state of a loop, as one that nothing else reads."""
+    if len(around.users(state)) > 1:
+        state = around.like(state, around.operands(state), near=state)
+        around.set_operands(loop.instruction, [state])
+    return state
+
+
+def _carry_weights(
+    module: Module,
+    bodies: Mapping[int, Body],
+    around: Body,
+    loop: Loop,
+    state: Instruction,
+    index: int,
+    origin: quantized.Origin,
+) -> _Narrowed:
+    """Carries quantised weights in the place of the float matrix made of them, and their scales besides."""
+    body, condition = bodies[loop.body.id], bodies[loop.condition.id]
+    tuples = (state, loop.instruction, _carried.state_of(body), body.root, _carried.state_of(condition))
+    operands = around.operands(state)
+    array = hlo.array_of(operands[index].shape)
+    assert array is not None
+    wide_bytes = array.dtype.itemsize * math.prod(array.dims)
+    (carried,) = _carried.elements_of(body, _carried.state_of(body), index)
+    names = _carried.elements_of(around, loop.instruction, index)
+    operands[index] = origin.q
+    for x in tuples:
+        x.shape.tuple_shapes[index].CopyFrom(origin.q.shape)
+    inside = [carried]
+    for other in origin.others:
+        position = len(operands)
+        operands.append(other)
+        for x in tuples:
+            x.shape.tuple_shapes.add().CopyFrom(other.shape)
+        element = body.get(_carried.state_of(body), position)
+        body.set_operands(body.root, [*body.operands(body.root), element])
+        inside.append(element)
+        module.only_read[loop.instruction.id] |= {position}
+    around.set_operands(state, operands)
+    widened = _made_for_readers(body, origin, inside, keeper=body.root)
+    for name in names:
+        _made_for_readers(around, origin, [name, *origin.others], keeper=None)
+    module.only_read[loop.instruction.id] |= {index}
+    what = _Element(loop.instruction.id, index, of_weights=True)
+    return _Narrowed(what, loop.body.id, carried.id, widened.id, wide_bytes)
+
+
+def _made_for_readers(
+    body: Body, origin: quantized.Origin, arrays: Sequence[Instruction], keeper: Instruction | None
+) -> Instruction:
+    """As `_widen`, for weights, the first one of the arrays."""
+    name = arrays[0]
+    readers = {x.id: x for x in body.users(name) if keeper is None or x.id != keeper.id}
+    name.shape.CopyFrom(origin.q.shape)
+    made = quantized.made_again(body, origin, arrays)
+    for user in readers.values():
+        body.set_operands(user, [made if x.id == name.id else x for x in body.operands(user)])
+    return made
 
 
 def _narrow_source(body: Body, wide: Instruction) -> tuple[Instruction, list[Instruction]] | None:

@@ -19,10 +19,22 @@ from typing import Final
 
 from jax_nano._core import hlo, record
 from jax_nano._core import jax_compat as compat
+from jax_nano._core.contraction import Labels
 from jax_nano._core.hlo import Body, Computation, Instruction, Module
 from jax_nano._dispatch import xla
 from jax_nano._dispatch.decision import Policy
-from jax_nano._programs import attention, attention_calls, calls, fusions, inner_products, loops, products
+from jax_nano._programs import (
+    attention,
+    attention_calls,
+    calls,
+    fusions,
+    inner_products,
+    loops,
+    products,
+    quantized,
+    quantized_calls,
+    views,
+)
 from jax_nano._programs.products import Dot
 
 # Where the results of a changed module are not stored in donated memory, each call gets new pages for those that are
@@ -45,17 +57,24 @@ class _Rewriter:
         self._module, self._policy = module, policy
         self._why_none = _why_none(module)
         self._in_one_function = module.called_from(hlo.is_one_function)
+        self._why_floats: dict[int, str] = {}
+        """Why products read a float matrix that was made of quantised weights, by their ids, in one computation."""
 
     def rewrite(self) -> list[record.Product | record.Attention]:
         module, found, seen = self._module, list[record.Product | record.Attention](), set[int]()
         inner_products.restore(module, self._why_not_taken_out)
         why = fusions.take_out(module, self._why_not_taken_out, self._policy)
         if self._why_none is None:
+            for body in module.bodies("dot"):
+                views.convert_last(body)
             loops.carry_narrow_arrays(module, module.fused(), self._calls_in, self._policy)
             self._in_one_function = module.called_from(hlo.is_one_function)
         for body in module.bodies("dot", "fusion"):
             attentions, body, inside = self._replace_attentions(body)
             found += attentions
+            seen |= inside
+            with_weights, body, inside = self._replace_quantized(body)
+            found += with_weights
             seen |= inside
             dots = _products_of(body)
             if not dots:
@@ -78,15 +97,21 @@ class _Rewriter:
         body = Body(module, computation)
         dots = _products_of(body)
         numbers, found = frozenset(x.instruction.id for x in dots), {}
-        for x in dots:
-            seen = products.see(body, x)
-            call = None if seen is None else products.best_call(body, x.dot, seen, numbers, self._policy)
+        for number, x in _quantized_in(body, self._policy)[0].items():
+            m, k, _, n = x.sizes
+            reads = {x.x.instruction.id, x.weights.q.instruction.id}
+            found[number] = loops.Call(reads, m * k * n, is_vector=1 in (m, n), is_narrow=True)
+        for dot in dots:
+            if dot.instruction.id in found:
+                continue
+            seen = products.see(body, dot)
+            call = None if seen is None else products.best_call(body, dot.dot, seen, numbers, self._policy)
             if call is not None:
                 lhs, rhs, _ = call.views
                 labels = call.views.labels
                 sizes = labels.sizes(lhs.sizes, rhs.sizes)
                 m, n, batch = (math.prod(sizes[i] for i in y) for y in (labels.lhs_free, labels.rhs_free, labels.batch))
-                found[x.instruction.id] = loops.Call(
+                found[dot.instruction.id] = loops.Call(
                     {lhs.instruction.id, rhs.instruction.id},
                     math.prod(sizes.values()),
                     is_vector=1 in (m, n) and batch == 1,
@@ -128,6 +153,30 @@ class _Rewriter:
         inside = {dot for number, dots in before.items() if number not in left for dot in dots}
         return found, body, inside
 
+    def _replace_quantized(self, body: Body) -> tuple[list[record.Product], Body, set[int]]:
+        """Puts calls in the place of products with quantised weights; as `_replace_attentions`.
+
+        `self._why_floats` gets the reasons of those that look as if they were, by their ids.
+        """
+        found = list[record.Product]()
+        before = _dots_of(body)
+        reason = self._why_none_in(body.computation)
+        whole, self._why_floats = _quantized_in(body, self._policy)
+        for number in whole if reason is None else ():
+            quantised = quantized.find(body, body[number])
+            if quantised is None or isinstance(quantised, str):
+                continue
+            try:
+                quantized_calls.write(body, quantised)
+            except quantized.NotQuantized as error:
+                self._why_floats[number] = str(error)
+                continue
+            found.append(_quantized_record(self._module.name, quantised))
+            body.commit()
+            body = Body(body.module, body.computation)
+        left = _dots_of(body)
+        return found, body, {dot for number, dots in before.items() if number not in left for dot in dots}
+
     def _replace(self, body: Body, product: Dot, numbers: frozenset[int], why_none: str | None) -> record.Product:
         """Replaces a product by a call, unless XLA is to compute it."""
         seen = products.see(body, product)
@@ -145,7 +194,10 @@ class _Rewriter:
         algorithm = "default" if decision.signature is None else decision.signature.algorithm
         a, b, c = (record.Array(hlo.NAMES[x.dtype], x.sizes) for x in arrays)
         fate = (decision.declined, str(epilogue or ""))
-        return record.Product(self._module.name, product.source, (a, b, c), decision.labels, algorithm, *fate)
+        why_floats = self._why_floats.get(product.instruction.id, "")
+        return record.Product(
+            self._module.name, product.source, (a, b, c), decision.labels, algorithm, *fate, weights=why_floats
+        )
 
     def _unseen(self, seen: Collection[int], why: Mapping[int, str]) -> Iterator[record.Product]:
         """The products that are in no form that becomes a call, for the report."""
@@ -162,6 +214,48 @@ class _Rewriter:
         labels = products.labels_of(dot, *(len(x.shape.dimensions) for x in arrays[:2]))
         a, b, c = (record.Array(hlo.dtype_name(x.shape), tuple(x.shape.dimensions)) for x in arrays)
         return record.Product(self._module.name, source, (a, b, c), labels, "default", why)
+
+
+def _quantized_in(body: Body, policy: Policy) -> tuple[dict[int, quantized.Found], dict[int, str]]:
+    """The products with quantised weights that calls replace, by id, and why others are none."""
+    found: dict[int, quantized.Found] = {}
+    why: dict[int, str] = {}
+    for number in _dots_of(body):
+        one = quantized.find(body, body[number])
+        if isinstance(one, quantized.Found):
+            m, k, _, n = one.sizes
+            reason = xla.keeps_quantized(m, k * n) if policy.declines else None
+            if reason is None:
+                found[number] = one
+            else:
+                why[number] = reason
+        elif one is not None:
+            why[number] = one
+    while True:  # a matrix that others read is made in any case
+        made = {number for x in found.values() for number in x.between}
+        readers = made | set(found)
+        shared = {x for x in made if body.is_awaited(body[x]) or any(y.id not in readers for y in body.users(body[x]))}
+        losing = [number for number, x in found.items() if x.between & shared]
+        if not losing:
+            return found, why
+        for number in losing:
+            why[number] = "something else reads the dequantised weights"
+            del found[number]
+
+
+def _quantized_record(program: str, found: quantized.Found) -> record.Product:
+    m, k, groups, n = found.sizes
+    q = (n, k) if found.along_k else (k, n)
+    x = hlo.dtype_name(found.x.instruction.shape)
+    arrays = (
+        record.Array(x, (m, k)),
+        record.Array(found.weights.name, q),
+        record.Array(hlo.NAMES[found.dtype], (m, n)),
+    )
+    kernel = record.quantized_text(found.weights.name, k, groups, zero=found.weights.zero is not None)
+    source = found.dot.metadata.op_name or found.dot.name
+    labels = Labels((0, 1), (2, 1) if found.along_k else (1, 2), (0, 2))
+    return record.Product(program, source, arrays, labels, "default", None, str(found.epilogue or ""), kernel)
 
 
 def _dots_of(body: Body) -> dict[int, set[int]]:

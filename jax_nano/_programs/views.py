@@ -102,6 +102,41 @@ def narrow(body: Body, fusion: Instruction) -> Instruction:
     return body.narrow(fusion)
 
 
+def convert_last(body: Body) -> None:
+    """Lets loops that widen integers and then see them as another shape, for products, do the first of these last.
+
+    XLA writes vectors of bytes, as a program's quantised activations are, so before it multiplies them as int32.
+    """
+    for fusion in body.instructions:
+        if fusion.opcode != "fusion" or fusion.fusion_kind != "kLoop" or fusion.output_operand_aliasing:
+            continue
+        if not any(user.opcode == "dot" for user in body.users(fusion)):
+            continue
+        computation = body.module.computation(fusion.called_computation_ids[0])
+        by_id = {x.id: x for x in computation.instructions}
+        steps = [by_id[computation.root_id]]
+        while steps[-1].opcode == "bitcast":
+            steps.append(by_id[steps[-1].operand_ids[0]])
+        convert = steps[-1]
+        if len(steps) < 2 or convert.opcode != "convert":
+            continue
+        narrow, wide = (hlo.DTYPES.get(x.shape.element_type) for x in (by_id[convert.operand_ids[0]], convert))
+        read = [number for x in computation.instructions for number in x.operand_ids]
+        if narrow is None or wide is None or any(read.count(x.id) != 1 for x in steps[1:]):
+            continue
+        if not (np.issubdtype(narrow, np.integer) and np.can_cast(narrow, wide, "safe") and narrow != wide):
+            continue
+        if any(x.shape.element_type != convert.shape.element_type for x in steps):
+            continue
+        # Each place gets the operation of the one after it; names and operands stay.
+        for here, after in zip(steps[:0:-1], steps[-2::-1], strict=True):
+            here.opcode = "bitcast"
+            here.shape.CopyFrom(after.shape)
+            here.shape.element_type = hlo.ELEMENT_TYPES[narrow]
+        steps[0].opcode = "convert"
+        body.module.is_changed = True
+
+
 def _end_before_conversion(module: Module, fusion: Instruction) -> Instruction:
     computation = module.computation(fusion.called_computation_ids[0])
     by_id = {x.id: x for x in computation.instructions}

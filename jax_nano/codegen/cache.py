@@ -15,6 +15,7 @@ import subprocess
 from pathlib import Path
 
 from .generated import Generated
+from .quantized.kernel import QuantizedKernel
 from .toolchain import Toolchain
 
 
@@ -31,7 +32,9 @@ class Cache:
 
     def name(self, kernel: Generated, mlir: str) -> str:
         """The object's file name."""
-        parts = (self._tools, repr(kernel).encode(), mlir.encode())
+        parts = [self._tools, repr(kernel).encode(), mlir.encode()]
+        if isinstance(kernel, QuantizedKernel):
+            parts.append(Path(__file__).with_name("quantized").joinpath("checks.py").read_bytes())
         return hashlib.sha256(b"\0".join(hashlib.sha256(p).digest() for p in parts)).hexdigest() + ".o"
 
     def fetch(self, name: str, path: Path) -> bool:

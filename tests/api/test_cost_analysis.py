@@ -122,3 +122,26 @@ def test_accelerated_attention_counts_as_its_products(monkeypatch: pytest.Monkey
     assert "jax_nano_attention" in compiled.as_text()
     products = 2 * 2 * 2 * 4 * 40 * 40 * 16
     assert products <= compiled.cost_analysis()["flops"] < 1.1 * products
+
+
+@pytest.mark.parametrize("along_k", [False, True])
+def test_quantised_weights_count_as_their_product(along_k: bool) -> None:
+    x, q, scale = specs([(9, 32), (48, 32) if along_k else (32, 48), (48,)])
+    q = jax.ShapeDtypeStruct(q.shape, jnp.int8)
+
+    def product(x: jax.Array, q: jax.Array, scale: jax.Array) -> jax.Array:
+        return jax_nano.quantized_matmul(x, q, scale, contracting=int(along_k))
+
+    compiled = jax.jit(product).lower(x, q, scale).compile()
+    assert "jax_nano_quantized" in compiled.as_text()
+    assert 2 * 9 * 32 * 48 <= compiled.cost_analysis()["flops"] < 2.1 * 9 * 32 * 48
+
+
+def test_accelerated_quantised_weights_count_as_their_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decision, "policy", decision.Policy(declines=False))
+    x, scale = specs([(9, 32), (48,)])
+    q = jax.ShapeDtypeStruct((32, 48), jnp.int4)
+    with jax_nano.accelerate():
+        compiled = jax.jit(lambda x, q, s: x @ (q.astype(x.dtype) * s)).lower(x, q, scale).compile()
+    assert "jax_nano_quantized" in compiled.as_text()
+    assert compiled.cost_analysis()["flops"] == 2 * 9 * 32 * 48

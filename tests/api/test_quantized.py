@@ -102,7 +102,7 @@ def test_the_report_has_it() -> None:
     jax.block_until_ready(jax.jit(jax_nano.quantized_matmul)(x, q, scale))
     (found,) = [product for product, _ in record.products()]
     assert found.declined is None
-    assert "3 groups" in found.kernel
+    assert "scales of 3 groups of" in found.kernel
     assert "quantized_i8" in jax_nano.report()
 
 

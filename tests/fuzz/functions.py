@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .attentions import Attentions
 from .drawing import FLOATS, LARGE, MAX_COUNT, Scope
 from .program import Block, Statement, Value
+from .quantised import Quantised
 
 
-class Functions(Attentions):
+class Functions(Quantised):
     def match(self, scope: Scope, like: Value) -> Value:
         """A value of the type of another one, and not much larger: the latest that is near to it."""
         local = [x for x in scope.values if x.is_float and x.shape == like.shape and x.name != like.name]

@@ -36,6 +36,9 @@ _WEIGHTS: Final[dict[str, dict[str, float]]] = {
         "attend": 5, "cache": 0.5, "product": 1, "update": 1, "loop": 1, "nested": 1.2, "move": 1, "elementwise": 0.7,
         "norm": 0.3,
     },
+    "quantised": {
+        "quantised": 5, "product": 1, "update": 1, "loop": 0.7, "nested": 1, "move": 1, "elementwise": 0.7, "norm": 0.3,
+    },
     "decoding": {"cache": 2.5, "layer": 2, "norm": 1, "loop": 1, "stationary": 1, "product": 1, "move": 0.7},
     "mixed": {
         "layer": 2, "product": 2, "move": 2, "elementwise": 1.5, "reduction": 1, "norm": 0.5, "update": 1.5,
@@ -103,6 +106,7 @@ class _Generator(Functions):
             "norm": self.norm, "reduction": self.reduction, "update": self.update, "loop": self.loop,
             "nested": self.nested, "attention": self.attention, "cache": self.cache, "sharded": self.over_devices,
             "convolution": self.convolution, "attend": self.attend, "stationary": self.stationary,
+            "quantised": self.quantised,
         }  # fmt: skip
         names = [x for x in weights if scope.depth < 2 or x not in ("loop", "nested", "sharded", "stationary")]
         p = np.array([weights[x] for x in names])
