@@ -24,7 +24,7 @@ SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test fuzz lint format wheel bench bench-quick info kernel-table clean distclean
+.PHONY: help demo decode test fuzz lint format wheel bench bench-quick info kernel-table clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,10 @@ help:  ## show this list
 demo: $(STAMPS)/examples  ## set up, run examples/digits.py (with ARGS) and examples/transformer.py
 	$(BIN)/python examples/digits.py $(ARGS)
 	$(BIN)/python examples/transformer.py
+
+decode: $(STAMPS)/examples  ## decode with weights of 32 to 4 bits; a picture in build/decode.png (ARGS="--blocks 12")
+	@mkdir -p build
+	$(BIN)/python examples/decode.py --save build/decode.png $(ARGS)
 
 test: $(STAMPS)/test  ## set up and run the tests
 	$(BIN)/pytest --numprocesses $(JOBS) $(ARGS)

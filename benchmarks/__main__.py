@@ -114,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     quantized = commands.add_parser("quantized", help="layers with weights of 8 and 4 bits, beside reading their bytes")
     quantized.set_defaults(command=_quantized)
     quantized.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
+    decode = commands.add_parser("decode", help="a whole model that decodes, by the bits of its weights")
+    decode.set_defaults(command=_decode)
+    decode.add_argument("--quick", action="store_true", help="a tiny model, few repetitions: proves that it works")
     attention = commands.add_parser("attention", help="attention in one pass, beside jax.nn's and PyTorch's")
     attention.set_defaults(command=_attention)
     attention.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
@@ -337,6 +340,13 @@ def _quantized(args: argparse.Namespace) -> int:
     from benchmarks import quantized
 
     print(quantized.report(quick=args.quick))
+    return 0
+
+
+def _decode(args: argparse.Namespace) -> int:
+    from benchmarks import decoding
+
+    print(decoding.report(quick=args.quick))
     return 0
 
 

@@ -159,7 +159,7 @@ def call_kernel(function: Any, block: int, case: Case, task: str) -> NDArray[Any
 
     The workspace is as large as the spec says, between pages that may not be touched, and full of NaN.
     """
-    rows, facts = spec.QUANTIZED_ROWS, spec.WEIGHTS[case.weights]
+    rows = spec.QUANTIZED_ROWS
     x, packed, scale, zero = case.x, case.packed, case.scale, case.zero
     nc, k = -(-case.n // 128) * 128, -(-case.k // 128) * 128
     line = max(nc, 4 * (case.k // case.group + 32))
@@ -180,7 +180,6 @@ def call_kernel(function: Any, block: int, case: Case, task: str) -> NDArray[Any
             "n": case.n,
             "k": case.k,
             "group": case.group,
-            "flip": facts.flip,
             "x": x.ctypes.data,
             "rsx": case.k,
             "x_dtype": rows.index(x.dtype.name),

@@ -135,7 +135,7 @@ def test_compare_finds_what_became_slower(results, tmp_path):
     assert "8x8x8 f32" in found.stdout
 
 
-_OTHERS = ("overheads", "callers", "gate", "compile", "footprint", "linear", "attention", "quantized")
+_OTHERS = ("overheads", "callers", "gate", "compile", "footprint", "linear", "attention", "quantized", "decode")
 
 
 @pytest.mark.parametrize("command", _OTHERS)

@@ -36,8 +36,10 @@ constexpr int64_t kBlockK = 256, kBlockN = 256;  // of weights as float32: half 
 // Parts of k, each summed separately. Rows of weights are read whole then, one after the other, also by several
 // threads; and where columns are few, there is work for more of them.
 constexpr int64_t kParts = 4, kMostParts = 8;
-constexpr int64_t kPartBytes = 256 << 10, kManyBytes = 4 << 20;  // of weights, at least, in a part, and in four
-constexpr int64_t kMaxSliceBytes = 4 << 20;                      // of the sums of all parts
+constexpr int64_t kPartBytes = 256 << 10, kWholeBytes = 128 << 10;  // of weights, at least, in a part: of few columns,
+                                                                    // or for the sake of whole rows
+constexpr int64_t kPartK = 128;                                     // of k, at least, that parts are multiples of
+constexpr int64_t kMaxSliceBytes = 4 << 20;                         // of the sums of all parts
 
 constexpr int64_t kUnit = 128;               // a multiple of every kernel's register of weights
 constexpr int64_t kColumnsAlongK = 4;        // that are read side by side
@@ -105,6 +107,16 @@ bool ReadsInPlace(const QuantizedShape& shape, const QuantizedInfo& kernel, cons
   return shape.k % kQuantizedGroup == 0 && (shape.group == shape.k || shape.group % kernel.block == 0 || parts);
 }
 
+// How many parts `units` are cut into: as many as wanted, or a few more if only they are equal. With 6 units in 4 parts
+// one of two threads had 4 of them.
+int64_t EqualParts(int64_t units, int64_t wanted) {
+  const int64_t parts = std::clamp<int64_t>(wanted, 1, units);
+  for (int64_t more = parts; parts > 1 && more <= std::min(kMostParts, units); ++more) {
+    if (units % more == 0) return more;
+  }
+  return parts;
+}
+
 void PlanFew(QuantizedPlan& plan, int64_t threads) {
   const QuantizedArgs& args = plan.args;
   const bool along_k = IsTask(args, QuantizedTask::kInner), again = args.m > kRowsAtOnce;
@@ -116,13 +128,13 @@ void PlanFew(QuantizedPlan& plan, int64_t threads) {
     const int64_t reused = kReusedBytes * 8 / (args.k * plan.bits) / kUnit * kUnit;
     plan.call_n = again ? std::max(kUnit, reused) : kMostColumns;
   } else {
-    plan.call_k = plan.k_unit = args.group < kCallK ? kCallK / args.group * args.group : kCallK;
+    plan.call_k = args.group < kCallK ? kCallK / args.group * args.group : kCallK;
+    plan.k_unit = args.group > plan.call_k ? kPartK : CeilDiv(kPartK, args.group) * args.group;
     const int64_t reused = kReusedBytes * 8 / (plan.call_k * plan.bits) / kUnit * kUnit;
     plan.call_n = std::max(kUnit, again ? reused : kSums / args.m / kUnit * kUnit);
-    int64_t parts = std::min(bytes / kPartBytes, kMostParts / units);
-    if (bytes >= kManyBytes) parts = std::max(parts, kParts);
+    int64_t parts = std::max(std::min(bytes / kPartBytes, kMostParts / units), std::min(bytes / kWholeBytes, kParts));
     parts = std::min(parts, kMaxSliceBytes / plan.slice_bytes());
-    plan.k_parts = std::clamp<int64_t>(parts, 1, CeilDiv(args.k, plan.k_unit));
+    plan.k_parts = EqualParts(CeilDiv(args.k, plan.k_unit), parts);
   }
   const int64_t wanted = CeilDiv(2 * threads, plan.k_parts);
   plan.n_parts = threads == 1 ? 1 : std::clamp<int64_t>(std::min(bytes / kItemBytes, wanted), 1, units);
@@ -375,7 +387,6 @@ QuantizedPlan PlanQuantized(const QuantizedShape& shape, std::span<const Target*
   args.n = shape.n;
   args.k = shape.k;
   args.group = group;
-  args.flip = weight.flip;
   args.rsx = shape.k;
   args.x_dtype = RowNumber(shape.x, false);
   args.rsq = row * weight.bits / 8;

@@ -589,7 +589,7 @@ class Weight(NamedTuple):
       number: its number in XLA's PrimitiveType and in the FFI's DataType.
       form: what kernels take for it, by the names in codegen/quantized/formats.py.
       bits: of one weight; two of 4 bits share a byte, the first one in its lower half.
-      flip: what is added to stored integers to make them unsigned; its bit is flipped.
+      flip: what is added to stored integers to make them unsigned.
     """
 
     name: str
@@ -605,7 +605,7 @@ WEIGHTS: Final[dict[str, Weight]] = {
         Weight("int8", 2, "i8", 8, 128),
         Weight("uint8", 6, "u8", 8, 0),
         Weight("int4", 21, "i4", 4, 8),
-        Weight("uint4", 22, "i4", 4, 0),
+        Weight("uint4", 22, "u4", 4, 0),
         Weight("float8_e4m3fn", 20, "f8e4m3", 8, 0),
         Weight("float8_e5m2", 19, "f8e5m2", 8, 0),
     )
@@ -627,7 +627,6 @@ QUANTIZED_ARGS: Final = (
     Field("int64_t", "k"),
     Field("int64_t", "group", "values of K that share a scale; k if all do"),
     Field("int64_t", "first", "to dequantise: values of K of its first group that come before the block"),
-    Field("int64_t", "flip", "Weight::flip"),
     Field("const void*", "x"),
     Field("int64_t", "rsx", "elements between rows of x"),
     Field("int64_t", "x_dtype", "dtypes of rows: places in QUANTIZED_ROWS"),

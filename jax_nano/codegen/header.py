@@ -114,9 +114,7 @@ def _arguments() -> str:
 
 
 def _quantized() -> str:
-    weights = (
-        f"{{{_string(x.name)}, {x.number}, {_string(x.form)}, {x.bits}, {x.flip}}}" for x in spec.WEIGHTS.values()
-    )
+    weights = (f"{{{_string(x.name)}, {x.number}, {_string(x.form)}, {x.bits}}}" for x in spec.WEIGHTS.values())
     tasks = ", ".join(map(enumerator, spec.QUANTIZED_TASKS))
     return "\n".join(
         [
@@ -124,7 +122,7 @@ def _quantized() -> str:
             "  std::string_view name;",
             "  int number;  // XLA's",
             "  std::string_view form;",
-            "  int64_t bits, flip;",
+            "  int64_t bits;",
             "};",
             _table("Weight kWeights[]", weights),
             _table("std::string_view kQuantizedRows[]", map(_string, spec.QUANTIZED_ROWS)),

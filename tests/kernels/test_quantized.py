@@ -101,8 +101,18 @@ def test_any_number_of_threads_gives_the_same_bits(weights: str, along_k: bool, 
         one = run(case)
         case.check(one)
         for threads in (2, 3, 8):
-            assert plan(case, threads)["n_parts"] > 1
+            assert plan(case, threads)["n_parts"] * plan(case, threads)["k_parts"] > 1
             assert np.array_equal(run(case, threads), one)
+
+
+@pytest.mark.parametrize(("k", "group", "parts"), [(768, 128, 6), (640, 64, 5), (1408, 128, 4), (1536, 768, 4)])
+def test_k_is_split_equally(k: int, group: int, parts: int, rng: np.random.Generator) -> None:
+    """At groups, or inside of long ones; 11 groups of 128 have no equal parts."""
+    case = Case.random(rng, 1, 2304, k, group, "int4", "float32", "float32", "int8", "float32", False)
+    assert plan(case)["k_parts"] == parts
+    one = run(case)
+    case.check(one)
+    assert np.array_equal(run(case, 4), one)
 
 
 @pytest.mark.parametrize("along_k", [False, True])
@@ -159,6 +169,18 @@ def test_every_value_and_zero_point(weights: str) -> None:
         case = Case(x, q, np.ones((1, 256), np.float32), points[None, :], weights, "float32", along_k)
         want = values[37 % 2**bits] - points.astype(np.int64)
         np.testing.assert_array_equal(run(case), np.broadcast_to(want.astype(np.float32), (m, 256)))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_large_and_small_x(weights: str, rng: np.random.Generator) -> None:
+    """What formats multiply x and sums with are powers of two, so that nothing changes as long as nothing leaves the
+    range of float32, where int4's sums are 2**14 times as large.
+    """
+    for along_k, m, exponent in itertools.product((False, True), (1, 3), (90, -90)):
+        case = Case.random(rng, m, 144, 256, 64, weights, "float32", "float32", None, "float32", along_k)
+        case = case.with_x(reference.small_integers(rng, case.x.shape))
+        power = np.float32(2.0**exponent)
+        np.testing.assert_array_equal(run(case.with_x(case.x * power)), run(case) * power)
 
 
 def test_a_zero_weight_counts_for_nothing() -> None:

@@ -19,7 +19,7 @@ from .. import ir
 from ..arguments import Given
 from ..ir import I64, Ptr, Size
 from ..target import Target
-from .formats import Format, block, field_count
+from .formats import Format, block, field_count, scaled
 from .rows import Rows, address
 from .sweep import DEPTH, ROWS, Sweep, sweeps
 
@@ -50,6 +50,8 @@ class Columns:
             sweep.emit(module, self.prefix)
         module.function(name("flush"), ["float32"] * 3 + ["i64"] * 3, self._flush, internal=True)
         module.function(name("clear"), ["float32", "i64"], self._clear, internal=True)
+        if self.form.x_factor != 1:
+            module.function(name("scale"), ["float32", "i64"], self._scale, internal=True)
         module.function(name("zeros"), ["float32", "float32", "i64"], self._zeros, internal=True)
 
     def _name(self, what: str) -> str:
@@ -61,14 +63,23 @@ class Columns:
         for i in ir.range_(0, count, self.form.lanes):
             p.at(i).store(zero)
 
+    def _scale(self, p: Ptr, count: I64) -> None:
+        """Numbers of x, with the format's factor."""
+        lanes, factor = self.form.lanes, self.form.x_factor
+        whole = count // lanes * lanes
+        for i in ir.range_(0, whole, lanes):
+            p.at(i).store(scaled(p.at(i).load(lanes), factor))
+        for i in ir.range_(whole, count):
+            p.at(i).store(scaled(p.at(i).load(), factor))
+
     def _zeros(self, points: Ptr, to: Ptr, registers: I64) -> None:
-        """Zero points in the order of fields, of which whole registers of float32 are given."""
+        """Zero points in the order and the unit of fields; whole registers of float32 are given."""
         form, lanes, count = self.form, self.form.lanes, field_count(self.form)
 
         def register(_: I64, source: Ptr, target: Ptr) -> list[Any]:
             natural = [source.at(j * lanes).load(lanes) for j in range(count)]
             for f, v in enumerate(form.permuted(natural)):
-                target.at(f * lanes).store(v)
+                target.at(f * lanes).store(scaled(v, form.unit))
             return [source.at(count * lanes), target.at(count * lanes)]
 
         ir.loop(0, registers, 1, [points, to], register)
@@ -84,8 +95,7 @@ class Columns:
                 fields = [source.at(f * lanes).load(lanes) for f in range(count)]
                 for f, v in enumerate(form.natural(fields)):
                     p, factor = target.at(f * lanes), scales.at(j * (count * lanes) + f * lanes).load(lanes)
-                    total = ir.multiply(v, ir.like(v, form.factor)) if form.factor != 1 else v
-                    p.store(ir.fma(total, factor, p.load(lanes)))
+                    p.store(ir.fma(scaled(v, form.factor), factor, p.load(lanes)))
                 for f in range(count):
                     source.at(f * lanes).store(zero)
 
@@ -93,6 +103,8 @@ class Columns:
         """The product, given the fields of the arguments: added to y."""
         for i in ir.range_(0, x.m):
             self.rows.load(address(x.x, i, x.rsx, x.x_dtype), x.x_dtype, x.x_pack.at(i), x.k, x.m)
+        if self.form.x_factor != 1:
+            self.module.call(self._name("scale"), [x.x_pack, x.k * x.m])
         width = block(self.form)
         registers = ir.ceil_div(x.n, width)
         self.module.call(self._name("clear"), [x.sums, registers * width * x.m])

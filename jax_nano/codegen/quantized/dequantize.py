@@ -40,7 +40,6 @@ class Dequantize:
         q: Ptr,
         out: Ptr,
         count: Size,
-        flip: I64,
         finish: Callable[[Value, Size, int], Value],
         tail: tuple[Ptr, Ptr],
     ) -> None:
@@ -49,7 +48,7 @@ class Dequantize:
         some, result = tail
 
         def chunk(source: Ptr, first: Size, to: Ptr) -> None:
-            for j, v in enumerate(form.chunk(source, flip)):
+            for j, v in enumerate(form.chunk(source)):
                 to.at(j * form.lanes).store(finish(v, first, j))
 
         whole = count // CHUNK * CHUNK
@@ -83,7 +82,7 @@ class Dequantize:
             for _ in ir.when(has_points):
                 rows.load(address(x.zero, group.number, x.rs_zero, x.zero_dtype), x.zero_dtype, zeros, n)
             for kk in ir.range_(group.begin, group.end):
-                self._stretch(x.q.at(kk * x.rsq), x.y.at(kk * x.nc), n, x.flip, finish, tail)
+                self._stretch(x.q.at(kk * x.rsq), x.y.at(kk * x.nc), n, finish, tail)
 
     def along_k(self, x: Given) -> None:
         """Of weights that lie along K."""
@@ -107,7 +106,6 @@ class Dequantize:
                     source,
                     x.y.at(j * x.nc + group.begin),
                     group.end - group.begin,
-                    x.flip,
                     lambda v, _first, _j: ir.multiply(ir.subtract(v, zero), factor),
                     tail,
                 )

@@ -7,9 +7,11 @@ where a sum ends. ``natural`` and ``permuted`` lead from the one to the other.
 Integers of 8 bits. A load that extends signs or zeros, and a conversion; in their natural order. On Zen 3 that load
 costs no more than another one, where two shifts of a whole register take the time of a product each.
 
-Integers of 4 bits. They are numbers of bfloat16, which has two bytes: one byte shuffle looks up the upper bytes of 32
-weights or more, one the lower bytes. Interleaved they are pairs of bfloat16, of which a shift or a bitwise operation
-makes float32. That is 19 operations for 64 weights.
+Integers of 4 bits. A byte shuffle puts each byte into a word of its own, of which a shift and a bitwise operation cut
+out both weights; a conversion makes float32 of them. Signed weights are cut out at the top of the word, where the sign
+is, and so are too large by a factor of 2**28, which x and the sums share: a sum over a group of x times integers must
+stay below 2**114, and x below 2**-112 loses digits. That is 20 operations for 64 weights, which keep all four pipes of
+Zen 3 busy, where looking up both bytes of their bfloat16 takes 19, most of them in two pipes.
 
 Floats of 8 bits. Each is the upper half of a float16, e5m2 as it is; the exponent of e4m3fn has one bit less and
 another bias, so it gives a float16 that is too small by a factor of 2**8, which the sum is multiplied by.
@@ -17,13 +19,12 @@ another bias, so it gives a float16 that is too small by a factor of 2**8, which
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from .. import ir
-from ..ir import I64, Ptr, Value
+from ..ir import Ptr, Value
 
 CHUNK = 16
 """Weights that ``Format.chunk`` unpacks in their natural order. Groups are multiples of it."""
@@ -37,8 +38,9 @@ class Format(Protocol):
       bits: of a weight.
       lanes: float32 in a vector.
       is_integer: whether zero points may be subtracted.
-      factor: what sums of fields are to be multiplied by.
-      in_order: whether fields are in the order in which the weights lie.
+      unit: what a weight of one is in a field.
+      x_factor, factor: what x and sums are to be multiplied by for that; powers of two.
+      by_field: whether groups of weights that share a register have fields of their own.
       in_use: registers that making fields takes.
       at_once: fields that are made together: fewer cost more each.
     """
@@ -52,15 +54,19 @@ class Format(Protocol):
     @property
     def is_integer(self) -> bool: ...
     @property
+    def unit(self) -> float: ...
+    @property
+    def x_factor(self) -> float: ...
+    @property
     def factor(self) -> float: ...
     @property
-    def in_order(self) -> bool: ...
+    def by_field(self) -> bool: ...
     @property
     def in_use(self) -> int: ...
     @property
     def at_once(self) -> int: ...
 
-    def constants(self, flip: I64) -> list[Value]:
+    def constants(self) -> list[Value]:
         """What ``fields`` needs in registers; made once, at the top of a function."""
         ...
 
@@ -81,7 +87,7 @@ class Format(Protocol):
         """The inverse of ``natural``."""
         ...
 
-    def chunk(self, p: Ptr, flip: I64) -> list[Value]:
+    def chunk(self, p: Ptr) -> list[Value]:
         """CHUNK weights in their natural order as float32, not shifted by anything."""
         ...
 
@@ -94,6 +100,11 @@ def field_count(form: Format) -> int:
 def block(form: Format) -> int:
     """Weights in a register."""
     return form.lanes * field_count(form)
+
+
+def scaled(v: Value, factor: float) -> Value:
+    """v times a constant, of which most are one."""
+    return ir.multiply(v, ir.like(v, factor)) if factor != 1 else v
 
 
 def _turns(n: int, unit: int) -> list[int]:
@@ -138,8 +149,8 @@ class Bytes:
     signed: bool
     bits = 8
     is_integer = True
-    factor = 1.0
-    in_order = True
+    unit = x_factor = factor = 1.0
+    by_field = True
     in_use = 6
     at_once = 1
 
@@ -147,7 +158,7 @@ class Bytes:
     def name(self) -> str:
         return "i8" if self.signed else "u8"
 
-    def constants(self, flip: I64) -> list[Value]:
+    def constants(self) -> list[Value]:
         return []
 
     def _widened(self, v: Value) -> Value:
@@ -169,86 +180,94 @@ class Bytes:
     def permuted(self, vectors: Sequence[Value]) -> list[Value]:
         return list(vectors)
 
-    def chunk(self, p: Ptr, flip: I64) -> list[Value]:
+    def chunk(self, p: Ptr) -> list[Value]:
         return list(self.fields(p, range(CHUNK // self.lanes), ()))
 
 
 @dataclass(frozen=True)
 class Nibbles:
-    """int4 and uint4: two to a byte, the first one in its lower half."""
+    """int4 or uint4: two to a byte, the first one in its lower half."""
 
     lanes: int
+    signed: bool
     bits = 4
-    name = "i4"
     is_integer = True
-    factor = 1.0
-    in_order = False
-    in_use = 10
+    by_field = True
+    in_use = 8
     at_once = 2
 
-    BLOCK = 8  # bytes that interleaving takes from each half of 16
+    CHUNK_BYTES = 16  # that byte shuffles take apart: they do not cross parts of 16 bytes
 
-    def _tables(self, *, signed: bool) -> list[Value]:
-        """The upper and the lower bytes of the bfloat16 of each number, 16 in every 16 bytes of a register."""
-        words = [_bfloat16(i - 16 if signed and i >= 8 else i) for i in range(16)]
-        repeats = self.lanes // 4
-        return [ir.constant_bytes([w >> shift & 255 for w in words] * repeats) for shift in (8, 0)]
+    @property
+    def name(self) -> str:
+        return "i4" if self.signed else "u4"
 
-    def constants(self, flip: I64) -> list[Value]:
-        pairs = zip(self._tables(signed=True), self._tables(signed=False), strict=True)
-        signed = ir.negate(ir.equal(flip, 0))
-        return [ir.select(ir.splat_bool(signed, ir.lanes_of(s)), s, u) for s, u in pairs]
+    @property
+    def unit(self) -> float:
+        return 2.0**28 if self.signed else 1.0
+
+    @property
+    def x_factor(self) -> float:
+        return self.unit**-0.5
+
+    @property
+    def factor(self) -> float:
+        return self.unit**-0.5
+
+    def constants(self) -> list[Value]:
+        """Byte shuffles that put some of 16 bytes into words of their own: signed ones at the top, where they have the
+        sign of the word, others at the bottom.
+        """
+        place, nothing = (3 if self.signed else 0), 0x80
+        shuffles = []
+        for first in range(0, self.CHUNK_BYTES, self.lanes):
+            words = [[nothing] * 4 for _ in range(self.lanes)]
+            for i, word in enumerate(words):
+                word[place] = first + i
+            shuffles.append(ir.constant_bytes([x for word in words for x in word]))
+        return shuffles
+
+    def _words(self, source: Ptr | Value, which: int, constants: Sequence[Value], chunks: dict[int, Value]) -> Value:
+        """``lanes`` bytes, each in a word of its own, placed as ``constants`` does it."""
+        if not isinstance(source, Ptr):
+            some = _pieces(ir.bitcast(source, 4 * self.lanes, "int8"), self.lanes)[which]
+            wide = ir.convert(some, "uint8", "int32")
+            return ir.shift_left(wide, 24) if self.signed else wide
+        chunk, shuffle = divmod(which, len(constants))
+        if chunk not in chunks:
+            v = source.as_type("int8").at(chunk * self.CHUNK_BYTES).load(self.CHUNK_BYTES)
+            chunks[chunk] = ir.shuffle(v, v, list(range(self.CHUNK_BYTES)) * (self.lanes // 4))
+        intrinsic = {8: "llvm.x86.avx2.pshuf.b", 16: "llvm.x86.avx512.pshuf.b.512"}[self.lanes]
+        bytes_ = chunks[chunk]
+        return ir.bitcast(ir.call_intrinsic(intrinsic, bytes_.type, [bytes_, constants[shuffle]]), self.lanes, "int32")
 
     def fields(self, source: Ptr | Value, which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
-        v = _register(source, self.lanes)
-        count = 4 * self.lanes
-        intrinsic = {8: "llvm.x86.avx2.pshuf.b", 16: "llvm.x86.avx512.pshuf.b.512"}[self.lanes]
-        found: dict[int, list[Value]] = {}
-        pairs: dict[int, Value] = {}
+        chunks: dict[int, Value] = {}
+        words: dict[int, Value] = {}
         for field in which:
-            half, kind = divmod(field, 4)  # the lower or upper nibbles; of those the lower or upper bytes, even or odd
-            if half not in found:
-                nibbles = ir.and_constant(ir.shift_right(v, 4 * half), 0x0F0F0F0F)
-                nibbles = ir.bitcast(nibbles, count, "int8")
-                found[half] = [ir.call_intrinsic(intrinsic, nibbles.type, [t, nibbles]) for t in constants]
-            if field // 2 not in pairs:
-                upper, lower = found[half]
-                first = kind // 2 * self.BLOCK
-                places = [i for lane in range(0, count, 16) for i in range(lane + first, lane + first + self.BLOCK)]
-                both = ir.shuffle(lower, upper, [x for i in places for x in (i, count + i)])
-                pairs[field // 2] = ir.bitcast(both, self.lanes, "int32")
-            pair = pairs[field // 2]
-            bits = ir.and_constant(pair, -0x10000) if field % 2 else ir.shift_left(pair, 16)
-            yield ir.bits_as(bits, "float32")
+            if field // 2 not in words:
+                words[field // 2] = self._words(source, field // 2, constants, chunks)
+            v = words[field // 2]
+            if self.signed:
+                v = ir.and_constant(v, -0x10000000) if field % 2 else ir.shift_left(v, 4)
+            else:
+                v = ir.shift_right(v, 4) if field % 2 else ir.and_constant(v, 15)
+            yield ir.int32_to_float32(v)
 
     def natural(self, fields: Sequence[Value]) -> list[Value]:
-        halves = []
-        for half in (fields[:4], fields[4:]):
-            first, second = (_riffle([half[i]], [half[i + 1]]) for i in (0, 2))
-            halves.append(_riffle(first, second, self.BLOCK))
-        return _riffle(halves[0], halves[1])
+        return _riffle(fields[::2], fields[1::2])
 
     def permuted(self, vectors: Sequence[Value]) -> list[Value]:
-        out = []
-        for half in _unriffle(vectors):
-            for part in _unriffle(half, self.BLOCK):
-                out += [x for (x,) in _unriffle(part)]
-        return out
+        return [v for pair in zip(*_unriffle(vectors), strict=True) for v in pair]
 
-    def chunk(self, p: Ptr, flip: I64) -> list[Value]:
+    def chunk(self, p: Ptr) -> list[Value]:
         v = p.load(CHUNK // 2)
         low, high = ir.and_constant(v, 15), ir.shift_right(v, 4)
         both = ir.shuffle(low, high, [x for i in range(CHUNK // 2) for x in (i, CHUNK // 2 + i)])
-        flipped = ir.splat(ir.as_int32(flip), self.lanes)  # signs
-        wide = [ir.xor(ir.convert(x, "uint8", "int32"), flipped) for x in _pieces(both, self.lanes)]
-        return [ir.int32_to_float32(ir.subtract(x, flipped)) for x in wide]
-
-
-def _bfloat16(x: int) -> int:
-    """The bits of a small integer."""
-    (bits,) = struct.unpack("<I", struct.pack("<f", x))
-    assert not bits & 0xFFFF
-    return int(bits >> 16)
+        wide = [ir.convert(x, "uint8", "int32") for x in _pieces(both, self.lanes)]
+        if self.signed:
+            wide = [ir.shift_right_signed(ir.shift_left(x, 28), 28) for x in wide]
+        return [ir.int32_to_float32(x) for x in wide]
 
 
 @dataclass(frozen=True)
@@ -259,7 +278,8 @@ class Floats:
     lanes: int
     bits = 8
     is_integer = False
-    in_order = False
+    x_factor = 1.0
+    by_field = False
     in_use = 8
     at_once = 2
 
@@ -271,7 +291,11 @@ class Floats:
     def factor(self) -> float:
         return 1.0 if self.exponent_bits == 5 else 256.0
 
-    def constants(self, flip: I64) -> list[Value]:
+    @property
+    def unit(self) -> float:
+        return 1 / self.factor
+
+    def constants(self) -> list[Value]:
         return []
 
     def _float16(self, v: Value) -> Value:
@@ -299,7 +323,7 @@ class Floats:
         evens, odds = _unriffle(vectors)
         return [*evens, *odds]
 
-    def chunk(self, p: Ptr, flip: I64) -> list[Value]:
+    def chunk(self, p: Ptr) -> list[Value]:
         words = ir.shift_left(ir.convert(p.load(CHUNK), "uint8", "int16"), 8)
         wide = [ir.convert(x, "float16", "float32") for x in _pieces(self._float16(words), self.lanes)]
         return [ir.multiply(x, ir.like(x, self.factor)) for x in wide] if self.factor != 1 else wide

@@ -17,7 +17,7 @@ from .. import ir
 from ..arguments import Given
 from ..ir import I64, Ptr, Size, Value
 from ..target import Target
-from .formats import CHUNK, Format, block, field_count
+from .formats import CHUNK, Format, block, field_count, scaled
 from .inner_products import COLUMNS, InnerProducts, inner_products
 from .rows import Rows, address
 from .sweep import ROWS
@@ -87,12 +87,12 @@ class Inner:
         )
 
     def _permute(self, source: Ptr, to: Ptr, registers: I64, rows: I64) -> None:
-        """A row of x in the order of fields, ``rows`` rows to a register."""
+        """A row of x in the order of fields, with the format's factor, ``rows`` rows to a register."""
         lanes, count = self.form.lanes, field_count(self.form)
         for r in ir.range_(0, registers):
             natural = [source.at(r * (count * lanes) + j * lanes).load(lanes) for j in range(count)]
             for f, v in enumerate(self.form.permuted(natural)):
-                to.at(r * rows * (count * lanes) + f * lanes).store(v)
+                to.at(r * rows * (count * lanes) + f * lanes).store(scaled(v, self.form.x_factor))
 
     def nest(self, x: Given) -> None:
         """The product, given the fields of the arguments: stored in y."""

@@ -21,7 +21,7 @@ from .. import ir
 from ..arguments import Given
 from ..ir import I64, Ptr, Size, Value
 from ..target import Target
-from .formats import CHUNK, Format, block, field_count
+from .formats import CHUNK, Format, block, field_count, scaled
 from .sweep import ROWS
 
 FEW_COLUMNS, COLUMNS = 2, 4  # at once: as many streams, each element of x read once for all of them
@@ -48,7 +48,7 @@ class InnerProducts:
         **dict.fromkeys(("q0", "q1", "q2", "q3"), "int8"),
         "prefetch": "i64",
         **dict.fromkeys(("x", "y", "work", "scales", "zeros"), "float32"),
-        **dict.fromkeys(("pitch", "k", "group", "flip"), "i64"),
+        **dict.fromkeys(("pitch", "k", "group"), "i64"),
     }
     """``prefetch``: bytes from a column to the one that is read next. ``work``: room for what does not fit registers.
     ``pitch``: elements between the scales of two columns.
@@ -69,7 +69,7 @@ class InnerProducts:
     @property
     def by_field(self) -> bool:
         """Whether a register's groups have fields of their own, not lanes."""
-        return self.groups > 1 and self.form.in_order
+        return self.groups > 1 and self.form.by_field
 
     def emit(self, module: ir.Module, prefix: str) -> None:
         """Adds the function."""
@@ -87,9 +87,9 @@ class InnerProducts:
         zero = ir.zeros(lanes, "float32")
         for p in itertools.chain(*totals):
             p.store(zero)
-        constants = form.constants(x.flip)
+        constants = form.constants()
         # With zero points registers are too few for constants too.
-        kept = [x.work.at((cols * rows + cols + i) * lanes).as_type("uint8") for i in range(len(constants))]
+        kept = [x.work.at((cols * rows + cols * apart + i) * lanes).as_type("uint8") for i in range(len(constants))]
         if self.points and form.at_once > 1:
             for p, v in zip(kept, constants, strict=True):
                 p.store(v)
@@ -101,9 +101,7 @@ class InnerProducts:
             loops.groups_of_registers(at, x.k // width, words)
         for c, i in itertools.product(range(cols), range(rows)):
             total = ir.tree_sum(totals[c][i].load(lanes))
-            if form.factor != 1:
-                total = ir.multiply(total, ir.like(total, form.factor))
-            x.y.at(i * cols + c).store(total)
+            x.y.at(i * cols + c).store(scaled(total, form.factor))
 
 
 @dataclass(frozen=True)
@@ -208,13 +206,14 @@ class _Loops:
         """The zero points of the groups of a register, of which this is the first one."""
         if not self.products.points:
             return
+        unit = self.products.form.unit
         for c, of_column in enumerate(self.origins):
             if not self.products.by_field:
-                of_column[0].store(self._per_lane(self.x.zeros.at(c * self.x.pitch), first))
+                of_column[0].store(scaled(self._per_lane(self.x.zeros.at(c * self.x.pitch), first), unit))
                 continue
             for g, p in enumerate(of_column):
                 zero = self.x.zeros.at(c * self.x.pitch).at(first + g).load()
-                p.store(ir.splat(zero, self.products.form.lanes))
+                p.store(scaled(ir.splat(zero, self.products.form.lanes), unit))
 
     def _per_lane(self, of_column: Ptr, first: Size) -> Value:
         """The numbers of a register's groups, each in the lanes of its group."""

@@ -121,6 +121,6 @@ def kernels() -> Iterator[QuantizedKernel]:
     for target in TARGETS.values():
         if "fma" in target.nanokernels:
             lanes = target.lanes(4)
-            forms = (Bytes(lanes, True), Bytes(lanes, False), Nibbles(lanes), Floats(4, lanes), Floats(5, lanes))
-            for form in (*forms, None):
+            integers = [kind(lanes, signed) for kind in (Bytes, Nibbles) for signed in (True, False)]
+            for form in (*integers, Floats(4, lanes), Floats(5, lanes), None):
                 yield QuantizedKernel(target, form)

@@ -41,7 +41,7 @@ class Sweep:
         "q": "int8",
         "rsq": "i64",
         **dict.fromkeys(("x", "sums", "zeros"), "float32"),
-        **dict.fromkeys(("cols", "flip"), "i64"),
+        "cols": "i64",
     }
 
     def name(self, prefix: str) -> str:
@@ -67,7 +67,7 @@ class Sweep:
     def _body(self, *values: Any) -> None:
         x, form, lanes = Given(dict(zip(self.PARAMS, values, strict=True))), self.form, self.form.lanes
         width = block(form)
-        columns = _Columns(self, x, RowOffsets(x.rsq), x.rsq * self.depth, form.constants(x.flip))
+        columns = _Columns(self, x, RowOffsets(x.rsq), x.rsq * self.depth, form.constants())
 
         def step(_: I64, *at: Ptr) -> list[Any]:
             for r in range(self.registers):
