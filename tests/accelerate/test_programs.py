@@ -233,7 +233,7 @@ def test_what_has_no_kernel_is_left_alone(dtype: str, rng: np.random.Generator) 
 def test_what_the_gate_declines_is_left_alone(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(decision, "policy", decision.Policy(declines=True))
-    small, large = arrays(rng, (4, 4), (32, 32))
+    small, large = arrays(rng, (3, 3), (32, 32))
     with jax_nano.accelerate():
         found = ops(lambda a, b: (a @ a, b @ b), small, large)
     assert (found["product"], found["dot"]) == (1, 1)
