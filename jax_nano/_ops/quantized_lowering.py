@@ -20,9 +20,9 @@ from jax.interpreters import mlir, xla
 
 from jax_nano._core import jax_compat as compat
 from jax_nano._core import native, record
-from jax_nano._ops import sharding
+from jax_nano._ops import linear, sharding
 from jax_nano._ops.lowering import Context, Operand, Value, fold_transposes, tell
-from jax_nano._ops.quantized import Options, composition, labels, split
+from jax_nano._ops.quantized import NO_EPILOGUE, Options, composition, labels, split
 from jax_nano._ops.quantized import quantized_p as quantized_p
 
 _ffi_rule: Callable[..., Any] = jax.ffi.ffi_lowering(native.QUANTIZED_TARGET_NAME)
@@ -91,9 +91,12 @@ def _lower(ctx: Context, *values: Value, options: Options) -> Sequence[Value]:
     along_k = options.along_k
     whole: Callable[..., Array] = partial(composition, options=options)
     if "cpu" in compat.lowering_platforms(ctx):
-        local = sharding.placement(ctx, out_aval) is sharding.Placement.LOCAL
+        where = sharding.placement(ctx, out_aval)
         served = _served(x, q, scale, zero, along_k, options.dtype)
-        if local and served:
+        local = where is not sharding.Placement.XLA
+        if where is sharding.Placement.PARTITIONED and served:
+            whole = _partitioned([o.shape for o in operands], q.dtype, options)
+        elif local and served:
             # Behind a transpose of the weights lies the other order of storage, which is read as it is.
             q, (_, last) = fold_transposes(q, (0, 1))
             flipped = last == 0
@@ -127,6 +130,37 @@ def _call(x: Array, q: Array, scale: Array, *others: Array, flipped: bool, optio
     more = [*([] if bias is None else [bias]), *([] if residual is None else [jnp.reshape(residual, (rows, n))])]
     out = call_p.bind(jnp.reshape(x, (rows, x.shape[-1])), q, scale, *points, *more, options=options)
     return jnp.reshape(out, (*x.shape[:-1], n))
+
+
+def _partitioned(shapes: Sequence[tuple[int, ...]], weights: np.dtype, options: Options) -> Callable[..., Array]:
+    """The call as one that XLA partitions, given the shapes of its operands."""
+    weights_dims, scale_dims = ("nk", "ng") if options.along_k else ("kn", "gn")
+    rows = "abcdef"[: len(shapes[0]) - 1]
+    epilogue = options.epilogue
+    extras = [*(["n"] if epilogue.bias else []), *([f"{rows}n"] if epilogue.residual else [])]
+    operands = [f"{rows}k", weights_dims, scale_dims, *([scale_dims] if options.zero else []), *extras]
+    sizes = {}
+    for dims, shape in zip(operands, shapes, strict=True):
+        sizes.update(zip(dims, shape, strict=True))
+    of_sums = options._replace(epilogue=NO_EPILOGUE, dtype=np.dtype(np.float32))
+    return sharding.partitioned_weights(
+        partial(_of_shards, options=options),
+        partial(_of_shards, options=of_sums),
+        partial(linear.finish, epilogue=epilogue, dtype=options.dtype),
+        operands,
+        sizes,
+        unit=2 if weights in _BYTES else 1,
+    )
+
+
+def _of_shards(*arrays: Array, options: Options) -> Array:
+    """The product of one device's shards: the call, or the composition where they have no kernel."""
+    x, q, scale, *others = arrays
+    zero, _ = split(others, options)
+    as_operands = [Operand(v, v.shape, v.dtype) for v in (x, q, scale, *zero)]
+    if _served(*as_operands[:3], as_operands[3:], options.along_k, options.dtype):
+        return _call(*arrays, flipped=False, options=options)
+    return composition(*arrays, options=options)
 
 
 def _served(

@@ -232,3 +232,81 @@ def partitioned_attention(
         **({"g": group} if group > 1 else {}),
     )
     return wrapped
+
+
+def partitioned_weights(
+    product: Product,
+    sums: Product,
+    finish: Product,
+    operands: Sequence[str],
+    sizes: dict[str, int],
+    *,
+    unit: int,
+) -> Product:
+    """A product with quantised weights as one operation that XLA partitions along rows, columns and K.
+
+    Args:
+      product: of x, weights, scales and further operands.
+      sums, finish: the product in two steps, for shards of K: `finish(sums(x, q, scale, *zero), *others)`.
+      operands: the dimensions of each as letters: k values that are summed, g groups of them that share scales, n
+        columns; others are rows. Those with a g or k belong to the sums.
+      sizes: of each letter.
+      unit: what the shards of k and n are multiples of.
+    """
+    rows = operands[0][:-1]
+    result = f"{rows}n"
+    several = sizes["g"] > 1
+
+    def fits(letter: str, shards: int) -> bool:
+        whole_groups = letter != "k" or not several or sizes["g"] % shards == 0
+        return whole_groups and sizes[letter] % (shards * (unit if letter in "kn" else 1)) == 0
+
+    def settled(mesh: Mesh, arrays: Sequence[Any], out: Any) -> dict[str, Axes]:
+        """The axes of each letter. Where arrays disagree the result wins, then the first."""
+        axes: dict[str, Axes] = {}
+        used: set[str] = set()
+        for dims, x in ((result, out), *zip(operands, arrays, strict=True)):
+            for letter, names in zip(dims, spec_axes(x.sharding, x.ndim) if x is not None else (), strict=False):
+                key = "k" if letter == "g" else letter
+                if not names or axes.get(key) or used.intersection(names):
+                    continue
+                if fits(key, math.prod(mesh.shape[name] for name in names)):
+                    axes[key] = names
+                    used.update(names)
+        return {**axes, "g": axes.get("k", ()) if several else ()}
+
+    def sharding_of(mesh: Mesh, axes: dict[str, Axes], dims: str) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*(axes.get(x) or None for x in dims)))
+
+    def partition(mesh: Mesh, arrays: Sequence[Any], out: Any) -> tuple[Mesh, Any, Any, Any]:
+        axes = settled(mesh, arrays, out)
+        reduced = axes.get("k", ())
+        of_sums = sum(1 for dims in operands if set(dims) & set("gk"))
+
+        def shard(*local: Array) -> Array:
+            # As in `partitioned`.
+            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+                if not reduced:
+                    return product(*local)
+                return finish(jax.lax.psum(sums(*local[:of_sums]), reduced), *local[of_sums:])
+
+        return mesh, shard, sharding_of(mesh, axes, result), tuple(sharding_of(mesh, axes, x) for x in operands)
+
+    def infer(mesh: Mesh, arrays: Sequence[Any], _: Any) -> NamedSharding:
+        return sharding_of(mesh, settled(mesh, arrays, None), result)
+
+    def whole(*arrays: Array) -> Array:
+        return product(*arrays)
+
+    def factors(dims: str) -> str:
+        return " ".join("(g h)" if letter == "k" and several else letter for letter in dims)
+
+    wrapped = custom_partitioning(whole)
+    wrapped.def_partition(
+        partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=f"{', '.join(map(factors, operands))} -> {factors(result)}",
+        reduction_factors=("g", "h") if several else ("k",),
+        **({"h": sizes["k"] // sizes["g"]} if several else {}),
+    )
+    return wrapped

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from programs import ops
 
 import jax_nano
 from jax_nano._core import native, record, spec
@@ -424,22 +425,73 @@ def test_errors_of_dot_general(scale: Any) -> None:
 several_devices = pytest.mark.skipif(jax.device_count("cpu") < 4, reason="needs four devices")
 
 
+GRID = ("x", "y")
+
+
 @several_devices
+@has_kernels
+@pytest.mark.parametrize("weights", ["int8", "uint4"])
+@pytest.mark.parametrize("along_k", [False, True], ids=["columns", "along K"])
+@pytest.mark.parametrize("layer", [False, True], ids=["product", "layer"])
 @pytest.mark.parametrize(
-    ("x_spec", "q_spec", "scale_spec"),
+    ("groups", "x_spec", "q_spec", "scale_spec", "reduces", "gathers"),
     [
-        (P(), P(None, "d"), P(None, "d")),  # columns
-        (P(None, "d"), P("d", None), P("d", None)),  # K with its groups
-        (P(None, "d"), P("d", None), P()),  # K alone
-        (P("d", None), P(), P()),  # the batch
+        (4, P(), P(None, "x"), P(None, "x"), 0, 0),  # columns
+        (4, P("x", None), P(), P(), 0, 0),  # rows
+        (4, P(("x", "y"), None), P(), P(), 0, 0),
+        (4, P(None, "x"), P("x", None), P("x", None), 1, 0),  # K with its groups
+        (4, P(None, GRID), P(GRID, None), P(GRID, None), 1, 0),
+        (4, P("y", "x"), P("x", None), P("x", None), 1, 0),  # and rows
+        (4, P(None, "x"), P("x", "y"), P("x", "y"), 1, 0),  # and columns
+        (4, P(None, "x"), P("x", None), P(), 1, 0),  # scales are whole, and cut
+        (1, P(None, "x"), P("x", None), P(), 1, 0),  # one scale a column
+        (3, P(None, "x"), P("x", None), P(), 0, 2),  # shards would divide groups
     ],
 )
-def test_sharded_arrays(x_spec: P, q_spec: P, scale_spec: P) -> None:
+def test_sharded_arrays(
+    weights: str,
+    along_k: bool,
+    layer: bool,
+    groups: int,
+    x_spec: P,
+    q_spec: P,
+    scale_spec: P,
+    reduces: int,
+    gathers: int,
+) -> None:
+    """Each device makes one call, with the collectives that the product needs and no others."""
+    x, q, scale, zero = operands(weights, 8, k=192, groups=groups, zero=True)
+    mesh = jax.make_mesh((2, 2), GRID, (AxisType.Auto,) * 2)
+
+    def turned(spec: P) -> P:
+        return P(*reversed((*spec, None, None)[:2])) if along_k else spec
+
+    arrays = [x, *((v.T if along_k else v) for v in (q, scale, zero))]
+    specs = [x_spec, *map(turned, (q_spec, scale_spec, scale_spec))]
+    given = [jax.device_put(v, NamedSharding(mesh, s)) for v, s in zip(arrays, specs, strict=True)]
+    want = in_float64(x, q, scale, zero)
+    contracting = 1 if along_k else 0
+
+    def product(x: Any, q: Any, scale: Any, zero: Any) -> Any:
+        more = {"bias": jnp.arange(64.0), "activation": "relu", "residual": jnp.ones((8, 64))} if layer else {}
+        return jax_nano.quantized_matmul(x, q, scale, zero, contracting=contracting, **more)
+
+    close(jax.jit(product)(*given), np.maximum(want + np.arange(64), 0) + 1 if layer else want)
+    found = ops(product, *given)
+    assert found["quantized"] == 1
+    assert found["all-reduce"] == reduces
+    assert found["all-gather"] + found["all-to-all"] <= (gathers + 1 if gathers else 0)
+
+
+@several_devices
+@has_kernels
+def test_gradients_of_sharded_arrays() -> None:
     x, q, scale = operands("int8", 8, groups=4)
     mesh = jax.make_mesh((4,), ("d",), (AxisType.Auto,))
-    specs = (x_spec, q_spec, scale_spec)
-    given = [jax.device_put(v, NamedSharding(mesh, s)) for v, s in zip((x, q, scale), specs, strict=True)]
-    close(jax.jit(jax_nano.quantized_matmul)(*given), in_float64(x, q, scale))
+    given = [jax.device_put(v, NamedSharding(mesh, P(None, "d"))) for v in (x, q, scale)]
+    of = jax.grad(lambda x, scale, q: jnp.sin(jax_nano.quantized_matmul(x, q, scale)).sum(), (0, 1))
+    for got, want in zip(jax.jit(of)(given[0], given[2], given[1]), of(x, scale, q), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 @several_devices
