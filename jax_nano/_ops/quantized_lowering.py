@@ -139,7 +139,7 @@ def _partitioned(shapes: Sequence[tuple[int, ...]], weights: np.dtype, options: 
     epilogue = options.epilogue
     extras = [*(["n"] if epilogue.bias else []), *([f"{rows}n"] if epilogue.residual else [])]
     operands = [f"{rows}k", weights_dims, scale_dims, *([scale_dims] if options.zero else []), *extras]
-    sizes = {}
+    sizes: dict[str, int] = {}
     for dims, shape in zip(operands, shapes, strict=True):
         sizes.update(zip(dims, shape, strict=True))
     of_sums = options._replace(epilogue=NO_EPILOGUE, dtype=np.dtype(np.float32))
@@ -157,20 +157,20 @@ def _of_shards(*arrays: Array, options: Options) -> Array:
     """The product of one device's shards: the call, or the composition where they have no kernel."""
     x, q, scale, *others = arrays
     zero, _ = split(others, options)
-    as_operands = [Operand(v, v.shape, v.dtype) for v in (x, q, scale, *zero)]
-    if _served(*as_operands[:3], as_operands[3:], options.along_k, options.dtype):
+    if _served(x, q, scale, zero, options.along_k, options.dtype):
         return _call(*arrays, flipped=False, options=options)
     return composition(*arrays, options=options)
 
 
 def _served(
-    x: Operand,
-    q: Operand,
-    scale: Operand,
-    zero: Sequence[Operand],
+    x: Any,
+    q: Any,
+    scale: Any,
+    zero: Sequence[Any],
     along_k: bool,
     dtype: np.dtype,
 ) -> bool:
+    """Whether there is a kernel for arrays of these shapes and dtypes."""
     axis = 1 if along_k else 0
     sizes = (q.shape[1 - axis], q.shape[axis], scale.shape[axis])
     if not all(isinstance(size, int) and size > 0 for size in sizes):
