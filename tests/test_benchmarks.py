@@ -31,7 +31,7 @@ from jax_nano import _runtime  # noqa: E402
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks", *args]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=900)
 
 
 TINY = ("--suite", "tiny", "--rounds", "2", "--sample-ms", "0.1", "--cores", "1", "--cache", "warm", "--also")

@@ -53,6 +53,20 @@ class Attention(NamedTuple):
     declined: str | None  # why it stays two products; None: a kernel computes it in one pass
     epilogue: str = ""
 
+    @property
+    def products(self) -> int:
+        """How many products of the program it stands for: with its gradients they are six."""
+        return 6 if self.has_gradients else 2
+
+    @property
+    def calls(self) -> int:
+        """How many calls compute it: the gradients have one of their own."""
+        return 2 if self.has_gradients else 1
+
+    @property
+    def has_gradients(self) -> bool:
+        return "gradients" in self.detail
+
 
 _lock = threading.Lock()
 _products: Counter[Product | Attention] = Counter()

@@ -52,7 +52,7 @@ def counted(fun: Program, *args: Any, rtol: float = 2e-5) -> tuple[int, list[rec
     told: list[record.Product | record.Attention] = [x for x, count in record.products() for _ in range(count)]
     for x, count in record.attentions():
         if x.declined is None:
-            told += [x] * (count * (6 if "gradients" in x.detail else 2))
+            told += [x] * (count * x.products)
     before, after = dots_of(plain.as_text()), dots_of(accelerated.as_text())
     assert len(told) == before, jax_nano.report()
     left = [product for product in told if product.declined is not None]
