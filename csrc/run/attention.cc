@@ -5,6 +5,7 @@
 #include <cstring>
 #include <iterator>
 #include <stdexcept>
+#include <vector>
 
 #include "plan/registry.h"
 #include "run/attention_rows.h"
@@ -205,6 +206,23 @@ void RunRowAlone(const AttentionPlan& plan, const AttentionBuffers& buffers, con
   plan.kernel->fn(&x);
 }
 
+// Computes one row once more whose scores all left float32's range below, as they are multiplied by log2(e): a bias
+// near the end of the range does that, such as a mask that is added, for a query that sees no key. Returns the row's
+// logarithm, beside which that of a sum is lost.
+float RunRowInRange(const AttentionPlan& plan, const AttentionBuffers& buffers, const Output& output,
+                    const Rooms& rooms, const AttentionRow& row) {
+  constexpr float kInRange = -2e38f;  // above masked scores, and so large that what it is added to is lost as well
+  const float* const bias = row.bias;
+  const float most = *std::max_element(bias + row.lo, bias + row.hi);
+  if (std::isinf(most)) return most;  // the row stays NaN, as jax.nn's
+  std::vector<float> shifted(static_cast<size_t>(row.hi));
+  for (int64_t s = row.lo; s < row.hi; ++s) shifted[static_cast<size_t>(s)] = bias[s] - most + kInRange;
+  AttentionRow alone = row;
+  alone.bias = shifted.data();
+  RunRowAlone(plan, buffers, output, rooms, alone, row.lo);
+  return most;
+}
+
 // Behind a finished kernel call: the logarithms, and rows that are to be computed once more. Those are rows whose
 // weights of zero have met Inf or NaN among values that they do not see; and rows where no key outweighs a masked one,
 // which jax.nn weighs with all that a window and a length exclude.
@@ -216,9 +234,16 @@ void FinishRows(const AttentionPlan& plan, const AttentionBuffers& buffers, cons
     const AttentionRow row = rooms.table[i];
     const bool excluded = row.lo > 0 || row.hi < shape.keys;
     const bool outweighed = maximum <= kMaskedScore && !std::isnan(total);
+    const bool below_range = outweighed && total == 0 && !excluded && row.bias != nullptr && row.lo < row.hi;
+    float in_range = 0;
+    if (below_range) in_range = RunRowInRange(plan, buffers, output, rooms, row);
     if (buffers.lse != nullptr) {
       const int64_t t = output.first_position + i / output.heads, n = output.first_head + i % output.heads;
       const bool masked = outweighed && (excluded || total > 0);
+      if (below_range) {
+        buffers.lse[StatisticAt(shape, output.batch, t, n)] = in_range;
+        continue;
+      }
       const double log = (static_cast<double>(maximum) + std::log2(static_cast<double>(total))) * M_LN2;
       buffers.lse[StatisticAt(shape, output.batch, t, n)] = masked ? kJaxMasked : static_cast<float>(log);
     }

@@ -2,7 +2,8 @@
 
 From the logarithms of the softmax's denominators, and the cotangents of the results, weights are computed once more:
 no matrix of scores is kept, or formed. `composition` says what the primitive means in products; it is what it becomes
-where it has no kernel, a block of keys at a time, and what its own derivatives are made of.
+where it has no kernel or there is a bias, a block of keys at a time, and what its own derivatives are made of. With a
+bias it sums once more, as a float32 logarithm may be too coarse for scores of its size.
 
 Shapes: q, k, v, and bias, mask and lengths as in `attention`; then logarithms and deltas, float32 [B, T, N], and the
 cotangents of the results, [B, T, N, H] of q's dtype. A query's delta is the sum of its results times their cotangents,
@@ -83,10 +84,12 @@ def composition(*operands: Array, options: Options, bias_too: bool) -> tuple[Arr
     delta, lse = rows(delta), rows(lse)
     # Queries that see no key weigh all alike.
     nobody = lse <= MASKED
+    total: Any = None
     queries, dout = (x.reshape(b, t, kv_heads, group, x.shape[-1]) for x in (q, dout))
 
-    def block(dq: Array, first: Any, size: int) -> tuple[Array, tuple[Array, Array, Any]]:
-        keys, values = (lax.dynamic_slice_in_dim(x, first, size, 1) for x in (k, v))
+    def scores_of(first: Any, size: int) -> tuple[Array, Array | None]:
+        """Of a block of keys, and which of them are allowed."""
+        keys = lax.dynamic_slice_in_dim(k, first, size, 1)
         scores = _product("btkgh,bskh->bkgts", queries, keys) * np.float32(options.scale)
         if bias is not None:
             scores = scores + grouped(lax.dynamic_slice_in_dim(bias, first, size, 3), kv_heads)
@@ -94,8 +97,21 @@ def composition(*operands: Array, options: Options, bias_too: bool) -> tuple[Arr
         allowed = allowed_scores(options, part, q_lengths, kv_lengths, t, size, first, kv_heads)
         if allowed is not None:
             scores = jnp.where(allowed, scores, MASKED)
+        return scores, allowed
+
+    def sums_of(so_far: tuple[Array, Array], first: Any, size: int) -> tuple[Array, Array]:
+        """The maximum of the scores, and the sum of their exponentials less it, with another block."""
+        most, total = so_far
+        scores, _ = scores_of(first, size)
+        new = jnp.maximum(most, jnp.max(scores, axis=-1, keepdims=True))
+        shift = jnp.where(most == new, np.float32(0), most - new)
+        return new, total * jnp.exp(shift) + jnp.sum(jnp.exp(scores - new), axis=-1, keepdims=True)
+
+    def block(dq: Array, first: Any, size: int) -> tuple[Array, tuple[Array, Array, Any]]:
+        keys, values = (lax.dynamic_slice_in_dim(x, first, size, 1) for x in (k, v))
+        scores, allowed = scores_of(first, size)
         weights = jnp.exp(scores - lse)
-        weights = jnp.where(nobody, weights / s, weights)
+        weights = jnp.where(nobody, weights / s, weights) if total is None else weights / total
         dvalues = _product("bkgts,btkgh->bskh", weights.astype(v.dtype), dout)
         dscores = weights * (_product("btkgh,bskh->bkgts", dout, values) - delta)
         if allowed is not None:
@@ -112,6 +128,13 @@ def composition(*operands: Array, options: Options, bias_too: bool) -> tuple[Arr
 
     dq = jnp.zeros((b, t, kv_heads, group, h), np.float32)
     whole, rest = divmod(s, KEYS_AT_ONCE)
+    if bias is not None:
+        # A bias may be so large (-1e9 for a query that is padding) that the logarithm of a sum is lost beside it.
+        starts = jnp.arange(whole, dtype=np.int32) * KEYS_AT_ONCE
+        sums = jnp.full_like(lse, -np.inf), jnp.zeros_like(lse)
+        if whole:
+            sums, _ = lax.scan(lambda x, first: (sums_of(x, first, KEYS_AT_ONCE), None), sums, starts)
+        lse, total = sums_of(sums, whole * KEYS_AT_ONCE, rest) if rest else sums
     parts: list[tuple[Array, Array, Any]] = []
     if whole > 1:
         starts = jnp.arange(whole, dtype=np.int32) * KEYS_AT_ONCE

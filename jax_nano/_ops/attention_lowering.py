@@ -133,11 +133,13 @@ def _lower_gradients_call(ctx: Context, *values: Value, options: Options, bias_t
 
 def _lower_gradients(ctx: Context, *values: Value, options: Options, bias_too: bool) -> Sequence[Value]:
     where = _runs(ctx)
-    if where is sharding.Placement.LOCAL:
-        return _lower_gradients_call(ctx, *values, options=options, bias_too=bias_too)
     meaning: Callable[..., Any] = partial(gradients_composition, options=options, bias_too=bias_too)
+    if where is sharding.Placement.LOCAL and not options.bias:
+        return _lower_gradients_call(ctx, *values, options=options, bias_too=bias_too)
     if where is sharding.Placement.PARTITIONED:
-        call = partial(attention_gradients_call_p.bind, options=options, bias_too=bias_too)
+        call = meaning
+        if not options.bias:
+            call = partial(attention_gradients_call_p.bind, options=options, bias_too=bias_too)
         operands = ["btnh", "bskh", "bskw", *_extras(options), "btn", "btn", "btnw"]
         results = ["btnh", "bskh", "bskw", *["bnts"] * bias_too]
         meaning = _partitioned(ctx, call, operands, results, (3,) * bias_too)

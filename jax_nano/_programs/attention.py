@@ -329,6 +329,8 @@ class Search:
                 self._check_users()
             except NotAttention as error:
                 raise why or error from None
+        elif self._terms:
+            raise NotAttention("scores with a bias have gradients: it may be too large for logarithms in float32")
         operands = (self.operands_of(x) for x in (self.queries, self.keys, self.values))
         return self._fitted(result, copied, *operands)
 
