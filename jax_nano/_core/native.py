@@ -111,6 +111,12 @@ def supports(lhs_dtype: str, rhs_dtype: str, out_dtype: str, algorithm: str = sp
     return native is not None and bool(native.supports(lhs_dtype, rhs_dtype, out_dtype, algorithm))
 
 
+def float32_bits(value: float) -> int:
+    """Those of a number as float32, infinities and NaN included."""
+    with np.errstate(over="ignore"):
+        return int(np.float32(value).view(np.uint32))
+
+
 class Epilogue(NamedTuple):
     """What a call of `linear` does with its product."""
 
@@ -122,9 +128,7 @@ class Epilogue(NamedTuple):
     @classmethod
     def of(cls, activation: str, scale: float, *, bias: bool, residual: bool) -> Epilogue:
         """With the scale as a number."""
-        with np.errstate(over="ignore"):
-            bits = int(np.float32(scale).view(np.uint32))
-        return cls(activation, bits, bias, residual)
+        return cls(activation, float32_bits(scale), bias, residual)
 
 
 @lru_cache(maxsize=4096)

@@ -46,9 +46,13 @@ def path(runtime: ModuleType) -> Path | None:
     """Where costs are kept for this machine; None if JAX_NANO_TUNED is "off"."""
     if given := os.environ.get(ENVIRONMENT):
         return None if given.strip().lower() == "off" else Path(given)
+    return _folder() / f"tuned-{signature(runtime)}.json"
+
+
+def _folder() -> Path:
+    """Of the user's costs."""
     cache = os.environ.get("XDG_CACHE_HOME")
-    folder = Path(cache) if cache and Path(cache).is_absolute() else Path.home() / ".cache"
-    return folder / "jax_nano" / f"tuned-{signature(runtime)}.json"
+    return (Path(cache) if cache and Path(cache).is_absolute() else Path.home() / ".cache") / "jax_nano"
 
 
 def save(costs: Costs, file: Path, about: dict[str, Any]) -> None:
@@ -111,6 +115,8 @@ def use(runtime: ModuleType) -> None:
 
     A file that is not usable is left alone, with a warning.
     """
+    if not os.environ.get(ENVIRONMENT) and not _folder().is_dir():
+        return  # without asking the extension for all that a file's name depends on, at every start
     file = path(runtime)
     if file is None or not (file.exists() or os.environ.get(ENVIRONMENT)):
         return

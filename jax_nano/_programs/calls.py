@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Final
 
-import numpy as np
-
 from jax_nano._core import custom_calls, hlo, native
 from jax_nano._core.contraction import Dims, Labels
 from jax_nano._core.hlo import Body, Instruction
@@ -77,9 +75,7 @@ def _narrowed(body: Body, view: View) -> View:
 
 def float32(value: float) -> str:
     """A number as MLIR's text, bit for bit: decimal digits have no infinities and no NaN."""
-    with np.errstate(over="ignore"):
-        bits = int(np.float32(value).view(np.uint32))
-    return f"0x{bits:08X} : f32"
+    return f"0x{native.float32_bits(value):08X} : f32"
 
 
 def _attributes(labels: Labels, algorithm: str, epilogue: native.Epilogue | None) -> bytes:
