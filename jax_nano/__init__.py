@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jax_nano._core.native import register as register
     from jax_nano._ops.dot_general import dot_general_p as dot_general_p
     from jax_nano._programs.accelerate import accelerate as accelerate
+    from jax_nano._tools.report import Report as Report
     from jax_nano._tools.report import clear_report as clear_report
     from jax_nano._tools.report import report as report
     from jax_nano.api import dot as dot
@@ -61,6 +62,7 @@ _HOMES = {
         "jax_nano.api",
     ),
     **dict.fromkeys(("QuantizedArray", "quantize", "quantized_dot_general", "quantized_matmul"), "jax_nano.quantized"),
+    "Report": "jax_nano._tools.report",
     "accelerate": "jax_nano._programs.accelerate",
     "attention_fn": "jax_nano.flax_attention",
     "clear_report": "jax_nano._tools.report",
@@ -71,6 +73,7 @@ _MODULES = ("checkpoint_policies",)
 
 __all__ = [
     "QuantizedArray",
+    "Report",
     "accelerate",
     "attention_fn",
     "checkpoint_policies",

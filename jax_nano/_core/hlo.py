@@ -36,6 +36,7 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
         "entry_computation_id": (6, "int64"),
         "schedule": (7, "bytes"),  # of compiled modules; never looked into
         "input_output_alias": (8, "Aliases"),
+        "stack_frame_index": (17, "StackFrames"),
         "buffer_donor": (18, "Donors"),
         "frontend_attributes": (19, "FrontendAttributes"),
     },
@@ -108,7 +109,16 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
         "rhs_batch_dimensions": (4, "*int64"),
     },
     "PrecisionConfig": {"operand_precision": (1, "*int32"), "algorithm": (2, "int32")},
-    "Metadata": {"op_name": (2, "string")},
+    "Metadata": {"op_name": (2, "string"), "stack_frame_id": (15, "int32")},
+    # Frames, their parents and what they name are counted from 1; 0 is none.
+    "StackFrames": {
+        "file_names": (1, "*string"),
+        "function_names": (2, "*string"),
+        "file_locations": (3, "*FileLocation"),
+        "stack_frames": (4, "*StackFrame"),
+    },
+    "FileLocation": {"file_name_id": (1, "int32"), "line": (3, "int32")},
+    "StackFrame": {"file_location_id": (1, "int32"), "parent_frame_id": (2, "int32")},
     "Literal": {
         "shape": (1, "Shape"),
         "preds": (2, "bytes"),  # bools, packed: a byte each
@@ -442,6 +452,16 @@ class Module:
     def computation(self, number: int) -> Computation:
         """The computation with this id."""
         return self._by_id[number]
+
+    def frames(self, instruction: Instruction) -> Iterator[tuple[str, int]]:
+        """File and line of each frame of the Python stack that an instruction comes from, innermost first."""
+        index = self._proto.stack_frame_index
+        number = instruction.metadata.stack_frame_id
+        while 0 < number <= len(index.stack_frames):
+            frame = index.stack_frames[number - 1]
+            location = index.file_locations[frame.file_location_id - 1]
+            yield index.file_names[location.file_name_id - 1], location.line
+            number = frame.parent_frame_id if frame.parent_frame_id != number else 0
 
     def program_shape(self) -> list[Any]:
         """Copies of the shapes of the program's result and of its parameters in order."""

@@ -12,7 +12,7 @@ import functools
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -298,6 +298,12 @@ def module_cache(ctx: mlir.LoweringRuleContext) -> dict[Any, Any]:
 def program_name(ctx: mlir.LoweringRuleContext) -> str:
     """The name of the module that is being lowered."""
     return ir.StringAttr(ctx.module_context.module.operation.attributes["sym_name"]).value
+
+
+def frames(ctx: mlir.LoweringRuleContext) -> Iterator[tuple[str, int]]:
+    """File and line of each frame, but for JAX's own, of the stack that the equation comes from, innermost first."""
+    for frame in source_info_util.user_frames(ctx.traceback):
+        yield frame.file_name, frame.start_line
 
 
 def attributes_of(operation: Any) -> dict[str, Any]:

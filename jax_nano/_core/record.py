@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from jax_nano._core import jax_compat as compat
 from jax_nano._core import machine, native, spec
 from jax_nano._core.contraction import Labels
+from jax_nano._core.places import Place
 
 
 class Array(NamedTuple):
@@ -25,12 +26,25 @@ class Array(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
 
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+class Source(NamedTuple):
+    """Where a product comes from."""
+
+    operation: str  # what JAX calls it, e.g. "jit(loss)/dot_general"
+    place: Place | None  # in the user's code; None if that is not known, as in exported programs
+
+    def __str__(self) -> str:
+        return self.operation if self.place is None else f"{self.place}, {self.operation}"
+
 
 class Product(NamedTuple):
     """A product of a program, and what became of it."""
 
     program: str
-    source: str  # what JAX calls the operation, e.g. "jit(loss)/dot_general"
+    source: Source
     arrays: tuple[Array, Array, Array]  # lhs, rhs, result
     labels: Labels  # of the arrays' dimensions
     algorithm: str
@@ -47,7 +61,7 @@ class Attention(NamedTuple):
     """
 
     program: str
-    source: str
+    source: Source
     arrays: tuple[Array, ...]  # queries, keys, values, result; what was declined may name the result alone
     detail: str  # "causal, bias"
     declined: str | None  # why it stays two products; None: a kernel computes it in one pass
@@ -143,14 +157,19 @@ def line(product: Product | Attention) -> str:
     """A product or attention as text: labels and arrays, then its kernel and plan, or why XLA computes it."""
     if isinstance(product, Attention):
         return _attention_line(product)
-    lhs, rhs, out = (f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in product.arrays)
-    what = f"{_letters(product.labels)}  {lhs} x {rhs} -> {out}"
+    lhs, rhs, out = product.arrays
+    what = f"{letters(product.labels)}  {lhs} x {rhs} -> {out}"
     algorithm = "" if product.algorithm == "default" else f" ({product.algorithm})"
     algorithm += f", then {product.epilogue}" if product.epilogue else ""
-    fate = product.kernel or _kernel(product) if product.declined is None else f"left to XLA: {product.declined}"
-    if product.weights:
-        fate += f"; its quantised weights are made floats first: {product.weights}"
-    return f"{what}{algorithm}: {fate}  [{product.source}]"
+    return f"{what}{algorithm}: {fate(product)}  [{product.source}]"
+
+
+def fate(x: Product | Attention) -> str:
+    """What computes it: target, kernel, blocking and threads, or XLA and why."""
+    if isinstance(x, Attention):
+        return f"{native.target()}, in one pass" if x.declined is None else f"stays two products and softmax: {x.declined}"
+    text = x.kernel or _kernel(x) if x.declined is None else f"left to XLA: {x.declined}"
+    return f"{text}; its quantised weights are made floats first: {x.weights}" if x.weights else text
 
 
 def quantized_text(weights: str, k: int, groups: int, *, zero: bool) -> str:
@@ -161,16 +180,14 @@ def quantized_text(weights: str, k: int, groups: int, *, zero: bool) -> str:
 
 
 def _attention_line(attention: Attention) -> str:
-    *operands, out = (f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in attention.arrays)
+    *operands, out = map(str, attention.arrays)
     what = " ".join(filter(None, ("attention ", " x ".join(operands), "->", out)))
     what += f", {attention.detail}" if attention.detail else ""
-    fate = f"{native.target()}, in one pass"
-    if attention.declined is not None:
-        fate = f"stays two products and softmax: {attention.declined}"
-    return f"{what}: {fate}  [{attention.source}]"
+    return f"{what}: {fate(attention)}  [{attention.source}]"
 
 
-def _letters(labels: Labels) -> str:
+def letters(labels: Labels) -> str:
+    """Labels as einsum writes them: "ab,bc->ac"."""
     names: Final = {label: _letter(i) for i, label in enumerate(dict.fromkeys(labels.lhs + labels.rhs))}
     lhs, rhs, out = ("".join(names[x] for x in dims) for dims in labels)
     return f"{lhs},{rhs}->{out}"
@@ -189,7 +206,31 @@ def _kernel(product: Product) -> str:
     threads = machine.threads(compat.cpu_devices())
     dtypes = (lhs.dtype, rhs.dtype, out.dtype)
     plan = runtime.plan(lhs.shape, rhs.shape, *product.labels, *dtypes, threads, algorithm=product.algorithm)
-    return _in_short(plan, threads)
+    predicted = seconds(product)
+    return _in_short(plan, threads) + (f", {duration(predicted)} on one core" if predicted is not None else "")
+
+
+def seconds(product: Product) -> float | None:
+    """What a product's kernel takes on one core by the planner's prediction; None where that is not known."""
+    runtime = native.runtime()
+    lhs, rhs, out = product.arrays
+    if product.declined is not None or product.kernel or runtime is None:
+        return None
+    if not all(isinstance(size, int) for size in lhs.shape + rhs.shape):
+        return None
+    if not runtime.profile_is_measured(runtime.profile()):
+        return None
+    dtypes = (lhs.dtype, rhs.dtype, out.dtype)
+    considered = runtime.considered(lhs.shape, rhs.shape, *product.labels, *dtypes, algorithm=product.algorithm)
+    return float(considered[0]["ns"]) * 1e-9 if considered else None
+
+
+def duration(seconds: float) -> str:
+    """E.g. "12 us"."""
+    for unit, name in ((1, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if seconds >= unit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds * 1e9:.3g} ns"
 
 
 def _in_short(plan: Mapping[str, Any], threads: int) -> str:

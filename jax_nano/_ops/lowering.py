@@ -21,7 +21,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo as _stablehlo
 from jax.interpreters import mlir, xla
 
-from jax_nano._core import contraction, custom_calls, native, record
+from jax_nano._core import contraction, custom_calls, native, places, record
 from jax_nano._core import jax_compat as compat
 from jax_nano._core.contraction import Dims, Labels
 from jax_nano._core.signatures import Precision, Signature
@@ -145,7 +145,7 @@ def tell(
 ) -> None:
     """Puts a product in the report."""
     lhs, rhs, out = (record.Array(dtype.name, shape) for dtype, shape in zip(dtypes, shapes, strict=True))
-    source = f"{ctx.name_stack}/{ctx.primitive}"
+    source = record.Source(f"{ctx.name_stack}/{ctx.primitive}", places.of_user(compat.frames(ctx)))
     product = record.Product(compat.program_name(ctx), source, (lhs, rhs, out), labels, algorithm, declined)
     record.add(product._replace(epilogue=epilogue, kernel=kernel))
 

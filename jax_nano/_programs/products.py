@@ -65,11 +65,6 @@ class Dot(NamedTuple):
     rhs: Operand
 
     @property
-    def source(self) -> str:
-        """What JAX calls the operation."""
-        return self.instruction.metadata.op_name or self.instruction.name
-
-    @property
     def arrays(self) -> tuple[Instruction, Instruction, Instruction]:
         """What the dot reads and writes, as HLO counts dimensions; it may convert what it is given."""
         return self.lhs.array, self.rhs.array, self.instruction

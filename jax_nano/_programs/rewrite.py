@@ -17,7 +17,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final
 
-from jax_nano._core import hlo, record
+from jax_nano._core import hlo, places, record
 from jax_nano._core import jax_compat as compat
 from jax_nano._core.contraction import Labels
 from jax_nano._core.hlo import Body, Computation, Instruction, Module
@@ -141,7 +141,7 @@ class _Rewriter:
                 arrays, detail = tuple(map(_array, shown)), attended.text()
                 if declined is None and self._policy.declines and xla.keeps_attention(attended.count_scores()):
                     declined = "XLA is as fast with so few scores"
-                source = attended.second.metadata.op_name or attended.second.name
+                source = self._source(attended.second)
                 if declined is None:
                     try:
                         attention_calls.write(body, attended)
@@ -151,7 +151,7 @@ class _Rewriter:
                         body.commit()
                         body = Body(body.module, body.computation)
             else:
-                source = second.metadata.op_name or second.name
+                source = self._source(second)
             found.append(record.Attention(self._module.name, source, arrays, detail, declined))
         left = _dots_of(body)
         inside = {dot for number, dots in before.items() if number not in left for dot in dots}
@@ -175,7 +175,7 @@ class _Rewriter:
             except quantized.NotQuantized as error:
                 self._why_floats[number] = str(error)
                 continue
-            found.append(_quantized_record(self._module.name, quantised))
+            found.append(_quantized_record(self._module.name, self._source(quantised.dot), quantised))
             body.commit()
             body = Body(body.module, body.computation)
         left = _dots_of(body)
@@ -185,7 +185,7 @@ class _Rewriter:
         """Replaces a product by a call, unless XLA is to compute it."""
         seen = products.see(body, product)
         if seen is None:
-            return self._left(product.source, product.dot, product.arrays, products.UNREADABLE)
+            return self._left(self._source(product.instruction), product.dot, product.arrays, products.UNREADABLE)
         call = None if why_none else products.best_call(body, product.dot, seen, numbers, self._policy)
         if call is None:
             arrays, epilogue = seen.views, None
@@ -200,7 +200,13 @@ class _Rewriter:
         fate = (decision.declined, str(epilogue or ""))
         why_floats = self._why_floats.get(product.instruction.id, "")
         return record.Product(
-            self._module.name, product.source, (a, b, c), decision.labels, algorithm, *fate, weights=why_floats
+            self._module.name,
+            self._source(product.instruction),
+            (a, b, c),
+            decision.labels,
+            algorithm,
+            *fate,
+            weights=why_floats,
         )
 
     def _unseen(self, seen: Collection[int], why: Mapping[int, str]) -> Iterator[record.Product]:
@@ -211,9 +217,14 @@ class _Rewriter:
                 if dot.opcode == "dot" and dot.id not in seen:
                     arrays = (*(by_id[x] for x in dot.operand_ids), dot)
                     reason = why.get(dot.id) or fusions.left_in(computation, dot)
-                    yield self._left(dot.metadata.op_name or dot.name, dot, arrays, reason)
+                    yield self._left(self._source(dot), dot, arrays, reason)
 
-    def _left(self, source: str, dot: Instruction, arrays: Sequence[Instruction], why: str) -> record.Product:
+    def _source(self, instruction: Instruction) -> record.Source:
+        """What JAX calls an operation, and where the program has it."""
+        operation = instruction.metadata.op_name or instruction.name
+        return record.Source(operation, places.of_user(self._module.frames(instruction)))
+
+    def _left(self, source: record.Source, dot: Instruction, arrays: Sequence[Instruction], why: str) -> record.Product:
         """A product that stays as it is, as HLO counts its dimensions."""
         labels = products.labels_of(dot, *(len(x.shape.dimensions) for x in arrays[:2]))
         a, b, c = (record.Array(hlo.dtype_name(x.shape), tuple(x.shape.dimensions)) for x in arrays)
@@ -247,7 +258,7 @@ def _quantized_in(body: Body, policy: Policy) -> tuple[dict[int, quantized.Found
             del found[number]
 
 
-def _quantized_record(program: str, found: quantized.Found) -> record.Product:
+def _quantized_record(program: str, source: record.Source, found: quantized.Found) -> record.Product:
     m, k, groups, n = found.sizes
     q = (n, k) if found.along_k else (k, n)
     x = hlo.dtype_name(found.x.instruction.shape)
@@ -257,7 +268,6 @@ def _quantized_record(program: str, found: quantized.Found) -> record.Product:
         record.Array(hlo.NAMES[found.dtype], (m, n)),
     )
     kernel = record.quantized_text(found.weights.name, k, groups, zero=found.weights.zero is not None)
-    source = found.dot.metadata.op_name or found.dot.name
     labels = Labels((0, 1), (2, 1) if found.along_k else (1, 2), (0, 2))
     return record.Product(program, source, arrays, labels, "default", None, str(found.epilogue or ""), kernel)
 

@@ -193,7 +193,7 @@ def test_the_gate_leaves_few_scores_to_xla(rng: np.random.Generator, monkeypatch
 def test_the_report_names_it(rng: np.random.Generator) -> None:
     c = Case(rng, jnp.float32)
     run(lambda *x: attend(*x, is_causal=True), c.q, c.k, c.v)
-    text = jax_nano.report()
+    text = str(jax_nano.report())
     assert "1 attention run in one pass" in text
     arrays = "float32[2,24,4,16] x float32[2,40,4,16] x float32[2,40,4,16] -> float32[2,24,4,16], causal"
     assert f"attention  {arrays}" in text

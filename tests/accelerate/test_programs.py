@@ -271,7 +271,7 @@ def test_a_large_donated_state() -> None:
     assert state.is_deleted()
     assert halved[0, 0] == 0.5
     np.testing.assert_array_equal(product, np.full((64, 2049), 2048, np.float32))
-    text = jax_nano.report()
+    text = str(jax_nano.report())
     kept = compat.KEEPS_DONATION
     assert f"1 products compiled, {int(kept)} run on kernels" in text
     assert ("left to XLA: this jaxlib would not reuse the 16 MiB that the program donates" in text) != kept

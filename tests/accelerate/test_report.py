@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ def _cleared() -> None:
 
 
 def test_nothing_compiled() -> None:
-    assert jax_nano.report() == "jax_nano: no product was compiled"
+    assert str(jax_nano.report()) == "jax_nano: no product was compiled"
 
 
 def test_accelerated_and_own_products() -> None:
@@ -34,7 +35,7 @@ def test_accelerated_and_own_products() -> None:
 
     with jax_nano.accelerate():
         jax.jit(model).lower(a, b).compile()
-    text = jax_nano.report()
+    text = str(jax_nano.report())
     head, program, *lines = text.splitlines()
     assert head == "jax_nano: 2 products compiled, 2 run on kernels, 0 are left to XLA"
     assert program == "jit_model"
@@ -56,7 +57,7 @@ def test_paths_without_blocks_are_named() -> None:
     with jax_nano.accelerate():
         jax.jit(lambda a, b: a @ b).lower(few, square).compile()
         jax.jit(lambda a, b: a @ b.T).lower(few, square).compile()
-    text = jax_nano.report()
+    text = str(jax_nano.report())
     assert ", sweeps, " in text
     assert ", inner products, " in text
     assert "blocks 0 x" not in text
@@ -66,7 +67,7 @@ def test_what_is_declined_has_a_reason() -> None:
     with jax_nano.accelerate():
         for dtype in (np.int32, np.complex64):
             jax.jit(lambda a: a @ a).lower(np.ones((16, 16), dtype)).compile()
-    text = jax_nano.report()
+    text = str(jax_nano.report())
     assert "2 products compiled, 0 run on kernels, 2 are left to XLA" in text
     assert "left to XLA: no kernel for int32 x int32 -> int32" in text
     assert "left to XLA: no kernel reads this dtype or layout" in text
@@ -108,7 +109,7 @@ def test_epilogues() -> None:
     with jax_nano.accelerate():
         jax.jit(lambda x, w, b: jax.nn.relu(0.5 * (x @ w) + b)).lower(x, w, b).compile()
     jax.jit(lambda x, w, b: jax_nano.linear(x, w, b, activation="relu", scale=0.5)).lower(x, w, b)
-    assert jax_nano.report().count("-> float32[24,56], then scale 0.5, bias, relu: ") == 2
+    assert str(jax_nano.report()).count("-> float32[24,56], then scale 0.5, bias, relu: ") == 2
 
 
 def test_layout_and_count() -> None:
@@ -175,7 +176,7 @@ def test_run(named: list[str], how: str, status: int, tmp_path: Path) -> None:
     assert "jax_nano: 1 products compiled, 1 run on kernels, 0 are left to XLA" in done.stderr
     assert ("ArithmeticError: on purpose" in done.stderr) == (how == "raise")
     if how == "raise":  # as from python itself
-        assert "_run.py" not in done.stderr
+        assert "_tools/run.py" not in done.stderr
         assert "runpy" not in done.stderr
 
 
@@ -214,7 +215,7 @@ def test_run_of_odd_programs(name: str, tmp_path: Path) -> None:
     done = run(tmp_path, *arguments)
     assert done.returncode == status, done.stderr
     assert message in done.stderr
-    assert "_run.py" not in done.stderr
+    assert "_tools/run.py" not in done.stderr
 
 
 def test_a_program_that_never_imports_the_package() -> None:
@@ -227,3 +228,70 @@ def test_a_program_that_never_imports_the_package() -> None:
         """,
         env={"JAX_NANO_ACCELERATE": "1"},
     )
+
+
+def compiled(how: str) -> jax_nano.Report:
+    a = np.ones((24, 40), np.float32)
+    if how == "own":
+        jax.jit(lambda a: jax_nano.matmul(a.T, a)).lower(a)
+    else:
+        with jax_nano.accelerate():
+            jax.jit(lambda a: jnp.dot(a.T, a)).lower(a).compile()
+    return jax_nano.report()
+
+
+@pytest.mark.parametrize("how", ["own", "accelerated"])
+def test_a_report_is_an_object(how: str) -> None:
+    report = compiled(how)
+    (product,) = report.ran
+    assert report.left == ()
+    assert len(report) == 1
+    assert list(report) == [product]
+    assert (product.kind, product.count, product.reason) == ("product", 1, None)
+    assert product.what == "ab,ac->bc"
+    assert product.operands == ("float32[24,40]", "float32[24,40]")
+    assert product.result == "float32[40,40]"
+    assert product.flops == 2 * 24 * 40 * 40
+    assert product.kernel is not None
+    assert product.kernel in str(report)
+    assert product.seconds is None or 0 < product.seconds < 1
+    assert repr(report) == str(report)
+    assert json.loads(json.dumps(report.to_dict()))["products"][0]["result"] == "float32[40,40]"
+    assert "float32[24,40] x float32[24,40]" in report._repr_html_()
+
+
+@pytest.mark.parametrize("how", ["own", "accelerated"])
+def test_products_name_the_users_line(how: str) -> None:
+    (product,) = compiled(how)
+    assert product.file == __file__
+    assert product.line is not None
+    text = Path(__file__).read_text().splitlines()[product.line - 1]
+    assert ("jax_nano.matmul(a.T, a)" if how == "own" else "jnp.dot(a.T, a)") in text
+
+
+def test_a_library_is_not_the_users_line() -> None:
+    nn = pytest.importorskip("flax.linen")
+    layer = nn.Dense(64)
+    x = np.ones((64, 64), np.float32)
+    with jax_nano.accelerate():
+        variables = layer.init(jax.random.key(0), x)
+        jax_nano.clear_report()
+        jax.jit(lambda v, x: layer.apply(v, x)).lower(variables, x).compile()
+    (product,) = jax_nano.report()
+    assert product.file == __file__
+
+
+def test_what_is_left_has_a_line_and_a_reason() -> None:
+    with jax_nano.accelerate():
+        jax.jit(lambda a: a @ a).lower(np.ones((16, 16), np.int32)).compile()
+    (product,) = jax_nano.report().left
+    assert product.kernel is None
+    assert product.reason is not None
+    assert "no kernel for int32" in product.reason
+    assert product.file == __file__
+
+
+def test_a_report_as_pandas() -> None:
+    pytest.importorskip("pandas")
+    table = compiled("own").to_pandas()
+    assert list(table["result"]) == ["float32[40,40]"]

@@ -192,7 +192,7 @@ def test_what_xla_cannot_compile_is_compiled_without_calls(monkeypatch: pytest.M
     np.testing.assert_array_equal(again, A @ A)
     (text,) = {str(x.message) for x in caught}
     assert "XLA did not compile jit_named with our calls" in text
-    report = jax_nano.report()
+    report = str(jax_nano.report())
     assert " 0 run on kernels" in report
     assert "left to XLA: XLA did not compile the program with our calls" in report
 
