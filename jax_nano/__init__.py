@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from jax_nano._core.native import register as register
     from jax_nano._ops.dot_general import dot_general_p as dot_general_p
     from jax_nano._programs.accelerate import accelerate as accelerate
+    from jax_nano._tools.explanation import Explanation as Explanation
+    from jax_nano._tools.explanation import explain as explain
+    from jax_nano._tools.info import Info as Info
+    from jax_nano._tools.info import info as info
     from jax_nano._tools.report import Report as Report
     from jax_nano._tools.report import clear_report as clear_report
     from jax_nano._tools.report import report as report
@@ -62,16 +66,22 @@ _HOMES = {
         "jax_nano.api",
     ),
     **dict.fromkeys(("QuantizedArray", "quantize", "quantized_dot_general", "quantized_matmul"), "jax_nano.quantized"),
+    "Explanation": "jax_nano._tools.explanation",
+    "Info": "jax_nano._tools.info",
     "Report": "jax_nano._tools.report",
     "accelerate": "jax_nano._programs.accelerate",
     "attention_fn": "jax_nano.flax_attention",
     "clear_report": "jax_nano._tools.report",
+    "explain": "jax_nano._tools.explanation",
+    "info": "jax_nano._tools.info",
     "register": "jax_nano._core.native",
     "report": "jax_nano._tools.report",
 }
 _MODULES = ("checkpoint_policies",)
 
 __all__ = [
+    "Explanation",
+    "Info",
     "QuantizedArray",
     "Report",
     "accelerate",
@@ -83,7 +93,9 @@ __all__ = [
     "dot_general_p",
     "dot_product_attention",
     "einsum",
+    "explain",
     "export_checks",
+    "info",
     "inner",
     "linear",
     "linear_p",

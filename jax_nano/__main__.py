@@ -8,14 +8,11 @@ import sys
 from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from jax_nano._core import machine
+from jax_nano._core import machine, spec
 from jax_nano._tools import explain as _explain
 from jax_nano._tools import run as _run
-
-_ENVIRONMENT: Final = ("JAX_NANO_", "JAX_", "XLA_FLAGS", "NPROC", "PJRT_NPROC", "PYTHONPATH")
-_PACKAGES: Final = ("jax_nano", "jax", "jaxlib")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jax_nano", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"jax_nano {_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     info = commands.add_parser("info", help="this machine, the targets, and which one serves what, and why")
@@ -50,13 +48,16 @@ def _parser() -> argparse.ArgumentParser:
         "sizes", nargs="+", metavar="SIZES", help="MxNxK, e.g. 4x4096x1024; or the two operands: 4x1024 1024x4096"
     )
     explain.add_argument(
-        "--dtype", default="f32", help="of the operands, or LHSxRHS, and -RESULT: bf16, bf16-f32, f32xbf16, i8xu8-i32"
+        "--dtype",
+        default="float32",
+        help="NumPy's names, of the operands, or LHSxRHS, and -RESULT: bfloat16, float32xbfloat16, int8xuint8-int32; or"
+        " in short bf16, bf16-f32, i8",
     )
     explain.add_argument("--layout", default="NN", choices=_explain.LAYOUTS, help="T: the operand is stored transposed")
     explain.add_argument("--batch", metavar="SIZES", help="batch dimensions in front, e.g. 64 or 8x12")
     explain.add_argument("--algorithm", default="default", metavar="PRESET", help="a lax.DotAlgorithmPreset")
     explain.add_argument("--threads", type=int, default=machine.threads(), help="(default: all, here %(default)s)")
-    explain.add_argument("--target", help="as on a CPU that has this target")
+    explain.add_argument("--target", help=f"as on a CPU that has this target: {', '.join(spec.TARGETS)}")
 
     tune = commands.add_parser(
         "tune", help="measure this CPU for about a minute, for faster plans with the same results"
@@ -64,7 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     tune.set_defaults(command=_tune)
     tune.add_argument("--seconds", type=float, default=60, help="how long it measures (default: 60)")
     tune.add_argument(
-        "--dtype", nargs="+", default=[], metavar="DTYPE", help="kernels of these, such as f32 bf16 f64 i8"
+        "--dtype",
+        nargs="+",
+        default=[],
+        metavar="DTYPE",
+        help="kernels of these, such as float32 bfloat16 float64 int8",
     )
     tune.add_argument("--output", type=Path, metavar="FILE", help="keep it here (default: in your cache folder)")
     tune.add_argument("--show", action="store_true", help="tell where it is kept, and measure nothing")
@@ -72,6 +77,15 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="a Python program with its products on kernels, and a report at its end")
     run.add_argument("program", nargs=argparse.REMAINDER, metavar="SCRIPT | -m MODULE, ARGUMENTS", help="as for python")
     return parser
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("jax_nano")
+    except metadata.PackageNotFoundError:
+        return "of a source folder"
 
 
 def _runtime() -> Any:
@@ -85,23 +99,11 @@ def _runtime() -> Any:
 
 
 def _explain_product(runtime: Any, args: argparse.Namespace) -> int:
-    from jax_nano._dispatch import decision
+    del runtime
+    from jax_nano._tools import explanation
 
-    if runtime is None:
-        raise ValueError("this platform has no kernels; XLA computes every product")
-    if args.threads < 1:
-        raise ValueError(f"--threads {args.threads}: expected at least 1")
     asked = _explain.request(args.sizes, args.dtype, args.layout, args.batch)
-    machine = decision.this_machine()
-    if args.target:
-        machine = machine._replace(target=args.target)
-    declined = decision.why_declined(
-        asked.labels, asked.shapes, asked.dtypes[:2], args.algorithm, machine, decision.policy
-    )
-    text = _explain.explain(
-        runtime, asked, threads=args.threads, algorithm=args.algorithm, target=args.target, declined=declined
-    )
-    print(text)
+    print(explanation.of_request(asked, threads=args.threads, algorithm=args.algorithm, target=args.target))
     return 0
 
 
@@ -113,100 +115,23 @@ def _tune(runtime: Any, args: argparse.Namespace) -> int:
         raise ValueError("this platform has no kernels; XLA computes every product")
     from jax_nano._tools import tune
 
-    return tune.tune(runtime, seconds=args.seconds, dtypes=args.dtype, output=args.output, show=args.show)
+    short = {x.name: x.short for x in spec.DTYPES.values()}
+    dtypes = [short.get(name, name) for name in args.dtype]
+    return tune.tune(runtime, seconds=args.seconds, dtypes=dtypes, output=args.output, show=args.show)
 
 
 # --- info ---------------------------------------------------------------------------------------
 
 
 def _info(runtime: Any, args: argparse.Namespace) -> int:
-    del args
-    error = None
-    sections = [("machine", _machine_lines(runtime))]
-    if runtime is None:
-        sections.append(("targets", ["none: this platform has no kernels, XLA computes every product"]))
-    else:
-        sections.append(("targets", _target_lines(runtime)))
-        try:
-            sections.append(("signatures", _signature_lines(runtime)))
-        except ValueError as wrong:  # JAX_NANO_TARGET
-            error = wrong
-    sections.append(("versions", _version_lines()))
-    sections.append(("environment", _environment_lines()))
-    for title, lines in sections:
-        print(title, *(f"  {line}" for line in lines), "", sep="\n")
-    if error is not None:
-        raise error
+    del runtime, args
+    from jax_nano._tools import info
+
+    found = info.info()
+    print(found)
+    if found.error is not None:
+        raise ValueError(found.error)
     return 0
-
-
-def _machine_lines(runtime: Any) -> list[str]:
-    lines = [
-        f"CPU     {machine.cpu_name()}",
-        f"cores   {machine.cores()} that this process may use",
-        f"threads {machine.threads()} in XLA's pool, or one for each device if there are more",
-    ]
-    if runtime is not None:
-        caches = runtime.caches()
-        names = (("L1", "l1d"), ("L2", "l2"), ("L3", "l3"))
-        lines.append("caches  " + ", ".join(f"{level} {_explain.size(caches[key])}" for level, key in names))
-        lines.append("has     " + " ".join(runtime.features()))
-    return lines
-
-
-def _target_lines(runtime: Any) -> list[str]:
-    kernels = runtime.kernels()
-    rows = []
-    for target in runtime.targets():
-        count = sum(kernel["target"] == target["name"] for kernel in kernels)
-        usable = "usable" if not target["why"] else "not usable: " + target["why"]
-        rows.append((target["name"], f"{count} kernels", usable))
-    return _table([("target, best first", "in this build", "here"), *rows])
-
-
-def _signature_lines(runtime: Any) -> list[str]:
-    """A row for each signature that some kernel of the build has; ValueError if JAX_NANO_TARGET is wrong."""
-    if not runtime.selected_target():
-        return ["none: this CPU has none of the targets, XLA computes every product"]
-    by_name = {kernel["name"]: kernel for kernel in runtime.kernels()}
-    rows = []
-    for lhs, rhs, out, algorithm in dict.fromkeys(
-        (kernel["lhs"], kernel["rhs"], kernel["out"], kernel["algorithm"]) for kernel in by_name.values()
-    ):
-        named = "" if algorithm == "default" else f" ({algorithm})"
-        signature = f"{lhs} x {rhs} -> {out}{named}"
-        try:
-            labels = (0, 1), (1, 2), (0, 2)
-            plan = runtime.plan((64, 64), (64, 64), *labels, lhs, rhs, out, 1, algorithm=algorithm)
-        except ValueError:
-            rows.append((signature, "XLA", "no usable target has a kernel for it"))
-            continue
-        kernel = by_name[plan["kernel"]]
-        passed = [f"{name}: {why}" for name, why in _explain.passed_over(runtime, kernel)]
-        rows.append((signature, kernel["target"], "; ".join(passed) or "none has a kernel for it"))
-    return _table([("signature", "served by", "better ones, and why not"), *rows])
-
-
-def _version_lines() -> list[str]:
-    from importlib import metadata
-
-    lines = []
-    for name in _PACKAGES:
-        try:
-            lines.append(f"{name:9} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            lines.append(f"{name:9} not installed as a package")
-    return [*lines, f"{'Python':9} {sys.version.split()[0]}"]
-
-
-def _environment_lines() -> list[str]:
-    found = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(_ENVIRONMENT)]
-    return found or ["none of the variables that matter is set"]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _leave_the_source_tree() -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+import jax_nano
 from jax_nano import _runtime
 from jax_nano.__main__ import main
 from jax_nano._core import cost as _cost
 from jax_nano._core import machine, spec
-from jax_nano._dispatch import xla
+from jax_nano._dispatch import decision, xla
 from jax_nano._tools import explain
 
 CACHES = {"l1d": 32 << 10, "l2": 1 << 20, "l3": 32 << 20}
@@ -88,6 +92,21 @@ def test_info_says_which_variables_are_set() -> None:
     assert f"JAX_NANO_TARGET={lowest}" in done.stdout
     best = next(t["name"] for t in _runtime.targets() if not t["why"])
     assert ("above what JAX_NANO_TARGET allows" in done.stdout) == (best != lowest)
+
+
+def test_info_is_an_object() -> None:
+    found = jax_nano.info()
+    assert str(found) == repr(found)
+    assert [x.name for x in found.targets] == [x["name"] for x in _runtime.targets()]
+    assert {x.target for x in found.signatures} <= {x.name for x in found.targets if not x.why_not} | {None}
+    assert json.loads(json.dumps(found.to_dict()))["versions"]["jax"] == jax.__version__
+    assert found.costs in str(found)
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("jax_nano ")
 
 
 class FakeRuntime:
@@ -181,11 +200,11 @@ def test_explain_shows_what_the_gate_decides() -> None:
         (("12x34", "33x5"), "the first has 34 columns and the second 33 rows"),
         (("12x34xq",), "expected numbers"),
         (("-1x3x4",), ""),
-        (("8x8x8", "--dtype", "f31"), "'f31' is none of f32"),
+        (("8x8x8", "--dtype", "f31"), "'f31' is none of float32"),
         (("8x8x8", "--dtype", "f32-u8"), "no kernel"),
         (("8x8x8", "--batch", "axb"), "expected numbers"),
         (("8x8x8", "--threads", "0"), "at least 1"),
-        (("8x8x8", "--target", "pentium"), "unknown target"),
+        (("8x8x8", "--target", "pentium"), "'pentium' is none of x86-64-v3"),
         (("8x8x8", "--algorithm", "NO_SUCH"), "no kernel"),
         (("8x8x8", "--layout", "XX"), "invalid choice"),
         ((), "required"),
@@ -297,3 +316,49 @@ def test_zen_4_splits_512_bit_instructions() -> None:
     assert not machine.splits_512_bit({"vendor_id": "AuthenticAMD", "cpu family": "26"})
     assert not machine.splits_512_bit({"vendor_id": "GenuineIntel", "cpu family": "6"})
     assert not machine.splits_512_bit({})
+
+
+# --- jax_nano.explain ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", explain.LAYOUTS)
+def test_explain_of_arrays_is_that_of_the_command_line(layout: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lhs, rhs = ((3, 64, 32) if layout[0] == "N" else (3, 32, 64)), ((3, 32, 48) if layout[1] == "N" else (3, 48, 32))
+    arrays = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (lhs, rhs))
+    found = jax_nano.explain(*arrays, layout=layout, threads=2, preferred_element_type=jnp.float32)
+    options = ("--layout", layout, "--batch", "3", "--threads", "2")
+    for dtype in ("bfloat16-float32", "bf16-f32"):
+        assert main(["explain", "64x48x32", "--dtype", dtype, *options]) == 0
+        assert capsys.readouterr().out == f"{found}\n"
+    assert repr(found) == str(found)
+    assert found.kernel in str(found)
+    assert found.target == found.plan["target"]
+    assert found.plan["products"] == 3
+    times = [x.seconds for x in found.candidates]
+    assert times == sorted(times)
+
+
+def test_explain_says_what_xla_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decision, "policy", decision.Policy(declines=True))
+    found = jax_nano.explain(jnp.ones((2, 2)), jnp.ones((2, 2)))
+    assert found.declined is not None
+    assert found.declined in str(found)
+
+
+def test_explain_of_what_does_not_fit() -> None:
+    a = jnp.ones((4, 5))
+    with pytest.raises(ValueError, match="do not fit"):
+        jax_nano.explain(a, a)
+    with pytest.raises(ValueError, match="layout 'XY' is none of NN, NT, TN, TT"):
+        jax_nano.explain(a, a.T, layout="XY")
+    with pytest.raises(ValueError, match=r"'complex64' is none of float32, "):
+        jax_nano.explain(a.astype(jnp.complex64), a.T)
+    with pytest.raises(ValueError, match="threads 0: expected at least 1"):
+        jax_nano.explain(a, a.T, threads=0)
+
+
+def test_an_unknown_target_lists_those_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "8x8x8", "--target", "nonsense"]) == 1
+    said = capsys.readouterr().err
+    assert "'nonsense' is none of " in said
+    assert all(target in said for target in spec.TARGETS)

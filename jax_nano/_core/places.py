@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sysconfig
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -22,10 +23,8 @@ class Place(NamedTuple):
     def __str__(self) -> str:
         """As it is printed, relative to the current folder where it lies below."""
         path = Path(self.file)
-        try:
+        with suppress(ValueError, OSError):  # elsewhere, or the current folder is gone
             path = path.relative_to(Path.cwd())
-        except (ValueError, OSError):  # elsewhere, or the current folder is gone
-            pass
         return f"{path}:{self.line}"
 
 

@@ -167,7 +167,9 @@ def line(product: Product | Attention) -> str:
 def fate(x: Product | Attention) -> str:
     """What computes it: target, kernel, blocking and threads, or XLA and why."""
     if isinstance(x, Attention):
-        return f"{native.target()}, in one pass" if x.declined is None else f"stays two products and softmax: {x.declined}"
+        if x.declined is not None:
+            return f"stays two products and softmax: {x.declined}"
+        return f"{native.target()}, in one pass"
     text = x.kernel or _kernel(x) if x.declined is None else f"left to XLA: {x.declined}"
     return f"{text}; its quantised weights are made floats first: {x.weights}" if x.weights else text
 

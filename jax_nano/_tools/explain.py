@@ -13,6 +13,7 @@ from jax_nano._core import machine, spec
 from jax_nano._core.contraction import Labels
 
 SHORT: Final = {x.short: x.name for x in spec.DTYPES.values()}
+_NAMES: Final = {**SHORT, **{x.name: x.name for x in spec.DTYPES.values()}}
 LAYOUTS: Final = ("NN", "NT", "TN", "TT")
 
 
@@ -63,18 +64,23 @@ def parse_sizes(text: str) -> tuple[int, ...]:
 
 
 def parse_dtypes(text: str) -> tuple[str, str, str]:
-    """`bf16`, `bf16-f32`, `f32xbf16`, `i8xu8-i32` as the names of lhs, rhs and result.
+    """`bfloat16`, `bfloat16-float32`, `float32xbfloat16`, or in short `bf16`, `i8xu8-i32`: lhs, rhs and result.
 
     The result has the wider of the operands' types, and int32 for int8 and uint8, unless named.
     """
     operands, _, out = text.partition("-")
     lhs, _, rhs = operands.partition("x")
-    try:
-        left, right = SHORT[lhs], SHORT[rhs or lhs]
-        if out:
-            return left, right, SHORT[out]
-    except KeyError as error:
-        raise BadRequest(f"--dtype {text}: {error.args[0]!r} is none of {', '.join(SHORT)}") from None
+    return dtypes_of(lhs, rhs or lhs, out or None)
+
+
+def dtypes_of(lhs: str, rhs: str, out: str | None) -> tuple[str, str, str]:
+    """Names of dtypes, short or not, as NumPy's; that of the result by default as `parse_dtypes` says."""
+    names = [x for x in (lhs, rhs, out) if x is not None]
+    if unknown := [x for x in names if x not in _NAMES]:
+        raise BadRequest(f"dtype {unknown[0]!r} is none of {', '.join(SHORT.values())}")
+    left, right, *result = (_NAMES[x] for x in names)
+    if result:
+        return left, right, result[0]
     if spec.DTYPES[left].kind != "float":
         return left, right, spec.DTYPES[left].accumulator
     return left, right, max(left, right, key=_cost.element_bytes)
@@ -262,13 +268,14 @@ def _considered_lines(cpu: str, considered: Sequence[Mapping[str, Any]], *, meas
         lines = [f"predicted for one core of {cpu} from published numbers; thresholds decide, as none was measured:"]
     for x in considered[:_MOST_CONSIDERED]:
         why = ("chosen" if measured else "the least") if x is considered[0] else f"{x['ns'] / best:.2f} times as long"
-        lines.append(f"{_duration(x['ns']):>8}  {_schedule_text(x)} ({why})")
+        lines.append(f"{_duration(x['ns']):>8}  {schedule_text(x)} ({why})")
     if (more := len(considered) - _MOST_CONSIDERED) > 0:
         lines.append(f"and {more} slower {'one' if more == 1 else 'ones'}")
     return lines
 
 
-def _schedule_text(x: Mapping[str, Any]) -> str:
+def schedule_text(x: Mapping[str, Any]) -> str:
+    """One of `_runtime.considered` in words."""
     packed = [operand for operand in ("A", "B") if x[f"pack_{operand.lower()}"]]
     if x["inner"]:
         return " ".join(["inner products along K", *(f"with {operand} copied" for operand in packed)])

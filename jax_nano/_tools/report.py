@@ -46,7 +46,7 @@ class Compiled:
     reason: str | None
     """Why XLA computes it; None if a kernel does."""
     flops: int | None
-    """Floating-point or integer operations, 2 for each multiply-add; None if a size is symbolic, and of an attention."""
+    """Operations, 2 for each multiply-add; None if a size is symbolic, and of an attention."""
     seconds: float | None
     """What the kernel takes on one core by the planner's prediction; None where that is not known."""
 
@@ -96,9 +96,7 @@ class Report:
         total = sum(count for _, count in products)
         ours = sum(count for x, count in products if x.declined is None)
         line = f"jax_nano: {total} products compiled, {ours} run on kernels, {total - ours} are left to XLA"
-        attentions = sum(
-            count for x, count in self._found if isinstance(x, record.Attention) and x.declined is None
-        )
+        attentions = sum(count for x, count in self._found if isinstance(x, record.Attention) and x.declined is None)
         if attentions:
             line += f"; {attentions} attention{'s' if attentions > 1 else ''} run in one pass"
         return line
