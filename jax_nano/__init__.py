@@ -16,6 +16,7 @@ from jax_nano._core import imports
 if TYPE_CHECKING:
     from jax_nano import checkpoint_policies as checkpoint_policies
     from jax_nano._core.native import register as register
+    from jax_nano._core.thread_limit import threads as threads
     from jax_nano._ops.dot_general import dot_general_p as dot_general_p
     from jax_nano._programs.accelerate import accelerate as accelerate
     from jax_nano._tools.explanation import Explanation as Explanation
@@ -76,6 +77,7 @@ _HOMES = {
     "info": "jax_nano._tools.info",
     "register": "jax_nano._core.native",
     "report": "jax_nano._tools.report",
+    "threads": "jax_nano._core.thread_limit",
 }
 _MODULES = ("checkpoint_policies",)
 
@@ -107,6 +109,7 @@ __all__ = [
     "register",
     "report",
     "tensordot",
+    "threads",
     "vdot",
     "vecmat",
 ]
@@ -134,4 +137,9 @@ def _register(_: object) -> None:
     importlib.import_module("jax_nano._core.native")  # if that is what imports jax, it registers when it goes on
 
 
+def _control_threads(threadpoolctl: Any) -> None:
+    importlib.import_module("jax_nano._core.thread_limit").control_by(threadpoolctl)
+
+
 imports.when_imported("jax", _register)
+imports.when_imported("threadpoolctl", _control_threads)

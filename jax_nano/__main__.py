@@ -10,7 +10,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from jax_nano._core import machine, spec
+from jax_nano._core import spec
 from jax_nano._tools import explain as _explain
 from jax_nano._tools import run as _run
 
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--layout", default="NN", choices=_explain.LAYOUTS, help="T: the operand is stored transposed")
     explain.add_argument("--batch", metavar="SIZES", help="batch dimensions in front, e.g. 64 or 8x12")
     explain.add_argument("--algorithm", default="default", metavar="PRESET", help="a lax.DotAlgorithmPreset")
-    explain.add_argument("--threads", type=int, default=machine.threads(), help="(default: all, here %(default)s)")
+    explain.add_argument("--threads", type=int, help="(default: as many as work for a call here)")
     explain.add_argument("--target", help=f"as on a CPU that has this target: {', '.join(spec.TARGETS)}")
 
     tune = commands.add_parser(

@@ -345,6 +345,19 @@ def considered(
       ValueError: as `plan`.
     """
 
+def limit_threads(most: int | None) -> None:
+    """How many threads of XLA's pool work for a call from now on; None: all.
+
+    Raises:
+      ValueError: it is below 1.
+    """
+
+def thread_limit() -> int | None:
+    """What `limit_threads` set."""
+
+def log_calls(on: bool) -> None:
+    """Whether each call writes a line with its time to the standard error stream when it ends."""
+
 def cpu_signature() -> str:
     """Vendor, family, model and stepping of this CPU, such as "AuthenticAMD-25-1-1"."""
 

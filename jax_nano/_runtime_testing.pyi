@@ -156,3 +156,18 @@ def call_quantized(kernel_name: str, args: Mapping[str, int]) -> None:
     Raises:
       ValueError: no such kernel, or an unknown field.
     """
+
+class PlanTable:
+    """The plans that a call site keeps, with numbers in the place of shapes and plans."""
+
+    def __init__(self) -> None: ...
+    def find(self, shape: int) -> int:
+        """The plan for a shape, which is its number. Releases the GIL."""
+
+    @property
+    def made(self) -> int:
+        """How often a plan was made."""
+
+    @property
+    def alive(self) -> int:
+        """How many are kept."""

@@ -22,6 +22,7 @@
 #include "xla/attention_ffi.h"
 #include "xla/ffi.h"
 #include "xla/quantized_ffi.h"
+#include "xla/settings.h"
 #include "xla/untyped.h"
 
 namespace nb = nanobind;
@@ -137,6 +138,16 @@ nb::list ConsideredList(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rh
   return out;
 }
 
+void LimitThreads(std::optional<int64_t> most) {
+  if (most && *most < 1) throw std::invalid_argument("a call has at least one thread");
+  settings::thread_limit = most.value_or(kNoThreadLimit);
+}
+
+std::optional<int64_t> ThreadLimit() {
+  const int64_t most = settings::thread_limit;
+  return most == kNoThreadLimit ? std::nullopt : std::optional(most);
+}
+
 bool ProfileIsMeasured(std::string_view name) {
   const CpuProfile* profile = FindProfile(name);
   return profile != nullptr && profile->measured;
@@ -165,6 +176,9 @@ NB_MODULE(_runtime, m) {
   m.def("considered", &ConsideredList, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a, "out_labels"_a,
         "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "algorithm"_a = "default", "target"_a = nb::none(),
         "cpu"_a = nb::none());
+  m.def("limit_threads", &LimitThreads, "most"_a.none());
+  m.def("thread_limit", &ThreadLimit);
+  m.def("log_calls", [](bool on) { settings::logs_calls = on; }, "on"_a);
   m.def("cpu_signature", [] { return CpuSignature(HostQueries()); });
   m.def("profiles", &ProfileNames);
   m.def("profile_is_measured", &ProfileIsMeasured, "name"_a);

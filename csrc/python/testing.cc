@@ -10,7 +10,9 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <type_traits>
@@ -28,6 +30,7 @@
 #include "run/sharing.h"
 #include "run/standby.h"
 #include "run/workspace.h"
+#include "xla/plans.h"
 
 namespace nb = nanobind;
 
@@ -35,6 +38,29 @@ namespace jax_nano {
 namespace {
 
 using Names = std::vector<std::string>;
+
+// The plans of a call site as the FFI handlers keep them, with a number in the place of a shape and of a plan.
+struct PlanTable {
+  struct Entry {
+    const int64_t shape;
+    std::atomic<int64_t>& alive;
+
+    Entry(int64_t made_for, std::atomic<int64_t>& count) : shape(made_for), alive(count) { ++alive; }
+    ~Entry() { --alive; }
+  };
+
+  std::atomic<int64_t> made = 0, alive = 0;
+  xla_call::Plans<Entry> plans;
+
+  int64_t Find(int64_t shape) {
+    const auto found = plans.Find([&](const Entry& entry) { return entry.shape == shape; },
+                                  [&] {
+                                    ++made;
+                                    return std::make_unique<const Entry>(shape, alive);
+                                  });
+    return found->shape;
+  }
+};
 
 std::string SelectTarget(const Names& features, std::string_view forced) {
   return FirstName(SelectTargets(ParseFeatures(features), forced));
@@ -216,6 +242,11 @@ void DefineTesting(nb::module_ m) {
   m.def("call", &CallKernel, "kernel_name"_a, "args"_a);
   m.def("call_many", &CallKernelOften, "kernel_name"_a, "rows"_a.noconvert());
   m.def("workspace_bytes", &WorkspaceHighWater);
+  nb::class_<PlanTable>(m, "PlanTable")
+      .def(nb::init<>())
+      .def("find", &PlanTable::Find, "shape"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("made", [](const PlanTable& table) { return table.made.load(); })
+      .def_prop_ro("alive", [](const PlanTable& table) { return table.alive.load(); });
   m.def("handed_jobs", &standby::HandedJobs);
   nb::class_<sharing::Pace>(m, "Pace")
       .def(

@@ -75,15 +75,17 @@ AttentionPlan NewPlan(const AttentionState& state, const std::vector<ffi::AnyBuf
   return PlanAttention(kernel, shape, HostMachine().caches);
 }
 
-ffi::Error Execute(AttentionState* state, ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+ffi::Error Execute(AttentionState* state, ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                    ffi::RemainingArgs more, ffi::RemainingRets results) {
   return xla_call::Guarded([&] {
+    xla_call::Pool pool(threads);
+    const CallTimer timer([&] { return "attention " + Text(q, k, v); });
     Require(more.size() == state->options.others(), "wrong number of operands");
     Require(results.size() == 1 + size_t{state->residual}, "wrong number of results");
     std::vector<ffi::AnyBuffer> all = {q, k, v};
     for (size_t i = 0; i < more.size(); ++i) all.push_back(*more.get<ffi::AnyBuffer>(i));
     for (size_t i = 0; i < results.size(); ++i) all.push_back(**results.get<ffi::AnyBuffer>(i));
-    const CachedAttention& entry =
+    const auto entry =
         state->plans.Find([&](const CachedAttention& x) { return x.shapes.Fit(all); },
                           [&] { return std::make_unique<const CachedAttention>(all, NewPlan(*state, all)); });
     size_t next = 3;
@@ -98,7 +100,7 @@ ffi::Error Execute(AttentionState* state, ffi::ThreadPool pool, ffi::AnyBuffer q
     buffers.kv_lengths = static_cast<const int32_t*>(take(state->options.kv_lengths));
     buffers.out = take(true);
     buffers.lse = static_cast<float*>(take(state->residual));
-    RunAttention(entry.plan, entry.pace, buffers, pool);
+    RunAttention(entry->plan, entry->pace, buffers, pool);
   });
 }
 

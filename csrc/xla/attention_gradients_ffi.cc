@@ -90,7 +90,7 @@ GradientPlan NewPlan(const GradientState& state, const std::vector<ffi::AnyBuffe
   return PlanGradients(kernel, shape);
 }
 
-ffi::Error Execute(GradientState* state, ffi::ThreadPool pool, ffi::RemainingArgs operands,
+ffi::Error Execute(GradientState* state, ffi::ThreadPool threads, ffi::RemainingArgs operands,
                    ffi::RemainingRets results) {
   return xla_call::Guarded([&] {
     Require(operands.size() == 6 + state->options.others(), "wrong number of operands");
@@ -98,7 +98,9 @@ ffi::Error Execute(GradientState* state, ffi::ThreadPool pool, ffi::RemainingArg
     std::vector<ffi::AnyBuffer> all;
     for (size_t i = 0; i < operands.size(); ++i) all.push_back(*operands.get<ffi::AnyBuffer>(i));
     for (size_t i = 0; i < results.size(); ++i) all.push_back(**results.get<ffi::AnyBuffer>(i));
-    const CachedGradients& entry =
+    xla_call::Pool pool(threads);
+    const CallTimer timer([&] { return "gradients of attention " + Text(all[0], all[1], all[2]); });
+    const auto entry =
         state->plans.Find([&](const CachedGradients& x) { return x.shapes.Fit(all); },
                           [&] { return std::make_unique<const CachedGradients>(all, NewPlan(*state, all)); });
     size_t next = 0;
@@ -118,7 +120,7 @@ ffi::Error Execute(GradientState* state, ffi::ThreadPool pool, ffi::RemainingArg
     buffers.dk = take(true);
     buffers.dv = take(true);
     buffers.dbias = static_cast<float*>(take(state->dbias));
-    RunGradients(entry.plan, entry.paces, buffers, pool);
+    RunGradients(entry->plan, entry->paces, buffers, pool);
   });
 }
 

@@ -39,6 +39,11 @@ inline void Require(bool condition, const char* what) {
   if (!condition) throw std::invalid_argument(std::string("jax_nano attention: ") + what);
 }
 
+// Queries, keys and values as programs print them.
+inline std::string Text(const xla::ffi::AnyBuffer& q, const xla::ffi::AnyBuffer& k, const xla::ffi::AnyBuffer& v) {
+  return xla_call::Text(q) + " x " + xla_call::Text(k) + " x " + xla_call::Text(v);
+}
+
 // `others`: whether bias, mask, q_lengths and kv_lengths are there.
 inline xla::ffi::Error ParseOptions(int64_t abi, const std::array<xla::ffi::Span<const int64_t>, 4>& dims, double scale,
                                     int64_t left, int64_t right, const std::array<bool, 4>& others,

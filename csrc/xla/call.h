@@ -1,13 +1,10 @@
-// What the FFI handlers have in common: the ABI's check, names of dtypes, plans kept for each shape, and exceptions as
-// XLA's errors.
+// What the FFI handlers have in common: the ABI's check, names of dtypes, and exceptions as XLA's errors.
 #ifndef JAX_NANO_XLA_CALL_H_
 #define JAX_NANO_XLA_CALL_H_
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -17,6 +14,8 @@
 
 #include "plan/kernel_abi.h"
 #include "xla/ffi/api/ffi.h"
+#include "xla/plans.h"
+#include "xla/settings.h"
 
 namespace jax_nano::xla_call {
 
@@ -68,33 +67,19 @@ class Shapes {
   std::vector<ffi::DataType> dtypes_;
 };
 
-// The plans of one call site, shared by all its concurrent runs. There is nearly always one, as shapes are fixed when a
-// program is compiled (but for symbolic export): it is found without a lock.
-template <typename Entry>
-class Plans {
- public:
-  // The entry that `fits(entry)`; if there is none, what `make()` returns, a std::unique_ptr<const Entry>, is kept.
-  template <typename Fits, typename Make>
-  const Entry& Find(const Fits& fits, const Make& make) {
-    const Entry* last = last_.load(std::memory_order_acquire);
-    if (last != nullptr && fits(*last)) return *last;
-    const std::lock_guard lock(mutex_);
-    for (const auto& entry : entries_) {
-      if (fits(*entry)) {
-        last_.store(entry.get(), std::memory_order_release);
-        return *entry;
-      }
-    }
-    entries_.push_back(make());
-    last_.store(entries_.back().get(), std::memory_order_release);
-    return *entries_.back();
-  }
+using Pool = LimitedPool<ffi::ThreadPool>;
 
- private:
-  std::atomic<const Entry*> last_ = nullptr;
-  std::mutex mutex_;
-  std::vector<std::unique_ptr<const Entry>> entries_;  // guarded by mutex_; never shrinks
-};
+// "[4,8]"
+inline std::string Dimensions(const ffi::AnyBuffer& buffer) {
+  std::string out;
+  for (const int64_t size : buffer.dimensions()) out += (out.empty() ? "[" : ",") + std::to_string(size);
+  return out.empty() ? "[]" : out + "]";
+}
+
+// An array as programs print it: "float32[4,8]".
+inline std::string Text(const ffi::AnyBuffer& buffer) {
+  return std::string(DTypeName(buffer.element_type())) + Dimensions(buffer);
+}
 
 // Runs a call's body; what it throws becomes XLA's error.
 template <typename Body>

@@ -62,7 +62,7 @@ struct CachedPlan {
       : shape(std::move(made_for)), plans(std::move(shared), std::move(alone)) {}
 
   bool Fits(const ffi::AnyBuffer& lhs, const ffi::AnyBuffer& rhs, const ffi::AnyBuffer& out,
-            const ffi::ThreadPool& pool) const {
+            const xla_call::Pool& pool) const {
     return shape.Matches(0, lhs) && shape.Matches(1, rhs) && shape.Matches(2, out) &&
            (!plans.shared.divisible || shape.threads == pool.num_threads());
   }
@@ -116,7 +116,7 @@ ffi::ErrorOr<std::unique_ptr<DotState>> InstantiateLinear(int64_t abi, Int64s lh
 }
 
 std::unique_ptr<const CachedPlan> NewPlan(const DotState& state, const ffi::AnyBuffer* const (&buffers)[3],
-                                          const ffi::ThreadPool& pool) {
+                                          const xla_call::Pool& pool) {
   Shape shape;
   std::string names[3];
   Operand operands[3];
@@ -139,12 +139,16 @@ std::unique_ptr<const CachedPlan> NewPlan(const DotState& state, const ffi::AnyB
   return std::make_unique<const CachedPlan>(std::move(shape), std::move(shared), plan_for(1));
 }
 
-ffi::Error Run(DotState& state, const Epilogue* epilogue, ffi::ThreadPool& pool, const ffi::AnyBuffer& lhs,
+ffi::Error Run(DotState& state, const Epilogue* epilogue, ffi::ThreadPool& all, const ffi::AnyBuffer& lhs,
                const ffi::AnyBuffer& rhs, const ffi::AnyBuffer& out) {
   return xla_call::Guarded([&] {
-    const CachedPlan& entry = state.plans.Find([&](const CachedPlan& plan) { return plan.Fits(lhs, rhs, out, pool); },
-                                               [&] { return NewPlan(state, {&lhs, &rhs, &out}, pool); });
-    RunPlans(entry.plans, {lhs.untyped_data(), rhs.untyped_data(), out.untyped_data(), epilogue}, pool);
+    xla_call::Pool pool(all);
+    const CallTimer timer([&] {
+      return "dot_general " + xla_call::Text(lhs) + " x " + xla_call::Text(rhs) + " -> " + xla_call::Text(out);
+    });
+    const auto entry = state.plans.Find([&](const CachedPlan& plan) { return plan.Fits(lhs, rhs, out, pool); },
+                                        [&] { return NewPlan(state, {&lhs, &rhs, &out}, pool); });
+    RunPlans(entry->plans, {lhs.untyped_data(), rhs.untyped_data(), out.untyped_data(), epilogue}, pool);
   });
 }
 

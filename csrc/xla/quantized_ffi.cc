@@ -142,17 +142,22 @@ std::unique_ptr<const CachedQuantized> NewPlan(const QuantizedState& state, cons
   return std::make_unique<const CachedQuantized>(all, threads, plan);
 }
 
-ffi::Error Execute(QuantizedState* state, ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer q,
+ffi::Error Execute(QuantizedState* state, ffi::ThreadPool available, ffi::AnyBuffer x, ffi::AnyBuffer q,
                    ffi::AnyBuffer scale, ffi::RemainingArgs more, ffi::Result<ffi::AnyBuffer> out) {
   return xla_call::Guarded([&] {
     std::vector<ffi::AnyBuffer> all = {x, q, scale};
     for (size_t i = 0; i < more.size(); ++i) all.push_back(*more.get<ffi::AnyBuffer>(i));
     all.push_back(*out);
+    xla_call::Pool pool(available);
+    const CallTimer timer([&] {
+      const auto weights = std::string(NameOf(q.element_type())) + xla_call::Dimensions(q);
+      return "quantized product " + xla_call::Text(x) + " x " + weights + " -> " + xla_call::Text(*out);
+    });
     const int64_t threads = pool.num_threads();
-    const CachedQuantized& entry = state->plans.Find(
+    const auto entry = state->plans.Find(
         [&](const CachedQuantized& known) { return known.threads == threads && known.shapes.Fit(all); },
         [&] { return NewPlan(*state, all, threads); });
-    if (entry.plan.kernel == nullptr) return;  // the result has no elements
+    if (entry->plan.kernel == nullptr) return;  // the result has no elements
     const Operands given(*state, all);
     const auto data = [](const ffi::AnyBuffer* b) { return b == nullptr ? nullptr : b->untyped_data(); };
     Epilogue epilogue = state->epilogue;
@@ -161,7 +166,7 @@ ffi::Error Execute(QuantizedState* state, ffi::ThreadPool pool, ffi::AnyBuffer x
       epilogue.residual_offset =
           static_cast<const char*>(data(given.residual)) - static_cast<const char*>(out->untyped_data());
     }
-    RunQuantized(entry.plan, entry.pace,
+    RunQuantized(entry->plan, entry->pace,
                  {x.untyped_data(), q.untyped_data(), scale.untyped_data(), data(given.zero), out->untyped_data(),
                   state->HasEpilogue() ? &epilogue : nullptr},
                  pool);

@@ -144,8 +144,8 @@ Plan PlanOf(const CallDescription& call) {
 
 // A call that was read and planned.
 struct Call {
-  Call(std::string_view from, const CallDescription& call)
-      : opaque(from), plan(PlanOf(call)), args(plan.args), has_epilogue(HasEpilogue(call)) {
+  Call(std::string_view from, const char* of, const CallDescription& call)
+      : opaque(from), name(of), plan(PlanOf(call)), args(plan.args), has_epilogue(HasEpilogue(call)) {
     if (!call.epilogue) return;
     const NamedActivation* const known = xla_call::FindActivation(call.epilogue->activation);
     if (known == nullptr) {
@@ -161,12 +161,24 @@ struct Call {
   }
 
   const std::string opaque;
+  const char* const name;  // kDotGeneralCall or kLinearCall
   const Plan plan;
   GemmArgs args;            // of a plan that is one call: this thread's own, so only their pointers are written
   const bool has_epilogue;  // that changes something
   bool bias = false;
   Epilogue epilogue = {Activation::kNone, 1, nullptr, 0, 0};
 };
+
+// For the log.
+std::string Text(const Call& call) {
+  const CallDescription description = ReadDescription(call.opaque, call.name);
+  std::string out = ShortName(call.name);
+  for (size_t i = 0; i < 3; ++i) {
+    const CallArray& x = description.arrays[i];
+    out += (i == 0 ? " " : i == 1 ? " x " : " -> ") + x.dtype + "[" + List(x.shape) + "]";
+  }
+  return out;
+}
 
 // This thread's calls of one name. Each thread has its own, so that finding one takes no lock, and a thread or a
 // process that ends or is forked at any moment leaves the others' as they are.
@@ -193,7 +205,7 @@ class Calls {
   Call& FindElsewhere(std::string_view opaque, const char* name) {
     const auto found = calls_.find(opaque);
     if (found != calls_.end()) return *found->second;
-    auto made = std::make_unique<Call>(opaque, ReadDescription(opaque, name));
+    auto made = std::make_unique<Call>(opaque, name, ReadDescription(opaque, name));
     if (calls_.size() >= kMostCalls) Forget(calls_.begin());
     const std::string_view key = made->opaque;
     return *calls_.emplace(key, std::move(made)).first->second;
@@ -226,7 +238,9 @@ void Guarded(XlaCustomCallStatus* status, const Body& body) {
 void DotUntyped(void* out, const void** in, const char* opaque, size_t size, XlaCustomCallStatus* status) {
   Guarded(status, [&] {
     thread_local Calls calls;
-    calls.Find({opaque, size}, kDotGeneralCall).Run({in[0], in[1], out});
+    Call& call = calls.Find({opaque, size}, kDotGeneralCall);
+    const CallTimer timer([&] { return Text(call); });
+    call.Run({in[0], in[1], out});
   });
 }
 
@@ -234,6 +248,7 @@ void LinearUntyped(void* out, const void** in, const char* opaque, size_t size, 
   Guarded(status, [&] {
     thread_local Calls calls;
     Call& call = calls.Find({opaque, size}, kLinearCall);
+    const CallTimer timer([&] { return Text(call); });
     Epilogue epilogue = call.epilogue;
     const void** more = in + 2;
     if (call.bias) epilogue.bias = *more++;

@@ -5,6 +5,7 @@ It is needed to register the calls when the package is imported, which must not 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from jaxlib.version import __version_info__ as _jaxlib_version
@@ -20,3 +21,15 @@ UNTYPED: Final[bool] = _jaxlib_version < (0, 13)
 The status must be the struct that csrc/xla/untyped.cc declares; tried with jaxlib 0.10.2 and 0.12.0. With any other,
 every call goes through the typed FFI.
 """
+
+
+def name_of(target: str, dtype: str, shapes: Sequence[Sequence[object]]) -> str:
+    """What a profiler calls a call: "jax_nano_linear_float32_128x768_768x3072".
+
+    Args:
+      target: that of the custom call.
+      dtype: of the first operand.
+      shapes: those of the first two operands.
+    """
+    sizes = ("x".join(map(str, shape)) for shape in shapes)
+    return "_".join([target, dtype, *sizes])

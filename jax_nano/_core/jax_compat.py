@@ -14,7 +14,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import jax
 from jax import Array
@@ -304,6 +304,17 @@ def frames(ctx: mlir.LoweringRuleContext) -> Iterator[tuple[str, int]]:
     """File and line of each frame, but for JAX's own, of the stack that the equation comes from, innermost first."""
     for frame in source_info_util.user_frames(ctx.traceback):
         yield frame.file_name, frame.start_line
+
+
+def location(ctx: mlir.LoweringRuleContext, name: str) -> ir.Location:
+    """Of an operation of the equation that is being lowered, which XLA and profilers are to call `name`."""
+    return mlir.source_info_to_location(ctx.module_context, _Named(name), ctx.name_stack, ctx.traceback)
+
+
+class _Named(NamedTuple):
+    """As much of a primitive as a location needs."""
+
+    name: str
 
 
 def attributes_of(operation: Any) -> dict[str, Any]:

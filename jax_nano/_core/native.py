@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 import jax
 import numpy as np
 
-from jax_nano._core import custom_calls, spec, tuned
+from jax_nano._core import custom_calls, spec, thread_limit, tuned, verbosity
 
 TARGET_NAME: Final = spec.DOT_GENERAL_CALL
 LINEAR_TARGET_NAME: Final = spec.LINEAR_CALL
@@ -61,6 +61,8 @@ def runtime() -> ModuleType | None:
             " the two come from different builds. Reinstall jax_nano."
         )
     tuned.use(native)
+    native.limit_threads(thread_limit.initial())
+    native.log_calls(verbosity.verbosity() >= 2)
     for name, stages in native.registrations().items():
         jax.ffi.register_ffi_target(name, stages, platform="cpu")
     if custom_calls.UNTYPED:

@@ -1,13 +1,12 @@
 """The record of what became of each product that was compiled in this process; `_tools.report` makes text of it.
 
 With `JAX_NANO_VERBOSE=1` in the environment (read at import) each product is also printed to the standard error stream
-when it is compiled.
+when it is compiled, and with 2 each call when it has run, with its time (csrc/xla/settings.h).
 """
 
 from __future__ import annotations
 
 import math
-import os
 import sys
 import threading
 from collections import Counter
@@ -15,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from jax_nano._core import jax_compat as compat
-from jax_nano._core import machine, native, spec
+from jax_nano._core import native, spec, thread_limit, verbosity
 from jax_nano._core.contraction import Labels
 from jax_nano._core.places import Place
 
@@ -87,7 +86,7 @@ _products: Counter[Product | Attention] = Counter()
 seen_again: Callable[[], bool] = bool
 """Whether the program that is lowered now will be rewritten when XLA compiles it, so that products that are left to XLA
 are recorded then. False, unless `_programs.accelerate` replaces this function."""
-verbose: bool = os.environ.get("JAX_NANO_VERBOSE", "").strip().lower() not in ("", "0", "off")
+verbose: bool = verbosity.verbosity() >= 1
 
 
 def add(product: Product | Attention) -> None:
@@ -205,7 +204,7 @@ def _kernel(product: Product) -> str:
     lhs, rhs, out = product.arrays
     if not all(isinstance(size, int) for size in lhs.shape + rhs.shape):
         return "a kernel, chosen when the sizes are known"
-    threads = machine.threads(compat.cpu_devices())
+    threads = thread_limit.usable(compat.cpu_devices())
     dtypes = (lhs.dtype, rhs.dtype, out.dtype)
     plan = runtime.plan(lhs.shape, rhs.shape, *product.labels, *dtypes, threads, algorithm=product.algorithm)
     predicted = seconds(product)

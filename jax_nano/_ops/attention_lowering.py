@@ -18,7 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir, xla
 
 from jax_nano._core import jax_compat as compat
-from jax_nano._core import native
+from jax_nano._core import custom_calls, native
 from jax_nano._dispatch import decision
 from jax_nano._ops import sharding
 from jax_nano._ops.attention import Options, composition
@@ -109,7 +109,14 @@ def _call(
 
 
 def _lower_call(ctx: Context, *values: Value, options: Options) -> Sequence[Value]:
-    return _call(_ffi_rule, ctx, values, 3, options, residual=True)
+    with _named(native.ATTENTION_TARGET_NAME, ctx):
+        return _call(_ffi_rule, ctx, values, 3, options, residual=True)
+
+
+def _named(target: str, ctx: Context) -> Any:
+    """The location of a call: queries and keys say which one."""
+    q, k = ctx.avals_in[:2]
+    return compat.location(ctx, custom_calls.name_of(target, q.dtype.name, (q.shape, k.shape)))
 
 
 def _lower(ctx: Context, *values: Value, options: Options) -> Sequence[Value]:
@@ -128,7 +135,8 @@ def _lower_gradients_call(ctx: Context, *values: Value, options: Options, bias_t
     q, k, v, *extras, lse, delta, dout = range(len(values))
     order = [q, k, v, dout, lse, delta, *extras]
     inner = ctx.replace(avals_in=[ctx.avals_in[i] for i in order])
-    return _call(_gradients_ffi_rule, inner, [values[i] for i in order], 4, options, dbias=bias_too)
+    with _named(native.ATTENTION_GRADIENTS_TARGET_NAME, ctx):
+        return _call(_gradients_ffi_rule, inner, [values[i] for i in order], 4, options, dbias=bias_too)
 
 
 def _lower_gradients(ctx: Context, *values: Value, options: Options, bias_too: bool) -> Sequence[Value]:

@@ -18,7 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir, xla
 
 from jax_nano._core import jax_compat as compat
-from jax_nano._core import native, record
+from jax_nano._core import custom_calls, native, record
 from jax_nano._core.contraction import Labels
 from jax_nano._core.signatures import Precision, Signature
 from jax_nano._dispatch import decision
@@ -67,8 +67,21 @@ def _custom_call(
         signature.algorithm,
         native.Epilogue.of(epilogue.activation, epilogue.scale, bias=epilogue.bias, residual=epilogue.residual),
     )
-    if untyped is not None:
-        return untyped_call(ctx, native.LINEAR_TARGET_NAME, untyped, operands, shape, dtype)
+    with compat.location(ctx, custom_calls.name_of(native.LINEAR_TARGET_NAME, x.dtype.name, (x.shape, w.shape))):
+        if untyped is not None:
+            return untyped_call(ctx, native.LINEAR_TARGET_NAME, untyped, operands, shape, dtype)
+        return _typed_call(ctx, operands, labels, shape, signature, epilogue, dtype)
+
+
+def _typed_call(
+    ctx: Context,
+    operands: Sequence[Operand],
+    labels: Labels,
+    shape: tuple[int, ...],
+    signature: Signature,
+    epilogue: Epilogue,
+    dtype: np.dtype,
+) -> Value:
     (out,) = _ffi_rule(
         ctx.replace(
             avals_in=[

@@ -50,8 +50,15 @@ def _custom_call(
     shapes = (lhs.shape, rhs.shape, shape)
     dtypes = (signature.lhs.name, signature.rhs.name, signature.out.name)
     untyped = native.untyped_call(shapes, tuple(labels), dtypes, signature.algorithm)
-    if untyped is not None:
-        return untyped_call(ctx, native.TARGET_NAME, untyped, (lhs, rhs), shape, signature.out)
+    with compat.location(ctx, custom_calls.name_of(native.TARGET_NAME, lhs.dtype.name, shapes[:2])):
+        if untyped is not None:
+            return untyped_call(ctx, native.TARGET_NAME, untyped, (lhs, rhs), shape, signature.out)
+        return _typed_call(ctx, lhs, rhs, labels, shape, signature)
+
+
+def _typed_call(
+    ctx: Context, lhs: Operand, rhs: Operand, labels: Labels, shape: tuple[int, ...], signature: Signature
+) -> Value:
     # Building the attributes takes most of the time of lowering a product. So it is done once per module, which owns
     # them.
     cache, key = compat.module_cache(ctx), ("jax_nano attributes", labels, signature.algorithm)

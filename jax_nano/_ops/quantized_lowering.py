@@ -19,7 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir, xla
 
 from jax_nano._core import jax_compat as compat
-from jax_nano._core import native, record
+from jax_nano._core import custom_calls, native, record
 from jax_nano._ops import linear, sharding
 from jax_nano._ops.lowering import Context, Operand, Value, fold_transposes, tell
 from jax_nano._ops.quantized import NO_EPILOGUE, Options, composition, labels, split
@@ -74,7 +74,10 @@ def _call_lower_cpu(ctx: Context, *values: Value, options: Options) -> Sequence[
         "residual": epilogue.residual,
     }
     attributes = {name: np.int64(x) for name, x in numbers.items()}
-    (out,) = _ffi_rule(ctx, *values, **attributes, activation=epilogue.activation, factor=np.float32(epilogue.scale))
+    x, q = ctx.avals_in[:2]
+    with compat.location(ctx, custom_calls.name_of(native.QUANTIZED_TARGET_NAME, x.dtype.name, (x.shape, q.shape))):
+        factor = np.float32(epilogue.scale)
+        (out,) = _ffi_rule(ctx, *values, **attributes, activation=epilogue.activation, factor=factor)
     compat.set_frontend_attributes(out.owner, {native.BUILD: native.build()})
     return [out]
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jax_nano._core import machine, native, spec
+from jax_nano._core import native, spec, thread_limit
 from jax_nano._dispatch import decision
 from jax_nano._tools import explain as _explain
 from jax_nano._tools.explain import BadRequest, Request
@@ -118,7 +118,7 @@ def of_request(asked: Request, *, threads: int | None, algorithm: str, target: s
         raise ValueError("this platform has no kernels; XLA computes every product")
     if target is not None and target not in (known := list(spec.TARGETS)):
         raise BadRequest(f"target {target!r} is none of {', '.join(known)}")
-    threads = machine.threads() if threads is None else threads
+    threads = thread_limit.usable() if threads is None else threads
     if threads < 1:
         raise BadRequest(f"threads {threads}: expected at least 1")
     here = decision.this_machine()

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any, Final
 
-from jax_nano._core import machine, native, tuned
+from jax_nano._core import machine, native, thread_limit, tuned
 from jax_nano._tools import explain
 
 _ENVIRONMENT: Final = ("JAX_NANO_", "JAX_", "XLA_FLAGS", "NPROC", "PJRT_NPROC", "PYTHONPATH")
@@ -55,6 +55,8 @@ class Info:
     """That this process may use."""
     threads: int
     """In XLA's pool."""
+    thread_limit: int | None
+    """How many of them work for a call at most: JAX_NANO_THREADS, a container's share, or `jax_nano.threads`."""
     caches: dict[str, int]
     """Bytes of "l1d", "l2" and "l3"; empty on a platform without kernels."""
     features: tuple[str, ...]
@@ -95,6 +97,10 @@ class Info:
             f"cores   {self.cores} that this process may use",
             f"threads {self.threads} in XLA's pool, or one for each device if there are more",
         ]
+        if self.thread_limit is not None:
+            lines.append(
+                f"limit   {self.thread_limit} of them {'works' if self.thread_limit == 1 else 'work'} for a call"
+            )
         if self.caches:
             names = (("L1", "l1d"), ("L2", "l2"), ("L3", "l3"))
             lines.append("caches  " + ", ".join(f"{level} {explain.size(self.caches[key])}" for level, key in names))
@@ -129,7 +135,8 @@ def info() -> Info:
       ImportError: on x86-64 Linux, if the extension was not built or does not load.
     """
     runtime = native.runtime()
-    targets, signatures, error = _targets(runtime), (), None
+    signatures: tuple[Signature, ...] = ()
+    error = None
     try:
         signatures = _signatures(runtime)
     except ValueError as wrong:  # JAX_NANO_TARGET
@@ -138,10 +145,11 @@ def info() -> Info:
         cpu=machine.cpu_name(),
         cores=machine.cores(),
         threads=machine.threads(),
+        thread_limit=thread_limit.current(),
         caches={} if runtime is None else dict(runtime.caches()),
         features=() if runtime is None else tuple(runtime.features()),
         costs="" if runtime is None else _costs(runtime),
-        targets=targets,
+        targets=_targets(runtime),
         signatures=signatures,
         error=error,
         versions=_versions(),
