@@ -1,7 +1,7 @@
 """How many threads work for a call: as many as XLA's pool has, unless the user or the container allows fewer.
 
-XLA makes a pool with a thread for each CPU that the process may use (or as many as NPROC says) when JAX's CPU backend
-starts, and that number stays. What is limited here are the threads of it that share a call of ours, from one call to the
+When JAX's CPU backend starts, XLA makes a pool with a thread for each CPU that the process may use, or as many as NPROC
+says, and that number stays. What is limited here are the threads of it that share a call of ours, from one call to the
 next. Results are the same bits for any number.
 """
 
@@ -35,9 +35,9 @@ def initial() -> int | None:
 class threads:  # noqa: N801  # called like a function
     """Limits how many threads work for a call of jax_nano's, in this process and until it is changed.
 
-    `jax_nano.threads(4)` sets the limit, `jax_nano.threads(None)` lifts it, and `with jax_nano.threads(1): ...` restores
-    what was set before when the block ends. Nothing is compiled again. XLA's own operations are not affected: they use
-    the whole pool (NPROC, when the process starts).
+    `jax_nano.threads(4)` sets the limit, `jax_nano.threads(None)` lifts it, and with `with jax_nano.threads(1): ...` the
+    former limit is back when the block ends. Nothing is compiled again. XLA's own operations are not affected: they use
+    the whole pool, whose size NPROC sets when the process starts.
 
     JAX runs programs asynchronously: what is to run within a block must be waited for within it, with
     `jax.block_until_ready`. In a process that has no kernels it does nothing.

@@ -1,4 +1,4 @@
-"""How much JAX_NANO_VERBOSE asks to be told: 1, each product when it is compiled; 2, each call with its time as well."""
+"""How much JAX_NANO_VERBOSE asks to be told: 1, each product that is compiled; 2, each call with its time as well."""
 
 from __future__ import annotations
 

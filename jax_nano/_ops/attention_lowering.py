@@ -17,8 +17,8 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir, xla
 
-from jax_nano._core import jax_compat as compat
 from jax_nano._core import custom_calls, native
+from jax_nano._core import jax_compat as compat
 from jax_nano._dispatch import decision
 from jax_nano._ops import sharding
 from jax_nano._ops.attention import Options, composition

@@ -17,8 +17,8 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir, xla
 
-from jax_nano._core import jax_compat as compat
 from jax_nano._core import custom_calls, native, record
+from jax_nano._core import jax_compat as compat
 from jax_nano._core.contraction import Labels
 from jax_nano._core.signatures import Precision, Signature
 from jax_nano._dispatch import decision

@@ -18,8 +18,8 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir, xla
 
-from jax_nano._core import jax_compat as compat
 from jax_nano._core import custom_calls, native, record
+from jax_nano._core import jax_compat as compat
 from jax_nano._ops import linear, sharding
 from jax_nano._ops.lowering import Context, Operand, Value, fold_transposes, tell
 from jax_nano._ops.quantized import NO_EPILOGUE, Options, composition, labels, split
