@@ -71,9 +71,12 @@ using Pool = LimitedPool<ffi::ThreadPool>;
 
 // "[4,8]"
 inline std::string Dimensions(const ffi::AnyBuffer& buffer) {
-  std::string out;
-  for (const int64_t size : buffer.dimensions()) out += (out.empty() ? "[" : ",") + std::to_string(size);
-  return out.empty() ? "[]" : out + "]";
+  std::string out = "[";
+  for (const int64_t size : buffer.dimensions()) {
+    if (out.size() > 1) out += ",";
+    out += std::to_string(size);
+  }
+  return out + "]";
 }
 
 // An array as programs print it: "float32[4,8]".
