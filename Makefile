@@ -5,7 +5,7 @@
 #   make help         the other targets
 #
 # Everything made lands in $(VENV), with a stamp for each step, so a second run does only what changed.
-# PYTHON=python3.13 VENV=.venv-3.13 sets up a second Python beside the first.
+# It is the newest Python here that JAX has packages for. PYTHON=python3.11 VENV=.venv-3.11 sets up a second one beside it.
 
 PYTHON ?= $(shell scripts/setup find-python)
 VENV   ?= .venv
@@ -19,12 +19,13 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 # What the wheel is made of: a change in any of these rebuilds it.
-SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE \
+SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE LICENSES.md scripts/packaging/backend.py \
            $(shell find csrc jax_nano -type f -not -name '*.pyc' -not -name '*.so')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo decode test fuzz lint format wheel bench bench-quick info kernel-table clean distclean
+.PHONY: help demo decode test fuzz lint format wheel bench bench-quick info kernel-table wheels wheels-test \
+        lock clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +65,15 @@ kernel-table: $(STAMPS)/install  ## write the table of docs/kernels.md again, fr
 wheel: $(STAMPS)/wheel  ## build the wheel
 	@ls -sh $(DIST)/*.whl
 
+wheels:  ## build the sdist and the wheels of all Pythons for a release, in dist/
+	scripts/wheels build dist
+
+wheels-test:  ## install the wheels of dist/ in fresh environments, with the oldest and the newest JAX, and run them
+	scripts/wheels test dist
+
+lock:  ## resolve the versions again that continuous integration and releases install
+	scripts/packaging/lock
+
 clean:  ## remove build products, so that the next run rebuilds the package
 	rm -rf build $(DIST) $(STAMPS)/wheel
 
@@ -83,7 +93,8 @@ $(STAMPS)/venv: $(STAMPS)/debian
 $(STAMPS)/wheel: $(STAMPS)/venv $(SOURCES)
 	@echo "building the kernels and the extension"
 	@rm -rf $(DIST)
-	$(PIP) wheel --no-deps --wheel-dir $(DIST) .
+	@$(BIN)/python scripts/packaging/progress.py $(VENV)/build.log \
+	  $(BIN)/python -m pip --disable-pip-version-check wheel --verbose --no-deps --wheel-dir $(DIST) .
 	@touch $@
 
 $(STAMPS)/install: $(STAMPS)/wheel

@@ -124,8 +124,21 @@ def __getattr__(name: str) -> Any:
         return version("jax_nano")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
+    value = globals()[name] = _load(name)
+    return value
+
+
+def _load(name: str) -> Any:
+    """A public name, from where it lives; from JAX itself where that is too new to find what we need in it."""
+    try:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    except (ImportError, AttributeError) as error:
+        from jax_nano._core import tested_jax
+
+        return tested_jax.instead_of(name, error)
+    from jax_nano._core import native, tested_jax
+
+    tested_jax.warn_if_untested(native.refusal())
     return value
 
 

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "machine/glibc.h"
 #include "plan/registry.h"
 #include "run/attention_rows.h"
 

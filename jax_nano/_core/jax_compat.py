@@ -38,8 +38,8 @@ __all__ = [
     "INLINE",
     "INLINES_SMALL_PRODUCTS",
     "KEEPS_DONATION",
+    "NoHook",
     "OutSharding",
-    "TooOld",
     "analyse_costs_of",
     "attributes_of",
     "batch_sharding",
@@ -342,8 +342,8 @@ def lowering_platforms(ctx: mlir.LoweringRuleContext) -> tuple[str, ...]:
     return tuple(ctx.platforms or ctx.module_context.platforms)
 
 
-class TooOld(Exception):
-    """This JAX lacks a hook that is needed."""
+class NoHook(Exception):
+    """This JAX lacks a hook that is needed: the end of a sentence that begins with who needs it."""
 
 
 def cpu_devices() -> int:
@@ -357,13 +357,32 @@ def in_jit() -> bool:
 
 
 def require_hlo_transformations() -> None:
-    """TooOld before 0.10.2, which cannot register one."""
+    """NoHook before 0.10.2, which cannot register one, and where a later JAX lacks what the functions below change."""
+    old = "needs JAX and jaxlib 0.10.2 or newer: this is {}"
     try:
-        importlib.import_module("jax.extend.xla")
+        xla: Any = importlib.import_module("jax.extend.xla")
     except ImportError:
-        raise TooOld(f"this is JAX {jax.__version__}") from None
+        raise NoHook(old.format(f"JAX {jax.__version__}")) from None
     if jaxlib_version < (0, 10, 2):
-        raise TooOld(f"this is jaxlib {'.'.join(map(str, jaxlib_version))}")
+        raise NoHook(old.format(f"jaxlib {'.'.join(map(str, jaxlib_version))}"))
+    lower, compile_and_load = (
+        getattr(module, name, None)
+        for module, name in ((mlir, "lower_jaxpr_to_module"), (compiler, "backend_compile_and_load"))
+    )
+    there = {
+        "jax.extend.xla.register_hlo_module_transformation": hasattr(xla, "register_hlo_module_transformation"),
+        "jax.extend.xla.PipelineStage.PRE_SCHEDULER": hasattr(getattr(xla, "PipelineStage", None), "PRE_SCHEDULER"),
+        "mlir.lower_jaxpr_to_module(..., platforms=...)": _takes(lower, "platforms"),
+        "compiler.backend_compile_and_load(backend, module, ...)": _takes(compile_and_load, "backend", "module"),
+    }
+    missing = [name for name, is_there in there.items() if not is_there]
+    if missing:
+        raise NoHook(f"does not work with JAX {jax.__version__}, which lacks {' and '.join(missing)}")
+
+
+def _takes(function: Any, *parameters: str) -> bool:
+    """Whether there is such a function with parameters of these names."""
+    return callable(function) and set(parameters) <= set(inspect.signature(function).parameters)
 
 
 def lower_scaled_matmul() -> None:

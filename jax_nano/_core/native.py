@@ -3,6 +3,8 @@
 On x86-64 Linux a missing extension is an error with a remedy, never a silent fallback. On any other
 platform there is none to find, and every product takes lax's own lowering.
 
+With a jaxlib whose FFI does not take our calls (`tested_jax`) it is the same; `refusal()` says so.
+
 Importing this module registers the targets if there is an extension; if not, it is `runtime()` that raises.
 """
 
@@ -22,7 +24,7 @@ from typing import Final, NamedTuple
 import jax
 import numpy as np
 
-from jax_nano._core import custom_calls, spec, thread_limit, tuned, verbosity
+from jax_nano._core import custom_calls, installed, spec, tested_jax, thread_limit, tuned, verbosity
 
 TARGET_NAME: Final = spec.DOT_GENERAL_CALL
 LINEAR_TARGET_NAME: Final = spec.LINEAR_CALL
@@ -38,37 +40,73 @@ ABI: Final = spec.FFI_ABI
 BUILD: Final = "jax_nano.build"
 
 
+_loaded: Final[list[ModuleType]] = []
+"""The extension, once it has been imported."""
+
+
 @cache
 def runtime() -> ModuleType | None:
-    """The extension module with its targets registered; None where the platform has none.
+    """The extension module with its targets registered; None where the platform has none, or jaxlib refuses it.
 
     Raises:
       ImportError: on x86-64 Linux, if the extension was not built or does not load.
     """
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
         return None
-    try:
-        native = importlib.import_module("jax_nano._runtime")
-    except ImportError as error:
-        raise ImportError(
-            "jax_nano's compiled extension jax_nano._runtime is missing or does not load"
-            f" ({error}). Build it with `pip install .` in the source tree of jax_nano;"
-            " if you are in that source tree now, its uncompiled package shadows the installed one."
-        ) from error
+    native = _extension()
     if native.ABI_VERSION != ABI:
         raise ImportError(
             f"jax_nano._runtime has ABI version {native.ABI_VERSION}, the Python files expect {ABI}:"
             " the two come from different builds. Reinstall jax_nano."
         )
+    _loaded[:] = [native]
+    if _refusal(native) is not None:
+        return None
     tuned.use(native)
     native.limit_threads(thread_limit.initial())
     native.log_calls(verbosity.verbosity() >= 2)
-    for name, stages in native.registrations().items():
-        jax.ffi.register_ffi_target(name, stages, platform="cpu")
+    return native
+
+
+def _extension() -> ModuleType:
+    """The extension module, beside these files or, for the sources of a clone, in the installed package."""
+    name = "jax_nano._runtime"
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        why = installed.share() if isinstance(error, ModuleNotFoundError) else "and does not load"
+        if why is None:
+            return importlib.import_module(name)
+        raise ImportError(
+            f"jax_nano's compiled extension {name} is missing or does not load ({error}), {why}. Build it with"
+            " `pip install .` in the source tree of jax_nano; if you are in that source tree now, its uncompiled"
+            " package may shadow the installed one."
+        ) from error
+
+
+@cache
+def _refusal(native: ModuleType) -> str | None:
+    """Registers the calls of an extension; why this jaxlib does not take them, None if it does."""
+    if tested_jax.IS_UNTESTED:
+        fault = tested_jax.ffi_fault(native.FFI_API_VERSION)
+        if fault is not None:
+            return fault
+    try:
+        for name, stages in native.registrations().items():
+            jax.ffi.register_ffi_target(name, stages, platform="cpu")
+    except Exception as error:
+        if not tested_jax.IS_UNTESTED:
+            raise
+        return f"XLA does not register jax_nano's calls: {error}"
     if custom_calls.UNTYPED:
         for name, function in native.untyped_registrations().items():
             jax.ffi.register_ffi_target(name, function, platform="cpu", api_version=0)
-    return native
+    return None
+
+
+def refusal() -> str | None:
+    """Why this jaxlib does not take the calls of the extension that is there; None if it does, or there is none."""
+    return None if runtime() is not None or not _loaded else _refusal(_loaded[0])
 
 
 def register() -> None:

@@ -23,7 +23,7 @@ import numpy as np
 
 from jax_nano._core import jax_compat as compat
 from jax_nano._core import native as _native
-from jax_nano._core import record
+from jax_nano._core import record, tested_jax
 from jax_nano._dispatch import decision
 from jax_nano._ops import cost_analysis as cost_analysis  # importing it teaches XLA's analysis about our calls
 
@@ -64,16 +64,18 @@ class _Hook:
             if self._installed:
                 return
             native = _native.runtime()
+            refusal = _native.refusal()
+            if refusal is not None:
+                raise RuntimeError(f"jax_nano.accelerate: {tested_jax.describe()}: {refusal}")
             if native is None or not native.selected_target():
                 raise RuntimeError(
                     "jax_nano.accelerate: there are no kernels for this machine (`python -m jax_nano info` says why)"
                 )
             try:
                 compat.require_hlo_transformations()
-            except compat.TooOld as error:
+            except compat.NoHook as error:
                 raise RuntimeError(
-                    f"jax_nano.accelerate needs JAX and jaxlib 0.10.2 or newer: {error}. jax_nano.matmul and the"
-                    " other functions work with this version"
+                    f"jax_nano.accelerate {error}. jax_nano.matmul and the other functions work with this version"
                 ) from None
             compat.mark_lowered_modules(_mark)
             compat.lower_scaled_matmul()

@@ -6,7 +6,8 @@ import argparse
 import os
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -30,19 +31,52 @@ def build(out: Path, jobs: int, cached: Path | None = None) -> None:
     cache = Cache(cached, tools)
     products, others, quantized = list(kernels()), list(attentions()), list(quantized_kernels())
     every: list[_AnyKernel] = [*quantized, *products, *others]
+    progress = _Progress(len(every))
     with ThreadPoolExecutor(jobs) as pool:
         # The bindings' contexts stay in this thread; the tools run side by side.
-        work = [pool.submit(_object, tools, cache, out, kernel, kernel.mlir()) for kernel in every]
+        work: list[Future[Path]] = []
+        for kernel in every:
+            name = cache.composed(kernel)
+            if name is None:
+                work.append(pool.submit(_object, tools, cache, out, kernel, kernel.mlir()))
+            else:
+                work.append(pool.submit(_fetched, cache, out, kernel, name))
+            work[-1].add_done_callback(progress)
         objects = [w.result() for w in work]
     cache.drop_the_unused()
     manifest.write(products, others, quantized, objects, out)
     print(f"{len(objects)} kernels in {out}")
 
 
+class _Progress:
+    """Prints a line for each kernel that is finished; `make` draws a bar from them."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._lock = threading.Lock()
+        self._done = 0
+
+    def __call__(self, finished: Future[Path]) -> None:
+        if finished.exception() is None:
+            with self._lock:
+                self._done += 1
+                print(f"kernel {self._done}/{self._total}: {finished.result().stem}", flush=True)
+
+
+def _fetched(cache: Cache, out: Path, kernel: _AnyKernel, name: str) -> Path:
+    """A kernel's object file in ``out``, from the cache, which has it."""
+    path = out / f"{kernel.symbol}.o"
+    if not cache.fetch(name, path):
+        raise FileNotFoundError(f"{name}: removed from the cache while it was read")
+    cache.remember(kernel, name)
+    return path
+
+
 def _object(tools: Toolchain, cache: Cache, out: Path, kernel: _AnyKernel, mlir: str) -> Path:
     """A kernel's checked object file in ``out``, compiled or from the cache."""
     path = out / f"{kernel.symbol}.o"
     name = cache.name(kernel, mlir)
+    cache.remember(kernel, name)
     if cache.fetch(name, path):
         return path
     scratch = path.with_suffix(".part.o")

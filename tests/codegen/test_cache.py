@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from jax_nano.codegen import cache as cache_module
 from jax_nano.codegen.cache import Cache
 from jax_nano.codegen.catalog import Kernel, find
 from jax_nano.codegen.toolchain import Toolchain
@@ -80,10 +83,31 @@ class TestObjects:
         second.drop_the_unused()
         assert [x.name for x in folder.iterdir()] == ["a.o"]
 
+    def test_the_name_of_what_was_composed_before(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is known without the MLIR, to later builds by the same generator and tools, while the object is there."""
+        folder, made = tmp_path / "cache", tmp_path / "made.o"
+        made.write_bytes(b"object")
+        first = Cache(folder, tools(tmp_path, "22"))
+        assert first.composed(kernel(SOME)) is None
+        first.keep("a.o", made)
+        first.remember(kernel(SOME), "a.o")
+        assert first.fetch("a.o", tmp_path / "fetched.o")
+        first.drop_the_unused()
+        assert Cache(folder, tools(tmp_path, "22")).composed(kernel(SOME)) == "a.o"
+        assert Cache(folder, tools(tmp_path, "22")).composed(kernel(OTHER)) is None
+        assert Cache(folder, tools(tmp_path, "23")).composed(kernel(SOME)) is None
+        with monkeypatch.context() as patch:
+            patch.setattr(cache_module, "_generator", lambda: b"another")
+            assert Cache(folder, tools(tmp_path, "22")).composed(kernel(SOME)) is None
+        (folder / "a.o").unlink()
+        assert Cache(folder, tools(tmp_path, "22")).composed(kernel(SOME)) is None
+
     def test_without_a_folder_nothing_is_kept(self, tmp_path: Path) -> None:
         cache = Cache(None, tools(tmp_path, "22"))
         made = tmp_path / "made.o"
         made.write_bytes(b"object")
         cache.keep("a.o", made)
         assert not cache.fetch("a.o", tmp_path / "fetched.o")
+        cache.remember(kernel(SOME), "a.o")
+        assert cache.composed(kernel(SOME)) is None
         cache.drop_the_unused()

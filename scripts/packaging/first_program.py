@@ -1,0 +1,37 @@
+"""Runs the README's first program with the installed package, and checks that it prints what the README says.
+
+python -P scripts/packaging/first_program.py README.md
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from pathlib import Path
+
+
+def main(readme: Path) -> None:
+    """AssertionError if it prints something else."""
+    text = readme.read_text()
+    program, shown = re.findall(r"^```python\n(.*?)^```$.*?^```\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[0]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(program, str(readme), "exec"), {"__name__": "__main__"})
+    assert printed.getvalue() == shown, f"the README says\n{shown}but it prints\n{printed.getvalue()}"
+
+    import jax
+    import jax.numpy as jnp
+
+    import jax_nano
+
+    big = jnp.ones((512, 512))
+    assert "jax_nano_dot_general" in jax.jit(jax_nano.matmul).lower(big, big).compile().as_text(), "not on kernels"
+    root = readme.resolve().parent
+    assert root not in Path(jax_nano.__file__).resolve().parents or "site-packages" in jax_nano.__file__
+    print(f"the README's first program runs: JAX {jax.__version__}, jax_nano from {jax_nano.__path__[0]}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
