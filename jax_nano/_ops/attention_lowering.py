@@ -21,7 +21,7 @@ from jax_nano._core import jax_compat as compat
 from jax_nano._core import native
 from jax_nano._dispatch import decision
 from jax_nano._ops import sharding
-from jax_nano._ops.attention import Options, composition
+from jax_nano._ops.attention import MASKED, Options, composition
 from jax_nano._ops.attention import attention_p as attention_p
 from jax_nano._ops.attention_gradients import attention_gradients_p
 from jax_nano._ops.attention_gradients import composition as gradients_composition
@@ -96,6 +96,7 @@ def _call(
         v_dims=dims[2],
         out_dims=dims[3],
         scale=np.float64(options.scale),
+        masked=np.float64(MASKED),
         left=np.int64(options.left),
         right=np.int64(options.right),
         bias=np.int64(options.bias),
@@ -120,13 +121,13 @@ def _lower(ctx: Context, *values: Value, options: Options) -> Sequence[Value]:
     if where is sharding.Placement.PARTITIONED:
         call = partial(attention_call_p.bind, options=options)
         operands = ["btnh", "bskh", "bskw", *_extras(options)]
-        meaning = _partitioned(ctx, call, operands, ["btnw", "btn"], ())
+        meaning = _partitioned(ctx, call, operands, ["btnw", "btn", "btn"], ())
     return _lowered(ctx, meaning, values)
 
 
 def _lower_gradients_call(ctx: Context, *values: Value, options: Options, bias_too: bool) -> Sequence[Value]:
-    q, k, v, *extras, lse, delta, dout = range(len(values))
-    order = [q, k, v, dout, lse, delta, *extras]
+    q, k, v, *extras, maxima, logs, delta, dout = range(len(values))
+    order = [q, k, v, dout, maxima, logs, delta, *extras]
     inner = ctx.replace(avals_in=[ctx.avals_in[i] for i in order])
     return _call(_gradients_ffi_rule, inner, [values[i] for i in order], 4, options, dbias=bias_too)
 
@@ -134,13 +135,11 @@ def _lower_gradients_call(ctx: Context, *values: Value, options: Options, bias_t
 def _lower_gradients(ctx: Context, *values: Value, options: Options, bias_too: bool) -> Sequence[Value]:
     where = _runs(ctx)
     meaning: Callable[..., Any] = partial(gradients_composition, options=options, bias_too=bias_too)
-    if where is sharding.Placement.LOCAL and not options.bias:
+    if where is sharding.Placement.LOCAL:
         return _lower_gradients_call(ctx, *values, options=options, bias_too=bias_too)
     if where is sharding.Placement.PARTITIONED:
-        call = meaning
-        if not options.bias:
-            call = partial(attention_gradients_call_p.bind, options=options, bias_too=bias_too)
-        operands = ["btnh", "bskh", "bskw", *_extras(options), "btn", "btn", "btnw"]
+        call = partial(attention_gradients_call_p.bind, options=options, bias_too=bias_too)
+        operands = ["btnh", "bskh", "bskw", *_extras(options), "btn", "btn", "btn", "btnw"]
         results = ["btnh", "bskh", "bskw", *["bnts"] * bias_too]
         meaning = _partitioned(ctx, call, operands, results, (3,) * bias_too)
     return _lowered(ctx, meaning, values)
