@@ -244,13 +244,51 @@ def _results(body: Body, instruction: Instruction) -> list[Instruction]:
     return found
 
 
-def _looks_like_attention(reader: Reader, instruction: Instruction) -> bool:
+def why_gradients_alone_stay(body: Body, instructions: Sequence[Instruction]) -> tuple[Instruction, str] | None:
+    """A product of an attention's backward half among these, and why it stays, where the attention has no result."""
+    for instruction in instructions:
+        try:
+            if _looks_like_attention(Reader(body), instruction, backward=True):
+                return instruction, "only its gradients are computed, not its result"
+        except Unknown:
+            pass
+    return None
+
+
+def _looks_like_attention(reader: Reader, instruction: Instruction, *, backward: bool = False) -> bool:
     """Whether a product's operand is made of exponentials and of their sum, and these of another product."""
     second = reader.look(reader.element(instruction))
-    if second.opcode != "dot" or "transpose(" in second.instruction.metadata.op_name:
+    if second.opcode != "dot" or ("transpose(" in second.instruction.metadata.op_name) != backward:
         return False  # JAX's name for the backward half
     over = reader.summed(second.instruction, second.scope)
-    return any(_is_softmax(reader, x) for x in reader.factors(second, over))
+    factors = [x for x in reader.factors(second, over) if not backward or _is_quotient_of_exponentials(reader, x)]
+    return any(_is_softmax(reader, x) for x in factors)
+
+
+def _is_quotient_of_exponentials(reader: Reader, weights: Element) -> bool:
+    """Whether it is softmax itself: gradients of losses of a softmax are made of it too."""
+
+    def look(element: Element) -> Element:
+        return reader.unrounded(element, partial(note_rounding, set[np.dtype]()))
+
+    def is_sum(element: Element) -> bool:
+        return look(element).opcode == "reduce"
+
+    def is_reciprocal(element: Element) -> bool:
+        x = look(element)
+        return (
+            x.opcode == "divide"
+            and is_sum(reader.operands(x)[1])
+            and constant(look(reader.operands(x)[0]).instruction) == 1
+        )
+
+    x = look(weights)
+    if x.opcode not in ("divide", "multiply"):
+        return False
+    is_right = is_sum if x.opcode == "divide" else is_reciprocal
+    return any(
+        look(above).opcode == "exponential" and is_right(other) for above, other in both_ways(reader.operands(x))
+    )
 
 
 def _is_softmax(reader: Reader, weights: Element) -> bool:

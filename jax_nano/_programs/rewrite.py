@@ -154,6 +154,12 @@ class _Rewriter:
                 source = second.metadata.op_name or second.name
             found.append(record.Attention(self._module.name, source, arrays, detail, declined))
         left = _dots_of(body)
+        if not found and gradients is not None:
+            alone = attention.why_gradients_alone_stay(body, [body[number] for number in left])
+            if alone is not None:
+                product, why = alone
+                source = product.metadata.op_name or product.name
+                found.append(record.Attention(self._module.name, source, (_array(product),), "", why))
         inside = {dot for number, dots in before.items() if number not in left for dot in dots}
         return found, body, inside
 

@@ -17,7 +17,8 @@ def report() -> str:
     that `ba,bc->ac` has its left operand stored transposed; dtypes and shapes; then target, kernel, blocking and
     threads, or why it was left to XLA. A line for each attention: queries x keys x values -> result, each as it lies in
     memory, and what masks its scores; the two products of one that runs in one pass have no lines of their own.
-    `jax_nano.matmul` and its relatives are always listed, other products of JAX if `jax_nano.accelerate` was on.
+    `jax_nano.matmul` and its relatives are always listed, other products of JAX if `jax_nano.accelerate` was on. Of
+    `dot_product_attention` that is its forward half; its gradients are what it is itself, a call or products.
     """
     found = record.everything()
     if not found:

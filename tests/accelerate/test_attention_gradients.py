@@ -132,6 +132,24 @@ def test_only_the_values_gradient_stays(rng: np.random.Generator) -> None:
     check(got[1], in_float64(step, *args)[1], jnp.float32)
 
 
+def test_gradients_without_a_result_are_reported(rng: np.random.Generator) -> None:
+    """A loss that is linear in the result needs none of it."""
+    c = Case(rng, jnp.float32)
+    got, told = run(jax.grad(lambda *x: attend(*x).sum(), (0, 1, 2)), c.q, c.k, c.v)
+    assert [x.declined for x in told] == ["only its gradients are computed, not its result"]
+    check(got, in_float64(jax.grad(lambda *x: attend(*x).sum(), (0, 1, 2)), c.q, c.k, c.v), jnp.float32)
+
+
+def test_a_cross_entropy_is_no_attention(rng: np.random.Generator) -> None:
+    c = Case(rng, jnp.float32)
+
+    def loss(x: Array, a: Array, b: Array) -> Array:
+        return -jax.nn.log_softmax(jnp.tanh(x @ a) @ b)[..., 3].mean() + jax.nn.softmax(x @ b, axis=-1).max()
+
+    _, told = run(jax.grad(loss, (0, 1, 2)), c.x[0], *c.weights[:2])
+    assert told == []
+
+
 def remat(q: Array, k: Array, v: Array) -> Array:
     return jax.checkpoint(lambda *x: attend(*x, is_causal=True))(q, k, v)
 

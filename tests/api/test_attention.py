@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 import jax_nano
+from jax_nano._core import record
 from jax_nano._dispatch import decision
 from jax_nano._ops import attention_gradients, attention_lowering
 
@@ -112,7 +113,7 @@ def test_gradients_of_many_keys(rng, monkeypatch, kernel):
     args = arrays(rng, 1, 17, 2 * attention_gradients.KEYS_AT_ONCE + 33, 2, 1, 24)
     bias = jnp.asarray(rng.standard_normal((1, 2, 1, args[1].shape[1])), np.float32)
     if not kernel:
-        monkeypatch.setattr(attention_lowering, "has_kernel", lambda *_: False)
+        monkeypatch.setattr(attention_lowering, "why_no_kernel", lambda *_: "a test")
 
     def gradients(function):
         return jax.jit(jax.grad(lambda *x: (function(*x) ** 2).sum(), (0, 1, 2, 3)))
@@ -410,6 +411,25 @@ def test_why_a_kernel_does_not_compute_it():
     assert why((q, k, k), (f32, f32, f32)) is None
 
 
+def test_the_report_lists_it(rng):
+    q, k, v = arrays(rng)
+    narrow = [x.astype(np.float16) for x in (q, k, v)]
+    long = [jnp.zeros((1, 3, 1, decision.MOST_ATTENTION_ELEMENTS + 1), np.float32)] * 3
+    record.clear()
+    jax.jit(partial(jax_nano.dot_product_attention, is_causal=True))(q, k, v)
+    jax.jit(jax_nano.dot_product_attention)(*narrow)
+    jax.jit(jax_nano.dot_product_attention)(*long)
+    (ours, count), (other, _), (left, _) = record.attentions()
+    assert count == 1
+    assert (ours.detail, ours.declined) == ("causal", None)
+    assert [x.shape for x in ours.arrays] == [q.shape, k.shape, v.shape, q.shape]
+    assert other.declined is None
+    assert left.declined == "heads of 1025 elements, more than 1024"
+    text = jax_nano.report()
+    assert "2 attentions run in one pass" in text
+    assert "stays two products and softmax: heads of 1025 elements" in text
+
+
 def test_checkify_finds_nan(rng):
     q, k, v = arrays(rng)
     checked = checkify.checkify(jax_nano.dot_product_attention, errors=checkify.nan_checks)
@@ -443,7 +463,7 @@ def test_export(rng):
 def test_a_bias_may_be_a_mask_that_is_added(rng, monkeypatch, value, keys, mask, kernel):
     """So large that the scores, and the logarithm of their sum, are lost beside it: such a query weighs keys alike."""
     if not kernel:
-        monkeypatch.setattr(attention_lowering, "has_kernel", lambda *_: False)
+        monkeypatch.setattr(attention_lowering, "why_no_kernel", lambda *_: "a test")
     q, k, v = (jnp.asarray(rng.standard_normal((1, keys, 2, 16)), jnp.float32) for _ in range(3))
     bias = jnp.zeros((1, 1, keys, keys)).at[..., 5, :].set(value).at[..., 7, : keys // 2].set(value)
     given = {"mask": jnp.asarray(rng.random((1, 1, keys, keys)) > 0.2)} if mask else {}
