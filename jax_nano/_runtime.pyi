@@ -210,6 +210,7 @@ def attention(
     bias: Sequence[int],
     mask: Sequence[int],
     scale: float,
+    masked: float,
     left: int,
     right: int,
     threads: int,
@@ -219,12 +220,13 @@ def attention(
 
     Args:
       name: of `attentions`.
-      addresses: of q, k, v, the result, bias (float32), mask (bytes), lengths of queries and of keys (int32), and
-        logarithms (float32, dense); 0 for what there is not.
+      addresses: of q, k, v, the result, bias (float32), mask (bytes), lengths of queries and of keys (int32),
+        maxima and logarithms (float32, dense); 0 for what there is not.
       sizes: batch, queries, keys, heads, heads of keys and values, elements of a key, elements of a value.
       strides: of q, k, v and the result, between batches, positions, heads and elements.
       bias, mask: strides between batches, heads and queries; keys are side by side.
       scale: of the scores.
+      masked: the score of keys that are excluded.
       left, right: query t sees keys t - left <= s <= t + right.
       threads: the caller's and others.
       trips: how often.
@@ -250,6 +252,7 @@ def attention_gradients(
     mask: Sequence[int],
     dbias: Sequence[int] | None,
     scale: float,
+    masked: float,
     left: int,
     right: int,
     threads: int,
@@ -258,8 +261,9 @@ def attention_gradients(
     """Compute the gradients of one attention as `attention` computes its results.
 
     Args:
-      addresses: of q, k, v, the cotangents of the result, bias, mask, lengths of queries and of keys, logarithms and
-        deltas (float32, dense), then dq, dk, dv and dbias (dense, in jax.nn's order); 0 for what there is not.
+      addresses: of q, k, v, the cotangents of the result, bias, mask, lengths of queries and of keys, maxima,
+        logarithms and deltas (float32, dense), then dq, dk, dv and dbias (dense, in jax.nn's order); 0 for what there
+        is not.
       strides: of q, k, v and the cotangents of the result.
       dbias: batches, heads and queries of the bias, 1 where it is broadcast; None: its gradient is not wanted.
 

@@ -399,10 +399,10 @@ def _run_attention(
     )
     present = [x for x in extras.values() if x is not None]
     if len(operands) > len(names):
-        out, lse = _attention.composition(q, k, v, *present, options=options, scale=operands[-1])
+        out, maxima, logs = _attention.composition(q, k, v, *present, options=options, scale=operands[-1])
     else:
-        out, lse = _attention.bind(q, k, v, *present, options=options)
-    residual = lax.stop_gradient(lse.astype(k.dtype))
+        out, maxima, logs = _attention.bind(q, k, v, *present, options=options)
+    residual = lax.stop_gradient((maxima + logs).astype(k.dtype))
     shape = operands[0].shape
     return out.reshape(shape), residual.reshape(shape[:-1])
 

@@ -14,8 +14,11 @@ from guarded import Region
 from jax_nano import _runtime
 from jax_nano._core import spec
 
-MASKED = -0.7 * float(np.finfo(np.float32).max)
+MASKED = float(np.float32(-0.7) * np.finfo(np.float32).max)
 """jax.nn's score of a masked key."""
+
+HUGE = 1e8
+"""Beside a bias of this size nothing is left of a score of up to 2, nor of its error."""
 
 UNBOUNDED = 1 << 40
 
@@ -34,6 +37,7 @@ class Case:
     left: int = UNBOUNDED
     right: int = UNBOUNDED
     scale: float = 0.125
+    masked: float = MASKED
 
     @property
     def scores_shape(self) -> tuple[int, int, int, int]:
@@ -80,12 +84,16 @@ def operands(x: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def scores_of(x: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Scores with bias, nothing masked, and the sums of the magnitudes of their terms; [B, N, T, S]."""
+    """Scores with bias, nothing masked, and the sums of the magnitudes of their terms; [B, N, T, S].
+
+    With a bias they are float32 numbers, which is what they are where a bias is large.
+    """
     q, k, _ = operands(x)
     scores = einsum("btnh,bsnh->bnts", q, k) * x.scale
     terms = einsum("btnh,bsnh->bnts", np.abs(q), np.abs(k)) * abs(x.scale)
     if x.bias is not None:
-        scores, terms = scores + x.bias, terms + np.abs(np.where(np.isfinite(x.bias), x.bias, 0))
+        scores = (scores + x.bias).astype(np.float32).astype(np.float64)
+        terms = np.where(np.abs(x.bias) >= HUGE, 0, terms + np.abs(np.where(np.isfinite(x.bias), x.bias, 0)))
     return scores, terms
 
 
@@ -98,7 +106,7 @@ def expected(x: Case) -> tuple[reference.Expected, np.ndarray]:
     q, _, v = operands(x)
     with np.errstate(all="ignore"):
         scores, terms = scores_of(x)
-        scores = np.where(allowed(x), scores, MASKED)
+        scores = np.where(allowed(x), scores, x.masked)
         top = scores.max(-1, keepdims=True)
         exps = np.exp(scores - top)
         total = exps.sum(-1, keepdims=True)
@@ -175,6 +183,11 @@ def rooms_of(sizes: dict[str, int], regions: contextlib.ExitStack, at: str) -> d
     return rooms
 
 
+def bits(number: float) -> int:
+    """Those of a float64, as the field of a struct."""
+    return int(np.array(number, np.float64).view(np.int64))
+
+
 def call_function(function: Any, names: tuple[str, ...], given: dict[str, int]) -> None:
     """Calls a generated function with the struct of these fields; those that are not given are zero."""
     function((ctypes.c_int64 * len(names))(*(given.get(name, 0) for name in names)))
@@ -199,9 +212,11 @@ def steps_of(x: Case) -> dict[str, int]:
     }
 
 
-def fields(x: Case, out: np.ndarray, lse: np.ndarray | None) -> dict[str, Any]:
+def fields(
+    x: Case, out: np.ndarray, maxima: np.ndarray | None = None, logs: np.ndarray | None = None
+) -> dict[str, Any]:
     """The arguments of `_runtime.attention` but for the kernel's name and the threads."""
-    arrays = (x.q, x.k, x.v, out, x.bias, x.mask, x.q_lengths, x.kv_lengths, lse)
+    arrays = (x.q, x.k, x.v, out, x.bias, x.mask, x.q_lengths, x.kv_lengths, maxima, logs)
     b, t, n, h = x.q.shape
     return {
         "addresses": [address(a) for a in arrays],
@@ -210,6 +225,7 @@ def fields(x: Case, out: np.ndarray, lse: np.ndarray | None) -> dict[str, Any]:
         "bias": broadcast(x.bias),
         "mask": broadcast(x.mask),
         "scale": x.scale,
+        "masked": x.masked,
         "left": x.left,
         "right": x.right,
     }
@@ -248,7 +264,8 @@ def call(
     if info["converts"]:
         sizes["weights"] = tile_rows * packed_row(info, block)
     names, row_names = spec.names(spec.ATTENTION_ARGS), spec.names(spec.ATTENTION_ROW)
-    scale = np.array(x.scale * np.log2(np.e)).view(np.int64)
+    general = x.bias is not None or x.mask is not None or not x.scale > 0
+    scale, masked = (bits(number) for number in (x.scale * (1.0 if general else np.log2(np.e)), x.masked))
     with contextlib.ExitStack() as regions:
         rooms = rooms_of(sizes, regions, at)
         for batch in range(b):
@@ -281,8 +298,9 @@ def call(
                         "block": block,
                         "rs_scores": rs_scores,
                         "rs_sums": rs_sums,
-                        "scale": int(scale),
-                        "general": int(x.bias is not None or x.mask is not None or not x.scale > 0),
+                        "scale": scale,
+                        "masked": masked,
+                        "general": int(general),
                         "few": int(few),
                         "first": int(i == 0),
                         "finish": int(end == s),
@@ -293,10 +311,10 @@ def call(
 
 
 def run(name: str, x: Case, threads: int = 1, out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Result and logarithms by one kernel, in memory full of NaN beforehand."""
+    """Result and statistics [2, B, T, N] (maxima, logarithms) by one kernel, in memory full of NaN beforehand."""
     b, t, n, _ = x.q.shape
     if out is None:
         out = np.full((b, t, n, x.v.shape[3]), np.nan, x.q.dtype)
-    lse = np.full((b, t, n), np.nan, np.float32)
-    _runtime.attention(name, **fields(x, out, lse), threads=threads)
-    return out, lse
+    statistics = np.full((2, b, t, n), np.nan, np.float32)
+    _runtime.attention(name, **fields(x, out, *statistics), threads=threads)
+    return out, statistics

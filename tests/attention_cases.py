@@ -105,6 +105,22 @@ def restrictions(
     }
 
 
+def huge_biases(rng: np.random.Generator, b: int, t: int, s: int, n: int, excluded: float) -> dict[str, dict[str, Any]]:
+    """Biases that exclude all keys of a query, some of another, and none of others; by name."""
+    bias = np.zeros((b, n, t, s), np.float32)
+    bias[..., t // 8, :] = excluded
+    bias[..., t // 4, : s // 2] = excluded
+    bias[..., t // 2, :] = excluded * rng.uniform(0.1, 1, s)
+    mask = rng.random((b, n, t, s)) < 0.6
+    return {
+        "bias": {"bias": bias},
+        "one for all heads": {"bias": bias[:, :1]},
+        "and a mask": {"bias": bias, "mask": mask},
+        "and a window": {"bias": bias, "left": 20, "right": 20},
+        "all": {"bias": bias, "mask": mask[:, :1], "right": s - t},
+    }
+
+
 def around_tiles(info: dict[str, Any]) -> list[tuple[int, int]]:
     """Numbers of queries and keys: fewest, around a register tile's, and several tiles'."""
     queries, keys = (1, 2, info["mr"] - 1, info["mr"] + 1, 70), (1, 2, info["nr"] - 1, info["nr"] + 1, 67)

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import reference
 from attention import (
-    MASKED,
+    HUGE,
     Case,
     address,
     allowed,
     at_index,
+    bits,
     broadcast,
     call_function,
     einsum,
@@ -35,36 +36,33 @@ from jax_nano._core import spec
 
 LOG2_E = float(np.log2(np.e))
 
-MASKED_LSE = np.float32(-0.7) * np.finfo(np.float32).max
-"""The logarithm of a query that sees no key."""
-
 
 @dataclass(frozen=True)
 class Given:
-    """What gradients are computed from, beside the operands: cotangents, logarithms and deltas [B, T, N]."""
+    """What gradients are computed from, beside the operands: cotangents, maxima, logarithms and deltas [B, T, N]."""
 
     dout: np.ndarray
-    lse: np.ndarray
+    maxima: np.ndarray
+    logs: np.ndarray
     delta: np.ndarray
 
 
 def given(x: Case, dout: np.ndarray, dlse: np.ndarray | None = None) -> Given:
-    """Logarithms and deltas as float32 numbers, from float64."""
+    """Maxima, logarithms and deltas as float32 numbers, from float64."""
     _, _, v = operands(x)
     with np.errstate(all="ignore"):
-        scores = np.where(allowed(x), scores_of(x)[0], MASKED)
-        top = scores.max(-1, keepdims=True)
+        scores = np.where(allowed(x), scores_of(x)[0], x.masked)
+        top = scores.max(-1, keepdims=True).astype(np.float32).astype(np.float64)
         exps = np.exp(scores - top)
         total = exps.sum(-1, keepdims=True)
         delta = (einsum("bnts,bsnh->btnh", exps / total, v) * dout.astype(np.float64)).sum(-1)
-        lse = np.moveaxis((np.log(total) + top)[..., 0], 1, 2)
-    lse = np.where(lse <= 0.99 * MASKED, MASKED_LSE, lse)
+        maxima, logs = (np.moveaxis(a[..., 0], 1, 2) for a in (top, np.log(total)))
     if dlse is not None:
         delta = delta - dlse
     if x.q_lengths is not None:
         here = np.arange(x.q.shape[1])[None, :, None] < x.q_lengths[:, None, None]
-        lse, delta = np.where(here, lse, MASKED_LSE), np.where(here, delta, 0)
-    return Given(dout, *(np.ascontiguousarray(a, np.float32) for a in (lse, delta)))
+        maxima, delta = np.where(here, maxima, x.masked), np.where(here, delta, 0)
+    return Given(dout, *(np.ascontiguousarray(a, np.float32) for a in (maxima, logs, delta)))
 
 
 def expected(x: Case, g: Given) -> dict[str, reference.Expected]:
@@ -78,25 +76,25 @@ def expected(x: Case, g: Given) -> dict[str, reference.Expected]:
     kv_heads, group = x.k.shape[2], n // x.k.shape[2]
     q, k, v = operands(x)
     dout = g.dout.astype(np.float64)
-    lse, delta = (np.moveaxis(a.astype(np.float64), 2, 1)[..., None] for a in (g.lse, g.delta))
+    maxima, logs, delta = (np.moveaxis(a.astype(np.float64), 2, 1)[..., None] for a in (g.maxima, g.logs, g.delta))
     taken = allowed(x)
     eps = float(reference.finfo(np.float32).eps)
     narrow = float(reference.finfo(x.k.dtype).eps) if x.k.dtype != np.float32 else 0.0
     present = np.ones((b, 1, t, 1), bool)
     if x.q_lengths is not None:
         present = np.arange(t)[:, None] < x.q_lengths[:, None, None, None]
-    uniform = lse == float(MASKED_LSE)
     with np.errstate(all="ignore"):
         scores, terms = scores_of(x)
-        weights = np.where(taken, np.exp(scores - lse), 0)
-        weights = np.where(uniform, 1 / s, weights) * present
+        scores = np.where(taken, scores, x.masked)
+        weights = np.exp((scores - maxima) - logs)
         weights = np.where(np.broadcast_to(present, weights.shape), weights, 0)
         off = reference.relative_error(q.shape[-1] + 2, np.float32) * np.where(weights > 0, terms, 0)
-        off = 2 * (off + 2 * eps * np.where(np.isfinite(lse), np.abs(np.where(uniform, 0, lse)), 0)) + 1e-6
+        size = np.where(np.abs(maxima) < HUGE, np.abs(maxima), 0) + np.where(np.isfinite(logs), np.abs(logs), 0)
+        off = 2 * (off + 2 * eps * size) + 1e-6
         error = weights * off
         products = einsum("btnh,bsnh->bnts", dout, v)
         magnitude = einsum("btnh,bsnh->bnts", np.abs(dout), np.abs(v))
-        counts = taken & ~uniform & present
+        counts = taken & present
         dscores = np.where(counts, weights * (products - delta), 0)
         by = reference.relative_error(v.shape[-1] + 1, np.float32) * magnitude + eps * np.abs(delta)
         derror = np.where(counts, error * np.abs(products - delta) + weights * by + eps * np.abs(dscores), 0)
@@ -156,7 +154,7 @@ def run(
     """The gradients by one kernel, in memory full of NaN beforehand."""
     out = results(x, dbias=dbias) if out is None else out
     b, t, n, h = x.q.shape
-    operands = (x.q, x.k, x.v, g.dout, x.bias, x.mask, x.q_lengths, x.kv_lengths, g.lse, g.delta)
+    operands = (x.q, x.k, x.v, g.dout, x.bias, x.mask, x.q_lengths, x.kv_lengths, g.maxima, g.logs, g.delta)
     arrays = (*operands, out["dq"], out["dk"], out["dv"], out.get("dbias"))
     assert all(a is None or a.flags.c_contiguous for a in arrays[8:])
     _runtime.attention_gradients(
@@ -168,6 +166,7 @@ def run(
         mask=broadcast(x.mask),
         dbias=list(x.bias.shape[:3]) if dbias and x.bias is not None else None,
         scale=x.scale,
+        masked=x.masked,
         left=x.left,
         right=x.right,
         threads=threads,
@@ -223,12 +222,11 @@ def call(
         sizes["turned"] = max(round_up(keys + mr, mr) * packed_row(info, chunk), mr * packed_row(info, block)) + slack
     names, row_names = spec.names(spec.GRADIENT_ARGS), spec.names(spec.GRADIENT_ROW)
 
-    def bits(value: float) -> int:
-        return int(np.array(value, np.float64).view(np.int64))
-
     def run_step(**fields: int) -> None:
         call_function(function, names, fields)
 
+    general = x.bias is not None or x.mask is not None
+    base = 1.0 if general else LOG2_E
     with contextlib.ExitStack() as regions:
         rooms = rooms_of(sizes, regions, at)
         if "dbias" in out:
@@ -237,14 +235,14 @@ def call(
             for head in range(n):
                 table = np.zeros((t, len(row_names)), np.int64)
                 for r in range(t):
-                    lse = float(g.lse[batch, r, head])
+                    maximum, log = (float(a[batch, r, head]) for a in (g.maxima, g.logs))
                     row = {
                         "q": at_index(x.q, (batch, r, head)),
                         "dout": at_index(g.dout, (batch, r, head)),
                         **window(x, r),
-                        "lse": bits(lse * LOG2_E),
+                        "maximum": bits(maximum * base),
+                        "log": bits(log * LOG2_E),
                         "delta": bits(float(g.delta[batch, r, head])),
-                        "uniform": bits(0.0),
                     }
                     for name, array in (("bias", x.bias), ("mask", x.mask), ("dbias", out.get("dbias"))):
                         if array is not None:
@@ -268,8 +266,10 @@ def call(
                         "rs_dq": rs_dq,
                         "rs_dk": rs_dq,
                         "rs_dv": rs_dv,
-                        "scale": bits(x.scale * LOG2_E),
-                        "general": int(x.bias is not None or x.mask is not None),
+                        "scale": bits(x.scale),
+                        "scale2": bits(x.scale * LOG2_E),
+                        "masked": bits(x.masked),
+                        "general": int(general),
                     }
                     run_step(**fields, step=0)
                     for first in range(0, t, chunk):

@@ -184,6 +184,18 @@ FORMS: dict[str, tuple[Program, Callable[[Case], tuple[Any, ...]], str]] = {
     "einsums": (einsums, lambda c: (c.q, c.k, c.v), ""),
     "matmuls": (matmuls, lambda c: (c.q, c.k, c.v), "causal"),
     "minus infinity": (lambda *x: matmuls(*x, excluded=-np.inf), lambda c: (c.q, c.k, c.v), "causal"),
+    "-1e4": (
+        lambda q, k, v, mask: einsums(q, k, v, lambda scores: jnp.where(mask, scores, -1e4)),
+        lambda c: (c.q, c.k, c.v, c.mask),
+        "mask",
+    ),
+    "-60 beside low scores": (
+        lambda q, k, v, mask, bias: einsums(q, k, v, lambda s: jnp.where(mask, s + lax.stop_gradient(bias), -60.0)),
+        lambda c: (c.q, c.k, c.v, c.mask, c.bias.at[..., 5:9, :].add(-60)),
+        "bias, mask",
+    ),
+    "-1e4, causal": (lambda *x: matmuls(*x, excluded=-1e4), lambda c: (c.q, c.k, c.v), "causal"),
+    "-2, causal": (lambda *x: matmuls(*x, excluded=-2.0), lambda c: (c.q, c.k, c.v), "mask"),
     "NaN rows": (
         lambda q, k, v, mask: einsums(q, k, v, lambda scores: jnp.where(mask, scores, -jnp.inf)),
         lambda c: (c.q, c.k, c.v, c.mask),

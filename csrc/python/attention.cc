@@ -35,14 +35,14 @@ const AttentionInfo& AttentionNamed(std::string_view name) {
   throw std::invalid_argument("no such attention: " + std::string(name));
 }
 
-using Sizes = std::array<int64_t, 7>;        // batch, queries, keys, heads, kv_heads, depth, width
-using Addresses = std::array<uintptr_t, 9>;  // q, k, v, out, bias, mask, q_lengths, kv_lengths, lse
+using Sizes = std::array<int64_t, 7>;         // batch, queries, keys, heads, kv_heads, depth, width
+using Addresses = std::array<uintptr_t, 10>;  // q, k, v, out, bias, mask, q_lengths, kv_lengths, maxima, logs
 using Strides = AttentionShape::Strides;
 using Broadcast = std::array<int64_t, 3>;
 
 // `strides` are those of q, k, v, and the result or its cotangents.
 AttentionShape ShapeOf(const Sizes& sizes, const std::array<Strides, 4>& strides, const Broadcast& bias,
-                       const Broadcast& mask, double scale, int64_t left, int64_t right) {
+                       const Broadcast& mask, double scale, double masked, int64_t left, int64_t right) {
   AttentionShape shape = {};
   shape.batch = sizes[0];
   shape.queries = sizes[1];
@@ -62,23 +62,25 @@ AttentionShape ShapeOf(const Sizes& sizes, const std::array<Strides, 4>& strides
   shape.bias = bias;
   shape.mask = mask;
   shape.scale = scale;
+  shape.masked = static_cast<float>(masked);
   shape.left = left;
   shape.right = right;
   return shape;
 }
 
 AttentionPlan PlanFor(std::string_view name, const Sizes& sizes, const std::array<Strides, 4>& strides,
-                      const Broadcast& bias, const Broadcast& mask, double scale, int64_t left, int64_t right) {
+                      const Broadcast& bias, const Broadcast& mask, double scale, double masked, int64_t left,
+                      int64_t right) {
   if (strides[3][3] != 1) throw std::invalid_argument("elements of results must be side by side");
-  const AttentionShape shape = ShapeOf(sizes, strides, bias, mask, scale, left, right);
+  const AttentionShape shape = ShapeOf(sizes, strides, bias, mask, scale, masked, left, right);
   return PlanAttention(&AttentionNamed(name), shape, HostMachine().caches);
 }
 
 // Runs one attention `trips` times; returns the seconds, without planning. All threads take part in every call.
 double RunOften(std::string_view name, const Addresses& at, const Sizes& sizes, const std::array<Strides, 4>& strides,
-                const Broadcast& bias, const Broadcast& mask, double scale, int64_t left, int64_t right,
+                const Broadcast& bias, const Broadcast& mask, double scale, double masked, int64_t left, int64_t right,
                 int64_t threads, int64_t trips) {
-  const AttentionPlan plan = PlanFor(name, sizes, strides, bias, mask, scale, left, right);
+  const AttentionPlan plan = PlanFor(name, sizes, strides, bias, mask, scale, masked, left, right);
   AttentionBuffers buffers = {};
   buffers.q = reinterpret_cast<const void*>(at[0]);
   buffers.k = reinterpret_cast<const void*>(at[1]);
@@ -88,7 +90,8 @@ double RunOften(std::string_view name, const Addresses& at, const Sizes& sizes, 
   buffers.mask = reinterpret_cast<const uint8_t*>(at[5]);
   buffers.q_lengths = reinterpret_cast<const int32_t*>(at[6]);
   buffers.kv_lengths = reinterpret_cast<const int32_t*>(at[7]);
-  buffers.lse = reinterpret_cast<float*>(at[8]);
+  buffers.maxima = reinterpret_cast<float*>(at[8]);
+  buffers.logs = reinterpret_cast<float*>(at[9]);
   const nb::gil_scoped_release release;
   sharing::Pace pace(sharing::Pace::kEndless);
   PrivatePool pool(threads);
@@ -97,15 +100,15 @@ double RunOften(std::string_view name, const Addresses& at, const Sizes& sizes, 
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// q, k, v, cotangents of the result, bias, mask, q_lengths, kv_lengths, lse, delta, dq, dk, dv, dbias.
-using GradientAddresses = std::array<uintptr_t, 14>;
+// q, k, v, cotangents of the result, bias, mask, q_lengths, kv_lengths, maxima, logs, delta, dq, dk, dv, dbias.
+using GradientAddresses = std::array<uintptr_t, 15>;
 
 GradientPlan PlanGradientsFor(std::string_view name, const Sizes& sizes, const std::array<Strides, 4>& strides,
                               const Broadcast& bias, const Broadcast& mask,
-                              const std::optional<std::array<int64_t, 3>>& dbias, double scale, int64_t left,
-                              int64_t right) {
+                              const std::optional<std::array<int64_t, 3>>& dbias, double scale, double masked,
+                              int64_t left, int64_t right) {
   GradientShape shape = {};
-  shape.attention = ShapeOf(sizes, strides, bias, mask, scale, left, right);
+  shape.attention = ShapeOf(sizes, strides, bias, mask, scale, masked, left, right);
   shape.dbias = dbias.has_value();
   shape.dbias_sizes = dbias.value_or(std::array<int64_t, 3>{1, 1, 1});
   return PlanGradients(&AttentionNamed(name), shape);
@@ -114,9 +117,9 @@ GradientPlan PlanGradientsFor(std::string_view name, const Sizes& sizes, const s
 // The same for gradients.
 double RunGradientsOften(std::string_view name, const GradientAddresses& at, const Sizes& sizes,
                          const std::array<Strides, 4>& strides, const Broadcast& bias, const Broadcast& mask,
-                         const std::optional<std::array<int64_t, 3>>& dbias, double scale, int64_t left, int64_t right,
-                         int64_t threads, int64_t trips) {
-  const GradientPlan plan = PlanGradientsFor(name, sizes, strides, bias, mask, dbias, scale, left, right);
+                         const std::optional<std::array<int64_t, 3>>& dbias, double scale, double masked, int64_t left,
+                         int64_t right, int64_t threads, int64_t trips) {
+  const GradientPlan plan = PlanGradientsFor(name, sizes, strides, bias, mask, dbias, scale, masked, left, right);
   GradientBuffers buffers = {};
   buffers.q = reinterpret_cast<const void*>(at[0]);
   buffers.k = reinterpret_cast<const void*>(at[1]);
@@ -126,12 +129,13 @@ double RunGradientsOften(std::string_view name, const GradientAddresses& at, con
   buffers.mask = reinterpret_cast<const uint8_t*>(at[5]);
   buffers.q_lengths = reinterpret_cast<const int32_t*>(at[6]);
   buffers.kv_lengths = reinterpret_cast<const int32_t*>(at[7]);
-  buffers.lse = reinterpret_cast<const float*>(at[8]);
-  buffers.delta = reinterpret_cast<const float*>(at[9]);
-  buffers.dq = reinterpret_cast<void*>(at[10]);
-  buffers.dk = reinterpret_cast<void*>(at[11]);
-  buffers.dv = reinterpret_cast<void*>(at[12]);
-  buffers.dbias = reinterpret_cast<float*>(at[13]);
+  buffers.maxima = reinterpret_cast<const float*>(at[8]);
+  buffers.logs = reinterpret_cast<const float*>(at[9]);
+  buffers.delta = reinterpret_cast<const float*>(at[10]);
+  buffers.dq = reinterpret_cast<void*>(at[11]);
+  buffers.dk = reinterpret_cast<void*>(at[12]);
+  buffers.dv = reinterpret_cast<void*>(at[13]);
+  buffers.dbias = reinterpret_cast<float*>(at[14]);
   const nb::gil_scoped_release release;
   GradientPaces paces(sharing::Pace::kEndless, sharing::Pace::kEndless);
   PrivatePool pool(threads);
@@ -142,7 +146,8 @@ double RunGradientsOften(std::string_view name, const GradientAddresses& at, con
 
 nb::dict ExplainGradients(std::string_view name, const Sizes& sizes, const std::array<Strides, 4>& strides,
                           const std::optional<std::array<int64_t, 3>>& dbias) {
-  const GradientPlan plan = PlanGradientsFor(name, sizes, strides, {}, {}, dbias, 1, kUnbounded, kUnbounded);
+  const GradientPlan plan =
+      PlanGradientsFor(name, sizes, strides, {}, {}, dbias, 1, kJaxMasked, kUnbounded, kUnbounded);
   nb::dict d;
   d["block"] = plan.block;
   d["chunk"] = plan.chunk;
@@ -155,7 +160,7 @@ nb::dict ExplainGradients(std::string_view name, const Sizes& sizes, const std::
 }
 
 nb::dict ExplainAttention(std::string_view name, const Sizes& sizes, const std::array<Strides, 4>& strides) {
-  const AttentionPlan plan = PlanFor(name, sizes, strides, {}, {}, 1, kUnbounded, kUnbounded);
+  const AttentionPlan plan = PlanFor(name, sizes, strides, {}, {}, 1, kJaxMasked, kUnbounded, kUnbounded);
   nb::dict d;
   d["few"] = plan.few;
   d["block"] = plan.block;
@@ -181,10 +186,10 @@ void DefineAttention(nb::module_& m) {
   m.def("supports_attention", &SupportsAttention, "q"_a, "kv"_a);
   m.def("plan_attention", &ExplainAttention, "name"_a, "sizes"_a, "strides"_a);
   m.def("attention", &RunOften, "name"_a, "addresses"_a, "sizes"_a, "strides"_a, "bias"_a, "mask"_a, "scale"_a,
-        "left"_a, "right"_a, "threads"_a, "trips"_a = 1);
+        "masked"_a, "left"_a, "right"_a, "threads"_a, "trips"_a = 1);
   m.def("plan_attention_gradients", &ExplainGradients, "name"_a, "sizes"_a, "strides"_a, "dbias"_a.none());
   m.def("attention_gradients", &RunGradientsOften, "name"_a, "addresses"_a, "sizes"_a, "strides"_a, "bias"_a, "mask"_a,
-        "dbias"_a.none(), "scale"_a, "left"_a, "right"_a, "threads"_a, "trips"_a = 1);
+        "dbias"_a.none(), "scale"_a, "masked"_a, "left"_a, "right"_a, "threads"_a, "trips"_a = 1);
 }
 
 }  // namespace jax_nano

@@ -5,7 +5,6 @@
 #include <cstring>
 #include <iterator>
 #include <stdexcept>
-#include <vector>
 
 #include "machine/glibc.h"
 #include "plan/registry.h"
@@ -44,6 +43,16 @@ int64_t SumsRow(const AttentionPlan& plan) { return RoundUp(plan.shape.width, pl
 struct State {
   float *sums, *maxima, *totals;
 };
+
+// What was subtracted from a row's scores, in natural units, and the sum of exponentials of what was left.
+struct Statistics {
+  double maximum, total;
+};
+
+Statistics StatisticsOf(const AttentionPlan& plan, const State& state, int64_t row, bool general) {
+  const double maximum = state.maxima[row];
+  return {general ? maximum : maximum * M_LN2, state.totals[row * plan.kernel->lanes]};
+}
 
 int64_t PaddedRows(const AttentionPlan& plan) { return RoundUp(plan.rows(), plan.kernel->mr); }
 
@@ -101,6 +110,11 @@ Rooms TakeRooms(const AttentionPlan& plan) {
   return r;
 }
 
+void SetGeneral(const AttentionShape& shape, bool general, AttentionArgs& x) {
+  x.general = general;
+  x.scale = general ? shape.scale : shape.scale * M_LOG2E;
+}
+
 AttentionArgs ArgsFor(const AttentionPlan& plan, const AttentionBuffers& buffers, const Output& output,
                       const Rooms& rooms, const State& state) {
   const AttentionShape& shape = plan.shape;
@@ -121,7 +135,8 @@ AttentionArgs ArgsFor(const AttentionPlan& plan, const AttentionBuffers& buffers
   x.rs_scores = ScoresRow(plan.block);
   x.rs_sums = SumsRow(plan);
   x.few = plan.few;
-  x.general = buffers.bias != nullptr || buffers.mask != nullptr || !(shape.scale > 0);
+  x.masked = shape.masked;
+  SetGeneral(shape, IsGeneral(shape, buffers.bias, buffers.mask), x);
   return x;
 }
 
@@ -164,6 +179,13 @@ Keys KeysFor(const AttentionPlan& plan, const AttentionRow* table, int64_t rows)
   return keys;
 }
 
+void WriteStatistics(const AttentionBuffers& buffers, int64_t at, const Statistics& x) {
+  if (buffers.maxima == nullptr) return;
+  const float maximum = static_cast<float>(x.maximum);
+  buffers.maxima[at] = maximum;
+  buffers.logs[at] = static_cast<float>(x.maximum - static_cast<double>(maximum) + std::log(x.total));
+}
+
 // Queries behind the length of their batch: zeros.
 void WritePadding(const AttentionPlan& plan, const AttentionBuffers& buffers, const Output& output) {
   const AttentionShape& shape = plan.shape;
@@ -173,7 +195,7 @@ void WritePadding(const AttentionPlan& plan, const AttentionBuffers& buffers, co
     for (int64_t n = output.first_head; n < output.first_head + output.heads; ++n) {
       void* const out = RowAt(buffers.out, shape.out, output.batch, t, n, plan.q_bytes);
       std::memset(out, 0, static_cast<size_t>(shape.width * plan.q_bytes));
-      if (buffers.lse != nullptr) buffers.lse[StatisticAt(shape, output.batch, t, n)] = kJaxMasked;
+      WriteStatistics(buffers, StatisticAt(shape, output.batch, t, n), {shape.masked, static_cast<double>(shape.keys)});
     }
   }
 }
@@ -189,10 +211,11 @@ bool AllFinite(const float* x, int64_t n) {
 }
 
 // Computes one row once more, by itself, with keys from `begin` on as the first ones.
-void RunRowAlone(const AttentionPlan& plan, const AttentionBuffers& buffers, const Output& output, const Rooms& rooms,
-                 AttentionRow row, int64_t begin) {
+Statistics RunRowAlone(const AttentionPlan& plan, const AttentionBuffers& buffers, const Output& output,
+                       const Rooms& rooms, AttentionRow row, int64_t begin) {
   // Its state goes behind that of the rows of the item, which is still to be read.
-  AttentionArgs x = ArgsFor(plan, buffers, output, rooms, StateAt(plan, Advance(rooms.state, plan.state / 2, 1)));
+  const State state = StateAt(plan, Advance(rooms.state, plan.state / 2, 1));
+  AttentionArgs x = ArgsFor(plan, buffers, output, rooms, state);
   x.k = Advance(x.k, begin * x.rsk, plan.kv_bytes);
   x.v = Advance(x.v, begin * x.rsv, plan.kv_bytes);
   if (row.bias != nullptr) row.bias += begin;
@@ -202,54 +225,26 @@ void RunRowAlone(const AttentionPlan& plan, const AttentionBuffers& buffers, con
   x.rows = &row;
   x.count = 1;
   x.end = row.hi;
-  x.general = row.bias != nullptr || row.mask != nullptr || x.general;
+  const bool general = row.bias != nullptr || row.mask != nullptr || x.general;
+  SetGeneral(plan.shape, general, x);
   x.first = x.finish = 1;
   plan.kernel->fn(&x);
+  return StatisticsOf(plan, state, 0, general);
 }
 
-// Computes one row once more whose scores all left float32's range below, as they are multiplied by log2(e): a bias
-// near the end of the range does that, such as a mask that is added, for a query that sees no key. Returns the row's
-// logarithm, beside which that of a sum is lost.
-float RunRowInRange(const AttentionPlan& plan, const AttentionBuffers& buffers, const Output& output,
-                    const Rooms& rooms, const AttentionRow& row) {
-  constexpr float kInRange = -2e38f;  // above masked scores, and so large that what it is added to is lost as well
-  const float* const bias = row.bias;
-  const float most = *std::max_element(bias + row.lo, bias + row.hi);
-  if (std::isinf(most)) return most;  // the row stays NaN, as jax.nn's
-  std::vector<float> shifted(static_cast<size_t>(row.hi));
-  for (int64_t s = row.lo; s < row.hi; ++s) shifted[static_cast<size_t>(s)] = bias[s] - most + kInRange;
-  AttentionRow alone = row;
-  alone.bias = shifted.data();
-  RunRowAlone(plan, buffers, output, rooms, alone, row.lo);
-  return most;
-}
-
-// Behind a finished kernel call: the logarithms, and rows that are to be computed once more. Those are rows whose
-// weights of zero have met Inf or NaN among values that they do not see; and rows where no key outweighs a masked one,
-// which jax.nn weighs with all that a window and a length exclude.
+// Behind a finished kernel call: statistics, and rows that are to be computed once more. Those are rows whose weights
+// of zero have met Inf or NaN among values that they do not see; and rows where no key outweighs an excluded one, which
+// jax.nn weighs with all that a window and a length exclude.
 void FinishRows(const AttentionPlan& plan, const AttentionBuffers& buffers, const Output& output, const Rooms& rooms,
                 const State& state, int64_t rows) {
   const AttentionShape& shape = plan.shape;
+  const bool general = IsGeneral(shape, buffers.bias, buffers.mask);
   for (int64_t i = 0; i < rows; ++i) {
-    const float maximum = state.maxima[i], total = state.totals[i * plan.kernel->lanes];
+    Statistics found = StatisticsOf(plan, state, i, general);
     const AttentionRow row = rooms.table[i];
     const bool excluded = row.lo > 0 || row.hi < shape.keys;
-    const bool outweighed = maximum <= kMaskedScore && !std::isnan(total);
-    const bool below_range = outweighed && total == 0 && !excluded && row.bias != nullptr && row.lo < row.hi;
-    float in_range = 0;
-    if (below_range) in_range = RunRowInRange(plan, buffers, output, rooms, row);
-    if (buffers.lse != nullptr) {
-      const int64_t t = output.first_position + i / output.heads, n = output.first_head + i % output.heads;
-      const bool masked = outweighed && (excluded || total > 0);
-      if (below_range) {
-        buffers.lse[StatisticAt(shape, output.batch, t, n)] = in_range;
-        continue;
-      }
-      const double log = (static_cast<double>(maximum) + std::log2(static_cast<double>(total))) * M_LN2;
-      buffers.lse[StatisticAt(shape, output.batch, t, n)] = masked ? kJaxMasked : static_cast<float>(log);
-    }
-    if (!excluded) continue;
-    if (outweighed) {
+    const bool outweighed = found.total == 0 || (!std::isnan(found.total) && found.maximum <= shape.masked + kNoWeight);
+    if (excluded && outweighed) {
       for (int64_t s = 0; s < shape.keys; ++s) {
         const bool taken = row.mask == nullptr || static_cast<const uint8_t*>(row.mask)[s] != 0;
         rooms.mask_row[s] = taken && s >= row.lo && s < row.hi;
@@ -258,10 +253,12 @@ void FinishRows(const AttentionPlan& plan, const AttentionBuffers& buffers, cons
       all.mask = rooms.mask_row;
       all.lo = 0;
       all.hi = shape.keys;
-      RunRowAlone(plan, buffers, output, rooms, all, 0);
-    } else if (std::isfinite(total) && !AllFinite(state.sums + i * SumsRow(plan), shape.width)) {
+      found = RunRowAlone(plan, buffers, output, rooms, all, 0);
+    } else if (excluded && std::isfinite(found.total) && !AllFinite(state.sums + i * SumsRow(plan), shape.width)) {
       RunRowAlone(plan, buffers, output, rooms, row, row.lo);
     }
+    const int64_t t = output.first_position + i / output.heads, n = output.first_head + i % output.heads;
+    WriteStatistics(buffers, StatisticAt(shape, output.batch, t, n), found);
   }
 }
 
@@ -366,13 +363,14 @@ void MergePieces(const AttentionPlan& plan, const AttentionBuffers& buffers, voi
   const auto piece = [&](int64_t i) { return StateAt(plan, Advance(shared, index * plan.pieces + i, plan.state)); };
   const int64_t rows = FillTable(plan, buffers, output, rooms.table);
   const int64_t lanes = plan.kernel->lanes, sums = SumsRow(plan);
+  const float unit = IsGeneral(plan.shape, buffers.bias, buffers.mask) ? static_cast<float>(M_LOG2E) : 1.0f;
   // Neighbours first, so that errors grow with the logarithm of the number of pieces.
   for (int64_t step = 1; step < plan.pieces; step *= 2) {
     for (int64_t i = 0; i + step < plan.pieces; i += 2 * step) {
       const State a = piece(i), b = piece(i + step);
       for (int64_t r = 0; r < rows; ++r) {
         const float top = std::max(a.maxima[r], b.maxima[r]);
-        const float by_a = std::exp2(a.maxima[r] - top), by_b = std::exp2(b.maxima[r] - top);
+        const float by_a = std::exp2((a.maxima[r] - top) * unit), by_b = std::exp2((b.maxima[r] - top) * unit);
         a.maxima[r] = top;
         const auto merge = [&](float* x, const float* y, int64_t n) {
           for (int64_t j = 0; j < n; ++j) x[j] = x[j] * by_a + y[j] * by_b;

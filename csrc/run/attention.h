@@ -3,9 +3,10 @@
 //     out[b, t, n] = sum over s of softmax(scale * q[b, t, n] . k[b, s, n / G] + bias[b, n, t, s]) v[b, s, n / G]
 //
 // for N query heads that share N / G key and value heads, over the keys that lengths and a window leave to a query;
-// what a mask excludes has jax.nn's large negative score. A generated kernel (jax_nano/codegen/attention) computes
-// the rows of an item: some positions, and at each of them all heads that share keys. Here they are laid out, shared
-// among threads and, where few queries meet many keys, split over the keys and merged.
+// what is excluded has a score of its own, for jax.nn a large negative one. A generated kernel
+// (jax_nano/codegen/attention) computes the rows of an item: some positions, and at each of them all heads that share
+// keys. Here they are laid out, shared among threads and, where few queries meet many keys, split over the keys and
+// merged.
 //
 // Sizes and strides are in elements. Who computes an item, and what else is in it, makes no difference to its bits:
 // keys are cut into blocks and pieces by the shape alone.
@@ -42,6 +43,9 @@ inline constexpr int64_t kUnbounded = int64_t{1} << 40;
 
 inline constexpr float kJaxMasked = -0.7f * FLT_MAX;  // jax.nn's score of a masked key
 
+// A key whose score is as much lower than another one has no weight in float32.
+inline constexpr double kNoWeight = 104;
+
 struct AttentionShape {
   int64_t batch, queries, keys;
   int64_t heads, kv_heads;  // the latter divide the former
@@ -50,6 +54,7 @@ struct AttentionShape {
   Strides q, k, v, out;               // between batches, positions, heads, elements; the last of `out` is 1
   std::array<int64_t, 3> bias, mask;  // between batches, heads, queries; keys are side by side
   double scale;
+  float masked;  // the score of a key that a mask, the window or a length excludes: kJaxMasked, or less than others
   int64_t left, right;  // query t sees keys t - left <= s <= t + right
 };
 
@@ -60,7 +65,9 @@ struct AttentionBuffers {
   const uint8_t* mask;        // one byte a score, 0: excluded; null: none
   const int32_t* q_lengths;   // one a batch; beyond them results are zero; null: all of `queries`
   const int32_t* kv_lengths;  // one a batch; null: all of `keys`
-  float* lse;                 // [batch, queries, heads]: logarithms of the sums of exponentials; null: not wanted
+  // [batch, queries, heads]: what was subtracted from a query's scores, and the logarithm of the sum of exponentials of
+  // what was left. Apart, as beside a score of -1e9 nothing is left of a logarithm in float32. Null: not wanted.
+  float *maxima, *logs;
 };
 
 struct AttentionPlan {

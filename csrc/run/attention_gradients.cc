@@ -31,8 +31,8 @@ enum class Chunk : uint8_t { kUnpacked, kPacked, kFinite, kNotFinite };
 struct Head {
   int64_t batch, kv_head, first_head;
   int64_t queries, keys;  // that the batch's lengths leave
-  int64_t begin, end;     // keys of the piece; those beyond `keys` have no part but in rows with uniform weights
-  bool uniform;           // some row has these
+  int64_t begin, end;     // keys of the piece; those beyond `keys` have a part in rows that weigh all keys alone
+  bool weighs_all;        // some row does
   float* dq;
   std::vector<Chunk> chunks;  // those of all rows, or one
 };
@@ -42,6 +42,7 @@ struct Rooms {
   char *rows, *kt_pack, *vt_pack, *k_pack, *turned;
   float *scores, *dscores, *dk, *dv, *dq;
   GradientRow* table;
+  uint8_t* mask_rows;
 };
 
 Rooms TakeRooms(const GradientPlan& plan) {
@@ -55,13 +56,19 @@ Rooms TakeRooms(const GradientPlan& plan) {
   r.dscores = parts.Next<float>(plan.dscores);
   r.turned = parts.Next(plan.turned);
   r.table = parts.Next<GradientRow>(plan.table);
+  r.mask_rows = parts.Next<uint8_t>(plan.mask_rows);
   r.dk = parts.Next<float>(plan.dk);
   r.dv = parts.Next<float>(plan.dv);
   r.dq = plan.pieces > 1 ? nullptr : parts.Next<float>(plan.dq);
   return r;
 }
 
-bool IsUniform(float lse) { return lse <= kJaxMasked && !std::isinf(lse); }
+// Whether a query weighs the keys that its window or its batch's length excludes: no other one outweighs them
+// (FinishRows of attention.cc).
+bool WeighsAll(const GradientPlan& plan, float maximum) { return maximum <= plan.shape.attention.masked + kNoWeight; }
+
+// Bytes of a row of a mask for a block of keys, and for the tile behind its last key.
+int64_t MaskRowBytes(const GradientPlan& plan) { return WholeLines(plan.block + plan.kernel->nr); }
 
 // Where a chunk's packed rows are.
 void SetChunk(const GradientPlan& plan, const Rooms& rooms, int64_t chunk, GradientArgs& x) {
@@ -83,6 +90,9 @@ GradientArgs ArgsFor(const GradientPlan& plan, const Rooms& rooms) {
   x.dscores = rooms.dscores;
   x.turned = rooms.turned;
   SetOperands(shape, x);
+  x.scale = shape.scale;
+  x.scale2 = shape.scale * M_LOG2E;
+  x.masked = shape.masked;
   x.cso = shape.out[3];
   x.rs_scores = plan.rs_scores;
   x.rs_dq = plan.rs_dq;
@@ -133,20 +143,30 @@ void WriteQueries(const GradientPlan& plan, const GradientBuffers& buffers, int6
 
 // What rows of a table see of a block of keys.
 struct Seen {
-  bool any = false, all = true, uniform = false;
+  bool any = false, all = true;
 };
+
+// A mask of a row for a block of keys, in `memory`, that excludes what the window and the length exclude too; its
+// address is that of key 0.
+const void* MaskOfAll(const GradientRow& row, const Window& window, int64_t block_begin, int64_t block_end,
+                      uint8_t* memory) {
+  for (int64_t s = block_begin; s < block_end; ++s) {
+    const bool taken = row.mask == nullptr || static_cast<const uint8_t*>(row.mask)[s] != 0;
+    memory[s - block_begin] = taken && s >= window.lo && s < window.hi;
+  }
+  return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(memory) - static_cast<uintptr_t>(block_begin));
+}
 
 // The table of rows first <= r < first + count.
 Seen FillTable(const GradientPlan& plan, const GradientBuffers& buffers, const Head& head, int64_t first, int64_t count,
-               int64_t block_begin, int64_t block_end, GradientRow* table) {
+               int64_t block_begin, int64_t block_end, const Rooms& rooms) {
+  const bool general = IsGeneral(plan.shape.attention, buffers.bias, buffers.mask);
   const AttentionShape& shape = plan.shape.attention;
   Seen seen;
   int64_t t = first / plan.group, g = first % plan.group;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t n = head.first_head + g, statistic = StatisticAt(shape, head.batch, t, n);
-    const float lse = buffers.lse[statistic];
-    const bool uniform = IsUniform(lse);
-    GradientRow& row = table[i];
+    GradientRow& row = rooms.table[i];
     row.q = RowAt(buffers.q, shape.q, head.batch, t, n, plan.q_bytes);
     row.dout = RowAt(buffers.dout, shape.out, head.batch, t, n, plan.q_bytes);
     row.bias = OfScores(buffers.bias, shape.bias, head.batch, t, n);
@@ -157,16 +177,27 @@ Seen FillTable(const GradientPlan& plan, const GradientBuffers& buffers, const H
       const int64_t b = sizes[0] > 1 ? head.batch : 0, h = sizes[1] > 1 ? n : 0, q = sizes[2] > 1 ? t : 0;
       row.dbias = buffers.dbias + ((b * sizes[1] + h) * sizes[2] + q) * shape.keys;
     }
-    const Window window = uniform ? Window{0, shape.keys} : WindowAt(shape, t, head.keys);
+    const Window window = WindowAt(shape, t, head.keys);
     row.lo = window.lo;
     row.hi = window.hi;
-    row.lse = static_cast<double>(lse) * M_LOG2E;
+    const double maximum = buffers.maxima[statistic], log = buffers.logs[statistic];
+    const bool excluded = window.lo > 0 || window.hi < shape.keys;
+    if (excluded && WeighsAll(plan, buffers.maxima[statistic])) {
+      row.mask = MaskOfAll(row, window, block_begin, block_end, rooms.mask_rows + i * MaskRowBytes(plan));
+      row.lo = 0;
+      row.hi = shape.keys;
+    }
+    row.maximum = maximum;
+    row.log = log * M_LOG2E;
+    if (!general && row.mask == nullptr) {
+      const double in_base_2 = maximum * M_LOG2E;
+      row.maximum = static_cast<float>(in_base_2);
+      row.log += in_base_2 - row.maximum;
+    }
     row.delta = buffers.delta[statistic];
-    row.uniform = uniform ? 1.0 / static_cast<double>(shape.keys) : 0.0;
     const int64_t lo = std::max(row.lo, block_begin), hi = std::min(row.hi, block_end);
     seen.any |= lo < hi;
     seen.all &= lo == block_begin && hi == block_end;
-    seen.uniform |= uniform;
     if (++g == plan.group) {
       g = 0;
       ++t;
@@ -274,7 +305,7 @@ void RunBlock(const GradientPlan& plan, const GradientBuffers& buffers, Head& he
   // Positions that may see one of the keys.
   int64_t first = std::max<int64_t>(0, s0 - shape.right), last = std::min(head.queries, s0 + cols + shape.left);
   if (s0 >= head.keys) last = first;
-  if (head.uniform) {
+  if (head.weighs_all) {
     first = 0;
     last = head.queries;
   }
@@ -284,9 +315,9 @@ void RunBlock(const GradientPlan& plan, const GradientBuffers& buffers, Head& he
   for (int64_t r = first * plan.group / plan.chunk * plan.chunk; r < last * plan.group; r += plan.chunk) {
     x.count = std::min(plan.chunk, rows - r);
     x.dq = head.dq + r * x.rs_dq;
-    const Seen seen = FillTable(plan, buffers, head, r, x.count, s0, s0 + cols, rooms.table);
+    const Seen seen = FillTable(plan, buffers, head, r, x.count, s0, s0 + cols, rooms);
     if (!seen.any) continue;
-    x.general = buffers.bias != nullptr || buffers.mask != nullptr || seen.uniform;
+    x.general = IsGeneral(shape, buffers.bias, buffers.mask);
     const int64_t index = plan.packs_once ? r / plan.chunk : 0;
     Chunk& chunk = head.chunks[static_cast<size_t>(index)];
     SetChunk(plan, rooms, index, x);
@@ -315,10 +346,11 @@ void RunBlock(const GradientPlan& plan, const GradientBuffers& buffers, Head& he
         shape.kv_heads * shape.width, cols, shape.width, 1);
 }
 
-bool AnyUniform(const GradientPlan& plan, const GradientBuffers& buffers, const Head& head) {
+bool AnyWeighsAll(const GradientPlan& plan, const GradientBuffers& buffers, const Head& head) {
+  const auto weighs_all = [&](float maximum) { return WeighsAll(plan, maximum); };
   for (int64_t t = 0; t < head.queries; ++t) {
-    const float* const lse = buffers.lse + StatisticAt(plan.shape.attention, head.batch, t, head.first_head);
-    if (std::any_of(lse, lse + plan.group, IsUniform)) return true;
+    const float* const maxima = buffers.maxima + StatisticAt(plan.shape.attention, head.batch, t, head.first_head);
+    if (std::any_of(maxima, maxima + plan.group, weighs_all)) return true;
   }
   return false;
 }
@@ -395,6 +427,7 @@ GradientPlan PlanGradients(const AttentionInfo* kernel, const GradientShape& giv
   p.k_pack = panels(p.block, shape.depth);
   p.scores = p.dscores = WholeLines(rows * p.rs_scores * 4);
   p.table = WholeLines(p.chunk * static_cast<int64_t>(sizeof(GradientRow)));
+  p.mask_rows = p.chunk * MaskRowBytes(p);
   p.dk = WholeLines((keys + kernel->mr) * p.rs_dq * 4);
   p.dv = WholeLines((keys + kernel->mr) * p.rs_dv * 4);
   p.dq = WholeLines(RoundUp(p.rows(), kernel->mr) * p.rs_dq * 4);
@@ -423,7 +456,7 @@ void RunGradientItem(const GradientPlan& plan, const GradientBuffers& buffers, v
       head.first_head = head.kv_head * plan.group;
       head.queries = Length(buffers.q_lengths, head.batch, shape.queries);
       head.keys = Length(buffers.kv_lengths, head.batch, shape.keys);
-      head.uniform = AnyUniform(plan, buffers, head);
+      head.weighs_all = AnyWeighsAll(plan, buffers, head);
       head.chunks.assign(static_cast<size_t>(plan.chunks() - 1), Chunk::kUnpacked);
       head.dq = plan.pieces > 1 ? PieceOf(plan, shared, head.batch, head.kv_head, piece) : rooms.dq;
       std::memset(head.dq, 0, static_cast<size_t>(plan.dq));

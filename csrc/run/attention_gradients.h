@@ -1,9 +1,9 @@
 // Gradients of attention in one pass over its scores: plans, and runs them on memory.
 //
-// From the cotangents of the results, the logarithms that RunAttention left and, of each query, delta = the sum of its
+// From the cotangents of the results, the statistics that RunAttention left and, of each query, delta = the sum of its
 // results times their cotangents (less the logarithm's cotangent):
 //
-//     weights = exp(scores - lse)      dscores = weights * (dout v^T - delta)
+//     weights = exp((scores - maximum) - log)             dscores = weights * (dout v^T - delta)
 //     dq = scale * dscores k           dk = scale * dscores^T q           dv = weights^T dout          dbias = dscores
 //
 // An item is a piece of the keys of one head of keys and values, with all the queries that share it. It goes through
@@ -39,8 +39,8 @@ struct GradientBuffers {
   const uint8_t* mask;
   const int32_t* q_lengths;
   const int32_t* kv_lengths;
-  const float* lse;    // [batch, queries, heads], as RunAttention wrote them
-  const float* delta;  // likewise
+  const float *maxima, *logs;  // [batch, queries, heads], as RunAttention wrote them
+  const float* delta;          // likewise
   void *dq, *dk, *dv;
   float* dbias;  // null unless wanted
 };
@@ -57,7 +57,7 @@ struct GradientPlan {
   int64_t rs_scores, rs_dq, rs_dv;
   // Workspace of a thread in bytes, in this order.
   int64_t q_pack, dout_pack, q_panels, dout_panels;  // of a chunk
-  int64_t kt_pack, vt_pack, k_pack, scores, dscores, turned, table, dk, dv;
+  int64_t kt_pack, vt_pack, k_pack, scores, dscores, turned, table, mask_rows, dk, dv;
   int64_t dq;                                  // one item's
   std::chrono::nanoseconds expected, merging;  // on one thread, roughly
 
@@ -73,8 +73,8 @@ struct GradientPlan {
   // The last one is that of rows that are computed by themselves.
   int64_t chunks() const { return (packs_once ? (rows() + chunk - 1) / chunk : 1) + 1; }
   int64_t workspace_bytes() const {
-    return chunks() * chunk_bytes() + kt_pack + vt_pack + k_pack + scores + dscores + turned + table + dk + dv +
-           (pieces > 1 ? 0 : dq);
+    return chunks() * chunk_bytes() + kt_pack + vt_pack + k_pack + scores + dscores + turned + table + mask_rows + dk +
+           dv + (pieces > 1 ? 0 : dq);
   }
   int64_t shared_bytes() const { return pieces > 1 ? heads() * pieces * dq : 0; }
 

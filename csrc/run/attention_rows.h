@@ -54,6 +54,11 @@ inline Window WindowAt(const AttentionShape& shape, int64_t t, int64_t keys) {
   return {lo, std::max(lo, std::min(keys, t + shape.right + 1))};
 }
 
+// Whether more is done to scores than a multiplication by a number above 0: then they are rounded as jax.nn's.
+inline bool IsGeneral(const AttentionShape& shape, const float* bias, const uint8_t* mask) {
+  return bias != nullptr || mask != nullptr || !(shape.scale > 0);
+}
+
 // The arguments that say how operands lie, by the names that both kernels have for them.
 template <typename Args>
 void SetOperands(const AttentionShape& shape, Args& x) {
@@ -64,7 +69,6 @@ void SetOperands(const AttentionShape& shape, Args& x) {
   x.csk = shape.k[3];
   x.rsv = shape.v[1];
   x.csv = shape.v[3];
-  x.scale = shape.scale * M_LOG2E;
 }
 
 // Keys that are packed at once: so many bytes of them, whole units, and no more than `most` or there are.

@@ -1,10 +1,11 @@
-// The XLA FFI handler "jax_nano_attention" (q, k, v[, bias][, mask][, q_lengths][, kv_lengths]) -> out[, lse].
+// The XLA FFI handler "jax_nano_attention" (q, k, v[, bias][, mask][, q_lengths][, kv_lengths]) -> out[, maxima, logs].
 //
 // Attributes are those of attention_operands.h, where of out the elements must come last, and
 //
-//   residual           int64     1: the second result is there
+//   residual           int64     1: the other results are there
 //
-// lse is float32 [batch, queries, heads]. The attributes are parsed once; the plan is made at the first call and kept.
+// Maxima and logs are float32 [batch, queries, heads] (run/attention.h). The attributes are parsed once; the plan is
+// made at the first call and kept.
 #include "xla/attention_ffi.h"
 
 #include <algorithm>
@@ -46,11 +47,11 @@ struct AttentionState {
 ffi::TypeId AttentionState::id = {};
 
 ffi::ErrorOr<std::unique_ptr<AttentionState>> Instantiate(int64_t abi, Int64s q_dims, Int64s k_dims, Int64s v_dims,
-                                                          Int64s out_dims, double scale, int64_t left, int64_t right,
-                                                          int64_t bias, int64_t mask, int64_t q_lengths,
+                                                          Int64s out_dims, double scale, double masked, int64_t left,
+                                                          int64_t right, int64_t bias, int64_t mask, int64_t q_lengths,
                                                           int64_t kv_lengths, int64_t residual) {
   auto state = std::make_unique<AttentionState>();
-  ffi::Error error = ParseOptions(abi, {q_dims, k_dims, v_dims, out_dims}, scale, left, right,
+  ffi::Error error = ParseOptions(abi, {q_dims, k_dims, v_dims, out_dims}, scale, masked, left, right,
                                   {bias != 0, mask != 0, q_lengths != 0, kv_lengths != 0}, state->options);
   if (error.failure()) return ffi::Unexpected(std::move(error));
   if (state->options.dims[3][3] != 3) {
@@ -66,9 +67,7 @@ AttentionPlan NewPlan(const AttentionState& state, const std::vector<ffi::AnyBuf
   AddOthers(state.options, buffers, next, shape);
   shape.out = StridesOfResult(state.options, buffers[next], buffers[0], shape);
   if (state.residual) {
-    Require(buffers[next + 1].element_type() == ffi::F32 &&
-                buffers[next + 1].element_count() == static_cast<size_t>(shape.batch * shape.queries * shape.heads),
-            "the logarithms do not fit the operands");
+    for (const size_t i : {next + 1, next + 2}) RequireStatistics(buffers[i], shape);
   }
   const AttentionInfo* kernel = SelectAttention(SelectedTargets(), xla_call::DTypeName(buffers[0].element_type()),
                                                 xla_call::DTypeName(buffers[1].element_type()));
@@ -81,7 +80,7 @@ ffi::Error Execute(AttentionState* state, ffi::ThreadPool threads, ffi::AnyBuffe
     xla_call::Pool pool(threads);
     const CallTimer timer([&] { return "attention " + Text(q, k, v); });
     Require(more.size() == state->options.others(), "wrong number of operands");
-    Require(results.size() == 1 + size_t{state->residual}, "wrong number of results");
+    Require(results.size() == (state->residual ? 3 : 1), "wrong number of results");
     std::vector<ffi::AnyBuffer> all = {q, k, v};
     for (size_t i = 0; i < more.size(); ++i) all.push_back(*more.get<ffi::AnyBuffer>(i));
     for (size_t i = 0; i < results.size(); ++i) all.push_back(**results.get<ffi::AnyBuffer>(i));
@@ -99,7 +98,8 @@ ffi::Error Execute(AttentionState* state, ffi::ThreadPool threads, ffi::AnyBuffe
     buffers.q_lengths = static_cast<const int32_t*>(take(state->options.q_lengths));
     buffers.kv_lengths = static_cast<const int32_t*>(take(state->options.kv_lengths));
     buffers.out = take(true);
-    buffers.lse = static_cast<float*>(take(state->residual));
+    buffers.maxima = static_cast<float*>(take(state->residual));
+    buffers.logs = static_cast<float*>(take(state->residual));
     RunAttention(entry->plan, entry->pace, buffers, pool);
   });
 }
@@ -112,6 +112,7 @@ XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
                            .Attr<Int64s>("v_dims")
                            .Attr<Int64s>("out_dims")
                            .Attr<double>("scale")
+                           .Attr<double>("masked")
                            .Attr<int64_t>("left")
                            .Attr<int64_t>("right")
                            .Attr<int64_t>("bias")

@@ -1,12 +1,12 @@
 // The XLA FFI handler "jax_nano_attention_gradients"
-// (q, k, v, dout, lse, delta[, bias][, mask][, q_lengths][, kv_lengths]) -> dq, dk, dv[, dbias].
+// (q, k, v, dout, maxima, logs, delta[, bias][, mask][, q_lengths][, kv_lengths]) -> dq, dk, dv[, dbias].
 //
 // Attributes are those of attention_operands.h, out_dims that of dout, and
 //
 //   dbias              int64     1: the cotangents of bias are wanted, [batch or 1, heads or 1, queries or 1, keys]
 //
-// lse and delta are float32 [batch, queries, heads] (run/attention_gradients.h). Results have their operands' sizes and
-// dtypes, and jax.nn's order of dimensions.
+// maxima, logs and delta are float32 [batch, queries, heads] (run/attention_gradients.h). Results have their operands'
+// sizes and dtypes, and jax.nn's order of dimensions.
 #include <memory>
 #include <utility>
 
@@ -43,11 +43,11 @@ struct GradientState {
 ffi::TypeId GradientState::id = {};
 
 ffi::ErrorOr<std::unique_ptr<GradientState>> Instantiate(int64_t abi, Int64s q_dims, Int64s k_dims, Int64s v_dims,
-                                                         Int64s out_dims, double scale, int64_t left, int64_t right,
-                                                         int64_t bias, int64_t mask, int64_t q_lengths,
+                                                         Int64s out_dims, double scale, double masked, int64_t left,
+                                                         int64_t right, int64_t bias, int64_t mask, int64_t q_lengths,
                                                          int64_t kv_lengths, int64_t dbias) {
   auto state = std::make_unique<GradientState>();
-  ffi::Error error = ParseOptions(abi, {q_dims, k_dims, v_dims, out_dims}, scale, left, right,
+  ffi::Error error = ParseOptions(abi, {q_dims, k_dims, v_dims, out_dims}, scale, masked, left, right,
                                   {bias != 0, mask != 0, q_lengths != 0, kv_lengths != 0}, state->options);
   if (error.failure()) return ffi::Unexpected(std::move(error));
   state->dbias = dbias != 0;
@@ -60,12 +60,8 @@ GradientPlan NewPlan(const GradientState& state, const std::vector<ffi::AnyBuffe
   shape.attention = ShapeOfOperands(state.options, q, k, v);
   const AttentionShape& of = shape.attention;
   shape.attention.out = StridesOfResult(state.options, buffers[3], q, of);
-  for (size_t i : {4, 5}) {
-    Require(buffers[i].element_type() == ffi::F32 &&
-                buffers[i].element_count() == static_cast<size_t>(of.batch * of.queries * of.heads),
-            "logarithms and deltas do not fit the operands");
-  }
-  size_t next = 6;
+  for (const size_t i : {4, 5, 6}) RequireStatistics(buffers[i], of);
+  size_t next = 7;
   AddOthers(state.options, buffers, next, shape.attention);
   const auto require_result = [&](const ffi::AnyBuffer& operand, const Dims& sizes) {
     const auto have = buffers[next].dimensions();
@@ -93,7 +89,7 @@ GradientPlan NewPlan(const GradientState& state, const std::vector<ffi::AnyBuffe
 ffi::Error Execute(GradientState* state, ffi::ThreadPool threads, ffi::RemainingArgs operands,
                    ffi::RemainingRets results) {
   return xla_call::Guarded([&] {
-    Require(operands.size() == 6 + state->options.others(), "wrong number of operands");
+    Require(operands.size() == 7 + state->options.others(), "wrong number of operands");
     Require(results.size() == 3 + size_t{state->dbias}, "wrong number of results");
     std::vector<ffi::AnyBuffer> all;
     for (size_t i = 0; i < operands.size(); ++i) all.push_back(*operands.get<ffi::AnyBuffer>(i));
@@ -110,7 +106,8 @@ ffi::Error Execute(GradientState* state, ffi::ThreadPool threads, ffi::Remaining
     buffers.k = take(true);
     buffers.v = take(true);
     buffers.dout = take(true);
-    buffers.lse = static_cast<const float*>(take(true));
+    buffers.maxima = static_cast<const float*>(take(true));
+    buffers.logs = static_cast<const float*>(take(true));
     buffers.delta = static_cast<const float*>(take(true));
     buffers.bias = static_cast<const float*>(take(state->options.bias));
     buffers.mask = static_cast<const uint8_t*>(take(state->options.mask));
@@ -132,6 +129,7 @@ XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
                            .Attr<Int64s>("v_dims")
                            .Attr<Int64s>("out_dims")
                            .Attr<double>("scale")
+                           .Attr<double>("masked")
                            .Attr<int64_t>("left")
                            .Attr<int64_t>("right")
                            .Attr<int64_t>("bias")

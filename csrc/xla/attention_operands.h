@@ -4,6 +4,7 @@
 //   q_dims, k_dims, v_dims, out_dims   int64[4]   which dimension of attention each dimension of the buffer is:
 //                                0 batch, 1 position, 2 head, 3 element
 //   scale              float64   of scores
+//   masked             float64   of scores that a mask, the window or a length excludes
 //   left, right        int64     query t sees keys t - left <= s <= t + right
 //   bias, mask, q_lengths, kv_lengths   int64   1: the operand is there
 //
@@ -28,7 +29,7 @@ using Dims = std::array<int64_t, 4>;
 
 struct AttentionOptions {
   Dims dims[4];  // of q, k, v, out
-  double scale = 1;
+  double scale = 1, masked = 0;
   int64_t left = kUnbounded, right = kUnbounded;
   bool bias = false, mask = false, q_lengths = false, kv_lengths = false;
 
@@ -46,7 +47,7 @@ inline std::string Text(const xla::ffi::AnyBuffer& q, const xla::ffi::AnyBuffer&
 
 // `others`: whether bias, mask, q_lengths and kv_lengths are there.
 inline xla::ffi::Error ParseOptions(int64_t abi, const std::array<xla::ffi::Span<const int64_t>, 4>& dims, double scale,
-                                    int64_t left, int64_t right, const std::array<bool, 4>& others,
+                                    double masked, int64_t left, int64_t right, const std::array<bool, 4>& others,
                                     AttentionOptions& options) {
   using xla::ffi::Error;
   if (Error error = xla_call::CheckAbi(abi); error.failure()) return error;
@@ -59,6 +60,7 @@ inline xla::ffi::Error ParseOptions(int64_t abi, const std::array<xla::ffi::Span
     }
   }
   options.scale = scale;
+  options.masked = masked;
   options.left = std::clamp(left, -kUnbounded, kUnbounded);
   options.right = std::clamp(right, -kUnbounded, kUnbounded);
   options.bias = others[0];
@@ -124,6 +126,7 @@ inline AttentionShape ShapeOfOperands(const AttentionOptions& options, const xla
   shape.k = of_k.strides;
   shape.v = of_v.strides;
   shape.scale = options.scale;
+  shape.masked = static_cast<float>(options.masked);
   shape.left = options.left;
   shape.right = options.right;
   return shape;
@@ -148,6 +151,13 @@ inline void AddOthers(const AttentionOptions& options, const std::vector<xla::ff
             "lengths must be int32, one a batch");
     ++next;
   }
+}
+
+// That a buffer has a float32 for each query.
+inline void RequireStatistics(const xla::ffi::AnyBuffer& buffer, const AttentionShape& shape) {
+  Require(buffer.element_type() == xla::ffi::F32 &&
+              buffer.element_count() == static_cast<size_t>(shape.batch * shape.queries * shape.heads),
+          "maxima, logarithms or deltas do not fit the operands");
 }
 
 // The strides of a result or of its cotangents.

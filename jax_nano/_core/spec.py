@@ -331,7 +331,7 @@ TARGETS: Final[dict[str, Target]] = {
 
 # --- the contract with XLA ------------------------------------------------------------------------------------
 
-FFI_ABI: Final = 1
+FFI_ABI: Final = 2
 """The version of the custom calls' attributes: part of every exported program and of compilation caches."""
 
 DOT_GENERAL_CALL: Final = "jax_nano_dot_general"
@@ -452,7 +452,7 @@ ATTENTION_ROW: Final = (
     Field("const void*", "q", "the query"),
     Field("void*", "out", "its result: as many elements as a value has, side by side"),
     Field("const float*", "bias", "added to the scaled scores: that of key 0, others side by side; null: none"),
-    Field("const void*", "mask", "a byte a key, 0: the score is kMaskedScore; null: none"),
+    Field("const void*", "mask", "a byte a key, 0: the score is AttentionArgs::masked; null: none"),
     Field("int64_t", "lo", "only keys lo <= s < hi exist for this query"),
     Field("int64_t", "hi"),
 )
@@ -468,7 +468,7 @@ ATTENTION_ARGS: Final = (
     Field("float*", "scores", "for those of a tile of queries and a block of keys"),
     Field("void*", "weights", "for their exponentials, where products do not take float32; else `scores`"),
     Field("float*", "sums", "a row of rs_sums elements for each query: the weighted values"),
-    Field("float*", "maxima", "one for each query: what is subtracted from its scores, which are in base 2"),
+    Field("float*", "maxima", "one for each query: what is subtracted from its scores, in base 2 unless `general`"),
     Field("float*", "totals", "a vector for each query: the sums of its weights; `finish` leaves the sum in its first"),
     Field("int64_t", "count", "queries"),
     Field("int64_t", "depth", "elements of a query and of a key"),
@@ -483,7 +483,8 @@ ATTENTION_ARGS: Final = (
     Field("int64_t", "block", "keys that are packed at once: a multiple of AttentionInfo::unit"),
     Field("int64_t", "rs_scores", "elements between rows of scores"),
     Field("int64_t", "rs_sums", "elements between rows of sums: at least width, a multiple of nr"),
-    Field("double", "scale", "of scores, times the logarithm of e to base 2"),
+    Field("double", "scale", "of scores; times the logarithm of e to base 2 unless `general`"),
+    Field("double", "masked", "the score of a key that a mask excludes"),
     Field("int64_t", "general", "1: there is a bias or a mask, or the scale is not above 0"),
     Field("int64_t", "few", "1: keys and values are read where they lie (AttentionInfo::few)"),
     Field("int64_t", "first", "1: sums, maxima and totals begin; 0: they go on"),
@@ -499,9 +500,9 @@ GRADIENT_ROW: Final = (
     Field("float*", "dbias", "the cotangents of its scores are added to these, side by side; null: not wanted"),
     Field("int64_t", "lo", "only keys lo <= s < hi exist for this query"),
     Field("int64_t", "hi"),
-    Field("double", "lse", "the logarithm to base 2 of the sum of its exponentials"),
+    Field("double", "maximum", "what is subtracted from its scores, in base 2 unless there is a bias or a mask"),
+    Field("double", "log", "the logarithm to base 2 of the sum of exponentials of what is left"),
     Field("double", "delta", "the sum of its cotangents times its results"),
-    Field("double", "uniform", "above 0: the weight of each key, of which none had a part in a score"),
 )
 """One query of an attention's gradients (csrc/run/attention_gradients.h)."""
 
@@ -538,8 +539,10 @@ GRADIENT_ARGS: Final = (
     Field("int64_t", "rs_dq", "and of sums: at least depth or width, multiples of nr"),
     Field("int64_t", "rs_dk"),
     Field("int64_t", "rs_dv"),
-    Field("double", "scale", "of scores, times the logarithm of e to base 2; or what sums are multiplied by"),
-    Field("int64_t", "general", "1: there is a bias or a mask, or a row has a uniform weight"),
+    Field("double", "scale", "of scores; or what sums are multiplied by"),
+    Field("double", "scale2", "of scores, times the logarithm of e to base 2"),
+    Field("double", "masked", "the score of a key that a mask excludes"),
+    Field("int64_t", "general", "1: there is a bias or a mask, or the scale is not above 0"),
     Field("void*", "out", "where to write `dq`, a row of `depth` elements each rs_out elements"),
     Field("int64_t", "rs_out"),
 )
@@ -574,9 +577,6 @@ ATTENTION_SIGNATURES: Final = (
 
 FEW_QUERIES: Final = 8
 """So many are computed without packing keys and values, which memory delivers no faster than they are multiplied."""
-
-MASKED_SCORE: Final = -3e38
-"""The score of a key that a mask excludes, in base 2: finite, so that a query without any key weighs all alike."""
 
 # --- quantised weights ----------------------------------------------------------------------------------------
 

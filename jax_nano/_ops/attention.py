@@ -1,13 +1,15 @@
-"""The primitive of `dot_product_attention`: softmax(scale * Q K^T + bias) V and the logarithms of its denominators.
+"""The primitive of `dot_product_attention`: softmax(scale * Q K^T + bias) V and what its weights are computed from.
 
 `composition` says what it means in JAX's own operations, which is jax.nn's: it is what the primitive becomes where it
 has no kernel, and what forward-mode derivatives are made of. The tangent is a primitive of its own, linear in the
 tangents of queries, keys, values and bias, so that reverse mode finds a rule for its transpose: `attention_gradients`,
-which computes the weights once more from the logarithms.
+which computes the weights once more from maxima and logarithms.
 
 Shapes: q [B, T, N, H], k and v [B, S, K, H] with K a divisor of N; then, where there are any, bias (float32) and mask
 (bool) [B or 1, N or 1, T or 1, S], lengths of queries and of keys and values (int32) [B]. Results: [B, T, N, H] of q's
-dtype and float32 [B, T, N].
+dtype, and twice float32 [B, T, N]: what is subtracted from a query's scores, about their maximum, and the logarithm of
+the sum of exponentials of what is left. Their sum is the logarithm of the softmax's denominator. They stand apart
+because in float32 nothing is left of a logarithm beside a score of -1e9. Derivatives take the former as constant.
 """
 
 from __future__ import annotations
@@ -40,6 +42,9 @@ MASKED = float(np.float32(-0.7) * np.finfo(np.float32).max)
 
 UNBOUNDED = 2**40
 
+RESULTS = 3
+"""Of the primitive."""
+
 
 class Options(NamedTuple):
     """What an attention is apart from its arrays.
@@ -65,11 +70,11 @@ class Options(NamedTuple):
         return bias, mask, q_lengths, kv_lengths
 
 
-def bind(q: Array, k: Array, v: Array, *extras: Array, options: Options) -> tuple[Array, Array]:
-    """Results and logarithms. All arguments are canonical."""
+def bind(q: Array, k: Array, v: Array, *extras: Array, options: Options) -> tuple[Array, Array, Array]:
+    """Results, maxima and logarithms. All arguments are canonical."""
     operands = compat.match_varying_axes(q, k, v, *extras)
-    out, lse = attention_p.bind(*operands, options=options)
-    return out, lse
+    out, maxima, logs = attention_p.bind(*operands, options=options)
+    return out, maxima, logs
 
 
 def grouped(x: Array, kv_heads: int) -> Array:
@@ -103,7 +108,7 @@ def allowed_scores(
 
 def composition(
     q: Array, k: Array, v: Array, *extras: Array, options: Options, scale: Any = None
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     """What the primitive means. `scale` may be an array, in the place of the options'."""
     bias, mask, q_lengths, kv_lengths = options.split(extras)
     (b, t, n, h), (_, s, kv_heads, _) = q.shape, k.shape
@@ -121,42 +126,49 @@ def composition(
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, n, v.shape[-1])
     if q_lengths is not None:
         out = out * (lax.broadcasted_iota(np.int32, (b, t), 1) < q_lengths[:, None])[:, :, None, None].astype(out.dtype)
-    lse = jax.nn.logsumexp(scores, axis=-1)
-    return out.astype(q.dtype), jnp.moveaxis(lse.reshape(b, n, t), 1, 2)
+    maxima = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    maxima = jnp.where(jnp.isfinite(maxima), maxima, 0)
+    logs = jnp.log(jnp.sum(jnp.exp(scores - maxima), axis=-1))
+    maxima, logs = (jnp.moveaxis(x.reshape(b, n, t), 1, 2) for x in (maxima, logs))
+    return out.astype(q.dtype), maxima, logs
 
 
 @attention_p.def_abstract_eval
 def _abstract_eval(
     q: ShapedArray, k: ShapedArray, v: ShapedArray, *extras: ShapedArray, options: Options
-) -> tuple[ShapedArray, ShapedArray]:
+) -> tuple[ShapedArray, ShapedArray, ShapedArray]:
     rows = q.sharding.update(spec=PartitionSpec(*q.sharding.spec[:3]))
     whole = q.sharding.update(spec=PartitionSpec(*q.sharding.spec[:3], None))
     out = q.update(shape=(*q.shape[:3], v.shape[-1]), weak_type=False, sharding=whole)
-    return out, q.update(shape=q.shape[:3], dtype=np.dtype(np.float32), weak_type=False, sharding=rows)
+    statistics = q.update(shape=q.shape[:3], dtype=np.dtype(np.float32), weak_type=False, sharding=rows)
+    return out, statistics, statistics
 
 
 # --- forward mode ---------------------------------------------------------------------------------------------
 
 
 def _jvp(primals: Sequence[Array], tangents: Sequence[Any], *, options: Options) -> tuple[Any, Any]:
-    out, lse = bind(*primals, options=options)
+    results = bind(*primals, options=options)
+    zeros = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in results]
     wanted = tuple(i for i, x in enumerate(tangents) if not isinstance(x, ad.Zero) and i < 3 + options.bias)
     if not wanted:
-        return (out, lse), tuple(ad.Zero(jax.typeof(x).to_tangent_aval()) for x in (out, lse))
+        return results, tuple(zeros)
     given = [tangents[i] for i in wanted]
-    return (out, lse), tuple(attention_tangent_p.bind(*primals, out, lse, *given, options=options, wanted=wanted))
+    out, logs = attention_tangent_p.bind(*primals, *results, *given, options=options, wanted=wanted)
+    return results, (out, zeros[1], logs)
 
 
 def _tangent(*operands: Array, options: Options, wanted: tuple[int, ...]) -> tuple[Array, Array]:
-    """The tangents of both results, from those of the operands that are `wanted`, which come last."""
-    count = len(operands) - len(wanted) - 2
-    primals, given = operands[:count], operands[count + 2 :]
+    """The tangents of results and logarithms, from those of the operands that are `wanted`, which come last."""
+    count = len(operands) - len(wanted) - RESULTS
+    primals, given = operands[:count], operands[count + RESULTS :]
 
     def function(*chosen: Array) -> tuple[Array, Array]:
         filled = list(primals)
         for i, x in zip(wanted, chosen, strict=True):
             filled[i] = x
-        return composition(*filled, options=options)
+        out, _, logs = composition(*filled, options=options)
+        return out, logs
 
     _, out = jax.jvp(function, tuple(primals[i] for i in wanted), given)
     tangent: tuple[Array, Array] = out
@@ -165,7 +177,8 @@ def _tangent(*operands: Array, options: Options, wanted: tuple[int, ...]) -> tup
 
 @attention_tangent_p.def_abstract_eval
 def _tangent_abstract_eval(*operands: ShapedArray, options: Options, wanted: tuple[int, ...]) -> Any:
-    return tuple(operands[len(operands) - len(wanted) - 2 : len(operands) - len(wanted)])
+    out, _, logs = operands[len(operands) - len(wanted) - RESULTS : len(operands) - len(wanted)]
+    return out, logs
 
 
 def _tangent_jvp(primals: Sequence[Array], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:

@@ -1,13 +1,12 @@
 """Reverse mode of attention: a primitive for the cotangents of queries, keys, values and, where it is asked for, bias.
 
-From the logarithms of the softmax's denominators, and the cotangents of the results, weights are computed once more:
-no matrix of scores is kept, or formed. `composition` says what the primitive means in products; it is what it becomes
-where it has no kernel or there is a bias, a block of keys at a time, and what its own derivatives are made of. With a
-bias it sums once more, as a float32 logarithm may be too coarse for scores of its size.
+From maxima and logarithms, and the cotangents of the results, weights are computed once more: no matrix of scores is
+kept, or formed. `composition` says what the primitive means in products; it is what it becomes where it has no kernel,
+a block of keys at a time, and what its own derivatives are made of.
 
-Shapes: q, k, v, and bias, mask and lengths as in `attention`; then logarithms and deltas, float32 [B, T, N], and the
-cotangents of the results, [B, T, N, H] of q's dtype. A query's delta is the sum of its results times their cotangents,
-less the cotangent of its logarithm.
+Shapes: q, k, v, and bias, mask and lengths as in `attention`; then maxima, logarithms and deltas, float32 [B, T, N],
+and the cotangents of the results, [B, T, N, H] of q's dtype. A query's delta is the sum of its results times their
+cotangents, less the cotangent of its logarithm.
 """
 
 from __future__ import annotations
@@ -38,22 +37,22 @@ KEYS_AT_ONCE = 512
 
 
 def gradients(
-    *operands: Array, dout: Any, dlse: Any, options: Options, bias_too: bool
+    *operands: Array, dout: Any, dlogs: Any, options: Options, bias_too: bool
 ) -> tuple[Array, Array, Array, Any]:
-    """Cotangents of q, k, v and, with ``bias_too``, bias (else None), from those of the results (None: zero).
+    """Cotangents of q, k, v and, with ``bias_too``, bias (else None), from those of results and logarithms.
 
-    The operands are those of attention, then its two results.
+    None: zero. The operands are those of attention, then its results.
     """
-    *primals, out, lse = operands
+    *primals, out, maxima, logs = operands
     _, _, q_lengths, _ = options.split(primals[3:])
     dout = jnp.zeros_like(out) if dout is None else dout.astype(out.dtype)
     if q_lengths is not None:
         here = lax.broadcasted_iota(np.int32, out.shape[:2], 1) < q_lengths[:, None]
         dout = jnp.where(here[:, :, None, None], dout, 0)
     delta = jnp.sum(dout.astype(np.float32) * out.astype(np.float32), axis=-1)
-    if dlse is not None:
-        delta = delta - dlse
-    given = compat.match_varying_axes(*primals, lse, delta, dout)
+    if dlogs is not None:
+        delta = delta - dlogs
+    given = compat.match_varying_axes(*primals, maxima, logs, delta, dout)
     dq, dk, dv, *dbias = attention_gradients_p.bind(*given, options=options, bias_too=bias_too)
     return dq, dk, dv, dbias[0] if bias_too else None
 
@@ -72,7 +71,7 @@ def _product(subscripts: str, lhs: Array, rhs: Array) -> Array:
 
 def composition(*operands: Array, options: Options, bias_too: bool) -> tuple[Array, ...]:
     """What the primitive means."""
-    q, k, v, *extras, lse, delta, dout = operands
+    q, k, v, *extras, maxima, logs, delta, dout = operands
     bias, mask, q_lengths, kv_lengths = options.split(extras)
     (b, t, n, h), (_, s, kv_heads, _) = q.shape, k.shape
     group = n // kv_heads
@@ -81,10 +80,7 @@ def composition(*operands: Array, options: Options, bias_too: bool) -> tuple[Arr
         """[B, T, N] as [B, K, G, T, 1]."""
         return jnp.transpose(x.reshape(b, t, kv_heads, group), (0, 2, 3, 1))[..., None]
 
-    delta, lse = rows(delta), rows(lse)
-    # Queries that see no key weigh all alike.
-    nobody = lse <= MASKED
-    total: Any = None
+    maxima, logs, delta = rows(maxima), rows(logs), rows(delta)
     queries, dout = (x.reshape(b, t, kv_heads, group, x.shape[-1]) for x in (q, dout))
 
     def scores_of(first: Any, size: int) -> tuple[Array, Array | None]:
@@ -99,19 +95,10 @@ def composition(*operands: Array, options: Options, bias_too: bool) -> tuple[Arr
             scores = jnp.where(allowed, scores, MASKED)
         return scores, allowed
 
-    def sums_of(so_far: tuple[Array, Array], first: Any, size: int) -> tuple[Array, Array]:
-        """The maximum of the scores, and the sum of their exponentials less it, with another block."""
-        most, total = so_far
-        scores, _ = scores_of(first, size)
-        new = jnp.maximum(most, jnp.max(scores, axis=-1, keepdims=True))
-        shift = jnp.where(most == new, np.float32(0), most - new)
-        return new, total * jnp.exp(shift) + jnp.sum(jnp.exp(scores - new), axis=-1, keepdims=True)
-
     def block(dq: Array, first: Any, size: int) -> tuple[Array, tuple[Array, Array, Any]]:
         keys, values = (lax.dynamic_slice_in_dim(x, first, size, 1) for x in (k, v))
         scores, allowed = scores_of(first, size)
-        weights = jnp.exp(scores - lse)
-        weights = jnp.where(nobody, weights / s, weights) if total is None else weights / total
+        weights = jnp.exp((scores - maxima) - logs)
         dvalues = _product("bkgts,btkgh->bskh", weights.astype(v.dtype), dout)
         dscores = weights * (_product("btkgh,bskh->bkgts", dout, values) - delta)
         if allowed is not None:
@@ -128,13 +115,6 @@ def composition(*operands: Array, options: Options, bias_too: bool) -> tuple[Arr
 
     dq = jnp.zeros((b, t, kv_heads, group, h), np.float32)
     whole, rest = divmod(s, KEYS_AT_ONCE)
-    if bias is not None:
-        # A bias may be so large (-1e9 for a query that is padding) that the logarithm of a sum is lost beside it.
-        starts = jnp.arange(whole, dtype=np.int32) * KEYS_AT_ONCE
-        sums = jnp.full_like(lse, -np.inf), jnp.zeros_like(lse)
-        if whole:
-            sums, _ = lax.scan(lambda x, first: (sums_of(x, first, KEYS_AT_ONCE), None), sums, starts)
-        lse, total = sums_of(sums, whole * KEYS_AT_ONCE, rest) if rest else sums
     parts: list[tuple[Array, Array, Any]] = []
     if whole > 1:
         starts = jnp.arange(whole, dtype=np.int32) * KEYS_AT_ONCE
@@ -173,10 +153,10 @@ def _jvp(primals: Sequence[Array], tangents: Sequence[Any], **params: Any) -> tu
 def _transpose_of_tangent(
     cotangents: Sequence[Any], *operands: Any, options: Options, wanted: tuple[int, ...]
 ) -> list[Any]:
-    count = len(operands) - len(wanted) - 2
-    dout, dlse = (None if isinstance(x, ad.Zero) else x for x in cotangents)
-    found = gradients(*operands[: count + 2], dout=dout, dlse=dlse, options=options, bias_too=3 in wanted)
-    return [None] * (count + 2) + [found[i] for i in wanted]
+    count = len(operands) - len(wanted)
+    dout, dlogs = (None if isinstance(x, ad.Zero) else x for x in cotangents)
+    found = gradients(*operands[:count], dout=dout, dlogs=dlogs, options=options, bias_too=3 in wanted)
+    return [None] * count + [found[i] for i in wanted]
 
 
 def _own_batches(x: Array, mapped: int | None) -> int:

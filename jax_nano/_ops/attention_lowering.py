@@ -17,31 +17,53 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir, xla
 
-from jax_nano._core import custom_calls, native
+from jax_nano._core import custom_calls, native, record
 from jax_nano._core import jax_compat as compat
 from jax_nano._dispatch import decision
 from jax_nano._ops import sharding
-from jax_nano._ops.attention import Options, composition
+from jax_nano._ops.attention import MASKED, UNBOUNDED, Options, composition
 from jax_nano._ops.attention import attention_p as attention_p
 from jax_nano._ops.attention_gradients import attention_gradients_p
 from jax_nano._ops.attention_gradients import composition as gradients_composition
-from jax_nano._ops.lowering import Context, Operand, Value, fold_transposes
+from jax_nano._ops.lowering import Context, Operand, Value, fold_transposes, source_of
 
 _DIMS = (0, 1, 2, 3)
 _ffi_rule: Callable[..., Any] = jax.ffi.ffi_lowering(native.ATTENTION_TARGET_NAME)
 _gradients_ffi_rule: Callable[..., Any] = jax.ffi.ffi_lowering(native.ATTENTION_GRADIENTS_TARGET_NAME)
 
 
-def has_kernel(q: ShapedArray, k: ShapedArray, v: ShapedArray) -> bool:
-    """Whether a kernel on this CPU computes it."""
+def why_no_kernel(q: ShapedArray, k: ShapedArray, v: ShapedArray) -> str | None:
+    """Why no kernel on this CPU computes it; None: one does."""
     attention = decision.Attention((q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype))
-    return decision.why_no_attention(attention, decision.this_machine()) is None
+    return decision.why_no_attention(attention, decision.this_machine())
 
 
-def _runs(ctx: Context) -> sharding.Placement:
-    """How the program that is being lowered calls a kernel; XLA: not at all."""
-    here = compat.lowering_platforms(ctx) == ("cpu",) and has_kernel(*ctx.avals_in[:3])
-    return sharding.placement(ctx, ctx.avals_out[0]) if here else sharding.Placement.XLA
+def _runs(ctx: Context) -> tuple[sharding.Placement, str | None]:
+    """How the program that is being lowered calls a kernel; XLA: not at all, and why."""
+    if compat.lowering_platforms(ctx) != ("cpu",):
+        return sharding.Placement.XLA, "a program for other platforms than CPUs"
+    why = why_no_kernel(*ctx.avals_in[:3])
+    where = sharding.placement(ctx, ctx.avals_out[0])
+    if why is None and where is sharding.Placement.XLA:
+        why = where.value
+    return (sharding.Placement.XLA, why) if why is not None else (where, None)
+
+
+def _tell(ctx: Context, options: Options, declined: str | None) -> None:
+    """Puts an attention in the report: what XLA computes when that is certain."""
+    if "cpu" not in compat.lowering_platforms(ctx) or (declined is not None and record.seen_again()):
+        return
+    arrays = tuple(record.Array(x.dtype.name, x.shape) for x in (*ctx.avals_in[:3], ctx.avals_out[0]))
+    causal = options.left == UNBOUNDED and options.right == 0
+    parts = {
+        "causal": causal,
+        "window": not causal and min(options.left, options.right) < UNBOUNDED,
+        "bias": options.bias,
+        "mask": options.mask,
+        "lengths": options.q_lengths or options.kv_lengths,
+    }
+    detail = ", ".join(name for name, there in parts.items() if there)
+    record.add(record.Attention(compat.program_name(ctx), source_of(ctx), arrays, detail, declined))
 
 
 def _partitioned(
@@ -96,6 +118,7 @@ def _call(
         v_dims=dims[2],
         out_dims=dims[3],
         scale=np.float64(options.scale),
+        masked=np.float64(MASKED),
         left=np.int64(options.left),
         right=np.int64(options.right),
         bias=np.int64(options.bias),
@@ -120,35 +143,34 @@ def _named(target: str, ctx: Context) -> Any:
 
 
 def _lower(ctx: Context, *values: Value, options: Options) -> Sequence[Value]:
-    where = _runs(ctx)
+    where, declined = _runs(ctx)
+    _tell(ctx, options, declined)
     if where is sharding.Placement.LOCAL:
         return _lower_call(ctx, *values, options=options)
     meaning: Callable[..., Any] = partial(composition, options=options)
     if where is sharding.Placement.PARTITIONED:
         call = partial(attention_call_p.bind, options=options)
         operands = ["btnh", "bskh", "bskw", *_extras(options)]
-        meaning = _partitioned(ctx, call, operands, ["btnw", "btn"], ())
+        meaning = _partitioned(ctx, call, operands, ["btnw", "btn", "btn"], ())
     return _lowered(ctx, meaning, values)
 
 
 def _lower_gradients_call(ctx: Context, *values: Value, options: Options, bias_too: bool) -> Sequence[Value]:
-    q, k, v, *extras, lse, delta, dout = range(len(values))
-    order = [q, k, v, dout, lse, delta, *extras]
+    q, k, v, *extras, maxima, logs, delta, dout = range(len(values))
+    order = [q, k, v, dout, maxima, logs, delta, *extras]
     inner = ctx.replace(avals_in=[ctx.avals_in[i] for i in order])
     with _named(native.ATTENTION_GRADIENTS_TARGET_NAME, ctx):
         return _call(_gradients_ffi_rule, inner, [values[i] for i in order], 4, options, dbias=bias_too)
 
 
 def _lower_gradients(ctx: Context, *values: Value, options: Options, bias_too: bool) -> Sequence[Value]:
-    where = _runs(ctx)
+    where, _ = _runs(ctx)
     meaning: Callable[..., Any] = partial(gradients_composition, options=options, bias_too=bias_too)
-    if where is sharding.Placement.LOCAL and not options.bias:
+    if where is sharding.Placement.LOCAL:
         return _lower_gradients_call(ctx, *values, options=options, bias_too=bias_too)
     if where is sharding.Placement.PARTITIONED:
-        call = meaning
-        if not options.bias:
-            call = partial(attention_gradients_call_p.bind, options=options, bias_too=bias_too)
-        operands = ["btnh", "bskh", "bskw", *_extras(options), "btn", "btn", "btnw"]
+        call = partial(attention_gradients_call_p.bind, options=options, bias_too=bias_too)
+        operands = ["btnh", "bskh", "bskw", *_extras(options), "btn", "btn", "btn", "btnw"]
         results = ["btnh", "bskh", "bskw", *["bnts"] * bias_too]
         meaning = _partitioned(ctx, call, operands, results, (3,) * bias_too)
     return _lowered(ctx, meaning, values)

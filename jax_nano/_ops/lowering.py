@@ -152,9 +152,13 @@ def tell(
 ) -> None:
     """Puts a product in the report."""
     lhs, rhs, out = (record.Array(dtype.name, shape) for dtype, shape in zip(dtypes, shapes, strict=True))
-    source = record.Source(f"{ctx.name_stack}/{ctx.primitive}", places.of_user(compat.frames(ctx)))
-    product = record.Product(compat.program_name(ctx), source, (lhs, rhs, out), labels, algorithm, declined)
+    product = record.Product(compat.program_name(ctx), source_of(ctx), (lhs, rhs, out), labels, algorithm, declined)
     record.add(product._replace(epilogue=epilogue, kernel=kernel))
+
+
+def source_of(ctx: Context) -> record.Source:
+    """Where the equation that is being lowered comes from."""
+    return record.Source(f"{ctx.name_stack}/{ctx.primitive}", places.of_user(compat.frames(ctx)))
 
 
 # The call as a primitive: used inside of computations that lowering rules trace (for several platforms, or shards), so

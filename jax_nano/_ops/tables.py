@@ -9,7 +9,7 @@ lists those in which ours do not belong.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,9 @@ from jax_nano._core import contraction
 from jax_nano._core import jax_compat as compat
 from jax_nano._ops import linear as _linear
 from jax_nano._ops.attention import attention_p
+from jax_nano._ops.attention import composition as attention_composition
 from jax_nano._ops.attention_gradients import attention_gradients_p
+from jax_nano._ops.attention_gradients import composition as gradients_composition
 from jax_nano._ops.dot_general import dot_general_p
 from jax_nano._ops.linear import linear_p
 
@@ -58,13 +60,30 @@ def _checkify(checkify: Any) -> None:
 def _jet(jet: Any) -> None:
     jet.jet_rules[dot_general_p] = partial(jet._bilinear_taylor_rule, dot_general_p)
 
-    def linear(primals: Sequence[Array], series: Sequence[Any], **params: Any) -> Any:
-        # A rule takes and gives coefficients of powers, jet itself takes and gives derivatives.
-        derivatives = [[x * math.factorial(i) for i, x in enumerate(terms, 1)] for terms in series]
-        out, terms = jet.jet(partial(_linear.composition, **params), tuple(primals), tuple(derivatives))
-        return out, [x / math.factorial(i) for i, x in enumerate(terms, 1)]
+    def composed(
+        composition: Callable[..., Any], primals: Sequence[Array], series: Sequence[Any], **params: Any
+    ) -> tuple[Any, Any]:
+        # A rule takes and gives coefficients of powers, jet itself takes and gives derivatives; none of booleans and
+        # integers, which are masks and lengths.
+        floats = [i for i, x in enumerate(primals) if jax.numpy.issubdtype(x.dtype, jax.numpy.floating)]
 
-    jet.jet_rules[linear_p] = linear
+        def function(*chosen: Array) -> Any:
+            filled = list(primals)
+            for i, x in zip(floats, chosen, strict=True):
+                filled[i] = x
+            return composition(*filled, **params)
+
+        derivatives = [[x * math.factorial(n) for n, x in enumerate(series[i], 1)] for i in floats]
+        out, terms = jet.jet(function, tuple(primals[i] for i in floats), tuple(derivatives))
+
+        def coefficients(terms: Sequence[Array]) -> list[Array]:
+            return [x / math.factorial(n) for n, x in enumerate(terms, 1)]
+
+        return out, [coefficients(x) for x in terms] if isinstance(out, tuple) else coefficients(terms)
+
+    jet.jet_rules[linear_p] = partial(composed, _linear.composition)
+    jet.jet_rules[attention_p] = partial(composed, attention_composition)
+    jet.jet_rules[attention_gradients_p] = partial(composed, gradients_composition)
 
 
 def _sparse(transform: Any) -> None:

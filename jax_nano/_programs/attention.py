@@ -6,9 +6,11 @@ What XLA compiled is read as the value of one element of the result, through fus
 * the maximum subtracted or not; weights divided by their sum, multiplied by its reciprocal, or the product divided
   instead: these differ by rounding only (without the maximum also where exponentials overflow: XLA then gives NaN);
 * a constant scale, on the scores or on an operand of the first product; arrays added to or subtracted from scores;
-* `where(condition, scores, c)` with c of -1e9 or less, which no score reaches: conditions of positions become a window,
-  keys before a number become lengths, all others a mask. With c = -inf, and without the maximum, a query that sees no
-  key gives NaN, otherwise the mean of all values: what XLA computes too;
+* `where(condition, scores, c)`: conditions of positions become a window, keys before a number become lengths, all
+  others a mask, and what they exclude has the score c. With c = -inf a query that sees no key gives NaN, and so it does
+  without the maximum, where c must be -1e9 or less, which no score reaches; otherwise the mean of all values: what XLA
+  computes too. With c above -1000 conditions of positions become masks as well, as windows are for keys that weigh
+  nothing beside others;
 * heads that share keys and values, dimensions in any order, merged or split.
 
 Roundings to bfloat16 or float16 on the way do not count where the result has that dtype, as in epilogues. Weights are
@@ -40,7 +42,11 @@ UNBOUNDED: Final = 2**40
 BATCH, POSITION, HEAD, ELEMENT = range(4)
 """The dimensions of attention, as the call's attributes number them. Keys have positions too."""
 
+MASKED: Final = float(np.float32(-0.7) * np.finfo(np.float32).max)
+"""jax.nn's score of what is excluded, which the call has unless the program has another one."""
+
 _NO_SCORE: Final = -9.9e8  # or less: what stands for a score that a condition excludes; -1e9 is -9.98e8 in bfloat16
+_NO_WEIGHT: Final = -1e3  # or less: a score that excludes, unless others of its query are as low
 _MOST_USERS: Final = 4  # that a result is followed through
 
 _ABSORBING: Final = -1e30  # or less: added to a score in float32, it stays what it is
@@ -157,6 +163,7 @@ class Found(NamedTuple):
     terms: Sequence[Term]
     conditions: Sequence[Condition]
     length: Length | None
+    masked: float  # the score of what is excluded
     nan_rows: bool  # whether queries that see no key give NaN
     copied: bool  # whether the root has another order than the call
     gradients: Gradients | None = None
@@ -237,13 +244,51 @@ def _results(body: Body, instruction: Instruction) -> list[Instruction]:
     return found
 
 
-def _looks_like_attention(reader: Reader, instruction: Instruction) -> bool:
+def why_gradients_alone_stay(body: Body, instructions: Sequence[Instruction]) -> tuple[Instruction, str] | None:
+    """A product of an attention's backward half among these, and why it stays, where the attention has no result."""
+    for instruction in instructions:
+        try:
+            if _looks_like_attention(Reader(body), instruction, backward=True):
+                return instruction, "only its gradients are computed, not its result"
+        except Unknown:
+            pass
+    return None
+
+
+def _looks_like_attention(reader: Reader, instruction: Instruction, *, backward: bool = False) -> bool:
     """Whether a product's operand is made of exponentials and of their sum, and these of another product."""
     second = reader.look(reader.element(instruction))
-    if second.opcode != "dot" or "transpose(" in second.instruction.metadata.op_name:
+    if second.opcode != "dot" or ("transpose(" in second.instruction.metadata.op_name) != backward:
         return False  # JAX's name for the backward half
     over = reader.summed(second.instruction, second.scope)
-    return any(_is_softmax(reader, x) for x in reader.factors(second, over))
+    factors = [x for x in reader.factors(second, over) if not backward or _is_quotient_of_exponentials(reader, x)]
+    return any(_is_softmax(reader, x) for x in factors)
+
+
+def _is_quotient_of_exponentials(reader: Reader, weights: Element) -> bool:
+    """Whether it is softmax itself: gradients of losses of a softmax are made of it too."""
+
+    def look(element: Element) -> Element:
+        return reader.unrounded(element, partial(note_rounding, set[np.dtype]()))
+
+    def is_sum(element: Element) -> bool:
+        return look(element).opcode == "reduce"
+
+    def is_reciprocal(element: Element) -> bool:
+        x = look(element)
+        return (
+            x.opcode == "divide"
+            and is_sum(reader.operands(x)[1])
+            and constant(look(reader.operands(x)[0]).instruction) == 1
+        )
+
+    x = look(weights)
+    if x.opcode not in ("divide", "multiply"):
+        return False
+    is_right = is_sum if x.opcode == "divide" else is_reciprocal
+    return any(
+        look(above).opcode == "exponential" and is_right(other) for above, other in both_ways(reader.operands(x))
+    )
 
 
 def _is_softmax(reader: Reader, weights: Element) -> bool:
@@ -329,8 +374,6 @@ class Search:
                 self._check_users()
             except NotAttention as error:
                 raise why or error from None
-        elif self._terms:
-            raise NotAttention("scores with a bias have gradients: it may be too large for logarithms in float32")
         operands = (self.operands_of(x) for x in (self.queries, self.keys, self.values))
         return self._fitted(result, copied, *operands)
 
@@ -524,12 +567,15 @@ class Search:
     def _mask(self, condition: Element, positive: bool, value: float) -> None:
         value *= self._scale
         least = float(np.finfo(np.float16).min) if np.dtype(np.float16) in self._inner else _NO_SCORE
-        if not value <= least:
+        if not value <= least and not (self._subtracts_maximum and math.isfinite(value)):
             raise NotAttention(f"scores are replaced by {value:g}, which other scores may be less than")
         self._masked.add(value)
         self._masks += 1
         self._biased_when_masked |= bool(self._terms)
-        self._condition(condition, positive)
+        if value > _NO_WEIGHT:
+            self._conditions.append(Condition(condition, positive))
+        else:
+            self._condition(condition, positive)
 
     def _condition(self, element: Element, positive: bool) -> None:
         reader = self.reader
@@ -830,7 +876,10 @@ class Search:
             not self._conditions and self._length is None and _all_see(queries, keys, self._left, self._right)
         )
         nan_rows = False
-        if not all_see:
+        exact = len(self._masked) == 1 and all(map(math.isfinite, self._masked))
+        exact &= self._subtracts_maximum and not self.has_added_masks
+        may_weigh = self._subtracts_maximum and any(x > _NO_SCORE for x in self._masked)
+        if may_weigh or not all_see:
             if len(self._masked) > 1:
                 raise NotAttention("conditions put different numbers in the place of scores")
             (value,) = self._masked
@@ -866,6 +915,7 @@ class Search:
             self._terms,
             self._conditions,
             self._length,
+            next(iter(self._masked)) if exact and not nan_rows else MASKED,
             nan_rows,
             copied,
             self._gradients,

@@ -16,6 +16,7 @@ from jax_nano._programs.attention import (
     BATCH,
     ELEMENT,
     HEAD,
+    MASKED,
     POSITION,
     Found,
     Gradient,
@@ -25,9 +26,6 @@ from jax_nano._programs.attention import (
 )
 from jax_nano._programs.elements import Element, Index, Reader
 from jax_nano._programs.loop_builder import CannotBuild, LoopBuilder
-
-_MASKED: Final = float(np.float32(-0.7) * np.finfo(np.float32).max)
-"""The logarithm that the call gives for a query that sees no key."""
 
 _ROWS: Final = (BATCH, POSITION, HEAD)
 _DENSE: Final = (BATCH, POSITION, HEAD, ELEMENT)
@@ -64,8 +62,8 @@ def write(body: Body, found: Found) -> None:
         call = body.custom_call(root, operands)
         if found.nan_rows:
             _set_results(call, found, dims)
-            out, logarithms = (body.get(call, i) for i in (0, 1))
-            _become_result(body, found, out, logarithms)
+            out, maxima = (body.get(call, i) for i in (0, 1))
+            _become_result(body, found, out, maxima)
         else:
             hlo.set_shape(call.shape, hlo.ELEMENT_TYPES[found.dtype], sizes)
             _become_result(body, found, call, None)
@@ -85,10 +83,10 @@ def _make_call(call: Instruction, target: str, operands: Sequence[Instruction], 
 
 
 def _set_results(call: Instruction, found: Found, dims: list[dict[int, int]]) -> None:
-    """Makes the results of a call those of attention with logarithms."""
+    """Makes the results of a call those of attention with its statistics."""
     kind = hlo.ELEMENT_TYPES[found.dtype]
     sizes, rows = ([dims[3][role] for role in x] for x in (found.layout.orders[3], _ROWS))
-    hlo.set_tuple(call.shape, [(kind, sizes), (_FLOAT32, rows)])
+    hlo.set_tuple(call.shape, [(kind, sizes), (_FLOAT32, rows), (_FLOAT32, rows)])
 
 
 def _roles(found: Found) -> dict[int, Index]:
@@ -98,7 +96,7 @@ def _roles(found: Found) -> dict[int, Index]:
 
 
 def _of_rows(found: Found) -> Index:
-    """The atoms of logarithms in memory."""
+    """The atoms of statistics in memory."""
     roles = _roles(found)
     return tuple(chain.from_iterable(roles[x] for x in _ROWS))
 
@@ -118,19 +116,19 @@ def _own_root(body: Body, found: Found, operands: Sequence[Instruction], sizes: 
     return root
 
 
-def _become_result(body: Body, found: Found, out: Instruction, logarithms: Instruction | None) -> None:
+def _become_result(body: Body, found: Found, out: Instruction, maxima: Instruction | None) -> None:
     """Makes the root a loop that reads what a call computed, with NaN for queries that see no key."""
     loop = LoopBuilder(body, found.reader, found.reader.in_memory(found.result))
     roles = _roles(found)
     in_call = tuple(chain.from_iterable(roles[role] for role in found.layout.orders[3]))
     result = loop.array(out, in_call)
-    if logarithms is not None:
-        result = _with_nan(loop, loop.converted(result, _FLOAT32), logarithms, _of_rows(found))
+    if maxima is not None:
+        result = _with_nan(loop, loop.converted(result, _FLOAT32), maxima, _of_rows(found))
     loop.become(loop.converted(result, found.root.shape.element_type), found.root)
 
 
-def _with_nan(loop: LoopBuilder, values: int, logarithms: Instruction, rows: Index) -> int:
-    sees_none = loop.compare("LE", loop.array(logarithms, rows), loop.constant(_MASKED, _FLOAT32))
+def _with_nan(loop: LoopBuilder, values: int, maxima: Instruction, rows: Index) -> int:
+    sees_none = loop.compare("LE", loop.array(maxima, rows), loop.constant(MASKED, _FLOAT32))
     return loop.operation("select", _FLOAT32, sees_none, loop.constant(float("nan"), _FLOAT32), values)
 
 
@@ -148,16 +146,16 @@ def _write_both(body: Body, found: Found, gradients: Gradients, extras: dict[str
     call = body.custom_call(found.root, [*operands, *others])
     _set_results(call, found, dims)
     _make_call(call, native.ATTENTION_TARGET_NAME, [*operands, *others], _attributes(found, extras, residual=True))
-    out, logarithms = (body.get(call, i) for i in (0, 1))
+    out, maxima, logs = (body.get(call, i) for i in range(3))
     if found.nan_rows or found.copied:
-        _become_result(body, found, out, logarithms if found.nan_rows else None)
+        _become_result(body, found, out, maxima if found.nan_rows else None)
     else:
         root = _own_root(body, found, [out], [dims[3][role] for role in found.layout.orders[3]])
         body.become_bitcast(root)
 
-    dout = cotangent(logarithms)
+    dout = cotangent(maxima)
     delta = _delta(body, found, out, dout, order)
-    inputs = [*operands, dout, logarithms, delta, *others]
+    inputs = [*operands, dout, maxima, logs, delta, *others]
     backward = body.custom_call(gradients.products[0].result.instruction, inputs)
     sizes = [[dims[i][role] for role in _DENSE] for i in range(3)]
     kinds = [hlo.ELEMENT_TYPES[x] for x in (found.dtype, found.kv_dtype, found.kv_dtype)]
@@ -195,7 +193,7 @@ def _become_gradient(body: Body, found: Found, gradient: Gradient, computed: Ins
 def _cotangent(
     body: Body, found: Found, gradients: Gradients
 ) -> tuple[Callable[[Instruction], Instruction], tuple[int, ...]]:
-    """How to make the array of the result's cotangents, given the logarithms, and the order of its dimensions."""
+    """How to make the array of the result's cotangents, given the maxima, and the order of its dimensions."""
     reader, roles, dims = found.reader, _roles(found), _dims(found)[3]
     kind = hlo.ELEMENT_TYPES[found.dtype]
     if not found.nan_rows:
@@ -209,17 +207,17 @@ def _cotangent(
     loop = LoopBuilder(body, reader, atoms)
     number = loop.element(gradients.cotangent)
 
-    def make(logarithms: Instruction) -> Instruction:
+    def make(maxima: Instruction) -> Instruction:
         result = number
         if found.nan_rows:
-            result = _with_nan(loop, loop.converted(result, _FLOAT32), logarithms, _of_rows(found))
+            result = _with_nan(loop, loop.converted(result, _FLOAT32), maxima, _of_rows(found))
         return loop.build(loop.converted(result, kind), [dims[role] for role in _DENSE])
 
     return make, _DENSE
 
 
-def _reshaped(body: Body, x: Instruction, sizes: Sequence[int], logarithms: Instruction) -> Instruction:
-    del logarithms
+def _reshaped(body: Body, x: Instruction, sizes: Sequence[int], maxima: Instruction) -> Instruction:
+    del maxima
     return body.reshaped(x, sizes)
 
 
@@ -292,13 +290,18 @@ def _attributes(
             name: f"dense<[{', '.join(map(str, order))}]> : tensor<4xi64>"
             for name, order in zip(names, orders, strict=True)
         },
-        "scale": f"0x{int(np.float64(found.scale).view(np.uint64)):016X} : f64",
+        "scale": _float64(found.scale),
+        "masked": _float64(found.masked),
         "left": f"{found.left} : i64",
         "right": f"{found.right} : i64",
         **{name: f"{int(name in extras)} : i64" for name in ("bias", "mask", "q_lengths", "kv_lengths")},
         **{name: f"{int(x)} : i64" for name, x in others.items()},
     }
     return calls.attributes_text(attributes)
+
+
+def _float64(x: float) -> str:
+    return f"0x{int(np.float64(x).view(np.uint64)):016X} : f64"
 
 
 # --- what follows q, k and v --------------------------------------------------------------------------------------

@@ -154,6 +154,11 @@ class _Rewriter:
                 source = self._source(second)
             found.append(record.Attention(self._module.name, source, arrays, detail, declined))
         left = _dots_of(body)
+        if not found and gradients is not None:
+            alone = attention.why_gradients_alone_stay(body, [body[number] for number in left])
+            if alone is not None:
+                product, why = alone
+                found.append(record.Attention(self._module.name, self._source(product), (_array(product),), "", why))
         inside = {dot for number, dots in before.items() if number not in left for dot in dots}
         return found, body, inside
 

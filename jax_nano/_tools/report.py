@@ -139,7 +139,8 @@ def report() -> Report:
     and threads, or why it was left to XLA; last the user's line of code and what JAX calls the operation. A line for
     each attention: queries x keys x values -> result, each as it lies in memory, and what masks its scores; the two
     products of one that runs in one pass have no lines of their own. `jax_nano.matmul` and its relatives are always
-    listed, other products of JAX if `jax_nano.accelerate` was on.
+    listed, other products of JAX if `jax_nano.accelerate` was on. Of `dot_product_attention` that is its forward half;
+    its gradients are what it is itself, a call or products.
     """
     return Report(record.everything())
 

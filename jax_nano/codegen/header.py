@@ -62,7 +62,6 @@ def _calls() -> str:
         f"inline constexpr const char* kAttentionGradientsCall = {_string(spec.ATTENTION_GRADIENTS_CALL)};\n"
         f"inline constexpr const char* kQuantizedCall = {_string(spec.QUANTIZED_CALL)};\n"
         f"inline constexpr int64_t kFewQueries = {spec.FEW_QUERIES};\n"
-        f"inline constexpr float kMaskedScore = {spec.MASKED_SCORE}f;\n"
         f"inline constexpr int64_t kPackSlackBytes = {spec.PACK_SLACK_BYTES};\n"
     )
 

@@ -93,7 +93,16 @@ def capped(q: Array, k: Array, v: Array) -> Array:
 
 
 def high_mask(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    return einsums(q, k, v, lambda scores: jnp.where(mask, scores, -2.0))
+    weights = jnp.exp(jnp.where(mask, jnp.einsum("bqhd,bkhd->bhqk", q, k), -2.0))
+    return jnp.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v)
+
+
+def two_masks(q: Array, k: Array, v: Array, mask: Array, masks: Array) -> Array:
+    return einsums(q, k, v, lambda scores: jnp.where(masks, jnp.where(mask, scores, -1e4), -1e9))
+
+
+def biased_mask(q: Array, k: Array, v: Array, mask: Array, bias: Array) -> Array:
+    return einsums(q, k, v, lambda scores: jnp.where(mask, scores, -1e4) + bias)
 
 
 def bias_and_infinity(q: Array, k: Array, v: Array, mask: Array, bias: Array) -> Array:
@@ -110,7 +119,9 @@ NEAR_MISSES: dict[str, tuple[Program, Callable[[Case], tuple[Any, ...]], str]] =
     "scores returned": (with_scores, lambda c: (c.q, c.k, c.v), "something else"),
     "another axis": (over_queries, lambda c: (c.q, c.k, c.v), "not divided by their sum over the keys"),
     "capped": (capped, lambda c: (c.q, c.k, c.v), "tanh"),
-    "a mask that scores may be below": (high_mask, lambda c: (c.q, c.k, c.v, c.mask), "may be less than"),
+    "a mask that scores may be below": (high_mask, lambda c: (c.q / 4, c.k, c.v, c.mask), "may be less than"),
+    "two masks": (two_masks, lambda c: (c.q, c.k, c.v, c.mask, c.masks), "different numbers"),
+    "a biased mask": (biased_mask, lambda c: (c.q, c.k, c.v, c.mask, c.bias), "a bias is added"),
     "bias and infinity": (bias_and_infinity, lambda c: (c.q, c.k, c.v, c.mask, c.bias), "a bias is added"),
 }
 

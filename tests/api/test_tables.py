@@ -179,6 +179,25 @@ def test_jet_to_third_order(name: str, rng: np.random.Generator) -> None:
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(y))))
 
 
+@pytest.mark.parametrize("gradient", [False, True])
+def test_jet_of_attention(gradient: bool, rng: np.random.Generator) -> None:
+    """Of float operands, beside a mask and lengths, which have no derivatives."""
+    *args, bias = arrays(rng, *((1, 5, 2, 8),) * 3, (1, 2, 5, 5))
+    given = {"bias": bias, "is_causal": True, "key_value_seq_lengths": jnp.asarray([4], jnp.int32)}
+    series = tuple(arrays(rng, *((1, 5, 2, 8),) * 3) for _ in args)
+
+    def of(attention: Any) -> Any:
+        def program(*x: jax.Array) -> jax.Array:
+            return attention(*x, mask=jnp.arange(5) % 2 == 0, **given)
+
+        function = jax.grad(lambda *x: jnp.sum(program(*x) ** 2)) if gradient else program
+        return jet.jet(function, tuple(args), series)
+
+    ours, theirs = of(jax_nano.dot_product_attention), of(jax.nn.dot_product_attention)
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(y))))
+
+
 def dense(x: Any) -> np.ndarray:
     return np.asarray(x.todense() if isinstance(x, sparse.JAXSparse) else x)
 

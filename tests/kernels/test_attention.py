@@ -18,6 +18,7 @@ from attention_cases import (
     around_tiles,
     case,
     emulated_kernels,
+    huge_biases,
     native,
     restrictions,
     stored,
@@ -34,7 +35,9 @@ def info(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def check(info: dict[str, Any], x: Case, context: object = "", **options: Any) -> np.ndarray:
-    out, lse = attention.run(info["name"], x, **options)
+    out, statistics = attention.run(info["name"], x, **options)
+    with np.errstate(all="ignore"):
+        lse = statistics[0] + statistics[1]
     want, logs = attention.expected(x)
     want.check(out, context)
     finite = np.isfinite(logs)
@@ -117,7 +120,7 @@ def test_keys_in_pieces(info, rng):
     """Few queries against many keys: pieces are merged."""
     for s in (1024, 1025, 5000):
         x = case(rng, info, 1, 1, s, 4, 2, 33, kv_lengths=np.array([s - 7], np.int32))
-        sizes = attention.fields(x, x.q, None)
+        sizes = attention.fields(x, x.q)
         assert _runtime.plan_attention(info["name"], sizes["sizes"], sizes["strides"])["pieces"] > 1
         check(info, x, s, threads=2)
     check(info, case(rng, info, 1, 2, 3000, 4, 4, 16, left=40), "most pieces see nothing")
@@ -137,13 +140,31 @@ def test_queries_that_see_nothing_weigh_all_alike(info, rng):
         assert np.isfinite(out.astype(np.float32)).all()
 
 
+@pytest.mark.parametrize("excluded", [-1e9, -3e38, float(np.finfo(np.float32).min)])
+def test_huge_biases(info, rng, excluded):
+    for t, s in ((40, 70), (1, 2100)):
+        for given in huge_biases(rng, 1, t, s, 2, excluded).values():
+            check(info, case(rng, info, t=t, s=s, **given), (t, list(given)))
+
+
+@pytest.mark.parametrize("masked", [-1e4, -30.0])
+def test_excluded_keys_of_finite_scores(info, rng, masked):
+    """That they have a weight where no key that is seen has a much greater score."""
+    mask = rng.random((1, 1, 40, 70)) < 0.5
+    mask[0, 0, 3] = False
+    bias = np.zeros((1, 1, 40, 70), np.float32)
+    bias[0, 0, 5], bias[0, 0, 6] = masked - 3, masked + 2
+    for given in ({"mask": mask}, {"mask": mask, "bias": bias}, {"bias": bias, "left": 9, "right": 30}, {"right": -2}):
+        check(info, case(rng, info, t=40, s=70, masked=masked, **given), list(given))
+
+
 def test_all_scores_minus_infinity_give_nan(info, rng):
     bias = np.zeros((1, 1, 5, 18), np.float32)
     bias[0, 0, 2] = -np.inf
     bias[0, 0, 3, 4:] = -np.inf
     out, lse = attention.run(info["name"], case(rng, info, t=5, s=18, bias=bias))
     assert np.isnan(out[:, 2]).all()
-    assert np.isneginf(lse[:, 2]).all()
+    assert np.isneginf(lse[1][:, 2]).all()
     assert np.isfinite(out[:, [0, 1, 3, 4]].astype(np.float32)).all()
 
 
@@ -166,7 +187,7 @@ def test_what_is_not_seen_does_not_leak(info, rng, poison):
             worst = 4 * float(reference.finfo(x.q.dtype).eps)
             close = np.abs(out[0, rows].astype(np.float64) - clean[0, rows].astype(np.float64)) <= worst * 4
             assert close.all(), (given, key)
-            assert np.array_equal(lse[0, rows], logs[0, rows])
+            assert np.array_equal(lse[:, 0, rows], logs[:, 0, rows])
             assert np.isnan(out[0, ~rows].astype(np.float32)).all() or not (~rows).any() or np.isinf(poison)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import attention
 import attention_cases as cases
 import attention_gradients as gradients
 import numpy as np
@@ -17,6 +18,7 @@ from attention_cases import (
     SIZES,
     around_tiles,
     emulated_kernels,
+    huge_biases,
     native,
     restrictions,
     stored,
@@ -79,7 +81,7 @@ def test_blocks_chunks_and_pieces(info, rng):
 def test_strides(info, rng, layout):
     x, g = case(rng, info, 2, 21, 37, 4, 2, 24, right=16)
     y = Case(*(stored(a, layout) for a in (x.q, x.k, x.v)), right=16, scale=x.scale)
-    check(info, y, gradients.Given(stored(g.dout, layout), g.lse, g.delta))
+    check(info, y, gradients.Given(stored(g.dout, layout), g.maxima, g.logs, g.delta))
 
 
 @pytest.mark.parametrize("at", ["end", "begin"])
@@ -99,7 +101,7 @@ def test_nothing_is_touched_beside_the_arrays(info, rng, at):
             for given in ({}, {"bias": place("bias", bias), "mask": place("mask", mask)}, {"left": 1, "right": 2}):
                 x, g = case(rng, info, t=t, s=s, h=h, n=2, kv_heads=1, **given)
                 y = Case(place("q", x.q), place("k", x.k), place("v", x.v), scale=x.scale, **given)
-                there = gradients.Given(place("dout", g.dout), g.lse, g.delta)
+                there = gradients.Given(place("dout", g.dout), g.maxima, g.logs, g.delta)
                 out = {k: place(k, v) for k, v in gradients.results(x, dbias=x.bias is not None).items()}
                 check(info, y, there, (t, s, h), out=out)
 
@@ -126,6 +128,29 @@ def test_queries_that_see_nothing_weigh_all_alike(info, rng):
         out = check(info, x, g, list(given))
         assert np.isfinite(out["dv"].astype(np.float32)).all()
         assert (np.abs(out["dv"].astype(np.float32)).max(axis=(0, 2, 3)) > 0).all()
+
+
+@pytest.mark.parametrize("excluded", [-1e9, -3e38, float(np.finfo(np.float32).min)])
+def test_huge_biases(info, rng, excluded):
+    """From the statistics that the kernel itself leaves: what a row's weights are is not lost beside its scores."""
+    for given in huge_biases(rng, 1, 40, 70, 2, excluded).values():
+        x, g = case(rng, info, t=40, s=70, **given)
+        _, statistics = attention.run(info["name"], x)
+        check(info, x, g, list(given))
+        check(info, x, gradients.Given(g.dout, *statistics, g.delta), list(given))
+
+
+@pytest.mark.parametrize("masked", [-1e4, -30.0])
+def test_excluded_keys_of_finite_scores(info, rng, masked):
+    """That they have a weight where no key that is seen has a much greater score."""
+    mask = rng.random((1, 1, 40, 70)) < 0.5
+    mask[0, 0, 3] = False
+    bias = np.zeros((1, 1, 40, 70), np.float32)
+    bias[0, 0, 5], bias[0, 0, 6] = masked - 3, masked + 2
+    for given in ({"mask": mask}, {"mask": mask, "bias": bias}, {"bias": bias, "left": 9, "right": 30}, {"right": -2}):
+        x, g = case(rng, info, t=40, s=70, masked=masked, **given)
+        _, statistics = attention.run(info["name"], x)
+        check(info, x, gradients.Given(g.dout, *statistics, g.delta), list(given))
 
 
 def test_all_scores_minus_infinity_give_nan(info, rng):
@@ -156,7 +181,7 @@ def test_what_is_not_seen_does_not_leak(info, rng, poison):
             want["dq"][0, rows].check(out["dq"][0, rows], (list(given), at))
             q, dout = x.q.copy(), g.dout.copy()
             q[0, at] = dout[0, at] = poison
-            there = gradients.Given(dout, g.lse, g.delta)
+            there = gradients.Given(dout, g.maxima, g.logs, g.delta)
             out = gradients.run(info["name"], Case(q, x.k, x.v, **given, scale=x.scale), there)
             keys = ~seen[at]
             for name in ("dk", "dv"):

@@ -3,8 +3,11 @@
     void weights(scores, dscores, rows, count, first, last, args)
 
 turns scores into weights and the cotangents of weights into those of scores, for ``count`` rows and the columns
-first <= j < last, whole tiles. Weights of keys outside [lo, hi) of a row, and of those that a mask excludes, are 0
-exactly, and so are their dscores.
+first <= j < last, whole tiles. Weights of keys outside [lo, hi) of a row are 0 exactly; so are their dscores, and those
+of keys that a mask excludes.
+
+Scores are rounded as in the forward half (``softmax``), and what was subtracted from them there is subtracted before
+the logarithm of the sum of exponentials, which may be lost beside it.
 """
 
 from __future__ import annotations
@@ -83,7 +86,7 @@ class GradientWeights:
     def _body(self, *values: Any) -> None:
         x, lanes = Given(dict(zip(PARAMS, values, strict=True))), self.attention.tile.lanes
         args = arguments(self.attention, x.args)
-        factor = ir.splat(args.number("scale"), lanes)
+        factor, factor2, masked = (ir.splat(args.number(x), lanes) for x in ("scale", "scale2", "masked"))
         s0, pitch, general = args.s0, args.rs_scores, args.general
         byte_room = ir.alloca(lanes, "int8")
         for i in ir.range_(0, x.count):
@@ -97,16 +100,20 @@ class GradientWeights:
                 entry=row,
                 s0=s0,
                 factor=factor,
+                factor2=factor2,
+                masked=masked,
                 byte_room=byte_room,
                 scores=scores,
                 dscores=dscores,
                 lo=lo,
                 hi=hi,
-                below=ir.minus(ir.splat(row.number("lse"), lanes)),
+                below=ir.minus(ir.splat(row.number("maximum"), lanes)),
+                log=ir.splat(row.number("log"), lanes),
                 delta=ir.splat(row.number("delta"), lanes),
                 zero=ir.zeros(lanes, "float32"),
             )
-            for plain in ir.branches(ir.equal(general, 0)):
+            has_mask = ir.is_set(row.mask.address)
+            for plain in ir.branches(ir.both(ir.equal(general, 0), ir.negate(has_mask))):
                 if plain:
                     ir.if_(inside, here.all_exist, here.at_edges)
                 else:
@@ -122,11 +129,13 @@ class _Row:
       x: the function's arguments.
       entry: of the table of rows.
       s0: the key of column 0.
-      factor: what scores are multiplied by.
+      factor, factor2: what scores are multiplied by, and that for a base of 2.
+      masked: the score of a masked key.
       byte_room: room for a vector of a mask's bytes.
       scores, dscores: the row.
       lo, hi: the columns lo <= j < hi whose keys exist for it.
-      below: minus its lse, in every lane.
+      below: minus what is subtracted from its scores, in every lane.
+      log: the logarithm of its sum of exponentials, likewise.
       delta: in every lane.
       zero: a vector of them.
     """
@@ -136,12 +145,15 @@ class _Row:
     entry: Arguments
     s0: Size
     factor: Value
+    factor2: Value
+    masked: Value
     byte_room: Ptr
     scores: Ptr
     dscores: Ptr
     lo: Size
     hi: Size
     below: Value
+    log: Value
     delta: Value
     zero: Value
 
@@ -156,14 +168,14 @@ class _Row:
         for begin, end, step in ((x.first, pairs, 2 * nr), (pairs, x.last, nr)):
             for j in ir.range_(begin, end, step):
                 starts = range(0, step, self._lanes)
-                found = [self._both(j + o, self._score(j + o)) for o in starts]
+                found = [self._both(j + o, self._exponent(j + o)) for o in starts]
                 for o, (weights, cotangents) in zip(starts, found, strict=True):
                     self._put(j + o, weights, cotangents)
 
     def at_edges(self) -> None:
         """Where some keys do not exist."""
         for j in ir.range_(self.x.first, self.x.last, self._lanes):
-            weights, cotangents = self._both(j, self._score(j))
+            weights, cotangents = self._both(j, self._exponent(j))
             present = exist(j, self.lo, self.hi, self._lanes)
             weights, cotangents = (ir.select(present, v, self.zero) for v in (weights, cotangents))
             ir.keep_order()  # else LLVM makes masked stores of them, which AMD's cores take 20 cycles for
@@ -172,43 +184,41 @@ class _Row:
     def in_general(self) -> None:
         """With all that may be added to scores, and cotangents of the bias."""
         entry, s0, lanes, target = self.entry, self.s0, self._lanes, self.attention.target
-        bias, mask = entry.bias, entry.mask
-        dbias, uniform = entry.dbias, entry.number("uniform")
+        bias, mask, dbias = entry.bias, entry.mask, entry.dbias
         has_bias, has_mask, has_dbias = (ir.is_set(p.address) for p in (bias, mask, dbias))
-        is_uniform = ir.compare(uniform, ">", ir.like(uniform, 0))
+        to_base_2 = ir.like(self.log, LOG2_E)
         for j in ir.range_(self.x.first, self.x.last, lanes):
             present = exist(j, self.lo, self.hi, lanes)
-            y = self._score(j)
-            (y,) = ir.if_(has_bias, partial(self._with_bias, bias, j, present), lambda: [y], like=[y])
-            pair = list(self._both(j, y))
+            y = ir.multiply(self.scores.at(j).load(lanes), self.factor)
+            (y,) = ir.if_(has_bias, partial(self._with_bias, bias, j, present, y), lambda: [y], like=[y])
+            every = ir.splat_bool(True, lanes)
 
-            def masked(j: I64 = j, pair: list[Value] = pair) -> list[Value]:
-                allowed = taken(target, mask.at(s0 + j), self.byte_room, (j, self.lo, self.hi), lanes)
-                return [ir.select(allowed, v, self.zero) for v in pair]
+            def allowed_keys(j: I64 = j) -> list[Value]:
+                return [taken(target, mask.at(s0 + j), self.byte_room, (j, self.lo, self.hi), lanes)]
 
-            pair = ir.if_(has_mask, masked, lambda: pair, like=pair)
-            pair = ir.if_(is_uniform, lambda: [ir.splat(uniform, lanes), self.zero], lambda: pair, like=pair)
-            weights, cotangents = (ir.select(present, v, self.zero) for v in pair)
+            (allowed,) = ir.if_(has_mask, allowed_keys, lambda: [every], like=[every])
+            y = ir.add_vectors(ir.select(allowed, y, self.masked), self.below)
+            weights, cotangents = self._both(j, ir.fma(y, to_base_2, ir.minus(self.log)))
+            weights, cotangents = (ir.select(present, v, self.zero) for v in (weights, cotangents))
+            cotangents = ir.select(allowed, cotangents, self.zero)
             ir.keep_order()
             self._put(j, weights, cotangents)
             for _ in ir.when(has_dbias):
                 at = dbias.at(s0 + j)
                 at.store(ir.add_vectors(at.load(lanes, present), cotangents), present)
 
-    def _with_bias(self, bias: Ptr, j: I64, present: Value) -> list[Value]:
-        """Scores from column j on with the bias, less lse."""
-        # Minus infinity must stay, also beside a score of infinity: as it was added before.
-        addend = bias.at(self.s0 + j).load(self._lanes, present)
-        scaled = ir.multiply(self.scores.at(j).load(self._lanes), self.factor)
-        return [ir.add_vectors(ir.fma(addend, ir.like(addend, LOG2_E), scaled), self.below)]
+    def _with_bias(self, bias: Ptr, j: I64, present: Value, scores: Value) -> list[Value]:
+        """Scores from column j on with the bias."""
+        return [ir.add_vectors(scores, bias.at(self.s0 + j).load(self._lanes, present))]
 
-    def _score(self, j: Size) -> Value:
-        """Scores from column j on, less lse."""
-        return ir.fma(self.scores.at(j).load(self._lanes), self.factor, self.below)
+    def _exponent(self, j: Size) -> Value:
+        """The logarithm to base 2 of weights from column j on, where nothing is added to scores."""
+        score = self.scores.at(j).load(self._lanes)
+        return ir.subtract(ir.fma(score, self.factor2, self.below), self.log)
 
-    def _both(self, j: Size, score: Value) -> tuple[Value, Value]:
-        """A vector of weights and one of dscores, from scores less lse."""
-        weights = exp2(score)
+    def _both(self, j: Size, exponent: Value) -> tuple[Value, Value]:
+        """A vector of weights and one of dscores, from the logarithms of weights to base 2."""
+        weights = exp2(exponent)
         return weights, ir.multiply(weights, ir.subtract(self.dscores.at(j).load(self._lanes), self.delta))
 
     def _put(self, j: Size, weights: Value, cotangents: Value) -> None:

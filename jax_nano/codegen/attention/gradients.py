@@ -1,10 +1,11 @@
-"""Gradients of attention, from the logarithms that it leaves behind: what is done for a block of keys and some rows.
+"""Gradients of attention, from the statistics that it leaves behind: what is done for a block of keys and some rows.
 
-With S the scores of a block of keys for some queries, in base 2 and with what is added to them, a row's lse the
-logarithm of its sum of exponentials, and its delta the sum of its results times their cotangents:
+With S the scores of a block of keys for some queries, with what is added to them, a row's maximum and log what was
+subtracted from its scores and the logarithm of the sum of exponentials of what was left, and its delta the sum of its
+results times their cotangents:
 
     for p in rows by mr
-      weights = 2^(S - lse)                            S = Q K^T by microkernels
+      weights = exp((S - maximum) - log)               S = Q K^T by microkernels
       dscores = weights * (dout V^T - delta)
       dQ += dscores K
     for s in keys by mr                                once all rows have passed

@@ -12,17 +12,19 @@ writes one result.
 A query's maximum follows its scores upwards only when they exceed it by more than ``SLACK``: until then weights are
 above 1, which costs no accuracy, and its sums need no rescaling. Where it does, sums and totals are multiplied by a
 power of two and go on. A key outside [lo, hi) of a query has weight 0 exactly, whatever is in it, a masked one the
-score MASKED_SCORE.
+score ``AttentionArgs::masked``.
+
+Where nothing is added to scores they are multiplied by scale * log2(e) and their maximum subtracted in one step. With a
+bias or a mask scores are those of jax.nn, rounded where it rounds them, and less their maximum multiplied by log2(e):
+a bias may be so large (-1e9, or the least float32) that roundings elsewhere would decide weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-
-from jax_nano._core import spec
 
 from .. import ir
 from ..arguments import Arguments, Given
@@ -81,6 +83,7 @@ class Softmax:
             general=general,
             end=end,
             factor=ir.splat(scale, lanes),
+            masked=ir.splat(args.number("masked"), lanes),
             one=ir.constant_vector(1, lanes, "float32"),
             byte_room=ir.alloca(lanes, "int8"),
         )
@@ -124,7 +127,7 @@ class _Tile:
       x: the function's arguments.
       args: those of the attention.
       rs_scores, general, end: three of them.
-      factor: the scale in every lane.
+      factor, masked: the scale, and the score of a masked key, in every lane.
       one: 1 in every lane.
       byte_room: room for a vector of a mask's bytes.
     """
@@ -136,6 +139,7 @@ class _Tile:
     general: Size
     end: Size
     factor: Value
+    masked: Value
     one: Value
     byte_room: Ptr
 
@@ -151,7 +155,7 @@ class _Tile:
         inside = ir.both(ir.at_least(x.first, row.lo), ir.at_least(row.hi, x.last))
         nothing = ir.constant_vector(NOTHING, self._lanes, "float32")
         (found,) = ir.if_(
-            ir.equal(self.general, 0),
+            self._plain,
             lambda: ir.if_(
                 inside,
                 partial(self._greatest_of_all, row, nothing),
@@ -164,12 +168,18 @@ class _Tile:
         factor = self._remaining_factor()
         top = ir.multiply(greatest(found), ir.extract(factor, 0))
         old = x.maxima.at(i).load()
-        rises = ir.compare(top, ">", ir.add_vectors(old, ir.like(old, SLACK)))
+        units = partial(ir.like, old)
+        (slack,) = ir.if_(self._plain, lambda: [units(SLACK)], lambda: [units(SLACK / LOG2_E)], like=[old])
+        rises = ir.compare(top, ">", ir.add_vectors(old, slack))
         ir.if_(rises, partial(self._rescale, i, old, top))
+
+    @property
+    def _plain(self) -> Value | bool:
+        return ir.equal(self.general, 0)
 
     def _remaining_factor(self) -> Value:
         """What scores are still to be multiplied by: those of the general case have their scale already."""
-        (by,) = ir.if_(ir.equal(self.general, 0), lambda: [self.factor], lambda: [self.one], like=[self.factor])
+        (by,) = ir.if_(self._plain, lambda: [self.factor], lambda: [self.one], like=[self.factor])
         return by
 
     def _greatest_of_all(self, row: _Row, nothing: Value) -> list[Value]:
@@ -209,14 +219,13 @@ class _Tile:
             present = exist(j, row.lo, row.hi, lanes)
 
             def with_bias() -> list[Value]:
-                addend = bias.at(s0 + j).load(lanes, present)
-                return [ir.fma(addend, ir.like(addend, LOG2_E), y)]
+                return [ir.add_vectors(y, bias.at(s0 + j).load(lanes, present))]
 
             (z,) = ir.if_(has_bias, with_bias, lambda: [y], like=[y])
 
             def masked() -> list[Value]:
                 allowed = taken(target, mask.at(s0 + j), self.byte_room, (j, row.lo, row.hi), lanes)
-                return [ir.select(allowed, z, ir.like(z, spec.MASKED_SCORE))]
+                return [ir.select(allowed, z, self.masked)]
 
             (z,) = ir.if_(has_mask, masked, lambda: [z], like=[z])
             z = ir.select(present, z, nothing)
@@ -228,7 +237,9 @@ class _Tile:
     def _rescale(self, i: I64, old: Value, top: Value) -> None:
         """A new maximum: what was summed so far becomes smaller by a power of two."""
         x, lanes = self.x, self._lanes
-        shrink = exp2(ir.splat(ir.subtract(old, top), lanes))
+        less = ir.subtract(old, top)
+        (less,) = ir.if_(self._plain, lambda: [less], lambda: [ir.multiply(less, ir.like(less, LOG2_E))], like=[less])
+        shrink = exp2(ir.splat(less, lanes))
         x.maxima.at(i).store(top)
         total = x.totals.at(i * lanes)
         total.store(ir.multiply(total.load(lanes), shrink))
@@ -239,15 +250,31 @@ class _Tile:
 
     def weigh(self, i: I64) -> None:
         """Weights of a row in the place of its scores, or beside them as the elements that are multiplied."""
-        x, lanes, nr = self.x, self._lanes, self.attention.tile.nr
-        by = self._remaining_factor()
+        x, lanes = self.x, self._lanes
         reference = ir.splat(x.maxima.at(i).load(), lanes)
-        scores, total, below = x.scores.at(i * self.rs_scores), x.totals.at(i * lanes), ir.minus(reference)
+        below, to_base_2 = ir.minus(reference), ir.like(reference, LOG2_E)
+
+        def in_base_2(score: Value) -> Value:
+            return ir.fma(score, self.factor, below)
+
+        def finished(score: Value) -> Value:
+            return ir.multiply(ir.subtract(score, reference), to_base_2)
+
+        zero = ir.zeros(lanes, "float32")
+        plain, general = (partial(self._weigh_row, i, exponent) for exponent in (in_base_2, finished))
+        (found,) = ir.if_(self._plain, plain, general, like=[zero])
+        total = x.totals.at(i * lanes)
+        total.store(ir.add_vectors(total.load(lanes), found))
+
+    def _weigh_row(self, i: I64, exponent: Callable[[Value], Value]) -> list[Value]:
+        """The same of a row, with this exponent of scores to base 2; the sum of its weights, lane by lane."""
+        x, lanes, nr = self.x, self._lanes, self.attention.tile.nr
+        scores = x.scores.at(i * self.rs_scores)
         count = nr // lanes
 
         def vectors(j: I64, *sums: Value, tiles: int) -> list[Value]:
             starts = range(0, tiles * nr, lanes)
-            weights = [exp2(ir.fma(scores.at(j + o).load(lanes), by, below)) for o in starts]
+            weights = [exp2(exponent(scores.at(j + o).load(lanes))) for o in starts]
             if self.attention.converts:
                 self._store_converted(i, j, weights)
             else:
@@ -265,7 +292,7 @@ class _Tile:
         first, *others = ir.loop(pairs, x.last, nr, sums, partial(vectors, tiles=1))
         for other in others:
             first = ir.add_vectors(first, other)
-        total.store(ir.add_vectors(total.load(lanes), first))
+        return [first]
 
     def _store_converted(self, i: I64, j: I64, weights: Sequence[Value]) -> None:
         """Weights from column j on as the elements that are multiplied."""
