@@ -103,7 +103,9 @@ class _Rewriter:
         for number, x in _quantized_in(body, self._policy)[0].items():
             m, k, _, n = x.sizes
             reads = {x.x.instruction.id, x.weights.q.instruction.id}
-            found[number] = loops.Call(reads, m * k * n, is_vector=1 in (m, n), is_narrow=True)
+            found[number] = loops.Call(
+                *(reads, m * k * n), is_vector=1 in (m, n), is_narrow=True, between=x.between, is_layer=bool(x.layer)
+            )
         for dot in dots:
             if dot.instruction.id in found:
                 continue
