@@ -230,7 +230,8 @@ def _quantized_in(body: Body, policy: Policy) -> tuple[dict[int, quantized.Found
         one = quantized.find(body, body[number])
         if isinstance(one, quantized.Found):
             m, k, _, n = one.sizes
-            reason = xla.keeps_quantized(m, k * n) if policy.declines else None
+            x = hlo.NAMES[hlo.dtype_of(one.x.instruction)]
+            reason = xla.keeps_quantized(m, k * n, x) if policy.declines else None
             if reason is None:
                 found[number] = one
             else:

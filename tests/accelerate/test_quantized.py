@@ -560,11 +560,16 @@ def test_weights_that_are_read_after_the_loop(rng: np.random.Generator) -> None:
 
 def test_the_gate_keeps_few_weights(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decision, "policy", decision.Policy(declines=True))
-    x, q, s = (jnp.asarray(v) for v in arguments("column", "int8", 4, "float32", rng))
-    with jax_nano.accelerate():
-        found = ops(lambda x, q, s: x[:, :16] @ (q[:16, :16].astype(x.dtype) * s[:16]), x, q, s)
-        assert found["quantized"] == 0
-        assert ops(lambda x, q, s: x @ (q.astype(x.dtype) * s), x, q, s)["quantized"] == 1
+
+    def calls(m: int, k: int, n: int, dtype: str) -> int:
+        x = jnp.asarray(rng.normal(size=(m, k)), DTYPES[dtype])
+        q, s = jnp.asarray(weights_of("int8", rng, (k, n))), jnp.asarray(rng.uniform(0.5, 1.5, n), DTYPES[dtype])
+        with jax_nano.accelerate():
+            return ops(lambda x, q, s: x @ (q.astype(x.dtype) * s), x, q, s)["quantized"]
+
+    for m, dtype, fewest in [(4, "float32", 64), (16, "float32", 256), (17, "float32", 16384), (17, "bfloat16", 4096)]:
+        assert calls(m, fewest // 16, 16, dtype) == 1
+        assert calls(m, fewest // 16 - 1, 16, dtype) == 0
 
 
 def test_every_product_is_reported_once(rng: np.random.Generator) -> None:
