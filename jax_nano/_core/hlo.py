@@ -62,6 +62,8 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
         "tuple_index": (13, "int64"),
         "dimensions": (14, "*int64"),
         "window": (15, "Window"),
+        "slice_dimensions": (17, "*SliceDimensions"),
+        "dynamic_slice_sizes": (20, "*int64"),
         "custom_call_target": (28, "string"),
         "dot_dimension_numbers": (30, "DotDimensionNumbers"),
         "id": (35, "int64"),
@@ -88,6 +90,7 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
         "base_dilation": (6, "int64"),
         "window_reversal": (7, "bool"),
     },
+    "SliceDimensions": {"start": (1, "int64"), "limit": (2, "int64"), "stride": (3, "int64")},
     "ProgramShape": {"parameters": (1, "*Shape"), "result": (2, "Shape"), "parameter_names": (3, "*string")},
     "Shape": {
         "element_type": (2, "int32"),
@@ -165,6 +168,8 @@ ELEMENT_TYPES: Final = {dtype: number for number, dtype in DTYPES.items()}
 
 PRED: Final = 1
 """The PrimitiveType of bool."""
+S32: Final = 4
+"""The PrimitiveType of int32."""
 
 _TUPLE: Final = 13
 
@@ -182,6 +187,7 @@ _PURE: Final = frozenset(
             "convert",
             "copy",
             "dot",
+            "dynamic-slice",
             "fusion",
             "get-tuple-element",
             "iota",

@@ -89,15 +89,23 @@ def keeps_attention(scores: int) -> bool:
     return scores < ATTENTION_SCORES
 
 
-# Products with quantised weights, by the number of weights.
-QUANTIZED_WEIGHTS: Final = 2**12
+# The fewest quantised weights of a call, by the number of rows up to which that holds. XLA makes floats of weights
+# in a loop of its own, which counts for few rows and not beside the products of many. With float32 x it
+# then multiplies as fast as a kernel; 16-bit x it widens as well (two cores, Zen 3, both JAX versions;
+# docs/experiments/0091).
+QUANTIZED_WEIGHTS: Final = ((4, 2**6), (16, 2**8))
+QUANTIZED_WEIGHTS_OF_MANY_ROWS: Final = {"float32": 2**14, "bfloat16": 2**12, "float16": 2**12}
 
 
-def keeps_quantized(rows: int, weights: int) -> str | None:
-    """Why a product with so many quantised weights is better made of floats first, or None."""
-    if weights < QUANTIZED_WEIGHTS:
-        return f"{weights} weights of at least {QUANTIZED_WEIGHTS}"
-    return None
+def keeps_quantized(rows: int, weights: int, x: str) -> str | None:
+    """Why a product of rows with so many quantised weights is better made of floats first, or None.
+
+    Args:
+      rows, weights: how many there are.
+      x: the rows' dtype.
+    """
+    fewest = next((n for most, n in QUANTIZED_WEIGHTS if rows <= most), QUANTIZED_WEIGHTS_OF_MANY_ROWS[x])
+    return f"{weights} weights of at least {fewest}" if weights < fewest else None
 
 
 def is_faster(

@@ -70,6 +70,7 @@ def _call_lower_cpu(ctx: Context, *values: Value, options: Options) -> Sequence[
         "abi": native.ABI,
         "along_k": options.along_k,
         "zero": options.zero,
+        "layers": 0,
         "bias": epilogue.bias,
         "residual": epilogue.residual,
     }

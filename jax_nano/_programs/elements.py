@@ -27,6 +27,7 @@ ELEMENTWISE: Final = frozenset(
         *("tanh", "xor"),
     )
 )
+SLICES: Final = frozenset(("dynamic-slice", "slice"))
 _FLOATS: Final = frozenset((10, 11, 16))  # PrimitiveType: float16, float32, bfloat16
 
 Rounding: TypeAlias = Callable[[Instruction, Instruction], None]
@@ -180,6 +181,7 @@ class Reader:
         self.body, self.atoms = body, Atoms()
         self._outside = Scope(body)
         self._scopes: dict[int, Scope] = {}
+        self._layers: dict[int, Element | int] = {}
         self._steps = 0
 
     def begin(self) -> None:
@@ -253,6 +255,52 @@ class Reader:
         for dim, part in zip(before, parts, strict=True):
             found[dim] = part
         return Element(scope, operand, tuple(found))
+
+    # --- slices ----------------------------------------------------------------------------------------------------
+
+    def sliced(self, element: Element) -> Element | None:
+        """The element of a whole array that an element of a slice of it is; None if it is no slice that is known here.
+
+        Known are slices of one index of some dimensions, layers of a stack, and of all of the others. A layer becomes
+        an atom that does not run (`layer_of`).
+        """
+        scope, x, index = element
+        if x.opcode not in SLICES:
+            return None
+        operand = scope[x.operand_ids[0]]
+        found: list[Index] = []
+        for dim, (size, whole) in enumerate(zip(x.shape.dimensions, operand.shape.dimensions, strict=True)):
+            if size == whole:  # a dynamic slice is moved to where there is such
+                found.append(index[dim])
+            elif size != 1:
+                return None
+            elif x.opcode == "slice":
+                found.append(self._layer(whole, x.slice_dimensions[dim].start))
+            else:
+                found.append(self._layer(whole, Element(scope, scope[x.operand_ids[1 + dim]], ())))
+        return Element(scope, operand, tuple(found))
+
+    def _layer(self, size: int, start: Element | int) -> Index:
+        if isinstance(start, Element):
+            origin = self.look(start)
+            value = hlo.number(origin.instruction) if origin.opcode == "constant" else None
+            start = start if value is None else int(value)
+        for atom, known in self._layers.items():
+            if self.atoms.size((atom,)) != size:
+                continue
+            if isinstance(start, int) or isinstance(known, int):
+                is_same = start == known
+            else:
+                is_same = self.same(start, known)
+            if is_same:
+                return (atom,)
+        (atom,) = self.atoms.new(size)
+        self._layers[atom] = start
+        return (atom,)
+
+    def layer_of(self, atom: int) -> Element | int | None:
+        """The number of the layer of a stack that an atom stands for; None if the atom runs over a range."""
+        return self._layers.get(atom)
 
     def _result(self, fusion: Instruction, position: int | None, index: tuple[Index, ...]) -> Element | None:
         if fusion.output_operand_aliasing:

@@ -41,7 +41,9 @@ class LoopBuilder:
 
     def _read(self, like: Instruction, operand: Instruction | Callable[[], Instruction], in_memory: Index) -> int:
         """An array of the shape of `like`, which may be made only when the loop is."""
-        if len(set(in_memory)) != len(in_memory) or not set(in_memory) <= set(self._atoms):
+        layers = [self._reader.layer_of(a) for a in in_memory]
+        runs = [a for a, layer in zip(in_memory, layers, strict=True) if layer is None]
+        if len(set(in_memory)) != len(in_memory) or not set(runs) <= set(self._atoms):
             raise CannotBuild("it is read along a diagonal or where the loop does not go")
         parameter = self._add("parameter", like.shape.element_type, ())
         part = self._parts[parameter]
@@ -51,11 +53,29 @@ class LoopBuilder:
         kind = like.shape.element_type
         sizes = [self._reader.atoms.size((a,)) for a in in_memory]
         number = self._add("bitcast", kind, [parameter], sizes)
-        order = sorted(range(len(in_memory)), key=lambda i: self._atoms.index(in_memory[i]))
+        if len(runs) != len(in_memory):
+            starts = [self._scalar(0 if layer is None else layer) for layer in layers]
+            cut = [size if layer is None else 1 for size, layer in zip(sizes, layers, strict=True)]
+            number = self._add("dynamic-slice", kind, [number, *starts], cut)
+            self._parts[number].dynamic_slice_sizes.extend(cut)
+            sizes = [size for size, layer in zip(sizes, layers, strict=True) if layer is None]
+            number = self._add("bitcast", kind, [number], sizes)
+        order = sorted(range(len(runs)), key=lambda i: self._atoms.index(runs[i]))
         if order != list(range(len(order))):
             number = self._add("transpose", kind, [number], [sizes[i] for i in order])
             self._parts[number].dimensions.extend(order)
-        return self._broadcast(number, [self._atoms.index(in_memory[i]) for i in order])
+        return self._broadcast(number, [self._atoms.index(runs[i]) for i in order])
+
+    def _scalar(self, value: Element | int) -> int:
+        """A number of int32 or int64 that the whole loop shares."""
+        if isinstance(value, int):
+            number = self._add("constant", hlo.S32, (), ())
+            hlo.set_number(self._parts[number], value)
+            return number
+        parameter = self._add("parameter", value.instruction.shape.element_type, (), ())
+        self._parts[parameter].parameter_number = len(self._operands)
+        self._operands.append(lambda: scalar(self._body, self._reader, value, hlo.S32))
+        return parameter
 
     def constant(self, value: float, kind: int) -> int:
         number = self._add("constant", kind, (), ())
@@ -90,11 +110,24 @@ class LoopBuilder:
 
     def element(self, element: Element) -> int:
         """What an element is, computed anew from the arrays outside of fusions."""
-        x = self._reader.look(element, into_fusions=False)
+        x = self._origin(element)
         key = x.instruction.id, self._reader.logical(x)
         if key not in self._known:
             self._known[key] = self._element(x)
         return self._known[key]
+
+    def _origin(self, element: Element) -> Element:
+        """What an element is a copy of, or the last array on the way there that keeps its value."""
+        found: Element | None = None
+        here: Element | None = element
+        while here is not None:
+            element = here
+            is_array = here.is_outside and here.opcode != "constant"
+            if is_array and aliasing.keeps_its_value(self._body, here.instruction):
+                found = here
+            here = self._reader.step(here, into_fusions=False)
+        is_array = element.is_outside and element.opcode != "constant"
+        return found if found is not None and is_array else element
 
     def _element(self, x: Element) -> int:
         instruction, kind = x.instruction, x.instruction.shape.element_type
@@ -137,6 +170,8 @@ class LoopBuilder:
         return make
 
     def _iota(self, index: Index, kind: int) -> int:
+        if not set(index) <= set(self._atoms):
+            raise CannotBuild("it counts along where the loop does not go")
         total: int | None = None
         for i, atom in enumerate(index):
             number = self._add("iota", kind, ())
@@ -172,6 +207,16 @@ class LoopBuilder:
         hlo.set_shape(shape, self._parts[result].shape.element_type, dims)
         return self._body.loop(self._fused(result, shape), self._read_arrays(), fusions.loop_config(shape))
 
+    def read_as_it_is(self, result: int) -> Instruction | None:
+        """The array without dimensions that a result is, if nothing is computed of it."""
+        part = self._parts[result]
+        while part.opcode == "bitcast":
+            part = self._parts[part.operand_ids[0]]
+        if part.opcode != "parameter" or part.shape.dimensions:
+            return None
+        operand = self._operands[part.parameter_number]
+        return None if callable(operand) else operand
+
     def become(self, result: int, instruction: Instruction) -> None:
         """Makes an instruction of the body the loop; its shape stays."""
         shape = instruction.shape
@@ -186,3 +231,26 @@ class LoopBuilder:
         root.shape.CopyFrom(shape)
         root.operand_ids.append(result)
         return self._body.module.add_fused(self._body.computation, [*self._parts, root])
+
+
+def scalar(body: Body, reader: Reader, value: Element | int | None, kind: int) -> Instruction:
+    """An instruction of a body whose result is a number: an element of its own dtype, or a number of dtype `kind`.
+
+    Raises:
+      CannotBuild: as `LoopBuilder.element`.
+    """
+    loop = LoopBuilder(body, reader, ())
+    if not isinstance(value, Element):
+        return loop.build(loop.constant(value or 0, kind), ())
+    result = loop.element(value)
+    array = loop.read_as_it_is(result)
+    return loop.build(result, ()) if array is None else array
+
+
+def can_build(body: Body, reader: Reader, value: Element) -> bool:
+    """Whether `scalar` can make an instruction for an element."""
+    try:
+        LoopBuilder(body, reader, ()).element(value)
+    except CannotBuild:
+        return False
+    return True

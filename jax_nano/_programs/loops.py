@@ -56,6 +56,8 @@ class Call(NamedTuple):
     work: int  # multiply-adds
     is_vector: bool  # whether an operand is one, and there is no batch
     is_narrow: bool  # whether an operand has less than four bytes an element
+    between: frozenset[int] = frozenset()  # ids of what makes its operands, and is left out as it becomes a call
+    is_layer: bool = False  # whether it reads one layer of a stack of weights
 
 
 Calls = Callable[[Module, Computation], Mapping[int, Call]]
@@ -86,7 +88,7 @@ class _Narrowed(NamedTuple):
             return True
         body, calls = Body(module, computation), calls_in(module, computation)
         readers = [call for call in calls.values() if self.carried in call.reads]
-        has_vectors = policy.declines and any(x.is_vector for x in readers)
+        has_vectors = policy.declines and any(x.is_vector and not x.is_layer for x in readers)
         if has_vectors and xla.reads_wide_as_fast(wide_bytes[self.what.loop]):
             return False
         return _is_read_past(body, self.carried, body[self.widened], calls)
@@ -112,7 +114,10 @@ class _Opened(NamedTuple):
 
 def _is_read_past(body: Body, carried: int, made: Instruction, calls: Mapping[int, Call]) -> bool:
     """Whether all users of a value, or of moves of it, are calls that read the array it comes from instead."""
+    between = {x for call in calls.values() if carried in call.reads for x in call.between}
     for user in body.users(made):
+        if user.id in between and user.id not in calls and user.id != body.root.id:
+            continue
         if user.id in calls:
             reads = calls[user.id].reads
             if carried not in reads or made.id in reads:

@@ -7,7 +7,9 @@ compared with that formula. Accepted are
 * q of a dtype in the spec's WEIGHTS, converted to floats without loss, stored along K or along columns;
 * a zero point that is subtracted from integers before they are scaled: integers of 8 or 4 bits, or a constant;
 * any number of scales, multiplied or divided by, that are the same for all of K or for groups of neighbours in K;
-* or none of them: then the product is scaled afterwards, and a scale a column becomes a part of the call, as an
+* slices of such arrays, with one index of the major dimension: layers of a stack, of which the call reads one where it
+  lies. A slice of the float matrix is one of weights and scales;
+* no scales: then the product is scaled afterwards, and a scale a column becomes a part of the call, as an
   epilogue does (`epilogues`).
 
 Scales are what the program multiplies with, roundings included. The matrix itself is not rounded: a program of bfloat16
@@ -30,7 +32,8 @@ from jax_nano._core import hlo, spec
 from jax_nano._core.hlo import Body, Instruction
 from jax_nano._ops.quantized_lowering import has_kernel
 from jax_nano._programs import aliasing, epilogues
-from jax_nano._programs.elements import Element, Index, Reader, Unknown, constant, converts_floats
+from jax_nano._programs.elements import SLICES, Element, Index, Reader, Unknown, constant, converts_floats
+from jax_nano._programs.loop_builder import can_build
 from jax_nano._programs.views import View
 
 _FLOAT32: Final = np.dtype(np.float32)
@@ -42,7 +45,8 @@ _MOST_USERS: Final = 3  # that a result is followed through
 _S8: Final = 2
 _U8: Final = 6
 _S16: Final = 3
-_S32: Final = 4
+_S32: Final = hlo.S32
+_S64: Final = 5
 _S4: Final = 21
 _U4: Final = 22
 
@@ -100,6 +104,7 @@ class Found(NamedTuple):
     weights: Weights
     rows: Index
     k: Index
+    layer: Index  # the atom of weights in a stack, or none
     groups: Index  # the first ones of k
     columns: Index
     along_k: bool
@@ -187,6 +192,7 @@ class _Search:
             raise NotQuantized("x and the weights are one array")
         # Everything has been walked through: atoms are as small as they will be.
         in_q, k = reader.in_memory(weights.q), set(reader.atoms.resolved(over))
+        layer, in_q = _layer_first(reader, in_q)
         columns = tuple(a for a in in_q if a not in k)
         of_k = tuple(a for a in in_q if a in k)
         in_result = reader.in_memory(result)
@@ -205,7 +211,7 @@ class _Search:
             raise NotQuantized("its weights have scales, and so has the result")
         found = Found(
             *(reader, self._instruction, root if epilogue is None else epilogue.instruction, result, x, weights, rows),
-            *(of_k, groups, columns, along_k, array.dtype if epilogue is None else epilogue.dtype, epilogue),
+            *(of_k, layer, groups, columns, along_k, array.dtype if epilogue is None else epilogue.dtype, epilogue),
             self._between(x, weights),
         )
         if weights.narrowed and self._exact not in _NARROW and found.dtype not in _NARROW:
@@ -279,6 +285,7 @@ class _Search:
         if weights.zero is not None and weights.zero.element is not None:
             elements.append(weights.zero.element)
         atoms = frozenset[int]().union(*(reader.atoms_of(x) for x in elements))
+        atoms = frozenset(a for a in atoms if reader.layer_of(a) is None)
         if not atoms <= {*k, *columns}:
             raise NotQuantized("its scales have dimensions that its weights have not")
         if any(weights.q.instruction.id in reader.arrays_of(x) for x in elements):
@@ -385,8 +392,27 @@ def weights_of(reader: Reader, element: Element) -> Weights:
             except NotQuantized as error:
                 refusal = error
             here = reader.look(inner)
+        elif here.opcode in SLICES and (whole := reader.sliced(here)) is not None:
+            here = reader.look(whole)
         else:
             raise NotSimilar
+
+
+def _layer_first(reader: Reader, in_memory: Index) -> tuple[Index, Index]:
+    """The atom of a layer that comes first in memory, if there is one, and the others."""
+    count = 1 if in_memory and reader.layer_of(in_memory[0]) is not None else 0
+    return in_memory[:count], in_memory[count:]
+
+
+def _is_layer(reader: Reader, x: Element) -> bool:
+    """Whether an element is of a stack whose layers lie in memory one by one, and which one can be told in time."""
+    layer, others = _layer_first(reader, reader.in_memory(x))
+    if not layer or any(reader.layer_of(a) is not None for a in others):
+        return False
+    number = reader.layer_of(layer[0])
+    if not isinstance(number, Element):
+        return True
+    return number.instruction.shape.element_type in (_S32, _S64) and can_build(reader.body, reader, number)
 
 
 def _larger(reader: Reader, operation: Element) -> tuple[Element, Element]:
@@ -422,24 +448,46 @@ def _zero(reader: Reader, element: Element, *, adds: bool) -> Zero:
 def _array_of(reader: Reader, element: Element) -> Element:
     """The array outside of fusions that holds an element of weights, as narrow as it is anywhere."""
     found: Element | None = None
-    is_there = False
-    here = element
-    while True:
+    is_there = is_layer = False
+    here: Element | None = element
+    while here is not None:
         far = reader.look(here)
         for x in (reader.look(here, into_fusions=False), far):
             if x.is_outside and x.opcode != "constant" and _is_readable(x.instruction):
                 is_there = True
-                found = x if aliasing.keeps_its_value(reader.body, x.instruction) else found
-        if far.opcode != "convert":
-            break
-        (here,) = reader.operands(far)
-        if far.instruction.shape.element_type not in _WIDER.get(here.instruction.shape.element_type, ()):
+                can_be_read = aliasing.keeps_its_value(reader.body, x.instruction)
+                found = x if can_be_read and (not is_layer or _is_layer(reader, x)) else found
+        if far.opcode in SLICES:
+            is_layer, here = True, reader.sliced(far)
+        elif far.opcode == "convert":
+            here = _before_conversion(reader, far)
+        else:
             break
     if found is None:
         raise NotQuantized(
             "its weights may be overwritten before they are read" if is_there else "its weights are computed on the way"
         )
     return found
+
+
+def _before_conversion(reader: Reader, convert: Element) -> Element | None:
+    """What weights were before a conversion to a dtype that can hold them, or to what they were before such a one."""
+    kind = convert.instruction.shape.element_type
+    (here,) = reader.operands(convert)
+    source = here.instruction.shape.element_type
+    if kind in _WIDER.get(source, ()):
+        return here
+    if source not in _WIDER.get(kind, _FLOAT_KINDS if kind in _NAMES else ()):
+        return None
+    while True:  # XLA widens int4 and float8 in front of a loop, and narrows a slice of them in the loop
+        here = reader.look(here)
+        if here.opcode == "convert":
+            (before,) = reader.operands(here)
+            return before if before.instruction.shape.element_type == kind else None
+        whole = reader.sliced(here)
+        if whole is None:
+            return None
+        here = whole
 
 
 def _is_readable(x: Instruction) -> bool:
@@ -465,11 +513,11 @@ def _note(narrowed: set[np.dtype], before: Instruction, convert: Instruction) ->
 
 
 class Origin(NamedTuple):
-    """How a float matrix is made of quantised weights, outside of fusions."""
+    """How an array is made of quantised weights, outside of fusions."""
 
     q: Instruction
     others: tuple[Instruction, ...]  # what is read besides
-    steps: tuple[Instruction, ...]  # operands before their users; the last one is the matrix
+    steps: tuple[Instruction, ...]  # operands before their users; the last one is the array
 
 
 _STEPS: Final = ("bitcast", "convert", "copy", "transpose")
@@ -477,13 +525,21 @@ _MOST_STEPS: Final = 6
 
 
 def origin_of(body: Body, matrix: Instruction) -> Origin | None:
-    """The origin of a float matrix, if everything that it is made of keeps its value."""
+    """The origin of a float matrix or stack of them, or of integers that were wider than weights, if everything that it
+    is made of keeps its value.
+    """
     reader = Reader(body)
     try:
         array = hlo.array_of(matrix.shape)
-        if array is None or array.dtype not in _FLOATS:
+        if array is None:
             return None
-        q = weights_of(reader, reader.element(matrix)).q.instruction
+        element = reader.element(matrix)
+        if array.dtype in _FLOATS:
+            q = weights_of(reader, element).q.instruction
+        elif matrix.shape.element_type in (_S8, _U8):
+            q = _array_of(reader, element).instruction
+        else:
+            return None
     except (NotSimilar, NotQuantized, Unknown):
         return None
     steps: list[Instruction] = []
@@ -539,6 +595,8 @@ def arrays_to_read(found: Found) -> Iterator[Element]:
         if here.is_outside and x.opcode != "constant":
             yield here
         before = reader.step(here)
+        if before is None and x.opcode in SLICES:
+            before = reader.sliced(here)
         if before is None and x.opcode == "convert":
             (source,) = reader.operands(here)
             if converts_floats(source.instruction, x) and np.can_cast(

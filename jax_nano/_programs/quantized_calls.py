@@ -11,7 +11,7 @@ from jax_nano._core import custom_calls, hlo, native
 from jax_nano._core.hlo import Body, Instruction
 from jax_nano._programs import aliasing, calls
 from jax_nano._programs.elements import Element
-from jax_nano._programs.loop_builder import CannotBuild, LoopBuilder
+from jax_nano._programs.loop_builder import CannotBuild, LoopBuilder, scalar
 from jax_nano._programs.quantized import Found, NotQuantized, arrays_to_read
 
 _FLOAT32: Final = hlo.ELEMENT_TYPES[np.dtype(np.float32)]
@@ -19,6 +19,10 @@ _INT8: Final = hlo.ELEMENT_TYPES[np.dtype(np.int8)]
 _UINT8: Final = hlo.ELEMENT_TYPES[np.dtype(np.uint8)]
 
 _UNSIGNED: Final = (_UINT8, 22)  # uint4
+
+# Bits of the call's attribute `layers`.
+_OF_WEIGHTS: Final = 1
+_OF_SCALES: Final = 2
 
 
 def write(body: Body, found: Found) -> None:
@@ -29,18 +33,21 @@ def write(body: Body, found: Found) -> None:
     """
     m, k, _, n = found.sizes
     try:
-        scale, zero = _scale(body, found), _zero(body, found)
+        (scale, layers), zero = _scale(body, found), _zero(body, found)
         x = _x(body, found)
+        number = [scalar(body, found.reader, found.reader.layer_of(a), hlo.S32) for a in found.layer]
     except CannotBuild as error:
         raise NotQuantized(f"its scales cannot be computed by themselves: {error}") from None
     weights = found.weights
-    inputs = [x, _shaped(body, weights.q.instruction, (n, k) if found.along_k else (k, n)), scale]
+    stack = [found.reader.atoms.size(found.layer)] if found.layer else []
+    inputs = [x, _shaped(body, weights.q.instruction, [*stack, *((n, k) if found.along_k else (k, n))]), scale]
     inputs += [] if zero is None else [zero]
     root, epilogue = found.root, found.epilogue
     attributes = {
         "abi": f"{native.ABI} : i64",
         "along_k": f"{int(found.along_k)} : i64",
         "zero": f"{int(zero is not None)} : i64",
+        "layers": f"{layers | _OF_WEIGHTS if stack else 0} : i64",
         "activation": '"none"',
         "factor": calls.float32(1.0),
         "bias": "0 : i64",
@@ -55,6 +62,7 @@ def write(body: Body, found: Found) -> None:
         if epilogue.residual is not None:
             attributes["residual"] = "1 : i64"
             inputs.append(_shaped(body, epilogue.residual, (m, n)))
+    inputs += number
     if found.copied:
         call = body.custom_call(root, inputs)
         hlo.set_array(call.shape, found.dtype, (m, n))
@@ -97,16 +105,21 @@ def _x(body: Body, found: Found) -> Instruction:
     return loop.build(loop.array(found.x.instruction, found.reader.in_memory(found.x)), (m, k))
 
 
-def _scale(body: Body, found: Found) -> Instruction:
-    """The scales, in the order of the weights."""
+def _scale(body: Body, found: Found) -> tuple[Instruction, int]:
+    """The scales, in the order of the weights, and the bit of `layers` if they are a stack of them."""
     dims = _dims(found)
     if found.epilogue is not None and found.epilogue.columns is not None:
-        return _shaped(body, found.epilogue.columns, dims)
+        return _shaped(body, found.epilogue.columns, dims), 0
     for x in arrays_to_read(found):
         array = hlo.array_of(x.instruction.shape)
         is_float = array is not None and array.dtype in (np.float32, hlo.BFLOAT16, np.float16)
-        if is_float and found.reader.in_memory(x) == found.of_scales and aliasing.keeps_its_value(body, x.instruction):
-            return _shaped(body, x.instruction, dims)
+        if not is_float or not aliasing.keeps_its_value(body, x.instruction):
+            continue
+        in_memory = found.reader.in_memory(x)
+        if in_memory == found.of_scales:
+            return _shaped(body, x.instruction, dims), 0
+        if found.layer and in_memory == found.layer + found.of_scales:
+            return _shaped(body, x.instruction, [found.reader.atoms.size(found.layer), *dims]), _OF_SCALES
     loop = LoopBuilder(body, found.reader, found.of_scales)
     total = None
     for factor in found.weights.scales:
@@ -116,7 +129,7 @@ def _scale(body: Body, found: Found) -> Instruction:
         else:
             total = loop.constant(1.0, _FLOAT32) if total is None else total
             total = loop.operation("divide" if factor.divides else "multiply", _FLOAT32, total, number)
-    return loop.build(loop.constant(1.0, _FLOAT32) if total is None else total, dims)
+    return loop.build(loop.constant(1.0, _FLOAT32) if total is None else total, dims), 0
 
 
 def _zero(body: Body, found: Found) -> Instruction | None:

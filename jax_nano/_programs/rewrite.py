@@ -103,7 +103,9 @@ class _Rewriter:
         for number, x in _quantized_in(body, self._policy)[0].items():
             m, k, _, n = x.sizes
             reads = {x.x.instruction.id, x.weights.q.instruction.id}
-            found[number] = loops.Call(reads, m * k * n, is_vector=1 in (m, n), is_narrow=True)
+            found[number] = loops.Call(
+                *(reads, m * k * n), is_vector=1 in (m, n), is_narrow=True, between=x.between, is_layer=bool(x.layer)
+            )
         for dot in dots:
             if dot.instruction.id in found:
                 continue
@@ -244,7 +246,8 @@ def _quantized_in(body: Body, policy: Policy) -> tuple[dict[int, quantized.Found
         one = quantized.find(body, body[number])
         if isinstance(one, quantized.Found):
             m, k, _, n = one.sizes
-            reason = xla.keeps_quantized(m, k * n) if policy.declines else None
+            x = hlo.NAMES[hlo.dtype_of(one.x.instruction)]
+            reason = xla.keeps_quantized(m, k * n, x) if policy.declines else None
             if reason is None:
                 found[number] = one
             else:

@@ -560,11 +560,16 @@ def test_weights_that_are_read_after_the_loop(rng: np.random.Generator) -> None:
 
 def test_the_gate_keeps_few_weights(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decision, "policy", decision.Policy(declines=True))
-    x, q, s = (jnp.asarray(v) for v in arguments("column", "int8", 4, "float32", rng))
-    with jax_nano.accelerate():
-        found = ops(lambda x, q, s: x[:, :16] @ (q[:16, :16].astype(x.dtype) * s[:16]), x, q, s)
-        assert found["quantized"] == 0
-        assert ops(lambda x, q, s: x @ (q.astype(x.dtype) * s), x, q, s)["quantized"] == 1
+
+    def calls(m: int, k: int, n: int, dtype: str) -> int:
+        x = jnp.asarray(rng.normal(size=(m, k)), DTYPES[dtype])
+        q, s = jnp.asarray(weights_of("int8", rng, (k, n))), jnp.asarray(rng.uniform(0.5, 1.5, n), DTYPES[dtype])
+        with jax_nano.accelerate():
+            return ops(lambda x, q, s: x @ (q.astype(x.dtype) * s), x, q, s)["quantized"]
+
+    for m, dtype, fewest in [(4, "float32", 64), (16, "float32", 256), (17, "float32", 16384), (17, "bfloat16", 4096)]:
+        assert calls(m, fewest // 16, 16, dtype) == 1
+        assert calls(m, fewest // 16 - 1, 16, dtype) == 0
 
 
 def test_every_product_is_reported_once(rng: np.random.Generator) -> None:
@@ -594,3 +599,199 @@ def test_integer_products_with_scales_after_run_on_kernels(rng: np.random.Genera
         got = fast(x, q, s)
     np.testing.assert_allclose(got, jax.jit(program)(x, q, s), rtol=1e-5, atol=1e-3)
     assert "int8[4,96] x int8[96,64] -> int32[4,64]" in jax_nano.report()
+
+
+# --- layers -------------------------------------------------------------------------------------------------------
+
+LAYERS = 3
+
+
+def dequantised(q: Any, s: Any, d: Any) -> Any:
+    w = q.astype(d).reshape(*s.shape[:-1], -1, N) if s.ndim > 1 else q.astype(d)
+    return (w * (s.astype(d)[:, None] if s.ndim > 1 else s.astype(d))).reshape(N, N)
+
+
+def layers_in_a_scan(x: Array, q: Array, s: Array) -> Any:
+    return lax.scan(lambda h, layer: (jnp.tanh(h @ dequantised(*layer, h.dtype)), h[:, 0]), x, (q, s))
+
+
+def layers_from_the_last(x: Array, q: Array, s: Array) -> Any:
+    """The body computes which layer it reads."""
+    return lax.scan(lambda h, layer: (jnp.tanh(h @ dequantised(*layer, h.dtype)), h[:, 0]), x, (q, s), reverse=True)
+
+
+def layers_scaled_afterwards(x: Array, q: Array, s: Array) -> Any:
+    def step(h: Array, layer: Any) -> tuple[Array, None]:
+        w, scale = layer
+        return jnp.tanh((h @ w.astype(h.dtype)) * scale.reshape(-1, N)[0].astype(h.dtype)), None
+
+    return lax.scan(step, x, (q, s))
+
+
+def layers_of_steps(x: Array, q: Array, s: Array) -> Any:
+    return lax.scan(lambda h, _: (layers_in_a_scan(h, q, s)[0], h[:, 0]), x, None, length=2)
+
+
+def layers_made_floats_at_once(x: Array, q: Array, s: Array) -> Any:
+    """XLA makes the whole stack of floats in front of the outer loop."""
+
+    def step(h: Array, _: None) -> tuple[Array, Array]:
+        stack = jax.vmap(lambda q, s: dequantised(q, s, h.dtype))(q, s)
+        return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, stack)[0], h[:, 0]
+
+    return lax.scan(step, x, None, length=2)
+
+
+def layers_by_number(x: Array, q: Array, s: Array) -> Any:
+    return lax.fori_loop(0, LAYERS, lambda i, h: jnp.tanh(h @ dequantised(q[i], s[i], h.dtype)), x)
+
+
+def layers_unrolled(x: Array, q: Array, s: Array) -> Any:
+    for i in range(LAYERS):
+        x = jnp.tanh(x @ dequantised(q[i], s[i], x.dtype))
+    return x
+
+
+LAYERED: dict[str, Program] = {
+    "scan": layers_in_a_scan,
+    "reverse": layers_from_the_last,
+    "after": layers_scaled_afterwards,
+    "steps": layers_of_steps,
+    "at once": layers_made_floats_at_once,
+    "by number": layers_by_number,
+    "unrolled": layers_unrolled,
+}
+
+
+def layers_of(weights: str, m: int, dtype: str, *, groups: bool, rng: np.random.Generator) -> list[Array]:
+    q = weights_of(weights, rng, (LAYERS, N, N))
+    scale = rng.uniform(0.5, 1.5, (LAYERS, N // 16, N) if groups else (LAYERS, N))
+    scale /= np.sqrt(N) * np.abs(q.astype(np.float64)).mean() * np.linspace(0.8, 1.2, LAYERS).reshape(-1, *[1] * (
+        scale.ndim - 1))  # fmt: skip
+    d = DTYPES[dtype]
+    return [jnp.asarray(rng.normal(size=(m, N)), d), jnp.asarray(q), jnp.asarray(scale, d)]
+
+
+def check_layers(program: Program, values: list[Array], dtype: str, *, calls: int = 1) -> str:
+    want = jax.jit(lambda *v: program(*v))(*values)
+    with jax_nano.accelerate():
+        compiled = jax.jit(program).lower(*values).compile()
+        got = compiled(*values)
+    text = compiled.as_text()
+    assert text.count('custom_call_target="jax_nano_quantized"') == calls, jax_nano.report()
+    assert not any(f"{kind}[{dims}{N},{N}]" in text for kind in ("f32", "bf16", "f16") for dims in ("", f"{LAYERS},"))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=1e-4 if dtype == "float32" else 0.06
+        )
+    return text
+
+
+@pytest.mark.parametrize("m", [1, 20])
+@pytest.mark.parametrize("groups", [False, True], ids=["columns", "groups"])
+@pytest.mark.parametrize("form", LAYERED)
+def test_a_layer_is_read_where_it_lies_in_a_stack(form: str, m: int, groups: bool, rng: np.random.Generator) -> None:
+    values = layers_of("int8", m, "float32", groups=groups, rng=rng)
+    text = check_layers(LAYERED[form], values, "float32", calls=LAYERS if form == "unrolled" else 1)
+    if form != "after":
+        assert "layers = 3" in text  # the scales, too
+    assert not any(f"s8[{N},{N}]" in line or f"s8[1,{N},{N}]" in line for line in text.splitlines())
+
+
+@pytest.mark.parametrize("m", [1, 5])
+@pytest.mark.parametrize("weights", ["int4", "uint4", "uint8", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("form", ["scan", "steps"])
+def test_dtypes_of_layers(form: str, weights: str, m: int, rng: np.random.Generator) -> None:
+    """XLA widens those of 4 bits and float8 in front of the loop."""
+    check_layers(LAYERED[form], layers_of(weights, m, "bfloat16", groups=True, rng=rng), "bfloat16")
+
+
+@pytest.mark.parametrize("m", [1, 5])
+def test_layers_with_zero_points(m: int, rng: np.random.Generator) -> None:
+    x, q, s = layers_of("uint8", m, "float32", groups=False, rng=rng)
+    z = jnp.asarray(rng.integers(100, 156, s.shape), jnp.uint8)
+
+    def program(x: Array, q: Array, s: Array) -> Any:
+        def step(h: Array, layer: Any) -> tuple[Array, None]:
+            q, s, z = layer
+            return jnp.tanh(h @ ((q.astype(h.dtype) - z.astype(h.dtype)) * s)), None
+
+        return lax.scan(step, x, (q, s, z))
+
+    check_layers(program, [x, q, s], "float32")
+
+
+def test_layers_along_k(rng: np.random.Generator) -> None:
+    def program(x: Array, q: Array, s: Array) -> Any:
+        def step(h: Array, layer: Any) -> tuple[Array, None]:
+            q, s = layer
+            return jnp.tanh(h @ (q.astype(h.dtype) * s).T), None
+
+        return lax.scan(step, x, (q, s))
+
+    x, q, s = layers_of("int8", 3, "float32", groups=False, rng=rng)
+    check_layers(program, [x, q, jnp.swapaxes(s[:, None], 1, 2)], "float32")
+
+
+def test_layers_that_do_not_lie_one_by_one_are_not_read_in_place(rng: np.random.Generator) -> None:
+    x, q, s = layers_of("int8", 3, "float32", groups=False, rng=rng)
+
+    def program(x: Array, q: Array, s: Array) -> Any:
+        def step(i: Array, h: Array) -> Array:
+            w = lax.dynamic_index_in_dim(q, i, 1, keepdims=False).astype(h.dtype)
+            return jnp.tanh(h @ (w * lax.dynamic_index_in_dim(s, i, 0, keepdims=False)))
+
+        return lax.fori_loop(0, LAYERS, step, x)
+
+    q = jnp.swapaxes(q, 0, 1)
+    want = jax.jit(lambda *v: program(*v))(x, q, s)
+    with jax_nano.accelerate():
+        compiled = jax.jit(program).lower(x, q, s).compile()
+        got = compiled(x, q, s)
+    assert not any(f"layers = {bits}" in compiled.as_text() for bits in (1, 3))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_numbers_of_layers_wrap_and_end_as_in_jax(rng: np.random.Generator) -> None:
+    x, q, s = layers_of("int8", 2, "float32", groups=False, rng=rng)
+
+    def program(x: Array, q: Array, s: Array, i: Array) -> Array:
+        w = lax.dynamic_slice_in_dim(q, i, 1, 0)[0].astype(x.dtype)
+        return x @ (w * lax.dynamic_slice_in_dim(s, i, 1, 0)[0])
+
+    with jax_nano.accelerate():
+        fast = jax.jit(program)
+        assert ops(fast, x, q, s, jnp.int32(0))["quantized"] == 1
+        for number in (-1000, -1, 0, 1, LAYERS - 1, LAYERS, 2**31 - 1, -(2**31)):
+            layer = min(max(number + LAYERS if number < 0 else number, 0), LAYERS - 1)
+            want = np.asarray(x, np.float64) @ (np.asarray(q[layer], np.float64) * np.asarray(s[layer], np.float64))
+            np.testing.assert_allclose(fast(x, q, s, jnp.int32(number)), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stack_that_a_loop_changes_is_not_read_late(rng: np.random.Generator) -> None:
+    x, q, s = layers_of("int8", 2, "float32", groups=False, rng=rng)
+
+    def program(x: Array, q: Array, s: Array) -> Any:
+        def step(i: Array, state: Any) -> Any:
+            h, q = state
+            h = jnp.tanh(h @ dequantised(q[i], s[i], h.dtype))
+            return h, q.at[(i + 1) % LAYERS].add(jnp.int8(3))
+
+        return lax.fori_loop(0, 2 * LAYERS, step, (x, q))
+
+    want = jax.jit(lambda *v: program(*v))(x, q, s)
+    with jax_nano.accelerate():
+        got = jax.jit(program)(x, q, s)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), got, want)
+
+
+def test_scales_of_another_layer(rng: np.random.Generator) -> None:
+    x, q, s = layers_of("int8", 2, "float32", groups=True, rng=rng)
+
+    def program(x: Array, q: Array, s: Array) -> Any:
+        def step(i: Array, h: Array) -> Array:
+            return jnp.tanh(h @ dequantised(q[i], s[LAYERS - 1 - i], h.dtype))
+
+        return lax.fori_loop(0, LAYERS, step, x)
+
+    assert "layers = 1" in check_layers(program, [x, q, s], "float32")
