@@ -181,15 +181,22 @@ def test_every_kernel_of_the_build_can_be_explained() -> None:
         assert f"register tile {kernel['mr']} x {kernel['nr']}" in text
 
 
-def test_explain_shows_what_the_gate_decides() -> None:
-    assert "left to XLA: too small" in run("explain", "2x2x2").stdout
+def test_explain_shows_what_the_gate_decides(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """In this process: that the environment is heeded is for one run of the command to show."""
     assert "lets it through" in run("explain", "2x2x2", JAX_NANO_GATE="off").stdout
+    monkeypatch.setattr(decision, "policy", decision.Policy(declines=True))
+
+    def explained(*args: str) -> str:
+        assert main(["explain", *args]) == 0
+        return str(capsys.readouterr().out)
+
+    assert "left to XLA: too small" in explained("2x2x2")
     # XLA would not round the operands.
-    assert "lets it through" in run("explain", "2x2x2", "--algorithm", "BF16_BF16_F32").stdout
-    assert "left to XLA: sums of 16 terms" in run("explain", "1024x1024x16").stdout
-    assert "lets it through" in run("explain", "4096x16x16").stdout
-    assert "left to XLA: a product with a vector" in run("explain", "1024x1x1024").stdout
-    assert "lets it through" in run("explain", "64x1x8192").stdout
+    assert "lets it through" in explained("2x2x2", "--algorithm", "BF16_BF16_F32")
+    assert "left to XLA: sums of 16 terms" in explained("1024x1024x16")
+    assert "lets it through" in explained("4096x16x16")
+    assert "left to XLA: a product with a vector" in explained("1024x1x1024")
+    assert "lets it through" in explained("64x1x8192")
 
 
 @pytest.mark.parametrize(

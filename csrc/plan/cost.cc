@@ -100,6 +100,12 @@ class Counter {
 
   static bool Within(Level level, Level most) { return level <= most; }
   bool Aliased(int64_t stride_bytes) const { return stride_bytes != 0 && stride_bytes % kL1WayBytes == 0; }
+  // Whether so many rows lie in one set of L1, which has not as many ways: a line is gone before its next element is
+  // read.
+  static bool Evicted(int64_t stride_bytes, int64_t rows) {
+    const int64_t past = std::abs(stride_bytes) % kL1WayBytes;
+    return rows > kL1Ways && Real(rows * std::min(past, kL1WayBytes - past)) < kLine;
+  }
   int64_t DirectVectors(int64_t rows) const { return kernel_.direct_vectors[rows - 1] - '0'; }
 
   // An A whose columns are contiguous has a line for each step, which the next panels share: where those of a panel
@@ -199,8 +205,11 @@ void Counter::CountPanels(const Blocked& x, const Height& height, double depth, 
     const double first = height.panels * blocks_of_k, lines = Real(rows) * (depth * Real(a_bytes_) / kLine + 1);
     Add(Cost::kALine, a_level_, std::min(first, calls) * lines);
     Add(Cost::kALineAgain, LevelOf(block_of_a + block_of_b), std::max(calls - first, 0.0) * lines);
-    if (Aliased(x_.rsa * a_bytes_))
+    if (Evicted(x_.rsa * a_bytes_, rows)) {
+      Add(Cost::kAStepLine, Level::kL2, calls * tiles * Real(rows) * depth);
+    } else if (Aliased(x_.rsa * a_bytes_)) {
       Add(Cost::kAAliasedLine, calls * Real(rows) * depth * Real(a_bytes_) / kLine * tiles);
+    }
   } else {
     const int64_t stride = std::abs(x_.csa) * a_bytes_;
     const bool far = stride >= kPage / 2 && depth > Real(kL1TlbPages);

@@ -204,7 +204,10 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
 
 std::vector<Scored> ConsideredOrders(const Contraction& contraction, const KernelInfo& kernel, const Machine& machine) {
   if (contraction.empty) return {};
-  return OrdersOfSums(kernel, WholeProduct(MakeNest(contraction)), machine);
+  const Nest nest = MakeNest(contraction);
+  std::vector<Scored> orders = OrdersOfSums(kernel, WholeProduct(nest), machine);
+  for (Scored& x : orders) x.ns *= Real(nest.passes);
+  return orders;
 }
 
 Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::string_view algorithm,

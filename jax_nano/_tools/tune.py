@@ -3,6 +3,9 @@
 Candidate plans of random products are timed, and costs fitted to the times of two thirds of them. The costs of a kernel
 are kept if, for the other third, they choose better than what is planned without them. They decide what only
 moves data (docs/planner.md): blocks, packing A, prefetching. The order of sums, and so every result, stays as it is.
+
+Costs of an earlier run take no part: plans are compared with those that are made without any. A file is added to,
+kernel by kernel: what this run keeps replaces what an earlier one kept, and the costs of all other kernels stay.
 """
 
 from __future__ import annotations
@@ -95,22 +98,34 @@ def tune(
     if unknown := [x for x in dtypes if x not in DTYPES]:
         raise ValueError(f"--dtype {' '.join(unknown)}: expected some of {', '.join(DTYPES)}")
     core = _core(runtime)
+    runtime.tuning.use_costs(core, {})  # so that plans are those that are made without costs of an earlier run
     timed = list(_timed(dtypes or DEFAULT, seconds, core))
     kernels = dict.fromkeys(x.kernel for x in timed)
     found = [_fitted(runtime, kernel, [x for x in timed if x.kernel == kernel]) for kernel in kernels]
     print(*(_line(x) for x in found), sep="\n")
     kept = {x.kernel: x.ns for x in found if x.kept}
+    earlier = _earlier(runtime, file, core)
+    stays = f"; costs of an earlier run stay for: {', '.join(x)}" if (x := sorted(earlier.keys() - kept.keys())) else ""
     if not kept:
-        print("nothing is kept: what is planned without costs of this machine is as good")
+        print(f"nothing new is kept: what is planned without costs of this machine is as good{stays}")
         return 0
     about = {"cpu": machine.cpu_name(), "signature": tuned.signature(runtime), "measured": time.strftime("%Y-%m-%d")}
-    tuned.save(tuned.Costs(core, kept), file, about)
-    print(f"kept in {file}")
+    tuned.save(tuned.Costs(core, earlier | kept), file, about)
+    print(f"kept in {file}{stays}")
     if output:
         print(f"used where {tuned.ENVIRONMENT}={file}")
     else:
         print("used by every process that starts from now on; remove the file to forget it")
     return 0
+
+
+def _earlier(runtime: ModuleType, file: Path, core: tuple[int, ...]) -> dict[str, list[float]]:
+    """The costs of each kernel that are kept already, for the same caches; none if there is no usable file."""
+    try:
+        costs = tuned.load(file, {x["name"] for x in runtime.kernels()})
+    except (OSError, ValueError):
+        return {}
+    return costs.kernels if costs.core == core else {}
 
 
 def _core(runtime: ModuleType) -> tuple[int, ...]:

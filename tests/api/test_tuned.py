@@ -159,6 +159,46 @@ class TestCommand:
         assert "products" in told
         assert file.exists() == (str(file) in told)
 
+    @pytest.mark.parametrize("better", [True, False])
+    def test_another_run_adds_to_the_file(self, file, better, monkeypatch, capsys):
+        """What it keeps replaces what was kept; costs of other kernels stay, and take no part in what it measures."""
+        from jax_nano._tools import tune
+
+        other = next(x for x in sorted(KERNELS) if x.startswith("gemm_f64_f64_f64_f64_"))
+        new = [2.0] * len(spec.cost_names())
+        monkeypatch.setattr(tune, "_core", lambda runtime: CORE)
+        used = []
+
+        def measured(dtypes, seconds, core):
+            used.append(seen[-1])
+            yield tune.Timed(other, {}, np.empty(0), [])
+
+        seen = []
+        real = _runtime.tuning.use_costs
+        monkeypatch.setattr(
+            _runtime.tuning, "use_costs", lambda core, kernels: seen.append(kernels) or real(core, kernels)
+        )
+        monkeypatch.setattr(tune, "_timed", measured)
+        monkeypatch.setattr(
+            tune, "_fitted", lambda runtime, kernel, timed: tune.Found(kernel, 20, 1.1, 1.0 if better else 1.2, new)
+        )
+        assert tune.tune(_runtime, seconds=1, dtypes=["f64"], output=file) == 0
+        assert used == [{}]
+        kept = tuned.load(file, KERNELS)
+        assert kept.kernels == COSTS.kernels | ({other: new} if better else {})
+        told = capsys.readouterr().out
+        assert f"costs of an earlier run stay for: {F32}" in told
+        assert ("kept in" in told) == better
+
+    def test_costs_for_other_caches_are_not_added_to(self, file, monkeypatch):
+        from jax_nano._tools import tune
+
+        assert tune._earlier(_runtime, file, CORE) == COSTS.kernels
+        assert tune._earlier(_runtime, file, (*CORE[:-1], 1)) == {}
+        assert tune._earlier(_runtime, file.with_name("none.json"), CORE) == {}
+        file.write_text("{")
+        assert tune._earlier(_runtime, file, CORE) == {}
+
     def test_shows_where(self, tmp_path):
         told = run("-m", "jax_nano", "tune", "--show", XDG_CACHE_HOME=str(tmp_path), JAX_NANO_TUNED="")
         assert told.startswith(f"{tmp_path}/jax_nano/tuned-")

@@ -215,6 +215,45 @@ def test_costs_that_were_not_measured_decide_nothing():
         assert _runtime.considered(*c.shapes[:2], *c.labels, *["float32"] * 3, target="x86-64-v4", cpu=cpu)
 
 
+ZEN4 = json.loads((Path(__file__).parents[2] / "benchmarks/data/zen4-recorded.json").read_text())
+
+
+def test_published_costs_agree_with_what_was_recorded_on_zen_4():
+    """Of the plans that were once compared there, the one of least predicted time is mostly the faster one.
+
+    Drawn at random it would take 1.26 of the faster one's time.
+    """
+    costs, core = _runtime.tuning.profile_costs("AMD Zen 4"), _runtime.tuning.profile_core("AMD Zen 4")
+    names, dtypes = spec.cost_names(), {x["name"]: (x["lhs"], x["rhs"], x["out"]) for x in _runtime.kernels()}
+    ratios = []
+    for row in ZEN4["rows"]:
+        lhs, rhs = {"N": "mk", "T": "km"}[row["layout"][0]], {"N": "kn", "T": "nk"}[row["layout"][1]]
+        terms = [lhs, rhs, "mn"] if row["batch"] == 1 else [f"b{x}" for x in (lhs, rhs, "mn")]
+        sizes = {"m": row["m"], "n": row["n"], "k": row["k"], "b": row["batch"]}
+        shapes = [tuple(sizes[x] for x in term) for term in terms[:2]]
+        predicted = []
+        for values in row["choices"]:
+            choice = dict(zip(ZEN4["choice"], values, strict=True))
+            product = (*shapes, *([ord(x) for x in term] for term in terms), *dtypes[choice["kernel"]])
+            counted = _runtime.tuning.counts(*product, {**choice, "split": tuple(choice["split"])}, core)
+            ns = costs[choice["kernel"]]
+            predicted.append(sum(ns[names.index(name)] * count for name, count in counted.items()))
+        ratios.append(row["relative"][int(np.argmin(predicted))])
+    assert len(ratios) == 72
+    assert sum(x <= 1.03 for x in ratios) >= 58
+    assert statistics.geometric_mean(ratios) <= 1.06
+
+
+def test_rows_that_evict_each_other_from_l1_are_read_again_for_each_step():
+    """Fourteen rows 4 KiB apart, more than L1 has ways; seven are not, and rows a little further apart are not."""
+    (kernel,) = (x["name"] for x in _runtime.kernels() if x["name"].startswith("gemm_f32_f32_f32_f32_14x32_"))
+    choice = {"kernel": kernel, "mc": 1022, "nc": 32}
+    assert counts(1024, 16, 1024, **choice, tile_rows=14)["a_step_line.l2"] > 1e6
+    assert "a_step_line.l2" not in counts(1024, 16, 1024, **choice, tile_rows=7)
+    assert "a_step_line.l2" not in counts(1024, 16, 1040, **choice, tile_rows=14)
+    assert counts(1024, 16, 1025, **choice, tile_rows=14)["a_step_line.l2"] > 1e6
+
+
 def test_a_cpu_without_a_profile():
     c = Contraction("mk,kn->mn", m=3, n=5, k=7)
     with pytest.raises(ValueError, match="no profile of a CPU: Zilog Z80"):
