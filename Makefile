@@ -30,9 +30,9 @@ SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE LICENSES.md scripts/p
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(STAMPS)/examples  ## set up, run examples/digits.py (with ARGS) and examples/transformer.py
-	$(BIN)/python examples/digits.py $(ARGS)
-	$(BIN)/python examples/transformer.py
+demo: $(STAMPS)/examples  ## set up, train on real images, compare five programs with plain JAX (ARGS="--report")
+	$(BIN)/python examples/digits.py
+	$(BIN)/python examples/demo.py $(ARGS)
 
 decode: $(STAMPS)/examples  ## decode with weights of 32 to 4 bits; a picture in build/decode.png (ARGS="--blocks 12")
 	@mkdir -p build

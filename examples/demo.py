@@ -175,12 +175,14 @@ def measure(case: Case, rounds: int, progress: tqdm) -> Outcome:
 
 def bars(outcomes: list[Outcome]) -> Table:
     """The picture for a terminal."""
-    table = Table(box=None, pad_edge=False, show_header=False)
+    table = Table.grid(padding=(0, 2))
+    for _ in range(4):
+        table.add_column(no_wrap=True)
     longest = max(x.times_faster for x in outcomes)
     for x in outcomes:
         length = max(1, round(_BAR * x.times_faster / longest))
         times = f"{1e3 * x.plain:.1f} -> {1e3 * x.ours:.1f} ms"
-        table.add_row(x.case.name, "█" * length, f"{x.times_faster:.2f} x", times, x.note)
+        table.add_row(x.case.name, "█" * length, f"{x.times_faster:.2f} x", times)
     return table
 
 
@@ -225,7 +227,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--attended", type=int, default=1024, help="tokens of the attention (default: 1024)")
     parser.add_argument("--vocabulary", type=int, default=8192, help="(default: 8192)")
     parser.add_argument("--rounds", type=int, default=7, help="samples of each program (default: 7)")
-    parser.add_argument("--save", type=pathlib.Path, default=pathlib.Path("build/demo.png"), help="(default: %(default)s)")
+    parser.add_argument("--save", type=pathlib.Path, default="build/demo.png", help="(default: %(default)s)")
     parser.add_argument("--report", action="store_true", help="print what became of each product as well")
     args = parser.parse_args(argv)
     if min(args.layers, args.rounds) < 1 or min(args.tokens, args.vocabulary, args.attended) < 4:
@@ -240,11 +242,14 @@ def main(argv: list[str] | None = None) -> int:
     chosen = list(cases(args))
     with tqdm(total=len(chosen) * (args.rounds + 1), unit="round") as progress:
         outcomes = [measure(case, args.rounds, progress) for case in chosen]
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, width=120)
     if args.report:
         console.print(str(jax_nano.report()), markup=False)
     console.print("\ntimes as fast as plain JAX (1 x)\n")
     console.print(bars(outcomes))
+    for x in outcomes:
+        if x.note:
+            console.print(f"{x.case.name}: {x.note}", markup=False)
     save(outcomes, args.save)
     console.print()
     for title, text in summary(outcomes, args.save):

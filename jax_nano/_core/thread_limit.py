@@ -36,8 +36,8 @@ class threads:  # noqa: N801  # called like a function
     """Limits how many threads work for a call of jax_nano's, in this process and until it is changed.
 
     `jax_nano.threads(4)` sets the limit, `jax_nano.threads(None)` lifts it, and `with jax_nano.threads(1): ...` limits
-    a block: the former limit is back when it ends. Nothing is compiled again. XLA's own operations are not affected: they use
-    the whole pool, whose size NPROC sets when the process starts.
+    a block: the former limit is back when it ends. Nothing is compiled again. XLA's own operations are not affected:
+    they use the whole pool, whose size NPROC sets when the process starts.
 
     JAX runs programs asynchronously: what is to run within a block must be waited for within it, with
     `jax.block_until_ready`. In a process that has no kernels it does nothing.
