@@ -10,6 +10,8 @@
 PYTHON ?= $(shell scripts/setup find-python)
 VENV   ?= .venv
 ARGS   ?=
+# A lock file (scripts/packaging/ci.lock): its versions are installed, by their hashes, instead of the newest.
+LOCK   ?=
 # Processes that share the tests. Each holds a JAX, so no more than a few.
 JOBS   ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 
@@ -97,7 +99,11 @@ $(STAMPS)/wheel: $(STAMPS)/venv $(SOURCES)
 	  $(BIN)/python -m pip --disable-pip-version-check wheel --verbose --no-deps --wheel-dir $(DIST) .
 	@touch $@
 
-$(STAMPS)/install: $(STAMPS)/wheel
+$(STAMPS)/locked: $(STAMPS)/venv $(LOCK)
+	$(if $(LOCK),$(PIP) install --require-hashes -r $(LOCK))
+	@touch $@
+
+$(STAMPS)/install: $(STAMPS)/wheel $(STAMPS)/locked
 	$(PIP) install --force-reinstall --no-deps $(DIST)/*.whl
 	@touch $@
 

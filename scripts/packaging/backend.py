@@ -26,9 +26,7 @@ def missing() -> str | None:
     """The sentence that says what a build lacks here; None if nothing."""
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
-        return (
-            f"jax_nano's extension is C++20, but there is no compiler {compiler}: install g++ 12 or newer, or set CXX."
-        )
+        return f"jax_nano's extension needs a C++20 compiler, and there is no {compiler}: install g++ 12, or set CXX."
     if os.environ.get("JAX_NANO_KERNEL_DIR"):
         return None
     sys.path.insert(0, str(_ROOT))
