@@ -1,6 +1,6 @@
 # Everything a person types lives here; how a machine is prepared lives in scripts/setup.
 #
-#   make demo         set up, train a classifier with every product computed by jax_nano, run a transformer as it is
+#   make demo         set up, train a classifier with every product computed by jax_nano, compare five programs
 #   make test         set up, then run the tests          (make test ARGS="-k matmul -x", JOBS=0 for one process)
 #   make help         the other targets
 #
@@ -26,7 +26,7 @@ SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE LICENSES.md scripts/p
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo decode test fuzz lint format wheel bench bench-quick info kernel-table wheels wheels-test \
+.PHONY: help demo decode docs test fuzz lint format wheel bench bench-quick info kernel-table wheels wheels-test \
         lock clean distclean
 
 help:  ## show this list
@@ -57,6 +57,9 @@ bench: $(STAMPS)/bench  ## measure jax_nano and every peer (long)
 
 bench-quick: $(STAMPS)/bench  ## the same, a few shapes in under three minutes
 	$(BIN)/python -m benchmarks run --quick $(ARGS)
+
+docs: $(STAMPS)/docs  ## build the documentation as a site, in build/site
+	$(BIN)/mkdocs build --strict
 
 info: $(STAMPS)/install  ## what runs on this machine, and why
 	$(BIN)/python -P -m jax_nano info
@@ -108,6 +111,6 @@ $(STAMPS)/install: $(STAMPS)/wheel $(STAMPS)/locked
 	@touch $@
 
 # One stamp for each extra of pyproject.toml: its dependencies are installed beside the wheel.
-$(STAMPS)/examples $(STAMPS)/test $(STAMPS)/bench: $(STAMPS)/%: $(STAMPS)/install
+$(STAMPS)/examples $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/docs: $(STAMPS)/%: $(STAMPS)/install
 	$(PIP) install "$$(echo $(DIST)/*.whl)[$*]"
 	@touch $@

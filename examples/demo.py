@@ -43,7 +43,6 @@ class Case(NamedTuple):
     dtype: str  # of its numbers: how far rounding may take results apart
     plain: Callable[[], Workload]
     ours: Callable[[], Workload]
-    samples: int = 1  # steps of one measurement: of short ones, several
 
 
 class Outcome(NamedTuple):
@@ -63,7 +62,7 @@ class Outcome(NamedTuple):
     @property
     def is_slower(self) -> bool:
         """By more than samples vary: three quarters of the rounds say so."""
-        return np.quantile(self.ratios, 0.75) < 0.98
+        return float(np.quantile(self.ratios, 0.75)) < 0.98
 
     @property
     def note(self) -> str:
@@ -133,12 +132,16 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         partial(decoding, dequantized, sizes),
         partial(decoding, quantized, sizes),
     )
-    yield Case("decoding, bfloat16", name, "bfloat16", *[partial(decoding, in_half, sizes)] * 2)
+    half = partial(decoding, in_half, sizes)
+    yield Case("decoding, bfloat16", name, "bfloat16", half, half)
     about = f"jax.nn.dot_product_attention, causal, {args.attended} tokens, 12 heads"
-    yield Case("attention", about, "float32", *[partial(attention, jnp.float32, args.attended)] * 2)
+    attend = partial(attention, jnp.float32, args.attended)
+    yield Case("attention", about, "float32", attend, attend)
     layers = {"layers": args.layers, "heads": 12, "features": 768, "hidden": 3072, "vocabulary": args.vocabulary}
     make = partial(bert.training, batch=2, tokens=args.tokens, **layers)
-    yield Case("training, bfloat16", f"BERT of {args.layers} layers, a step of 2 x {args.tokens}", "bfloat16", make, make)
+    yield Case(
+        "training, bfloat16", f"BERT of {args.layers} layers, a step of 2 x {args.tokens}", "bfloat16", make, make
+    )
     make = partial(gpt.training, batch=1, tokens=args.tokens, **layers)
     yield Case("training, float32", f"GPT-2 of {args.layers} blocks, a step of {args.tokens}", "float32", make, make)
 
@@ -146,7 +149,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 def apart(got: list[np.ndarray], want: list[np.ndarray]) -> float:
     """The largest difference between two arrays, relative to the whole of them."""
     pairs = [(x, y) for x, y in zip(got, want, strict=True) if y.size and np.issubdtype(y.dtype, np.floating)]
-    return max(float(np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-30)) for x, y in pairs)
+    return max(float(np.linalg.norm(x - y)) / max(float(np.linalg.norm(y)), 1e-30) for x, y in pairs)
 
 
 def measure(case: Case, rounds: int, progress: tqdm) -> Outcome:

@@ -22,8 +22,6 @@ def test_the_snippets_run_and_print_what_they_say() -> None:
     rest = printed[len(shown.splitlines()) :]
     assert len(said) == 3
     for text in said:
-        found = next(
-            (i for i, line in enumerate(rest) if line.split(": ")[-1].startswith(text.removesuffix(" ..."))), None
-        )
+        found = next((i for i, line in enumerate(rest) if line.startswith(text.removesuffix(" ..."))), None)
         assert found is not None, (text, rest)
         rest = rest[found + 1 :]

@@ -308,7 +308,8 @@ def frames(ctx: mlir.LoweringRuleContext) -> Iterator[tuple[str, int]]:
 
 def location(ctx: mlir.LoweringRuleContext, name: str) -> ir.Location:
     """Of an operation of the equation that is being lowered, which XLA and profilers are to call `name`."""
-    return mlir.source_info_to_location(ctx.module_context, _Named(name), ctx.name_stack, ctx.traceback)
+    named: Any = _Named(name)
+    return mlir.source_info_to_location(ctx.module_context, named, ctx.name_stack, ctx.traceback)
 
 
 class _Named(NamedTuple):

@@ -88,7 +88,7 @@ def _runtime() -> ModuleType | None:
 def control_by(threadpoolctl: Any) -> None:
     """Makes threadpoolctl list and limit the threads of jax_nano, as it does those of other libraries."""
 
-    class Controller(threadpoolctl.LibController):  # type: ignore[misc, name-defined]
+    class Controller(threadpoolctl.LibController):  # type: ignore[misc]
         user_api = "jax_nano"
         internal_api = "jax_nano"
         filename_prefixes = ("_runtime.",)
