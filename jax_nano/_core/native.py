@@ -74,7 +74,7 @@ def _extension() -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        why = installed.share() if isinstance(error, ModuleNotFoundError) else "and does not load"
+        why = installed.share() if isinstance(error, ModuleNotFoundError) else "and none is looked for elsewhere"
         if why is None:
             return importlib.import_module(name)
         raise ImportError(
@@ -106,7 +106,7 @@ def _refusal(native: ModuleType) -> str | None:
 
 def refusal() -> str | None:
     """Why this jaxlib does not take the calls of the extension that is there; None if it does, or there is none."""
-    return None if runtime() is not None or not _loaded else _refusal(_loaded[0])
+    return _refusal(_loaded[0]) if _loaded else None
 
 
 def register() -> None:
