@@ -247,6 +247,8 @@ def _results(body: Body, instruction: Instruction) -> list[Instruction]:
 def why_gradients_alone_stay(body: Body, instructions: Sequence[Instruction]) -> tuple[Instruction, str] | None:
     """A product of an attention's backward half among these, and why it stays, where the attention has no result."""
     for instruction in instructions:
+        if hlo.array_of(instruction.shape) is None:
+            continue
         try:
             if _looks_like_attention(Reader(body), instruction, backward=True):
                 return instruction, "only its gradients are computed, not its result"
