@@ -153,7 +153,9 @@ Schedule ChooseBlocks(const Schedule& schedule, const KernelInfo& kernel, const 
   }
   const int64_t a = product.m * ElementBytes(kernel.lhs), b = product.n * ElementBytes(kernel.rhs);
   const double bytes = Real(std::max(a, b)) * Real(product.k) * Real(product.batch);
-  const bool prefetch = bytes >= machine.profile.out_of_cache_l3_share * Real(machine.caches.l3);
+  const bool is_large = bytes >= machine.profile.out_of_cache_l3_share * Real(machine.caches.l3);
+  const bool weights = MeetsWeights(kernel, product, machine.profile);
+  const bool prefetch = weights ? PrefetchesWeights(kernel, product, machine.profile) : is_large;
   if (const auto* inner = InnerOf(schedule)) return InnerProduct{inner->pack_a, inner->pack_b, prefetch};
   return Sweep{prefetch};
 }
@@ -162,6 +164,10 @@ bool MeetsWeights(const KernelInfo& kernel, const Product& x, const Profile& pro
   const int64_t bytes = x.n * x.k * ElementBytes(kernel.rhs);
   return ElementBytes(kernel.rhs) == 2 && x.batch == 1 && x.m <= profile.weights.max_rows &&
          bytes >= profile.weights.min_bytes;
+}
+
+bool PrefetchesWeights(const KernelInfo& kernel, const Product& x, const Profile& profile) {
+  return x.rsb * ElementBytes(kernel.rhs) % profile.weights.aliased_row_bytes != 0;
 }
 
 bool WorthSplitting(const Product& product, int64_t products, int64_t all_k, const Profile& profile) {

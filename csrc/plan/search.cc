@@ -87,7 +87,9 @@ std::vector<Schedule> Fillings(const InnerProduct& open, const KernelInfo&, cons
   return {InnerProduct{open.pack_a, open.pack_b, false}, InnerProduct{open.pack_a, open.pack_b, true}};
 }
 
-std::vector<Schedule> Fillings(const Sweep&, const KernelInfo&, const Product&, const CoreModel&, const Profile&) {
+std::vector<Schedule> Fillings(const Sweep&, const KernelInfo& kernel, const Product& x, const CoreModel&,
+                               const Profile& profile) {
+  if (MeetsWeights(kernel, x, profile)) return {Sweep{PrefetchesWeights(kernel, x, profile)}};
   return {Sweep{false}, Sweep{true}};
 }
 

@@ -166,6 +166,7 @@ class TestChoices:
             assert (p["sweep"], p["prefetch"]) == (True, True)
             assert plan(m, n, k, threads=2)["split"] == (1, 1, 2)
         assert not plan(1, 512, 512, threads=1)["prefetch"]  # fits into L2
+        assert not plan(1, 8192, 768, threads=1)["prefetch"]  # whose rows share sets
 
         def predicted(m, dtype):
             c = Contraction("mk,kn->mn", m=m, n=2304, k=768)
