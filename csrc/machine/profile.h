@@ -23,6 +23,18 @@ struct Profile {
   double out_of_cache_l3_share = 0.5;      // an operand above this share of L3 is prefetched (inner products, sweeps)
   double out_of_cache_rows = 20;  // rows of A that an element of B serves in the time in which memory brings the next
 
+  // NUMERIC. A B that few rows of A meet is weights, of which a program has more than caches hold: so one of 16-bit
+  // elements and at least this size is planned for as if it lay in memory. bf16 1x2304x768 takes 226 us from memory by
+  // sweeps that prefetch and 518 by register tiles, 102 and 98 from L3; two rows 306 and 532, 137 and 144; four rows
+  // 406 and 443, 259 and 239 (Zen 3, docs/experiments/0090).
+  struct Weights {
+    int64_t max_rows = 2;
+    int64_t min_bytes = 1 << 20;
+    // Rows so far apart share too few sets for sweeps to fetch the next ones: 1x8192x768 1254 us with, 971 without;
+    // rows of 8 KiB 642 and 640, of 12 KiB 739 and 840, of 16640 bytes 809 and 931.
+    int64_t aliased_row_bytes = 16 << 10;
+  } weights;
+
   // NUMERIC. Depth of a block, kc: values of k that a register tile sums before it goes back to C.
   struct Depth {
     int64_t packed_bytes = 2048;  // of one packed column of B: 512 f32, 1024 bf16

@@ -153,9 +153,21 @@ Schedule ChooseBlocks(const Schedule& schedule, const KernelInfo& kernel, const 
   }
   const int64_t a = product.m * ElementBytes(kernel.lhs), b = product.n * ElementBytes(kernel.rhs);
   const double bytes = Real(std::max(a, b)) * Real(product.k) * Real(product.batch);
-  const bool prefetch = bytes >= machine.profile.out_of_cache_l3_share * Real(machine.caches.l3);
+  const bool is_large = bytes >= machine.profile.out_of_cache_l3_share * Real(machine.caches.l3);
+  const bool weights = MeetsWeights(kernel, product, machine.profile);
+  const bool prefetch = weights ? PrefetchesWeights(kernel, product, machine.profile) : is_large;
   if (const auto* inner = InnerOf(schedule)) return InnerProduct{inner->pack_a, inner->pack_b, prefetch};
   return Sweep{prefetch};
+}
+
+bool MeetsWeights(const KernelInfo& kernel, const Product& x, const Profile& profile) {
+  const int64_t bytes = x.n * x.k * ElementBytes(kernel.rhs);
+  return ElementBytes(kernel.rhs) == 2 && x.batch == 1 && x.m <= profile.weights.max_rows &&
+         bytes >= profile.weights.min_bytes;
+}
+
+bool PrefetchesWeights(const KernelInfo& kernel, const Product& x, const Profile& profile) {
+  return x.rsb * ElementBytes(kernel.rhs) % profile.weights.aliased_row_bytes != 0;
 }
 
 bool WorthSplitting(const Product& product, int64_t products, int64_t all_k, const Profile& profile) {
@@ -177,7 +189,8 @@ Split ChooseSplit(const Schedule& schedule, const KernelInfo& kernel, const Prod
   // Where nothing is packed and many rows read B, an item costs what it computes, however small it is.
   const bool fine = !pack_b && x.m >= profile.packing.b_min_row_tiles * kernel.mr;
   // A B out of cache comes no faster for fewer rows of A, so that these are not cut while columns can be.
-  const bool from_memory = !pack_b && !inner && !fine && SpanOfB(kernel, x) >= profile.out_of_cache_b_bytes;
+  const bool is_large = SpanOfB(kernel, x) >= profile.out_of_cache_b_bytes;
+  const bool from_memory = !pack_b && !inner && !fine && (is_large || (sweep && MeetsWeights(kernel, x, profile)));
   const double least_rows = from_memory ? profile.out_of_cache_rows : 1;
   // Each item packs its own columns of B, and its own rows of A if those are packed too.
   const bool packs_a = pack_b && (!ReadsA(kernel, x) || SlowA(kernel, x, profile));

@@ -46,6 +46,12 @@ int64_t SplitKUnit(const Schedule& schedule, const Profile& profile);
 Schedule ChooseBlocks(const Schedule& schedule, const KernelInfo& kernel, const Product& product, int64_t item_m,
                       int64_t item_n, const Machine& machine);
 
+// Whether few rows of A meet a B of 16-bit elements that is expected in memory, whatever caches could hold it.
+bool MeetsWeights(const KernelInfo& kernel, const Product& product, const Profile& profile);
+
+// Whether a sweep fetches the next rows of such a B.
+bool PrefetchesWeights(const KernelInfo& kernel, const Product& product, const Profile& profile);
+
 // Whether the work fills two items, if there are threads.
 bool WorthSplitting(const Product& product, int64_t products, int64_t all_k, const Profile& profile);
 

@@ -6,6 +6,7 @@
 
 #include "plan/arithmetic.h"
 #include "plan/cost.h"
+#include "plan/policy.h"
 #include "plan/registry.h"
 
 namespace jax_nano {
@@ -17,6 +18,12 @@ struct Costs {
   const CostNs& ns;
   CoreModel core;
 };
+
+// The caches as a product meets them: with none beyond L2 if its B is weights, which others have displaced there.
+CoreModel Met(CoreModel core, const KernelInfo& kernel, const Product& product, const Profile& profile) {
+  if (MeetsWeights(kernel, product, profile)) core.near = core.far = 0;
+  return core;
+}
 
 // With the caches that the costs are for: those that numeric decisions follow.
 std::optional<Costs> CostsOf(const KernelInfo& kernel, const Machine& machine) {
@@ -80,7 +87,9 @@ std::vector<Schedule> Fillings(const InnerProduct& open, const KernelInfo&, cons
   return {InnerProduct{open.pack_a, open.pack_b, false}, InnerProduct{open.pack_a, open.pack_b, true}};
 }
 
-std::vector<Schedule> Fillings(const Sweep&, const KernelInfo&, const Product&, const CoreModel&, const Profile&) {
+std::vector<Schedule> Fillings(const Sweep&, const KernelInfo& kernel, const Product& x, const CoreModel&,
+                               const Profile& profile) {
+  if (MeetsWeights(kernel, x, profile)) return {Sweep{PrefetchesWeights(kernel, x, profile)}};
   return {Sweep{false}, Sweep{true}};
 }
 
@@ -117,8 +126,9 @@ std::vector<Schedule> OpenOrders(const KernelInfo& kernel, const Product& x, con
 
 std::vector<Scored> OrdersOfSums(const KernelInfo& kernel, const Product& product, const Machine& machine) {
   std::vector<Scored> out;
-  const std::optional<Costs> costs = CostsOf(kernel, machine);
+  std::optional<Costs> costs = CostsOf(kernel, machine);
   if (!costs) return out;
+  costs->core = Met(costs->core, kernel, product, machine.profile);
   Product x = product;
   x.rs_partial = RoundUp(x.n, kernel.nr);
   for (const Schedule& open : OpenOrders(kernel, x, machine.profile)) {
@@ -137,8 +147,9 @@ std::optional<Schedule> FastestOrderOfSums(const KernelInfo& kernel, const Produ
 
 std::optional<Schedule> FastestBlocks(const Schedule& schedule, const KernelInfo& kernel, const Product& product,
                                       int64_t item_m, int64_t item_n, const Machine& machine) {
-  const std::optional<Costs> costs = CostsHere(kernel, machine);
+  std::optional<Costs> costs = CostsHere(kernel, machine);
   if (!costs) return std::nullopt;
+  costs->core = Met(costs->core, kernel, product, machine.profile);
   Product item = product;
   item.m = item_m;
   item.n = item_n;

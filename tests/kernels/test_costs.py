@@ -154,6 +154,26 @@ class TestChoices:
         (best, *_) = _runtime.considered(*c.shapes[:2], *c.labels, *["float32"] * 3, target=TARGET, cpu=cpu)
         assert 10 < 1e9 / best["ns"] < 1000
 
+    def test_weights_that_few_rows_meet_are_planned_for_as_if_in_memory(self, cpu):
+        """One core may then read whole rows of B ahead of its products; several do not cut them into short pieces."""
+
+        def plan(m, n, k, dtype="bfloat16", **how):
+            c = Contraction("mk,kn->mn", m=m, n=n, k=k)
+            return c.plan(dtypes=(dtype,) * 3, target=TARGET, cpu=cpu, **how)
+
+        for m, n, k in ((1, 2304, 768), (1, 768, 3072), (2, 3072, 768)):
+            p = plan(m, n, k, threads=1)
+            assert (p["sweep"], p["prefetch"]) == (True, True)
+            assert plan(m, n, k, threads=2)["split"] == (1, 1, 2)
+        assert not plan(1, 512, 512, threads=1)["prefetch"]  # fits into L2
+        assert not plan(1, 8192, 768, threads=1)["prefetch"]  # whose rows share sets
+
+        def predicted(m, dtype):
+            c = Contraction("mk,kn->mn", m=m, n=2304, k=768)
+            return _runtime.considered(*c.shapes[:2], *c.labels, *[dtype] * 3, target=TARGET, cpu=cpu)[0]["ns"]
+
+        assert predicted(2, "bfloat16") > predicted(3, "bfloat16")  # the latter from L3
+
 
 def test_profiles_name_kernels_that_exist():
     known = KERNELS
