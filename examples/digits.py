@@ -31,7 +31,7 @@ from tqdm import tqdm
 import jax_nano
 from jax_nano import _runtime
 from jax_nano._core.contraction import Labels
-from jax_nano._dispatch import xla
+from jax_nano._dispatch import decision
 
 Matmul = Callable[[jax.Array, jax.Array], jax.Array]
 Params = list[tuple[jax.Array, jax.Array]]  # weight [inputs, outputs] and bias [outputs] of each layer
@@ -155,7 +155,8 @@ def is_declined(product: tuple[int, int, int]) -> bool:
     """Whether jax_nano leaves the product to XLA: it is tiny, or this CPU has none of our targets."""
     m, n, k = product
     matrices = Labels(lhs=(0, 1), rhs=(1, 2), out=(0, 2))
-    return not _runtime.selected_target() or xla.is_faster(matrices, (m, k), (k, n)) is not None
+    asked = decision.Product(matrices, (m, k), (k, n), (np.dtype(np.float32),) * 3, None)
+    return decision.dispatch(asked, decision.this_machine(), decision.Policy(declines=True)).declined is not None
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -95,11 +95,13 @@ def _explain_product(runtime: Any, args: argparse.Namespace) -> int:
     machine = decision.this_machine()
     if args.target:
         machine = machine._replace(target=args.target)
-    declined = decision.why_declined(
-        asked.labels, asked.shapes, asked.dtypes[:2], args.algorithm, machine, decision.policy
-    )
     text = _explain.explain(
-        runtime, asked, threads=args.threads, algorithm=args.algorithm, target=args.target, declined=declined
+        runtime,
+        asked,
+        threads=args.threads,
+        algorithm=args.algorithm,
+        target=args.target,
+        decided=_explain.decided(asked, args.algorithm, machine, decision.policy),
     )
     print(text)
     return 0

@@ -139,8 +139,13 @@ def clear() -> None:
         _products.clear()
 
 
-def line(product: Product | Attention) -> str:
-    """A product or attention as text: labels and arrays, then its kernel and plan, or why XLA computes it."""
+def line(product: Product | Attention, times: str = "") -> str:
+    """A product or attention as text: labels and arrays, then its kernel and plan, or why XLA computes it.
+
+    Args:
+      product: what was compiled.
+      times: what is predicted for it; nothing if "".
+    """
     if isinstance(product, Attention):
         return _attention_line(product)
     lhs, rhs, out = (f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in product.arrays)
@@ -148,6 +153,8 @@ def line(product: Product | Attention) -> str:
     algorithm = "" if product.algorithm == "default" else f" ({product.algorithm})"
     algorithm += f", then {product.epilogue}" if product.epilogue else ""
     fate = product.kernel or _kernel(product) if product.declined is None else f"left to XLA: {product.declined}"
+    if times:
+        fate += f"; predicted {times}"
     if product.weights:
         fate += f"; its quantised weights are made floats first: {product.weights}"
     return f"{what}{algorithm}: {fate}  [{product.source}]"
