@@ -117,9 +117,11 @@ def test_gradients_of_attention_count_as_their_products(heads: int) -> None:
     def program(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> tuple[jax.Array, ...]:
         return jax.vjp(lambda *x: jax_nano.dot_product_attention(*x[:3], bias=x[3]), q, k, v, bias)[1](q)
 
-    products = 7 * 2 * 2 * 4 * 24 * 40 * 16
+    # Two forward; the scores and those of q, k, v and the weights. The scores are written twice (for their sums, then
+    # for the weights), which XLA makes one when it compiles.
+    product = 2 * 2 * 4 * 24 * 40 * 16
     for flops in attention_flops(program, q, kv, kv, (1, 1, 24, 40)):
-        assert products <= flops < 1.1 * products
+        assert 7 * product <= flops < 1.1 * 8 * product
 
 
 def test_accelerated_attention_counts_as_its_products(monkeypatch: pytest.MonkeyPatch) -> None:

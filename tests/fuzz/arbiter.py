@@ -110,6 +110,8 @@ class _Machine:
             return [self._compare(_COMPARISONS[name], name in ("eq", "ne"), *operands, same=_same(equation))]
         if name in ("sign", "round"):
             return [self._sign(operands[0]) if name == "sign" else self._round(operands[0])]
+        if name == "bitcast_convert_type":
+            return [self._bits(operands[0], equation.invars[0].aval.dtype, out.dtype)]
         rule = _RULES.get(name)
         if rule is None:
             raise NotImplementedError(f"the arbiter does not know {name}")
@@ -170,6 +172,12 @@ class _Machine:
             return results
         return [results[0], *(np.where(near, below + i % 2, y) for i, y in enumerate(results[1:]))]
 
+    def _bits(self, x: Values, before: Any, after: Any) -> Values:
+        """A value's bits in its own dtype: what JAX splits a number into leading and trailing parts with."""
+        if np.dtype(before).itemsize != np.dtype(after).itemsize:
+            raise NotImplementedError("the arbiter does not know bitcasts between widths")
+        return self._each(lambda y: _wide(np.asarray(y).astype(before).view(after)), [x])
+
     def _bound(self, equation: Any, operands: list[Array], result: Array) -> Array:
         """Of the error of one operation."""
         name, params, dtype = equation.primitive.name, equation.params, equation.outvars[0].aval.dtype
@@ -189,6 +197,8 @@ class _Machine:
             bound = bound + _relative(terms, eps) * _RULES[name](
                 [np.abs(operands[0])], params, equation.outvars[0].aval
             )
+        elif name == "polynomial":
+            bound = bound + 2 * len(operands) * eps * _polynomial([np.abs(x) for x in operands], params, None)
         elif name in ("scatter-add", "scatter_add"):
             x, i, y = operands
             sizes = _scatter([np.abs(x), i, np.abs(y)], params, np.add)
@@ -445,6 +455,15 @@ def _cumulate(fun: Callable[..., Array]) -> Callable[..., Array]:
     return rule
 
 
+def _polynomial(operands: Sequence[Array], params: Any, out: Any) -> Array:
+    """Coefficients from the constant term up."""
+    x, *coefficients = operands
+    result = np.zeros_like(x)
+    for coefficient in reversed(coefficients):
+        result = result * x + coefficient
+    return result
+
+
 def _elementwise(fun: Callable[..., Any]) -> Callable[..., Array]:
     return lambda operands, params, out: np.asarray(fun(*operands)).astype(_storage(out.dtype))
 
@@ -487,6 +506,7 @@ _RULES: Final[dict[str, Callable[..., Any]]] = {
     "cumsum": _cumulate(np.cumsum),
     "cummax": _cumulate(np.maximum.accumulate),
     "div": _divide,
+    "polynomial": _polynomial,
     **{
         name: _elementwise(fun)
         for name, fun in {
