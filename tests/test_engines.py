@@ -92,7 +92,8 @@ def test_forms() -> None:
 
     assert form(3, 3, 3) is Form.INLINE
     assert form(3, 3, 3, in_function=True) is Form.IN_FUNCTION
-    assert form(3, 3, 4) is Form.PRODUCT
+    assert form(3, 3, 7) is Form.INLINE
+    assert form(4, 4, 4) is Form.PRODUCT
     assert form(6, 6, 6, in_function=True) is Form.IN_FUNCTION
     assert form(6, 6, 6, dtype="float64", in_function=True) is Form.PRODUCT
     assert form(4, 4, 4, 64, in_function=True) is Form.BATCH

@@ -42,7 +42,7 @@ _LINE: Final = 64
 _ALIASED: Final = 4096  # bytes: rows so far apart share their sets in L1
 _IN_CACHE: Final = 400e3  # bytes that a core finds in L2
 _IN_CACHES: Final = 12e6  # and in its part of L3
-_INLINE: Final = 3  # the largest size of a product that is emitted term by term
+_INLINE: Final = 4**3  # multiply-adds: 3x3x3 is emitted term by term, 4x4x4 is not; between them nothing was timed
 # Multiply-adds of the largest product that XLA computes inside of a small loop that it compiles into one function
 # (`compat.INLINES_SMALL_PRODUCTS`). In some loops it does so up to 6x6x6 for narrow dtypes too (experiment 0088).
 _IN_FUNCTION: Final = {"float32": 6**3, "bfloat16": 5**3, "int8": 5**3, "float16": 4**3, "float64": 4**3}
@@ -134,7 +134,7 @@ def form_of(work: Work, dtypes: tuple[str, str], *, in_function: bool) -> Form:
     most = min(_IN_FUNCTION[kind_of_dtype(x)] for x in dtypes)
     if in_function and batch == 1 and 1 not in (m, n) and m * n * k <= most:
         return Form.IN_FUNCTION
-    if max(m, n, k) <= _INLINE and 1 not in (m, n):
+    if m * n * k < _INLINE and 1 not in (m, n):
         return Form.INLINE
     if 1 in (m, n):
         return Form.VECTOR

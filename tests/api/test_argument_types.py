@@ -114,7 +114,7 @@ def test_the_gate_knows_every_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix, vector = (contraction.labels_of(((((x,), (0,))), ((), ())), None, x + 1, 2) for x in (1, 0))
     for dtypes in itertools.product(DTYPES, repeat=2):
         for labels, lhs in ((matrix, (64, 64)), (vector, (64,)), (matrix, (4, 4)), (matrix, (1, 64))):
-            names = jnp.dtype(dtypes[0]), jnp.dtype(dtypes[1]), jnp.result_type(*dtypes)
+            names = jnp.dtype(dtypes[0]), jnp.dtype(dtypes[1]), jnp.dtype(dtypes[0])
             product = decision.Product(labels, lhs, (lhs[-1], 64), names, None)
             found = decision.dispatch(product, decision.this_machine(), decision.policy)
             assert (found.signature is None) == bool(found.declined)
