@@ -107,6 +107,17 @@ def _parser() -> argparse.ArgumentParser:
     regret.add_argument("--sample-ms", type=float, default=2, help="length of a sample (default: 2)")
     regret.add_argument("--out", type=pathlib.Path, help="keep the times in this JSON file")
     regret.add_argument("--of", type=pathlib.Path, metavar="JSON", help="tell the regret of an earlier measurement")
+    engines = commands.add_parser(
+        "engines", help="kernels and XLA beside each other, and how good the choice between them"
+    )
+    engines.set_defaults(command=_engines)
+    engines.add_argument("--dtype", nargs="+", default=["f32"], choices=DTYPES, help="(default: f32)")
+    engines.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="products whose name has a TEXT")
+    engines.add_argument("--out", type=pathlib.Path, metavar="JSON", help="keep the times in this file")
+    engines.add_argument(
+        "--of", nargs="+", type=pathlib.Path, metavar="JSON", help="of earlier times, by version of JAX"
+    )
+    engines.add_argument("--profile", type=pathlib.Path, metavar="JSON", help="write XLA's costs, fitted to them")
     fit = commands.add_parser("fit", help="the costs of a CPU's profile, from times that `regret` kept")
     fit.set_defaults(command=_fit)
     fit.add_argument("--profile", type=pathlib.Path, required=True, metavar="JSON", help="in jax_nano/profiles")
@@ -326,6 +337,24 @@ def _regret(args: argparse.Namespace) -> int:
                 regret.save(rows, args.out)
     if rows:
         print(regret.Summary.of(rows))
+    return 0
+
+
+def _engines(args: argparse.Namespace) -> int:
+    from benchmarks import engines
+
+    if args.of:
+        print(engines.told(args.of, args.profile))
+        return 0
+    rows = []
+    with _stoppable():
+        for row in engines.measure(args.dtype, only=args.only):
+            rows.append(row)
+            if args.out:
+                engines.save(rows, args.out)
+    if not rows:
+        return _complain("no product is called that")
+    print(engines.summary(rows))
     return 0
 
 

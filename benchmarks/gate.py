@@ -58,16 +58,15 @@ def _cases(dtype: str) -> Iterator[Case]:
 def _declined(case: Case) -> bool:
     """Whether the gate leaves a product to XLA."""
     from jax_nano._core import contraction
-    from jax_nano._core import jax_compat as compat
-    from jax_nano._dispatch import decision, xla
+    from jax_nano._dispatch import decision
 
     (*operands, out), (lhs, rhs, _) = case.labels, case.shapes
     labels = contraction.einsum_labels(operands, out, (lhs, rhs))
     assert labels is not None
-    operand, bits = DTYPES[case.dtype].operand, decision.this_machine().vector_bits
-    in_function = compat.INLINES_SMALL_PRODUCTS
-    dtypes = (operand, operand)
-    return xla.is_faster(labels, lhs, rhs, dtypes=dtypes, vector_bits=bits, in_function=in_function) is not None
+    dtype = DTYPES[case.dtype]
+    product = decision.Product(labels, lhs, rhs, (dtype.operand_dtype, dtype.operand_dtype, dtype.out_dtype), None)
+    found = decision.dispatch(product, decision.this_machine(), decision.Policy(declines=True))
+    return found.declined is not None
 
 
 def _measured(case: Case, declined: bool, rounds: int) -> tuple[str, ...]:

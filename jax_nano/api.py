@@ -2,7 +2,7 @@
 
 In shapes, capital letters are sizes and `...` are batch dimensions. Products of dtypes for which this CPU has kernels
 run on them. XLA computes all others, those on other platforms, and those that it computes as fast (see
-`jax_nano._dispatch.xla`), with exactly lax's result.
+`jax_nano._dispatch.decision`), with exactly lax's result.
 """
 
 from __future__ import annotations

@@ -145,6 +145,15 @@ def test_the_other_measurements_run(command):
     assert "jax_nano" in done.stdout
 
 
+def test_both_engines_are_measured_beside_each_other(tmp_path):
+    path = tmp_path / "times.json"
+    done = run("engines", "--only", "64 x [3x3x3]", "--out", str(path))
+    assert done.returncode == 0, done.stderr
+    assert "1 products" in done.stdout
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["kernel_us"] > 0 < row["xla_us"]
+
+
 def test_models_are_measured_in_every_setting(tmp_path):
     done = run("models", "--quick", "--only", "mlp", "kalman", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr

@@ -15,8 +15,9 @@ import jax_nano
 from jax_nano import _runtime
 from jax_nano.__main__ import main
 from jax_nano._core import cost as _cost
+from jax_nano._core import jax_compat as compat
 from jax_nano._core import machine, spec
-from jax_nano._dispatch import decision, xla
+from jax_nano._dispatch import decision
 from jax_nano._tools import explain
 
 CACHES = {"l1d": 32 << 10, "l2": 1 << 20, "l3": 32 << 20}
@@ -163,10 +164,11 @@ def test_explain_tells_of_split_k() -> None:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_any_product_can_be_explained(sizes: str, layout: str, threads: int) -> None:
     asked = explain.request([sizes], "f32", layout, "4" if layout == "NT" else None)
-    declined = xla.is_faster(asked.labels, *asked.shapes)
-    text = explain.explain(_runtime, asked, threads=threads, algorithm="default", target=None, declined=declined)
+    decided = explain.decided(asked, "default", decision.this_machine(), decision.Policy(declines=True))
+    text = explain.explain(_runtime, asked, threads=threads, algorithm="default", target=None, decided=decided)
     assert str(asked) in text
-    assert ("left to XLA" in text) == (declined is not None)
+    assert ("left to XLA" in text) == (decided.declined is not None)
+    assert (str(decided.times) in text) == (decided.times is not None)
 
 
 def test_every_kernel_of_the_build_can_be_explained() -> None:
@@ -174,29 +176,37 @@ def test_every_kernel_of_the_build_can_be_explained() -> None:
     for kernel in _runtime.kernels():
         dtype = f"{short[kernel['lhs']]}x{short[kernel['rhs']]}-{short[kernel['out']]}"
         asked = explain.request(["300x200x100"], dtype, "NN", None)
-        text = explain.explain(
-            _runtime, asked, threads=1, algorithm=kernel["algorithm"], target=kernel["target"], declined=None
-        )
+        where = {"algorithm": kernel["algorithm"], "target": kernel["target"]}
+        machine = decision.Machine(kernel["target"], frozenset())
+        decided = explain.decided(asked, kernel["algorithm"], machine, decision.Policy(declines=True))
+        text = explain.explain(_runtime, asked, threads=1, **where, decided=decided)
         assert kernel["name"] in text
         assert f"register tile {kernel['mr']} x {kernel['nr']}" in text
 
 
-def test_explain_shows_what_the_gate_decides(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_explain_shows_which_engine_is_chosen_and_why(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """In this process: that the environment is heeded is for one run of the command to show."""
-    assert "lets it through" in run("explain", "2x2x2", JAX_NANO_GATE="off").stdout
+    assert "engine      a kernel" in run("explain", "2x2x2", JAX_NANO_GATE="off").stdout
     monkeypatch.setattr(decision, "policy", decision.Policy(declines=True))
 
     def explained(*args: str) -> str:
         assert main(["explain", *args]) == 0
         return str(capsys.readouterr().out)
 
-    assert "left to XLA: too small" in explained("2x2x2")
+    small = explained("2x2x2")
+    if compat.INLINES_SMALL_PRODUCTS:
+        assert "left to XLA: a small product inside of a loop" in small
+    else:
+        assert "left to XLA: too small" in small
+    assert "by a kernel" in small
+    assert "by XLA" in small
     # XLA would not round the operands.
-    assert "lets it through" in explained("2x2x2", "--algorithm", "BF16_BF16_F32")
-    assert "left to XLA: sums of 16 terms" in explained("1024x1024x16")
-    assert "lets it through" in explained("4096x16x16")
-    assert "left to XLA: a product with a vector" in explained("1024x1x1024")
-    assert "lets it through" in explained("64x1x8192")
+    assert "engine      a kernel" in explained("2x2x2", "--algorithm", "BF16_BF16_F32")
+    assert "left to XLA: an outer product" in explained("1024x1024x1")
+    assert "left to XLA: a product with a vector" in explained("4096x1x4")
+    large = explained("512x512x512")
+    assert "engine      a kernel" in large
+    assert "predicted for a program on one core of AMD Zen 3: " in large
 
 
 @pytest.mark.parametrize(

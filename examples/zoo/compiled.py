@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+import ml_dtypes
+import numpy as np
+
 from jax_nano._core import contraction
 from jax_nano._core.contraction import DimensionNumbers
-from jax_nano._dispatch import xla
+from jax_nano._dispatch import decision
 
 
 class Dot(NamedTuple):
@@ -54,14 +57,12 @@ def worth_a_call(text: str, element_bytes: int) -> list[Dot]:
       text: of the program.
       element_bytes: of the model's matrices; XLA's dots of bfloat16 may be of float32.
     """
-    dtype = {2: "bfloat16", 4: "float32"}[element_bytes]
-    return [
-        dot
-        for dot in dots(text)
-        if not xla.is_faster(
-            contraction.labels_of(dot.dimension_numbers, None, len(dot.lhs), len(dot.rhs)),
-            dot.lhs,
-            dot.rhs,
-            dtypes=(dtype, dtype),
-        )
-    ]
+    dtype = np.dtype({2: ml_dtypes.bfloat16, 4: np.float32}[element_bytes])
+    machine, policy = decision.this_machine(), decision.Policy(declines=True)
+
+    def declined(dot: Dot) -> bool:
+        labels = contraction.labels_of(dot.dimension_numbers, None, len(dot.lhs), len(dot.rhs))
+        product = decision.Product(labels, dot.lhs, dot.rhs, (dtype,) * 3, None, placed=True)
+        return decision.dispatch(product, machine, policy).declined is not None
+
+    return [dot for dot in dots(text) if not declined(dot)]

@@ -125,3 +125,11 @@ def level_of(size_bytes: int, caches: dict[str, int]) -> str:
 def tiles(size: int, unit: int) -> int:
     """Register tiles that cover so many rows or columns."""
     return math.ceil(size / unit)
+
+
+def duration(ns: float) -> str:
+    """A time in words, e.g. "12 us"."""
+    for limit, unit in ((1e9, "s"), (1e6, "ms"), (1e3, "us")):
+        if ns >= limit:
+            return f"{ns / limit:.3g} {unit}"
+    return f"{ns:.3g} ns"

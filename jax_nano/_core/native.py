@@ -133,7 +133,8 @@ def build() -> str:
     folder = Path(__file__).parent.parent
     native = runtime()
     sources = [x for x in sorted(folder.rglob("*.py")) if "codegen" not in x.parts]  # its output is in the extension
-    files = [*sources, *([Path(str(native.__file__))] if native else [])]
+    data = sorted((folder / "profiles" / "xla").glob("*.json"))  # decide what is left to XLA
+    files = [*sources, *data, *([Path(str(native.__file__))] if native else [])]
     for file in files:
         digest.update(file.read_bytes())
     return f"{version} {digest.hexdigest()[:12]}"
@@ -149,6 +150,42 @@ def supports(lhs_dtype: str, rhs_dtype: str, out_dtype: str, algorithm: str = sp
     """Whether a kernel for these dtypes runs on this CPU, on the target that was selected."""
     native = runtime()
     return native is not None and bool(native.supports(lhs_dtype, rhs_dtype, out_dtype, algorithm))
+
+
+def measured_cpu() -> str:
+    """The family of this CPU, if the costs of its kernels are built in and were measured; else ""."""
+    native = runtime()
+    if native is None:
+        return ""
+    cpu = str(native.profile())
+    return cpu if native.profile_is_measured(cpu) else ""
+
+
+def predicted_ns(
+    shapes: tuple[tuple[int, ...], tuple[int, ...]],
+    labels: tuple[tuple[int, ...], ...],
+    dtypes: tuple[str, ...],
+    target: str,
+    cpu: str,
+) -> float | None:
+    """What a product takes one core by the fastest schedule of a target's kernel, in nanoseconds.
+
+    Args:
+      shapes: those of lhs and rhs, in numbers.
+      labels, dtypes: those of lhs, rhs and out.
+      target: of a kernel for them; it need not run here.
+      cpu: the name of a profile.
+
+    Returns:
+      None if the costs of the kernel on this CPU are not known, or nothing is to be done.
+
+    Raises:
+      ValueError: the target has no kernel for them.
+    """
+    native = runtime()
+    assert native is not None  # or there would be no kernel to ask about
+    considered = native.considered(*shapes, *labels, *dtypes, target=target, cpu=cpu)
+    return float(considered[0]["ns"]) if considered else None
 
 
 def float32_bits(value: float) -> int:

@@ -152,24 +152,30 @@ def clear() -> None:
         _products.clear()
 
 
-def line(product: Product | Attention) -> str:
-    """A product or attention as text: labels and arrays, then its kernel and plan, or why XLA computes it."""
+def line(product: Product | Attention, times: str = "") -> str:
+    """A product or attention as text: labels and arrays, then its kernel and plan, or why XLA computes it.
+
+    Args:
+      product: what was compiled.
+      times: what is predicted for it; nothing if "".
+    """
     if isinstance(product, Attention):
         return _attention_line(product)
     lhs, rhs, out = product.arrays
     what = f"{letters(product.labels)}  {lhs} x {rhs} -> {out}"
     algorithm = "" if product.algorithm == "default" else f" ({product.algorithm})"
     algorithm += f", then {product.epilogue}" if product.epilogue else ""
-    return f"{what}{algorithm}: {fate(product)}  [{product.source}]"
+    return f"{what}{algorithm}: {fate(product, times)}  [{product.source}]"
 
 
-def fate(x: Product | Attention) -> str:
+def fate(x: Product | Attention, times: str = "") -> str:
     """What computes it: target, kernel, blocking and threads, or XLA and why."""
     if isinstance(x, Attention):
         if x.declined is not None:
             return f"stays two products and softmax: {x.declined}"
         return f"{native.target()}, in one pass"
     text = x.kernel or _kernel(x) if x.declined is None else f"left to XLA: {x.declined}"
+    text += f"; predicted {times}" if times else ""
     return f"{text}; its quantised weights are made floats first: {x.weights}" if x.weights else text
 
 
@@ -207,31 +213,7 @@ def _kernel(product: Product) -> str:
     threads = thread_limit.usable(compat.cpu_devices())
     dtypes = (lhs.dtype, rhs.dtype, out.dtype)
     plan = runtime.plan(lhs.shape, rhs.shape, *product.labels, *dtypes, threads, algorithm=product.algorithm)
-    predicted = seconds(product)
-    return _in_short(plan, threads) + (f", {duration(predicted)} on one core" if predicted is not None else "")
-
-
-def seconds(product: Product) -> float | None:
-    """What a product's kernel takes on one core by the planner's prediction; None where that is not known."""
-    runtime = native.runtime()
-    lhs, rhs, out = product.arrays
-    if product.declined is not None or product.kernel or runtime is None:
-        return None
-    if not all(isinstance(size, int) for size in lhs.shape + rhs.shape):
-        return None
-    if not runtime.profile_is_measured(runtime.profile()):
-        return None
-    dtypes = (lhs.dtype, rhs.dtype, out.dtype)
-    considered = runtime.considered(lhs.shape, rhs.shape, *product.labels, *dtypes, algorithm=product.algorithm)
-    return float(considered[0]["ns"]) * 1e-9 if considered else None
-
-
-def duration(seconds: float) -> str:
-    """E.g. "12 us"."""
-    for unit, name in ((1, "s"), (1e-3, "ms"), (1e-6, "us")):
-        if seconds >= unit:
-            return f"{seconds / unit:.3g} {name}"
-    return f"{seconds * 1e9:.3g} ns"
+    return _in_short(plan, threads)
 
 
 def _in_short(plan: Mapping[str, Any], threads: int) -> str:

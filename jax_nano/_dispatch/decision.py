@@ -3,6 +3,10 @@
 `dispatch` is a pure function of the product, the machine and the policy, and `why_no_attention` of the first two, so
 that results can be cached. Callers pass `this_machine()` and a policy: that of the process, or the one that a program
 was marked with.
+
+A product goes to the engine of less predicted time, on one thread: XLA's is that of xla_times.py, a kernel's that of
+the planner's model (csrc/plan/cost.h), both with the costs of one CPU. Nothing is measured, and the number of threads
+plays no part, so that a program always makes the same choice.
 """
 
 from __future__ import annotations
@@ -15,11 +19,11 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from jax_nano._core import contraction, native, signatures, spec
+from jax_nano._core import contraction, cost, native, signatures, spec
 from jax_nano._core import jax_compat as compat
 from jax_nano._core.contraction import Dims, Labels
 from jax_nano._core.signatures import Precision, Signature
-from jax_nano._dispatch import xla
+from jax_nano._dispatch import xla_times
 
 
 class Product(NamedTuple):
@@ -46,12 +50,7 @@ class Machine(NamedTuple):
     target: str  # the best one; "" if there is none
     signatures: frozenset[tuple[str, str, str, str]]  # names of the dtypes of lhs, rhs and result, and the algorithm
     attentions: frozenset[tuple[str, str]] = frozenset()  # names of the dtypes of queries, and of keys and values
-
-    @property
-    def vector_bits(self) -> int:
-        """Bits of a vector register of the target, 0 without one."""
-        facts = spec.TARGETS.get(self.target)
-        return 0 if facts is None else facts.vector_bits
+    cpu: str = ""  # whose costs are known, if it is this one's family
 
     def supports(self, lhs: str, rhs: str, out: str, algorithm: str) -> bool:
         """Whether there is a kernel for these names."""
@@ -80,12 +79,42 @@ class Policy(NamedTuple):
             raise ValueError(f"JAX_NANO_GATE={value}: expected one of on, off") from None
 
 
+class Times(NamedTuple):
+    """What a product is predicted to take on one core, in a program, by each engine."""
+
+    kernel_ns: float
+    xla_ns: float
+    form: str  # in which XLA computes it, in words
+    cpu: str  # on which CPU
+
+    @property
+    def prefers_xla(self) -> bool:
+        """Whether XLA is to compute it."""
+        return self.kernel_ns > self.xla_ns * MARGIN
+
+    def __str__(self) -> str:
+        return f"{cost.duration(self.kernel_ns)} by a kernel, {cost.duration(self.xla_ns)} by XLA"
+
+
+MARGIN: Final = 1.1
+"""How much longer than XLA a kernel may be predicted to take and is chosen all the same: it shares its work better
+among threads, and predictions are not better than that. On the recorded times any margin from 1 to 1.1 is as good."""
+
+REFERENCE: Final = ("AMD Zen 3", "x86-64-v3")
+"""The CPU and target that stand for those whose kernels or whose XLA nobody has timed. Both engines are then predicted
+there: from one CPU to another their ratio changes less than their times do."""
+
+IN_A_PROGRAM_NS: Final = 50.0
+"""What a call inside a program takes beyond the kernel's own (experiment 0088)."""
+
+
 class Decision(NamedTuple):
     """What becomes of a product."""
 
     labels: Labels
     signature: Signature | None  # that of the kernel; None if XLA computes it
     declined: str | None  # why XLA does, in words
+    times: Times | None = None  # if they decided, or would have if the policy were another one
 
 
 policy: Policy = Policy.of_environment(os.environ)
@@ -108,47 +137,56 @@ def this_machine() -> Machine:
         for algorithm in algorithms
     )
     attentions = frozenset(x for x in spec.ATTENTION_SIGNATURES if native.supports_attention(*x))
-    return Machine(native.target(), frozenset(x for x in found if native.supports(*x)), attentions)
+    kernels = frozenset(x for x in found if native.supports(*x))
+    return Machine(native.target(), kernels, attentions, native.measured_cpu())
 
 
 @lru_cache(maxsize=4096)
 def dispatch(product: Product, machine: Machine, policy: Policy) -> Decision:
     """The decision about a product."""
-    labels, lhs_shape, rhs_shape, dtypes, precision, placed = product
     signature = signature_of(product, machine)
     if signature is None:
-        return Decision(labels, None, "no kernel for {} x {} -> {} at precision {}".format(*dtypes, precision))
-    names = dtypes[0].name, dtypes[1].name
-    declined = why_declined(labels, (lhs_shape, rhs_shape), names, signature.algorithm, machine, policy, placed=placed)
-    return Decision(labels, None if declined else signature, declined)
+        why = "no kernel for {} x {} -> {} at precision {}".format(*product.dtypes, product.precision)
+        return Decision(product.labels, None, why)
+    return between(product, signature, machine, policy)
 
 
-def why_declined(
-    labels: Labels,
-    shapes: tuple[tuple[int, ...], tuple[int, ...]],
-    dtypes: tuple[str, str],
-    algorithm: str,
-    machine: Machine,
-    policy: Policy,
-    *,
-    placed: bool = False,
-) -> str | None:
-    """Why a product that a kernel could compute is left to XLA, or None.
-
-    Args:
-      labels: of the product's dimensions.
-      shapes: those of its operands.
-      dtypes: names of theirs.
-      algorithm: that of the kernel.
-      machine: what there are kernels for.
-      policy: that of the process, or of the program.
-      placed: as in `Product`.
-    """
+def between(product: Product, signature: Signature, machine: Machine, policy: Policy) -> Decision:
+    """The decision between XLA and the kernel of this signature."""
+    labels = product.labels
     # XLA would compute an algorithm that rounds operands in plain float32, so it goes to a kernel at any size.
-    if not policy.declines or algorithm != signatures.DEFAULT:
-        return None
-    in_function = compat.INLINES_SMALL_PRODUCTS and not placed
-    return xla.is_faster(labels, *shapes, dtypes=dtypes, vector_bits=machine.vector_bits, in_function=in_function)
+    if signature.algorithm != signatures.DEFAULT:
+        return Decision(labels, signature, None)
+    work = xla_times.Work.of(labels, product.lhs_shape, product.rhs_shape)
+    if why := xla_times.never_slower(work):
+        return Decision(labels, None, why) if policy.declines else Decision(labels, signature, None)
+    if not work.is_known:
+        return Decision(labels, signature, None)
+    times = predicted(product, work, signature, machine)
+    if policy.declines and times.prefers_xla:
+        return Decision(labels, None, f"{times.form}: {times}", times)
+    return Decision(labels, signature, None, times)
+
+
+def predicted(product: Product, work: xla_times.Work, signature: Signature, machine: Machine) -> Times:
+    """Both engines' times of a product of known sizes.
+
+    Raises:
+      ValueError: the reference has no kernel for it.
+    """
+    labels = stored(product.labels, product.lhs_shape, product.rhs_shape).labels
+    asked = (product.lhs_shape, product.rhs_shape), tuple(labels), tuple(x.name for x in signature[:3])
+    cpu, target = machine.cpu, machine.target
+    ns = native.predicted_ns(*asked, target, cpu) if cpu in xla_times.costs() else None
+    if ns is None:
+        cpu, target = REFERENCE
+        ns = native.predicted_ns(*asked, target, cpu)
+    if ns is None:
+        raise ValueError(f"{cpu} has no costs of a kernel for {signature}")
+    in_function = compat.INLINES_SMALL_PRODUCTS and not product.placed
+    names = product.dtypes[0].name, product.dtypes[1].name
+    xla = xla_times.predict(work, names, cpu, in_function=in_function)
+    return Times(ns + IN_A_PROGRAM_NS, xla.ns, xla.form, cpu)
 
 
 def signature_of(product: Product, machine: Machine) -> Signature | None:

@@ -230,7 +230,7 @@ def _lower(ctx: Context, lhs: Value, rhs: Value, **params: Any) -> Sequence[Valu
         params["dimension_numbers"], params["out_perm"], len(lhs_aval.shape), len(rhs_aval.shape)
     )
     asked = Product(labels, lhs_aval.shape, rhs_aval.shape, dtypes, params["precision"])
-    _, signature, declined = decision.dispatch(asked, decision.this_machine(), decision.policy)
+    _, signature, declined, _ = decision.dispatch(asked, decision.this_machine(), decision.policy)
     if signature is None or placement is sharding.Placement.XLA or "cpu" not in platforms:
         if "cpu" in platforms and not record.seen_again():
             shapes = (lhs_aval.shape, rhs_aval.shape, out_aval.shape)

@@ -6,11 +6,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from jax_nano._core import cost as _cost
 from jax_nano._core import machine, spec
 from jax_nano._core.contraction import Labels
+
+if TYPE_CHECKING:
+    from jax_nano._dispatch.decision import Decision, Machine, Policy
 
 SHORT: Final = {x.short: x.name for x in spec.DTYPES.values()}
 _NAMES: Final = {**SHORT, **{x.name: x.name for x in spec.DTYPES.values()}}
@@ -105,8 +108,21 @@ def request(sizes: Sequence[str], dtype: str, layout: str, batch: str | None) ->
     return Request(m, n, k, parse_sizes(batch) if batch else (), layout, parse_dtypes(dtype))
 
 
+def decided(asked: Request, algorithm: str, having: Machine, policy: Policy) -> Decision:
+    """The decision between XLA and a kernel of this algorithm for exactly these dtypes, if there is one."""
+    import ml_dtypes
+    import numpy as np
+
+    from jax_nano._core.signatures import Signature
+    from jax_nano._dispatch.decision import Product, between  # imports JAX, which `run` leaves to the program
+
+    lhs, rhs, out = (np.dtype(getattr(ml_dtypes, x, x)) for x in asked.dtypes)
+    product = Product(asked.labels, *asked.shapes, (lhs, rhs, out), None)
+    return between(product, Signature(lhs, rhs, out, algorithm), having, policy)
+
+
 def explain(
-    runtime: Any, asked: Request, *, threads: int, algorithm: str, target: str | None, declined: str | None
+    runtime: Any, asked: Request, *, threads: int, algorithm: str, target: str | None, decided: Decision
 ) -> str:
     """The text.
 
@@ -116,7 +132,7 @@ def explain(
       threads: how many share the work.
       algorithm: a DotAlgorithmPreset's name, or "default".
       target: explain the kernel of this target, whether it can run here or not; None: of the best one.
-      declined: why the decline gate keeps the product from the kernels, None if it does not.
+      decided: which engine computes the product, and the times that decided.
     """
     lhs_shape, rhs_shape = asked.shapes
     labels = asked.labels
@@ -131,7 +147,7 @@ def explain(
         algorithm=algorithm,
         target=target,
     )
-    lines = [str(asked), "", *_rows("gate", [_gate_text(declined)])]
+    lines = [str(asked), "", *_rows("engine", _engine_lines(decided))]
     if plan["empty"]:
         return "\n".join([*lines, "nothing to do: the result has no elements"])
     kernel = next(k for k in runtime.kernels() if k["name"] == plan["kernel"])
@@ -162,10 +178,16 @@ def _rows(title: str, lines: list[str]) -> list[str]:
     return [f"{title if i == 0 else '':12}{line}" for i, line in enumerate(lines)]
 
 
-def _gate_text(declined: str | None) -> str:
-    if declined is None:
-        return "lets it through to the kernels"
-    return f"left to XLA: {declined}. Below is what a kernel would do (JAX_NANO_GATE=off sends it there)"
+def _engine_lines(decided: Decision) -> list[str]:
+    """Which engine computes the product, why, and how long both would take."""
+    if decided.declined is None:
+        lines = ["a kernel"]
+    else:
+        what = "Below is what a kernel would do (JAX_NANO_GATE=off sends it there)"
+        lines = [f"left to XLA: {decided.declined}. {what}"]
+    if (times := decided.times) is not None:
+        lines.append(f"predicted for a program on one core of {times.cpu}: {times} ({times.form})")
+    return lines
 
 
 def _kernel_lines(runtime: Any, plan: Mapping[str, Any], kernel: Mapping[str, Any], forced: str | None) -> list[str]:
@@ -268,7 +290,7 @@ def _considered_lines(cpu: str, considered: Sequence[Mapping[str, Any]], *, meas
         lines = [f"predicted for one core of {cpu} from published numbers; thresholds decide, as none was measured:"]
     for x in considered[:_MOST_CONSIDERED]:
         why = ("chosen" if measured else "the least") if x is considered[0] else f"{x['ns'] / best:.2f} times as long"
-        lines.append(f"{_duration(x['ns']):>8}  {schedule_text(x)} ({why})")
+        lines.append(f"{_cost.duration(x['ns']):>8}  {schedule_text(x)} ({why})")
     if (more := len(considered) - _MOST_CONSIDERED) > 0:
         lines.append(f"and {more} slower {'one' if more == 1 else 'ones'}")
     return lines
@@ -283,14 +305,6 @@ def schedule_text(x: Mapping[str, Any]) -> str:
         return "sweeps over B"
     what = f"{' and '.join(packed)} packed" if packed else "nothing packed"
     return f"register tiles, {what}, K by {x['kc']}"
-
-
-def _duration(ns: float) -> str:
-    """E.g. "12 us"."""
-    for limit, unit in ((1e9, "s"), (1e6, "ms"), (1e3, "us")):
-        if ns >= limit:
-            return f"{ns / limit:.3g} {unit}"
-    return f"{ns:.3g} ns"
 
 
 def _split_text(plan: Mapping[str, Any], threads: int) -> str:

@@ -7,9 +7,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from jax_nano._core import record
+from jax_nano._core import cost, record
+
+if TYPE_CHECKING:
+    from jax_nano._dispatch.decision import Times
 
 
 def clear_report() -> None:
@@ -48,7 +51,9 @@ class Compiled:
     flops: int | None
     """Operations, 2 for each multiply-add; None if a size is symbolic, and of an attention."""
     seconds: float | None
-    """What the kernel takes on one core by the planner's prediction; None where that is not known."""
+    """What the kernel takes on one core by prediction; None where prediction did not decide."""
+    xla_seconds: float | None
+    """The same of XLA."""
 
 
 _COLUMNS: Final = ("count", "what", "operands", "result", "computed by", "predicted", "place")
@@ -105,7 +110,11 @@ class Report:
         lines = [self.summary]
         for program in dict.fromkeys(x.program for x, _ in self._found):
             lines.append(program)
-            lines += [f"  {count:3}x {record.line(x)}" for x, count in self._found if x.program == program]
+            lines += [
+                f"  {count:3}x {record.line(x, str(_times(x) or ''))}"
+                for x, count in self._found
+                if x.program == program
+            ]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -136,11 +145,11 @@ def report() -> Report:
 
     As text it has a line for each product: how often it was compiled; its dimensions in einsum's letters as they lie in
     memory, so that `ba,bc->ac` has its left operand stored transposed; dtypes and shapes; then target, kernel, blocking
-    and threads, or why it was left to XLA; last the user's line of code and what JAX calls the operation. A line for
-    each attention: queries x keys x values -> result, each as it lies in memory, and what masks its scores; the two
-    products of one that runs in one pass have no lines of their own. `jax_nano.matmul` and its relatives are always
-    listed, other products of JAX if `jax_nano.accelerate` was on. Of `dot_product_attention` that is its forward half;
-    its gradients are what it is itself, a call or products.
+    and threads, and what both engines are predicted to take on one core, or why it was left to XLA; last the user's
+    line of code and what JAX calls the operation. A line for each attention: queries x keys x values -> result, each as
+    it lies in memory, and what masks its scores; the two products of one that runs in one pass have no lines of their
+    own. `jax_nano.matmul` and its relatives are always listed, other products of JAX if `jax_nano.accelerate` was on.
+    Of `dot_product_attention` that is its forward half; its gradients are what it is itself, a call or products.
     """
     return Report(record.everything())
 
@@ -148,7 +157,7 @@ def report() -> Report:
 def _compiled(x: record.Product | record.Attention, count: int) -> Compiled:
     is_product = isinstance(x, record.Product)
     *operands, out = (str(array) for array in x.arrays)
-    place = x.source.place
+    place, times = x.source.place, _times(x)
     return Compiled(
         kind="product" if is_product else "attention",
         count=count,
@@ -163,8 +172,26 @@ def _compiled(x: record.Product | record.Attention, count: int) -> Compiled:
         kernel=record.fate(x) if x.declined is None else None,
         reason=x.declined,
         flops=_flops(x) if isinstance(x, record.Product) else None,
-        seconds=record.seconds(x) if isinstance(x, record.Product) else None,
+        seconds=None if times is None else times.kernel_ns * 1e-9,
+        xla_seconds=None if times is None else times.xla_ns * 1e-9,
     )
+
+
+def _times(product: record.Product | record.Attention) -> Times | None:
+    """What a kernel and XLA are predicted to take for a product that a kernel computes, if that decided."""
+    if isinstance(product, record.Attention) or product.declined is not None or product.kernel:
+        return None
+    import ml_dtypes
+    import numpy as np
+
+    from jax_nano._core.signatures import Signature
+    from jax_nano._dispatch import decision  # imports JAX, which `run` leaves to the program
+
+    left, right, out = (np.dtype(getattr(ml_dtypes, x.dtype, x.dtype)) for x in product.arrays)
+    lhs, rhs, _ = (x.shape for x in product.arrays)
+    asked = decision.Product(product.labels, lhs, rhs, (left, right, out), None, placed=True)
+    signature = Signature(left, right, out, product.algorithm)
+    return decision.between(asked, signature, decision.this_machine(), decision.policy).times
 
 
 def _flops(product: record.Product) -> int | None:
@@ -175,7 +202,7 @@ def _flops(product: record.Product) -> int | None:
 
 
 def _cells(x: Compiled) -> list[str]:
-    predicted = "" if x.seconds is None else record.duration(x.seconds)
+    predicted = "" if x.seconds is None else cost.duration(x.seconds * 1e9)
     computed = x.kernel if x.reason is None else f"XLA: {x.reason}"
     place = x.operation if x.file is None else f"{x.file}:{x.line}"
     return [str(x.count), x.what, " x ".join(x.operands), x.result, computed or "", predicted, place]

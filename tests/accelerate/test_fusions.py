@@ -170,7 +170,7 @@ def test_what_stays_in_a_fusion_has_its_own_reason(gate: None) -> None:
     del gate
     _, ours = counted(squares, *(np.ones((3, 3), np.float32),) * 3)
     assert not ours
-    assert "left to XLA: too small: 27 multiply-adds" in jax_nano.report()
+    assert "left to XLA: too small: XLA writes out its terms" in jax_nano.report()
 
 
 @pytest.mark.parametrize("gate", [True], indirect=True)
