@@ -26,7 +26,7 @@ SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE LICENSES.md scripts/p
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo decode docs test fuzz lint format wheel bench bench-quick info kernel-table wheels wheels-test \
+.PHONY: help demo decode docs test fuzz sanitize soak lint format wheel bench bench-quick info kernel-table wheels wheels-test \
         lock clean distclean
 
 help:  ## show this list
@@ -45,6 +45,13 @@ test: $(STAMPS)/test  ## set up and run the tests
 
 fuzz: $(STAMPS)/test  ## run random programs with and without acceleration (ARGS="--programs 1000 --gate both")
 	PYTHONPATH=tests $(BIN)/python -P -m fuzz --jobs $(JOBS) $(ARGS)
+
+sanitize: $(STAMPS)/test  ## run the runtime's tests and a thousand hostile calls with three sanitizers (long)
+	for kind in address undefined thread; do scripts/sanitize $$kind $(BIN)/python || exit 1; done
+
+soak: $(STAMPS)/test  ## hostile calls and random programs for an hour or so (ARGS="--programs 100")
+	JAX_NANO_HOSTILE_CALLS=5000 $(BIN)/pytest --numprocesses $(JOBS) tests/kernels/test_hostile_calls.py
+	PYTHONPATH=tests $(BIN)/python -P -m fuzz --jobs $(JOBS) --gate both --programs 2000 $(ARGS)
 
 lint: $(STAMPS)/test  ## check style, formatting and types
 	scripts/lint $(BIN)

@@ -25,6 +25,7 @@ from jax_nano._core import custom_calls
 if not _runtime.supports("float32", "float32", "float32"):
     pytest.skip("no float32 kernel runs on this CPU", allow_module_level=True)
 
+ABI = b"abi=%d" % _runtime.ABI_VERSION
 ONE = 0x3F800000  # the bits of 1.0
 MATMUL = Contraction("mk,kn->mn", m=3, n=5, k=7)
 A, B = np.arange(21, dtype=np.float32).reshape(3, 7), np.ones((7, 5), np.float32)
@@ -171,7 +172,7 @@ def test_every_changed_byte_is_noticed():
         b"{abi = 1 : i64}",
         b"jax_nano",
         b"jax_nano abi=",
-        b"jax_nano abi=1 ",
+        b"jax_nano abi=%d " % _runtime.ABI_VERSION,
         b"jax_nano abi=99999999999999999999 ",
         b"x" * 100_000,
         describe(MATMUL, activation="none", scale=ONE),
@@ -189,7 +190,7 @@ def test_the_description_of_one_call_is_refused_at_another():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (b"abi=1", b"abi=99", "this program asks for ABI 99, the installed one is 1"),
+        (ABI, b"abi=99", f"this program asks for ABI 99, the installed one is {_runtime.ABI_VERSION}"),
         (b"algorithm=default", b"algorithm=magic", "no kernel on this machine for .*, algorithm magic"),
         (b"lhs=float32", b"lhs=complex64", "dtype complex64 is not supported"),
         (b"lhs=float32", b"lhs=", "dtype  is not supported"),
@@ -332,8 +333,10 @@ def test_errors_reach_the_caller_and_leave_the_process_usable():
     for wrong in ("", opaque[:-1], opaque.replace("float32", "float64"), "é" + opaque, opaque + "\0", "x" * 5000):
         with pytest.raises(jax.errors.JaxRuntimeError, match=r"jax_nano_dot_general: the description .* is damaged"):
             jax.jit(call(wrong))(A, B)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="asks for ABI 7, the installed one is 1"):
-        jax.jit(call(opaque.replace("abi=1", "abi=7")))(A, B)
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match=f"asks for ABI 7, the installed one is {_runtime.ABI_VERSION}"
+    ):
+        jax.jit(call(opaque.replace(ABI.decode(), "abi=7")))(A, B)
     assert np.array_equal(jax.jit(call(opaque))(A, B), A @ B)
     looped = jax.jit(lambda a, b: jax.lax.fori_loop(0, 9, lambda _, y: call(opaque)(a + y[:, :1], b), A @ B))
     want = A @ B

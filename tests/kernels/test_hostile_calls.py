@@ -1,0 +1,197 @@
+"""Calls with attributes, operands and results that nobody would write: an error, or a result, but never a crash.
+
+Programs come from files too (exported ones, compilation caches), and whoever edits one must not make XLA read or write
+memory that is not its own. JAX_NANO_HOSTILE_CALLS says how many are tried of each kind (`make soak`).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jax_nano import _runtime
+from jax_nano._core import spec
+
+if not _runtime.supports("float32", "float32", "float32"):
+    pytest.skip("no float32 kernel runs on this CPU", allow_module_level=True)
+
+TRIES = int(os.environ.get("JAX_NANO_HOSTILE_CALLS", "120"))
+
+for _name, _stages in _runtime.registrations().items():
+    jax.ffi.register_ffi_target(_name, _stages, platform="cpu")
+
+Array = tuple[tuple[int, ...], Any]
+"""Shape and dtype."""
+
+
+class Call(NamedTuple):
+    """A custom call."""
+
+    target: str
+    operands: tuple[Array, ...]
+    results: tuple[Array, ...]
+    attributes: dict[str, Any]
+
+
+F32, I64 = np.float32, np.int64
+LABELS = {
+    "lhs_labels": np.array([0, 1], I64),
+    "rhs_labels": np.array([1, 2], I64),
+    "out_labels": np.array([0, 2], I64),
+    "algorithm": "default",
+}
+ATTENTION = {
+    **{f"{x}_dims": np.arange(4, dtype=I64) for x in ("q", "k", "v", "out")},
+    "scale": np.float64(0.25),
+    "masked": np.float64(-1e30),
+    "left": I64(1 << 30),
+    "right": I64(0),
+    **dict.fromkeys(("bias", "mask", "q_lengths", "kv_lengths"), I64(1)),
+}
+Q, K, ROWS = ((2, 9, 4, 16), F32), ((2, 11, 2, 16), F32), ((2, 9, 4), F32)
+MORE = (((2, 4, 9, 11), F32), ((2, 1, 1, 11), np.bool_), ((2,), np.int32), ((2,), np.int32))
+
+CALLS = {
+    "dot_general": Call(spec.DOT_GENERAL_CALL, (((9, 33), F32), ((33, 21), F32)), (((9, 21), F32),), LABELS),
+    "linear": Call(
+        spec.LINEAR_CALL,
+        (((9, 33), F32), ((33, 21), F32), ((21,), F32), ((9, 21), F32)),
+        (((9, 21), F32),),
+        {**LABELS, "activation": "gelu_erf", "scale": F32(0.5), "bias": I64(1), "residual": I64(1)},
+    ),
+    "attention": Call(spec.ATTENTION_CALL, (Q, K, K, *MORE), (Q, ROWS, ROWS), {**ATTENTION, "residual": I64(1)}),
+    "gradients": Call(
+        spec.ATTENTION_GRADIENTS_CALL,
+        (Q, K, K, Q, ROWS, ROWS, ROWS, *MORE),
+        (Q, K, K, MORE[0]),
+        {**ATTENTION, "dbias": I64(1)},
+    ),
+    "quantised": Call(
+        spec.QUANTIZED_CALL,
+        (
+            ((3, 64), F32),
+            ((64, 40), ml_dtypes.int4),
+            ((4, 40), F32),
+            ((4, 40), np.int8),
+            ((40,), F32),
+            ((3, 40), F32),
+        ),
+        (((3, 40), F32),),
+        {
+            **dict.fromkeys(("zero", "bias", "residual"), I64(1)),
+            **dict.fromkeys(("along_k", "layers"), I64(0)),
+            "activation": "relu",
+            "factor": F32(2),
+        },
+    ),
+}
+
+NUMBERS = (-(1 << 63), -(1 << 31), -7, -1, 0, 1, 2, 3, 4, 7, 1 << 20, (1 << 31) - 1, (1 << 63) - 1)
+SIZES = (0, 1, 2, 3, 4, 9, 11, 16, 21, 33, 40, 64)
+DTYPES = (F32, np.float64, np.float16, ml_dtypes.bfloat16, np.int8, np.uint8, ml_dtypes.int4, np.int32, np.bool_)
+TEXTS = ("", "none", "relu", "magic", "BF16_BF16_F32", "a" * 5000, "\u20ac")
+
+
+def run(call: Call) -> Any:
+    """The call's results, with operands of ones."""
+    attributes = {"abi": I64(_runtime.ABI_VERSION), **call.attributes}
+    outs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in call.results]
+
+    def program(*operands: jax.Array) -> Any:
+        return jax.ffi.ffi_call(call.target, outs)(*operands, **attributes)
+
+    operands = [np.ones(shape, dtype) for shape, dtype in call.operands]
+    options = {"xla_backend_optimization_level": 0}
+    return jax.block_until_ready(jax.jit(program, compiler_options=options)(*operands))
+
+
+def changed_array(array: Array, rng: random.Random) -> Array:
+    shape, dtype = list(array[0]), array[1]
+    match rng.randrange(5):
+        case 0:
+            return tuple(shape), rng.choice(DTYPES)
+        case 1 if shape:
+            shape[rng.randrange(len(shape))] = rng.choice(SIZES)
+        case 2 if shape:
+            del shape[rng.randrange(len(shape))]
+        case 3:
+            shape.insert(rng.randint(0, len(shape)), rng.choice(SIZES[:5]))
+        case _:
+            rng.shuffle(shape)
+    return tuple(shape), dtype
+
+
+def changed_value(value: Any, rng: random.Random) -> Any:
+    if rng.random() < 0.1:
+        return rng.choice([I64(1), np.int32(1), F32(1), "text", np.array([1, 2], I64)])  # of another type
+    if isinstance(value, str):
+        return rng.choice(TEXTS)
+    if isinstance(value, np.ndarray):
+        numbers = list(value)
+        match rng.randrange(4):
+            case 0:
+                numbers[rng.randrange(len(numbers))] = rng.choice(NUMBERS)
+            case 1:
+                numbers = numbers[:-1]
+            case 2:
+                numbers.append(rng.choice(NUMBERS[3:9]))
+            case _:
+                rng.shuffle(numbers)
+        return np.array(numbers, I64)
+    if isinstance(value, I64):
+        return I64(rng.choice(NUMBERS))
+    return type(value)(rng.choice([0.0, -1.0, np.nan, np.inf, -np.inf, 1e30, 1e-30]))
+
+
+def changed(call: Call, rng: random.Random) -> Call:
+    """The call with one to three changes."""
+    operands, results, attributes = list(call.operands), list(call.results), dict(call.attributes)
+    for _ in range(rng.randint(1, 3)):
+        match rng.randrange(8):
+            case 0 | 1 | 2:
+                name = rng.choice(list(attributes))
+                attributes[name] = changed_value(attributes[name], rng)
+            case 3 | 4 if operands:
+                i = rng.randrange(len(operands))
+                operands[i] = changed_array(operands[i], rng)
+            case 5 if results:
+                i = rng.randrange(len(results))
+                results[i] = changed_array(results[i], rng)
+            case 6 if operands:
+                if rng.random() < 0.5:
+                    del operands[rng.randrange(len(operands))]
+                else:
+                    operands.insert(rng.randint(0, len(operands)), rng.choice(operands))
+            case _:
+                if rng.random() < 0.3:
+                    attributes.pop(rng.choice(list(attributes)))
+                else:
+                    rng.shuffle(operands)
+    return Call(call.target, tuple(operands), tuple(results), attributes)
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_hostile_calls(kind: str) -> None:
+    call = CALLS[kind]
+    right = run(call)
+    refused, unclear = 0, list[Any]()
+    for seed in range(TRIES):
+        hostile = changed(call, random.Random(f"{kind} {seed}"))
+        try:
+            run(hostile)
+        except jax.errors.JaxRuntimeError as error:  # which names us, or XLA's own check of attributes
+            refused += 1
+            if not any(code in str(error) for code in ("INVALID_ARGUMENT", "UNIMPLEMENTED")):
+                unclear.append((seed, hostile, error))
+        except (ValueError, TypeError, OverflowError, NotImplementedError):  # of JAX, when it is traced
+            refused += 1
+    assert unclear == []
+    assert refused > TRIES / 2
+    for got, want in zip(run(call), right, strict=True):  # and the process computes as before
+        assert np.array_equal(np.asarray(got), np.asarray(want), equal_nan=True)
