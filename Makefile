@@ -47,6 +47,7 @@ fuzz: $(STAMPS)/test  ## run random programs with and without acceleration (ARGS
 	PYTHONPATH=tests $(BIN)/python -P -m fuzz --jobs $(JOBS) $(ARGS)
 
 sanitize: $(STAMPS)/test  ## run the runtime's tests and a thousand hostile calls with three sanitizers (long)
+	$(PIP) install "nanobind>=2.9"
 	for kind in address undefined thread; do scripts/sanitize $$kind $(BIN)/python || exit 1; done
 
 soak: $(STAMPS)/test  ## hostile calls and random programs for an hour or so (ARGS="--programs 100")
