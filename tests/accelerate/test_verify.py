@@ -57,7 +57,7 @@ def same_id_twice(module: Module) -> None:
 
 
 def name_of_an_instruction_elsewhere(module: Module) -> None:
-    first, last = module.computations[0].instructions[0], instruction(module, "custom-call")
+    first, last = module.computations[0].instructions[0], instruction(module, "fusion")
     last.name = first.name
 
 
