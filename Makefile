@@ -26,8 +26,8 @@ SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE LICENSES.md scripts/p
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo decode docs test fuzz sanitize soak lint format wheel bench bench-quick info kernel-table wheels wheels-test \
-        lock clean distclean
+.PHONY: help demo decode docs test fuzz sanitize soak lint format wheel bench bench-quick bench-compare info \
+        kernel-table wheels wheels-test lock clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ bench-quick: $(STAMPS)/bench  ## the same, a few shapes in under three minutes
 
 docs: $(STAMPS)/docs  ## build the documentation as a site, in build/site
 	$(BIN)/mkdocs build --strict
+
+bench-compare: $(STAMPS)/test  ## ten products and five models beside jnp, against the ratios of the last release
+	$(BIN)/python -m benchmarks floor --against benchmarks/data/floor-zen3.json
 
 info: $(STAMPS)/install  ## what runs on this machine, and why
 	$(BIN)/python -P -m jax_nano info

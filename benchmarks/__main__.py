@@ -122,6 +122,11 @@ def _parser() -> argparse.ArgumentParser:
     fit.set_defaults(command=_fit)
     fit.add_argument("--profile", type=pathlib.Path, required=True, metavar="JSON", help="in jax_nano/profiles")
     fit.add_argument("--of", type=pathlib.Path, nargs="+", required=True, metavar="JSON", help="the times")
+    floor = commands.add_parser("floor", help="ten products and five models, against what was recorded")
+    floor.set_defaults(command=_floor)
+    floor.add_argument("--save", type=pathlib.Path, metavar="JSON", help="keep the ratios in this file")
+    floor.add_argument("--against", type=pathlib.Path, metavar="JSON", help="compare; exit status 1 if one was lost")
+    floor.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
     quantized = commands.add_parser("quantized", help="layers with weights of 8 and 4 bits, beside reading their bytes")
     quantized.set_defaults(command=_quantized)
     quantized.add_argument("--quick", action="store_true", help="few repetitions: proves that it works")
@@ -363,6 +368,12 @@ def _fit(args: argparse.Namespace) -> int:
 
     print(fit.profile(args.profile, [row for path in args.of for row in regret.load(path)]))
     return 0
+
+
+def _floor(args: argparse.Namespace) -> int:
+    from benchmarks import floor
+
+    return floor.run(args)
 
 
 def _quantized(args: argparse.Namespace) -> int:

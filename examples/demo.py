@@ -31,7 +31,7 @@ import jax_nano
 
 matplotlib.use("Agg")
 
-_ROUNDING = {"float32": 1e-4, "bfloat16": 4e-2}
+ROUNDING = {"float32": 1e-4, "bfloat16": 4e-2}
 _BAR = 40  # characters of the longest bar
 
 
@@ -211,7 +211,7 @@ def summary(outcomes: list[Outcome], picture: pathlib.Path) -> list[tuple[str, s
     here = jax_nano.info()
     best = max(outcomes, key=lambda x: x.times_faster)
     mean = statistics.geometric_mean(x.times_faster for x in outcomes)
-    worst = max(outcomes, key=lambda x: x.apart / _ROUNDING[x.case.dtype])
+    worst = max(outcomes, key=lambda x: x.apart / ROUNDING[x.case.dtype])
     targets = ", ".join(dict.fromkeys(x.target for x in here.signatures if x.target))
     ran = jax_nano.report().summary.removeprefix("jax_nano: ")
     return [
@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     console.print()
     for title, text in summary(outcomes, args.save):
         console.print(f"{title:<16} {text}", markup=False)
-    failed = [x for x in outcomes if x.apart > _ROUNDING[x.case.dtype]]
+    failed = [x for x in outcomes if x.apart > ROUNDING[x.case.dtype]]
     for x in failed:
         console.print(f"FAILED: {x.case.name}: results are {x.apart:.0e} apart, more than rounding", markup=False)
     return 1 if failed else 0

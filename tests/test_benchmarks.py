@@ -20,7 +20,7 @@ pytestmark = pytest.mark.xdist_group("benchmarks")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks takes it off again, so that jax_nano is the installed one
 
-from benchmarks import machine, operands, regret  # noqa: E402
+from benchmarks import floor, machine, operands, regret  # noqa: E402
 from benchmarks.cases import DTYPES, matmul, select  # noqa: E402
 from benchmarks.native import why_not  # noqa: E402
 from benchmarks.peers.in_jax import loop_of, product  # noqa: E402
@@ -143,6 +143,19 @@ def test_the_other_measurements_run(command):
     done = run(command, "--quick")
     assert done.returncode == 0, done.stderr
     assert "jax_nano" in done.stdout
+
+
+def test_what_no_release_may_lose(tmp_path):
+    path = tmp_path / "floor.json"
+    done = run("floor", "--quick", "--save", str(path))
+    assert done.returncode == 0, done.stderr
+    recorded = json.loads(path.read_text())
+    assert len(recorded["of_jnp"]) == 10
+    assert len(recorded["models"]) == 5
+    found = floor.Found(recorded["of_jnp"], recorded["of_square"], recorded["models"])
+    assert floor.losses(found, recorded) == []
+    better = {**recorded, "models": {name: 2 * ratio for name, ratio in recorded["models"].items()}}
+    assert len(floor.losses(found, better)) == 5
 
 
 def test_both_engines_are_measured_beside_each_other(tmp_path):
