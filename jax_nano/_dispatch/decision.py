@@ -101,8 +101,8 @@ MARGIN: Final = 1.1
 among threads, and predictions are not better than that. On the recorded times any margin from 1 to 1.1 is as good."""
 
 VECTOR_MARGIN: Final = 0.8
-"""The same of a product with a vector: one thread computes it, and XLA's loop may become a part of what is around it. On
-the recorded times any margin from 0.8 to 1.1 is as good for both versions of JAX together; with 0.8 loops that gain
+"""The same of a product with a vector: one thread computes it, and XLA's loop may become a part of what is around it.
+On the recorded times any margin from 0.8 to 1.1 is as good for both versions of JAX together; with 0.8 loops that gain
 nothing by calls, as small decoding steps in bfloat16 on JAX 0.10.2, stay as XLA makes them more often."""
 
 REFERENCE: Final = ("AMD Zen 3", "x86-64-v3")
