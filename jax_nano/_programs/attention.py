@@ -881,20 +881,21 @@ class Search:
         exact = len(self._masked) == 1 and all(map(math.isfinite, self._masked))
         exact &= self._subtracts_maximum and not self.has_added_masks
         may_weigh = self._subtracts_maximum and any(x > _NO_SCORE for x in self._masked)
+        if self._terms and self._masked:  # a bias may be as low as what excludes keys: padding in a causal attention
+            if self._biased_when_masked or any(map(math.isinf, self._masked)):
+                raise NotAttention("a bias is added to scores that a condition excludes")
+            if not exact:
+                raise NotAttention("a bias may be as low as the numbers that conditions put in the place of scores")
         if may_weigh or not all_see:
             if len(self._masked) > 1:
                 raise NotAttention("conditions put different numbers in the place of scores")
             (value,) = self._masked
-            if self._terms and (self._biased_when_masked or math.isinf(value)):
-                raise NotAttention("a bias is added to scores that a condition excludes")
             alone = self._masks == 1 and not self._terms and value <= _ABSORBING
             if self.has_added_masks and not math.isinf(value) and not alone:
                 raise NotAttention("a mask is added to scores that are no more alike where it excludes them all")
             nan_rows = math.isinf(value) or not self._subtracts_maximum
             if self._gradients is not None and (self.has_added_masks or not self._gradients.masked):
                 raise NotAttention("a query that sees no key, if there is one, has gradients")
-        elif self._terms and self._masked and any(math.isinf(x) for x in self._masked):
-            raise NotAttention("a bias is added to scores that a condition excludes")
         scale = self._scale * q.scale * k.scale
         if v.scale != 1:
             raise NotAttention("values are scaled")

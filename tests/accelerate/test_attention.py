@@ -219,3 +219,49 @@ def test_frameworks(rng: np.random.Generator, make: Any, dtype: Any) -> None:
     expected = np.asarray(jax.jit(lambda *x: fun(*x))(*args), np.float64)
     tolerance = 1e-5 if dtype == jnp.float32 else 0.03
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+FILLS = {
+    "added to what a condition excludes": (
+        lambda s, keep, c, b: jnp.where(keep, s, c) + b,
+        "a bias is added to scores",
+    ),
+    "as low as one of two fills": (
+        lambda s, keep, c, b: jnp.where(keep, jnp.where(keep[::-1, ::-1].T, s + b, 0.5 * c), c),
+        "a bias may be as low as",
+    ),
+    "before the fill": (lambda s, keep, c, b: jnp.where(keep, s + b, c), None),
+    "without a maximum": (lambda s, keep, c, b: jnp.where(keep, s + b, c), "a bias may be as low as"),
+}
+
+
+@pytest.mark.parametrize("fill", [-1e9, -1e10, float(np.finfo(np.float32).min)])
+@pytest.mark.parametrize("name", FILLS)
+def test_a_bias_as_low_as_the_fill(
+    name: str, fill: float, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding in a causal attention: the first queries see padded keys alone, which weigh what excluded ones weigh."""
+    monkeypatch.setattr(decision, "policy", decision.Policy(declines=False))
+    scores, reason = FILLS[name]
+    b, t, n, h = 2, 8, 2, 16
+    q, k, v = (jnp.asarray(rng.standard_normal((b, t, n, h)), np.float32) for _ in range(3))
+    padding = np.zeros((b, 1, 1, t), np.float32)
+    padding[0, ..., :2] = -1e9
+    keep = np.tril(np.ones((t, t), bool))
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
+        s = scores(jnp.einsum("bqhd,bkhd->bhqk", q, k) * 0.25, keep, fill, bias)
+        if name == "without a maximum":
+            weights = jnp.exp(s)
+            weights /= weights.sum(-1, keepdims=True)
+        else:
+            weights = jax.nn.softmax(s, -1)
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+    want = jax.jit(attend)(q, k, v, padding)
+    jax_nano.clear_report()
+    with jax_nano.accelerate():
+        got = jax.jit(lambda *x: attend(*x))(q, k, v, padding)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    (found,) = [x for x in jax_nano.report() if x.kind == "attention"]
+    assert (found.reason is None) if reason is None else (reason in str(found.reason))
