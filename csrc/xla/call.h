@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "plan/contraction.h"
 #include "plan/kernel_abi.h"
 #include "xla/ffi/api/ffi.h"
 #include "xla/plans.h"
@@ -69,19 +70,15 @@ class Shapes {
 
 using Pool = LimitedPool<ffi::ThreadPool>;
 
-// "[4,8]"
-inline std::string Dimensions(const ffi::AnyBuffer& buffer) {
-  std::string out = "[";
-  for (const int64_t size : buffer.dimensions()) {
-    if (out.size() > 1) out += ",";
-    out += std::to_string(size);
-  }
-  return out + "]";
+// An array as programs print it, "float32[4,8]", whose dtype may have another name than DTypeName's.
+inline std::string Text(const ffi::AnyBuffer& buffer, std::string_view dtype) {
+  const auto dims = buffer.dimensions();
+  return Describe(dtype, {dims.begin(), dims.size()});
 }
-
-// An array as programs print it: "float32[4,8]".
 inline std::string Text(const ffi::AnyBuffer& buffer) {
-  return std::string(DTypeName(buffer.element_type())) + Dimensions(buffer);
+  const std::string_view name = DTypeName(buffer.element_type());
+  return Text(buffer,
+              name.empty() ? "dtype#" + std::to_string(static_cast<int>(buffer.element_type())) : std::string(name));
 }
 
 // Runs a call's body; what it throws becomes XLA's error.

@@ -157,11 +157,6 @@ ffi::Error Execute(DotState* state, ffi::ThreadPool pool, ffi::AnyBuffer lhs, ff
   return Run(*state, nullptr, pool, lhs, rhs, *out);
 }
 
-std::string Describe(const ffi::AnyBuffer& buffer) {
-  const auto dims = buffer.dimensions();
-  return jax_nano::Describe(DTypeName(buffer.element_type()), {dims.begin(), dims.size()});
-}
-
 ffi::Error ExecuteLinear(DotState* state, ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer rhs,
                          ffi::RemainingArgs more, ffi::Result<ffi::AnyBuffer> out) {
   const bool has_residual = state->epilogue.has_residual != 0;
@@ -177,7 +172,8 @@ ffi::Error ExecuteLinear(DotState* state, ffi::ThreadPool pool, ffi::AnyBuffer l
     const auto have = bias.dimensions();
     if (bias.element_type() != out->element_type() || have.size() != 1 || dims.size() == 0 ||
         have.front() != dims.back()) {
-      return ffi::Error::InvalidArgument("jax_nano linear: bias " + Describe(bias) + " for a result " + Describe(*out));
+      return ffi::Error::InvalidArgument("jax_nano linear: bias " + xla_call::Text(bias) + " for a result " +
+                                         xla_call::Text(*out));
     }
     epilogue.bias = bias.untyped_data();
   }
@@ -186,8 +182,8 @@ ffi::Error ExecuteLinear(DotState* state, ffi::ThreadPool pool, ffi::AnyBuffer l
     const auto have = residual.dimensions();
     if (residual.element_type() != out->element_type() || have.size() != dims.size() ||
         !std::equal(have.begin(), have.end(), dims.begin())) {
-      return ffi::Error::InvalidArgument("jax_nano linear: residual " + Describe(residual) + " for a result " +
-                                         Describe(*out));
+      return ffi::Error::InvalidArgument("jax_nano linear: residual " + xla_call::Text(residual) + " for a result " +
+                                         xla_call::Text(*out));
     }
     epilogue.residual_offset =
         static_cast<const char*>(residual.untyped_data()) - static_cast<const char*>(out->untyped_data());

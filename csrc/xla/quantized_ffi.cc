@@ -184,7 +184,7 @@ ffi::Error Execute(QuantizedState* state, ffi::ThreadPool available, ffi::AnyBuf
     all.push_back(*out);
     xla_call::Pool pool(available);
     const CallTimer timer([&] {
-      const auto weights = std::string(NameOf(q.element_type())) + xla_call::Dimensions(q);
+      const std::string weights = xla_call::Text(q, NameOf(q.element_type()));
       return "quantized product " + xla_call::Text(x) + " x " + weights + " -> " + xla_call::Text(*out);
     });
     const int64_t threads = pool.num_threads();

@@ -175,7 +175,7 @@ std::string Text(const Call& call) {
   std::string out = ShortName(call.name);
   for (size_t i = 0; i < 3; ++i) {
     const CallArray& x = description.arrays[i];
-    out += (i == 0 ? " " : i == 1 ? " x " : " -> ") + x.dtype + "[" + List(x.shape) + "]";
+    out += (i == 0 ? " " : i == 1 ? " x " : " -> ") + Describe(x.dtype, x.shape);
   }
   return out;
 }
