@@ -29,13 +29,12 @@ from .nanokernel import step
 from .tile import Tile
 
 MOST = 24
-"""The largest m, n and k. From 32^3 on the loops of ``unblocked`` are faster: main microkernels are unrolled, and rows
-of A are read once."""
+"""The largest m, n and k. Above them calls count less, and main microkernels, which are unrolled, take over."""
 
 ROWS_OF_ONE_VECTOR = 12
 ROWS_OF_PAIRS, ROWS_OF_PAIRS_512 = 6, 8
-"""The most rows of a tile of one vector and of two. Of 512 bits a core stores one in two cycles, and waits where it gets
-many at a time (``unblocked``)."""
+"""The most rows of a tile of one vector and of two. Of 512 bits a core stores one in two cycles, and waits where it
+gets many at a time (``unblocked``)."""
 
 
 @dataclass(frozen=True)
