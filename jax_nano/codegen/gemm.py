@@ -72,7 +72,7 @@ class Gemm(Composition):
             paths={field: path.emit(module, symbol, epilogue) for field, path in paths.items() if path is not None},
             inner=self.inner,
         )
-        module.function(symbol, ["int64"], macrokernel.emit, internal=False)
+        macrokernel.emit(symbol)
 
     @property
     def direct_vectors(self) -> list[int]:

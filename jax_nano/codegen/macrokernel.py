@@ -36,6 +36,7 @@ from .microkernel import ADD, MORE, walks_min_steps, walks_of
 from .nanokernel.amx import AmxDot
 from .packing import Packing
 from .prefetch_plan import PrefetchPlan
+from .small import Small
 from .unblocked import Unblocked
 
 GEMM_ARGS = names(spec.GEMM_ARGS)
@@ -70,9 +71,25 @@ class Macrokernel:
     paths: Mapping[str, Path]
     inner: InnerPath | None
 
-    def emit(self, at: Ptr) -> None:
-        """The whole generated function, given the address of its arguments."""
-        x = self._arguments(at)
+    def emit(self, symbol: str) -> None:
+        """Adds the whole generated function, which is given the address of its arguments."""
+        if not (self.gemm.direct_a and self.gemm.direct_b):
+            self.module.function(symbol, ["int64"], self._larger, internal=False)
+            return
+        small, names = Small(self.gemm), {"small": f"{symbol}_small", "larger": f"{symbol}_larger"}
+        self.module.function(names["small"], ["int64"], lambda at: small.emit(self._fields(at)), internal=True)
+        self.module.function(names["larger"], ["int64"], self._larger, internal=True)
+
+        def choose(at: Ptr) -> None:
+            # A function of its own, so that what the larger ones need on the stack is no part of a small call.
+            for is_small in ir.branches(small.applies(self._fields(at))):
+                self.module.call(names["small" if is_small else "larger"], [at])
+
+        self.module.function(symbol, ["int64"], choose, internal=False)
+
+    def _larger(self, at: Ptr) -> None:
+        """All but small products."""
+        x = self._with_room(at)
         if not (self.gemm.direct_a and self.gemm.direct_b):
             self._products(x)
             return
@@ -80,14 +97,18 @@ class Macrokernel:
         unblocked = Unblocked(self.gemm, self.packing, rows)
         ir.if_(unblocked.applies(x), partial(unblocked.emit, x), partial(self._products, x))
 
-    def _arguments(self, at: Ptr) -> Given:
-        """The fields of GemmArgs, the table of ``walks`` and the inner-product path's room for ``sums``."""
+    def _fields(self, at: Ptr) -> Given:
+        """The fields of GemmArgs."""
         gemm, unit = self.gemm, self.gemm.family.unit
         pointers = {"a": gemm.a, "b": gemm.b, "c": gemm.out, "a_pack": unit, "b_pack": unit, "partial": gemm.family.acc}
+        return Arguments(at, GEMM_ARGS, pointers).loaded()
+
+    def _with_room(self, at: Ptr) -> Given:
+        """These, the table of ``walks`` and the inner-product path's room for ``sums``."""
+        gemm = self.gemm
         table = walks_of(gemm.tile, gemm.out, at).room()
         walks_of(gemm.tile, gemm.out, table).begin(at)
-        x = Arguments(at, GEMM_ARGS, pointers).loaded()
-        return x.but(walks=table, sums=self.inner.room() if self.inner is not None else None)
+        return self._fields(at).but(walks=table, sums=self.inner.room() if self.inner is not None else None)
 
     def _products(self, x: Given) -> None:
         """The loop over the batch: each product by the path that its schedule asks for."""

@@ -348,6 +348,19 @@ def test_batches(kernel, rng, blocks):
             assert is_poison(c[:, m:])
 
 
+@pytest.mark.parametrize("size", [4, 8, 9, 16, 23, 24, 25])
+def test_small_products_have_the_bits_of_larger_ones(kernel, rng, size):
+    """A kernel that reads operands where they lie has loops of its own for small products; packed ones take others."""
+    for m, n, k in [(size, size, size), (size, 24, 1), (1, size, 24), (24, size, size), (size, size, 25)]:
+        a, b = operands(kernel, rng, 3 * m, n, k)
+        a, b = a.reshape(3, m, k), np.broadcast_to(b, (3, k, n))
+        kc = -(-k // kernel.kr) * kernel.kr
+        results = [kernel.product(a, b, pack_a=x, pack_b=y, kc=kc) for x, y in kernel.packs()]
+        kernel.check(a, b, results[0])
+        for other in results[1:]:
+            np.testing.assert_array_equal(other.view(np.uint8), results[0].view(np.uint8))
+
+
 @pytest.mark.parametrize(("m", "n", "k"), [(0, 5, 3), (5, 0, 3), (0, 0, 0), (5, 3, 0), (41, 67, 0)])
 def test_zero_sizes(kernel, m, n, k):
     """No element, nothing touched; no product in the sum, zeros."""
