@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import itertools
 import json
 import random
 import re
@@ -44,9 +45,20 @@ CLEAN = ("INVALID_ARGUMENT", "UNIMPLEMENTED", "NOT_FOUND", "INTERNAL: jax_nano")
 LONGEST = 120  # seconds that one program may take, on a machine however busy
 
 DTYPES: dict[str, Any] = {
-    "f32": np.float32, "f64": np.float64, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "i1": np.bool_, "i4": ml_dtypes.int4,
-    "i8": np.int8, "ui8": np.uint8, "ui4": ml_dtypes.uint4, "i16": np.int16, "i32": np.int32, "ui32": np.uint32, "i64": np.int64,
-}  # fmt: skip
+    "f32": np.float32,
+    "f64": np.float64,
+    "f16": np.float16,
+    "bf16": ml_dtypes.bfloat16,
+    "i1": np.bool_,
+    "i4": ml_dtypes.int4,
+    "ui4": ml_dtypes.uint4,
+    "i8": np.int8,
+    "ui8": np.uint8,
+    "i16": np.int16,
+    "i32": np.int32,
+    "ui32": np.uint32,
+    "i64": np.int64,
+}
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,9 @@ def call_of(exported: export.Exported) -> Program:
         found: list[Any] = []
 
         def visit(operation: Any) -> Any:
-            if operation.name == "stablehlo.custom_call" and "jax_nano" in str(operation.attributes["call_target_name"]):
+            if operation.name == "stablehlo.custom_call" and "jax_nano" in str(
+                operation.attributes["call_target_name"]
+            ):
                 found.append(operation)
             return ir.WalkResult.ADVANCE
 
@@ -194,7 +208,11 @@ def untyped(**epilogue: Any) -> Callable[[], Program]:
     """
 
     def make() -> Program:
-        arguments = ("tensor<8x32xf32>", "tensor<32x16xf32>", *(("tensor<16xf32>", "tensor<8x16xf32>") if epilogue else ()))
+        arguments = (
+            "tensor<8x32xf32>",
+            "tensor<32x16xf32>",
+            *(("tensor<16xf32>", "tensor<8x16xf32>") if epilogue else ()),
+        )
         shapes, labels = ((8, 32), (32, 16), (8, 16)), ((0, 1), (1, 2), (0, 2))
         more = ("relu", np.float32(2).view(np.uint32).item(), True, True) if epilogue else ()
         description = _runtime.untyped_call(*shapes, *labels, *["float32"] * 3, "default", *more)
@@ -258,12 +276,16 @@ def changed_text(text: str, rng: random.Random) -> str:
 
 
 def quoted(text: str) -> str:
-    return '"' + "".join(c if c.isprintable() and c not in '"\\' and c.isascii() else "".join(f"\\{b:02X}" for b in c.encode()) for c in text) + '"'  # noqa: E501
+    """As MLIR writes a string."""
+    plain = lambda byte: 32 <= byte < 127 and chr(byte) not in '"\\'  # noqa: E731
+    return '"' + "".join(chr(byte) if plain(byte) else f"\\{byte:02X}" for byte in text.encode()) + '"'
 
 
 def changed_attribute(text: str, rng: random.Random) -> str:
     if rng.random() < 0.1:
-        return rng.choice(["1 : i64", "1 : i32", "1.0 : f32", '"text"', "array<i64: 1, 2>", "unit", "true", "{a = 1 : i64}"])
+        return rng.choice(
+            ["1 : i64", "1 : i32", "1.0 : f32", '"text"', "array<i64: 1, 2>", "unit", "true", "{a = 1 : i64}"]
+        )
     if text.startswith('"'):
         return quoted(changed_text(text[1:-1], rng))
     if text.startswith(("dense<", "array<")):
@@ -341,11 +363,14 @@ def edited(program: Program, rng: random.Random) -> Program:
     return Program(target, tuple(arguments), tuple(operands), tuple(results), config, others)
 
 
-def hostile_layouts(arguments: Sequence[str], operands: Sequence[int], results: Sequence[str], rng: random.Random) -> dict[str, str]:
+def hostile_layouts(
+    arguments: Sequence[str], operands: Sequence[int], results: Sequence[str], rng: random.Random
+) -> dict[str, str]:
     """Layouts that are not row-major, or a result that shares an operand's memory."""
     if rng.random() < 0.5 and operands and results:  # StableHLO itself reads a missing result's type
         place = f"[{rng.randrange(len(results))}]" if len(results) > 1 else "[]"
-        alias = f"output_tuple_indices = {place}, operand_index = {rng.randrange(len(operands))}, operand_tuple_indices = []"
+        operand = rng.randrange(len(operands))
+        alias = f"output_tuple_indices = {place}, operand_index = {operand}, operand_tuple_indices = []"
         return {"output_operand_aliases": f"[#stablehlo.output_operand_alias<{alias}>]"}
 
     def layout(text: str) -> str:
@@ -410,7 +435,7 @@ def check(program: Program, arrays: Sequence[np.ndarray], results: Sequence[np.n
     Not looked at: memory that a program says two arrays share, and arrays that it says lie in another order. Whoever
     writes that gets what is there.
     """
-    if program.others.get("output_operand_aliases") or "layouts" in str(program.others) and not _row_major(program):
+    if program.others.get("output_operand_aliases") or ("layouts" in str(program.others) and not _row_major(program)):
         return
     if not any(x.size for x in results):
         return  # XLA leaves such calls out, whatever they say
@@ -434,7 +459,7 @@ def _row_major(program: Program) -> bool:
         found = re.findall(r"dense<\[?([\d, ]*)\]?>", program.others.get(name, ""))
         for order, text in zip(found, types, strict=False):
             sizes = text.removeprefix("tensor<").split("x")[:-1]
-            wanted = [i for i in reversed(range(len(sizes)))]
+            wanted = list(reversed(range(len(sizes))))
             if [int(x) for x in order.split(",") if x.strip()] != wanted:
                 return False
     return True
@@ -456,7 +481,7 @@ def check_product(program: Program, given: list[np.ndarray], results: Sequence[n
         if program.value("algorithm") != "default":
             return  # other bounds, which tests/kernels know
         epilogue = epilogue_of(program, "scale", more) if program.target == spec.LINEAR_CALL else None
-    letters = {x: chr(ord("a") + i) for i, x in enumerate(dict.fromkeys(sum(labels, [])))}
+    letters = {x: chr(ord("a") + i) for i, x in enumerate(dict.fromkeys(itertools.chain(*labels)))}
     lhs_term, rhs_term, out_term = ("".join(letters[x] for x in term) for term in labels)
     out = results[0]
     acc = spec.DTYPES[out.dtype.name].accumulator

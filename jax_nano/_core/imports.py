@@ -47,8 +47,8 @@ def _act(module: ModuleType, actions: Sequence[Action]) -> None:
 def in_main_interpreter() -> bool:
     """Whether this is not one of the further interpreters that a process may have.
 
-    Modules of extensions that are for one interpreter say so when one with a lock of its own imports them. In those that
-    share the lock (CPython's "legacy" ones) jaxlib ends the process, which is why somebody asks first.
+    Modules of extensions that are for one interpreter say so when one with a lock of its own imports them. In those
+    that share the lock (CPython's "legacy" ones) jaxlib ends the process, which is why somebody asks first.
     """
     for name in ("_interpreters", "_xxsubinterpreters"):  # as CPython calls it from 3.13 on, and before
         with contextlib.suppress(ImportError):

@@ -26,6 +26,7 @@ BEGIN = int(os.environ.get("JAX_NANO_HOSTILE_SEED", "0"))
 for _name, _stages in _runtime.registrations().items():
     jax.ffi.register_ffi_target(_name, _stages, platform="cpu")
 
+
 def run(call: Call) -> Any:
     """The call's results, with operands of ones."""
     attributes = {"abi": I64(_runtime.ABI_VERSION), **call.attributes}
