@@ -3,7 +3,7 @@
 `jax_nano.matmul` and its relatives replace those of `jax.numpy` and `jax.lax`. Names are loaded when they are first
 used, so that importing the package costs nothing and `jax_nano.codegen` works without the compiled extension. Importing
 it also registers jax_nano's custom calls with XLA as soon as JAX is imported, so that a process can run programs that
-were exported or pickled by another one.
+were exported by another one; `register` adds what pickled executables may need beyond that.
 """
 
 from __future__ import annotations
@@ -130,6 +130,8 @@ def __getattr__(name: str) -> Any:
 
 def _load(name: str) -> Any:
     """A public name, from where it lives; from JAX itself where that is too new to find what we need in it."""
+    if not imports.in_main_interpreter():
+        raise ImportError("jax_nano works in the main interpreter of a process only, as JAX does")
     try:
         value = getattr(importlib.import_module(_HOMES[name]), name)
     except (ImportError, AttributeError) as error:

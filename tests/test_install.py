@@ -21,6 +21,33 @@ PACKAGING = ROOT / "scripts" / "packaging"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
+def test_a_release_has_a_wheel_for_every_python() -> None:
+    """What cibuildwheel builds: a wheel of its own for Pythons before the stable ABI's, and that of its oldest."""
+    builds = PROJECT["tool"]["cibuildwheel"]["build"]
+    stable = PROJECT["tool"]["scikit-build"]["wheel"]["py-api"]
+    minor = lambda python: int(re.fullmatch(r"cp3(\d+)", python)[1])  # noqa: E731
+    built = [minor(x.split("-")[0]) for x in builds]
+    assert all(x.endswith("-manylinux_x86_64") for x in builds)
+    supported = re.findall(r":: Python :: 3\.(\d+)", "\n".join(PROJECT["project"]["classifiers"]))
+    for python in map(int, supported):
+        assert python in built or (python > minor(stable) and minor(stable) in built)
+
+
+def test_the_workflow_uses_what_there_is() -> None:
+    """Without GitHub: it is YAML, its jobs need jobs, the scripts and targets of make that it names exist."""
+    yaml = pytest.importorskip("yaml")
+    text = (ROOT / ".github/workflows/ci.yml").read_text()
+    jobs = yaml.safe_load(text)["jobs"]
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for job in jobs.values():
+        needs = job.get("needs", [])
+        assert {needs} <= set(jobs) if isinstance(needs, str) else set(needs) <= set(jobs)
+        commands = "\n".join(step.get("run", "") for step in job["steps"])
+        assert set(re.findall(r"\bmake ([a-z-]+)", commands)) <= targets
+        for path in re.findall(r"(?<![\w/])((?:scripts|\.github)/[\w./-]+)", commands):
+            assert (ROOT / path).exists(), path
+
+
 def test_links_of_the_readme_lead_somewhere_on_pypi() -> None:
     text = (ROOT / "README.md").read_text()
     assert re.search(r"\]\((docs|examples)/", text)  # relative where it is read in a clone

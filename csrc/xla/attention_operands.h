@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -59,6 +60,8 @@ inline xla::ffi::Error ParseOptions(int64_t abi, const std::array<xla::ffi::Span
       return Error::InvalidArgument("jax_nano attention: dimensions are no permutation of 0..3");
     }
   }
+  // Blocks of excluded keys are left out, which is no sum over NaNs.
+  if (std::isnan(masked)) return Error::InvalidArgument("jax_nano attention: the score of excluded keys is NaN");
   options.scale = scale;
   options.masked = masked;
   options.left = std::clamp(left, -kUnbounded, kUnbounded);

@@ -5,6 +5,7 @@ It is needed to register the calls when the package is imported, which must not 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Final
 
@@ -15,8 +16,10 @@ STATUS_RETURNING: Final = 3
 TYPED_FFI: Final = 4
 """Its API_VERSION_TYPED_FFI."""
 
-UNTYPED: Final[bool] = _jaxlib_version < (0, 13)
-"""Whether it takes calls of API version 3: C functions that return a status.
+ENVIRONMENT: Final = "JAX_NANO_UNTYPED"
+
+UNTYPED: Final[bool] = _jaxlib_version < (0, 13) and os.environ.get(ENVIRONMENT, "").strip().lower() != "off"
+"""Whether it takes calls of API version 3, C functions that return a status, and the user does not forbid them.
 
 The status must be the struct that csrc/xla/untyped.cc declares; tried with jaxlib 0.10.2 and 0.12.0. With any other,
 every call goes through the typed FFI.

@@ -5,10 +5,12 @@ It imports the standard library alone: `import jax_nano` uses it before it is kn
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -39,6 +41,20 @@ def _act(module: ModuleType, actions: Sequence[Action]) -> None:
         except Exception as error:
             text = f"jax_nano does not take part in {module.__name__}: {error!r}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+@cache
+def in_main_interpreter() -> bool:
+    """Whether this is not one of the further interpreters that a process may have.
+
+    Modules of extensions that are for one interpreter say so when one with a lock of its own imports them. In those
+    that share the lock (CPython's "legacy" ones) jaxlib ends the process, which is why somebody asks first.
+    """
+    for name in ("_interpreters", "_xxsubinterpreters"):  # as CPython calls it from 3.13 on, and before
+        with contextlib.suppress(ImportError):
+            interpreters = importlib.import_module(name)
+            return bool(interpreters.get_current() == interpreters.get_main())
+    return True
 
 
 class _Finder(MetaPathFinder):

@@ -295,6 +295,11 @@ def module_cache(ctx: mlir.LoweringRuleContext) -> dict[Any, Any]:
     return ctx.module_context.cached_primitive_lowerings
 
 
+def is_exported(ctx: mlir.LoweringRuleContext) -> bool:
+    """Whether the module that is being lowered is for `jax.export`: it may be kept, sent, and changed by others."""
+    return bool(ctx.module_context.lowering_parameters.for_export)
+
+
 def program_name(ctx: mlir.LoweringRuleContext) -> str:
     """The name of the module that is being lowered."""
     return ir.StringAttr(ctx.module_context.module.operation.attributes["sym_name"]).value

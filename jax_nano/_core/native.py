@@ -5,7 +5,8 @@ platform there is none to find, and every product takes lax's own lowering.
 
 With a jaxlib whose FFI does not take our calls (`tested_jax`) it is the same; `refusal()` says so.
 
-Importing this module registers the targets if there is an extension; if not, it is `runtime()` that raises.
+Importing this module registers the targets of typed calls if there is an extension; if not, it is `runtime()` that
+raises.
 """
 
 from __future__ import annotations
@@ -98,10 +99,18 @@ def _refusal(native: ModuleType) -> str | None:
         if not tested_jax.IS_UNTESTED:
             raise
         return f"XLA does not register jax_nano's calls: {error}"
-    if custom_calls.UNTYPED:
-        for name, function in native.untyped_registrations().items():
-            jax.ffi.register_ffi_target(name, function, platform="cpu", api_version=0)
     return None
+
+
+@cache
+def _register_untyped(native: ModuleType) -> None:
+    """Registers the functions of untyped calls, which believe what a program says of its arrays.
+
+    So a process does it when it writes such a call itself, or is told to (`register`). One that only runs what others
+    have exported, which are typed calls, has none of them for a changed program to name.
+    """
+    for name, function in native.untyped_registrations().items():
+        jax.ffi.register_ffi_target(name, function, platform="cpu", api_version=0)
 
 
 def refusal() -> str | None:
@@ -110,12 +119,19 @@ def refusal() -> str | None:
 
 
 def register() -> None:
-    """Register jax_nano's FFI targets with XLA, as `import jax_nano` has done if it could.
+    """Register all of jax_nano's calls with XLA.
+
+    `import jax_nano` registers those of exported programs. Compiled programs that were pickled, by
+    `jax.experimental.serialize_executable`, may have others too, and a process that has not compiled them needs this
+    function. Only run pickles that you trust: their calls of the second kind believe what the program says of its
+    arrays.
 
     Raises:
       ImportError: on x86-64 Linux, if the extension was not built or does not load.
     """
-    runtime()
+    native = runtime()
+    if native is not None and custom_calls.UNTYPED:
+        _register_untyped(native)
 
 
 @cache
@@ -233,6 +249,8 @@ def untyped_call(
     if not all(isinstance(size, int) for shape in shapes for size in shape):
         return None
     description: str | None = native.untyped_call(*shapes, *labels, *dtypes, algorithm, *(epilogue or ()))
+    if description is not None:
+        _register_untyped(native)
     return description
 
 
@@ -243,4 +261,4 @@ def supports_attention(q: str, kv: str) -> bool:
 
 
 with contextlib.suppress(ImportError):
-    register()
+    runtime()

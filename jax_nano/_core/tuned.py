@@ -100,13 +100,15 @@ def load(file: Path, known: set[str]) -> Costs:
             for kernel, ns in found["kernels"].items()
             if kernel in known
         }
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"it lacks what costs consist of ({type(error).__name__}: {error})") from error
     if len(core) != CORE_FIELDS:
         raise ValueError(f"it has {len(core)} facts of a core, not {CORE_FIELDS}")
     numbers = [*core, *(x for ns in kernels.values() for x in ns)]
     if not all(math.isfinite(x) and x >= 0 for x in numbers):
         raise ValueError("it has a number below zero, or one that is not finite")
+    if max(core) >= 1 << 48:
+        raise ValueError("it has a core with caches larger than any memory")
     return Costs(core, kernels)
 
 

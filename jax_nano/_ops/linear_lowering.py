@@ -31,6 +31,7 @@ from jax_nano._ops.lowering import (
     Operand,
     Value,
     call_p,
+    description,
     fold_transposes,
     lax_product,
     tell,
@@ -60,9 +61,10 @@ def _custom_call(
     text = record.epilogue_text(epilogue.activation, epilogue.scale, bias=epilogue.bias, residual=epilogue.residual)
     dtypes = (signature.lhs, signature.rhs, dtype)
     tell(ctx, labels, (x.shape, w.shape, shape), dtypes, signature.algorithm, None, text)
-    untyped = native.untyped_call(
+    untyped = description(
+        ctx,
         (x.shape, w.shape, shape),
-        tuple(labels),
+        labels,
         (signature.lhs.name, signature.rhs.name, dtype.name),
         signature.algorithm,
         native.Epilogue.of(epilogue.activation, epilogue.scale, bias=epilogue.bias, residual=epilogue.residual),

@@ -49,7 +49,7 @@ def _custom_call(
 ) -> Value:
     shapes = (lhs.shape, rhs.shape, shape)
     dtypes = (signature.lhs.name, signature.rhs.name, signature.out.name)
-    untyped = native.untyped_call(shapes, tuple(labels), dtypes, signature.algorithm)
+    untyped = description(ctx, shapes, labels, dtypes, signature.algorithm)
     with compat.location(ctx, custom_calls.name_of(native.TARGET_NAME, lhs.dtype.name, shapes[:2])):
         if untyped is not None:
             return untyped_call(ctx, native.TARGET_NAME, untyped, (lhs, rhs), shape, signature.out)
@@ -85,6 +85,24 @@ def _typed_call(
     if static:
         cache[key] = compat.attributes_of(out.owner)
     return out
+
+
+def description(
+    ctx: Context,
+    shapes: tuple[tuple[int, ...], ...],
+    labels: Labels,
+    dtypes: tuple[str, ...],
+    algorithm: str,
+    epilogue: native.Epilogue | None = None,
+) -> str | None:
+    """That of an untyped call, or None if the call is to be a typed one (`native.untyped_call`).
+
+    Exported programs have typed calls only. They come from files, whoever wrote them, and only a typed call can see
+    that its attributes do not fit its buffers.
+    """
+    if compat.is_exported(ctx):
+        return None
+    return native.untyped_call(shapes, tuple(labels), dtypes, algorithm, epilogue)
 
 
 def untyped_call(

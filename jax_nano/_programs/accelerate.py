@@ -67,6 +67,7 @@ class _Hook:
             refusal = _native.refusal()
             if refusal is not None:
                 raise RuntimeError(f"jax_nano.accelerate: {tested_jax.describe()}: {refusal}")
+            _native.register()  # programs from the compilation cache have calls that nobody writes here
             if native is None or not native.selected_target():
                 raise RuntimeError(
                     "jax_nano.accelerate: there are no kernels for this machine (`python -m jax_nano info` says why)"

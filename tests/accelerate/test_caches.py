@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,12 +48,23 @@ def test_the_persistent_cache_in_one_process(tmp_path: Path) -> None:
     assert [x.split()[0] for x in found[2:]] == ["calls", "dots"]  # from JAX's own memory
 
 
-def test_a_corrupted_cache(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"no executable",
+        lambda data: b"",
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-1],
+        lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 0x40]) + data[len(data) // 2 + 1 :],
+    ],
+    ids=["other", "empty", "half", "a byte short", "a bit"],
+)
+def test_a_corrupted_cache(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     run(tmp_path, "on")
     entries = [x for x in tmp_path.iterdir() if x.name.endswith("-cache")]
     assert entries
     for entry in entries:
-        entry.write_bytes(b"no executable")
+        entry.write_bytes(damage(entry.read_bytes()))
     program = PROGRAM.replace("import sys", "import sys, warnings; warnings.simplefilter('ignore')", 1)
     assert run_python(program, str(tmp_path), "on").splitlines() == ["calls miss"]
 

@@ -56,6 +56,8 @@ class TestFile:
             lambda x: x.update(core="no"),
             lambda x: x.pop("kernels"),
             lambda x: x.update(kernels=[]),
+            lambda x: x.update(core=[float("inf")] * 5),
+            lambda x: x.update(core=[1 << 70] * 5),
             lambda x: x["kernels"].update({F32: {}}),
             lambda x: x["kernels"].update({F32: 3}),
             lambda x: x["kernels"][F32].update(call=-1.0),
@@ -72,7 +74,7 @@ class TestFile:
         with pytest.raises(ValueError, match=r".+"):
             tuned.load(file, KERNELS)
 
-    @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", "\0"])
+    @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", "\0", "[" * 100_000, '{"version": 1e999}'])
     def test_what_is_no_such_file_is_told(self, file, text):
         file.write_text(text)
         with pytest.raises(ValueError, match=r".+"):

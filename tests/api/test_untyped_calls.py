@@ -149,8 +149,7 @@ def test_the_cost_analysis_counts_it() -> None:
 def test_a_program_edited_by_hand(rng: np.random.Generator) -> None:
     """The text that JAX prints, with another description: an error of the run, and the next run is right."""
     a, b = (jnp.asarray(reference.random(rng, (8, 8))) for _ in range(2))
-    exported = export.export(jax.jit(jax_nano.matmul), disabled_checks=jax_nano.export_checks())(a, b)
-    text = exported.mlir_module()
+    text = jax.jit(jax_nano.matmul).lower(a, b).as_text()
     (description,) = re.findall(r'backend_config = "([^"]*)"', text)
     edits = {
         "": "damaged",
@@ -183,13 +182,17 @@ def run_text(text: str, *args: jax.Array) -> Any:
     return np.asarray(out[0])
 
 
-def test_exported_and_cached_by_another_process(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_exported_programs_have_typed_calls(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Also those that another process exported, whose cached executables are found; their gradients too."""
     a, b = (reference.random(rng, shape) for shape in ((9, 17), (17, 5)))
     exported = export.export(
         jax.jit(lambda a, b: jax_nano.linear(jnp.sin(a), b, activation="tanh")),
         disabled_checks=jax_nano.export_checks(),
     )(a, b)
-    assert "jax_nano abi=" in exported.mlir_module()
+    assert "@jax_nano_linear" in exported.mlir_module()
+    assert "jax_nano abi=" not in exported.mlir_module()
+    assert calls(lambda a, b: jax_nano.linear(jnp.sin(a), b, activation="tanh"), a, b) == (0, 1)
+    assert calls(exported.call, a, b) == (1, 0)
     (tmp_path / "program").write_bytes(exported.serialize(vjp_order=1))
     np.savez(tmp_path / "data.npz", a=a, b=b, want=exported.call(a, b))
     for expected in ("0", "1"):
@@ -260,3 +263,58 @@ def test_loops_and_branches(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(loop(a), want, rtol=1e-4, atol=1e-5)
     branch = jax.jit(lambda a: jax.lax.cond(a[0, 0] > 0, lambda a: jax_nano.matmul(a, a), lambda a: a, a))
     reference.expected("mk,kn->mn", np.abs(a), np.abs(a)).check(branch(jnp.abs(a)))
+
+
+def test_a_process_has_untyped_calls_once_it_writes_one(tmp_path: Path) -> None:
+    """Not if it runs exported programs alone, which somebody may have changed into untyped ones."""
+    a = jnp.ones((8, 8))
+    exported = export.export(jax.jit(jax_nano.matmul), disabled_checks=jax_nano.export_checks())(a, a)
+    (tmp_path / "program").write_bytes(exported.serialize())
+    text = jax.jit(jax_nano.matmul).lower(a, a).as_text()
+    (tmp_path / "text").write_text(text)
+    run_python(
+        """
+        import pathlib, sys
+        import jax, jax.numpy as jnp, jax_nano, numpy as np
+        from jax import export
+        from jax._src.interpreters import mlir
+        from jax._src.lib import xla_client
+        from jax.extend.mlir import ir
+
+        folder = pathlib.Path(sys.argv[1])
+        a = jnp.full((8, 8), 2.0)
+        program = export.deserialize(bytearray((folder / "program").read_bytes()))
+        np.testing.assert_array_equal(program.call(a, a), a @ a)
+        device = jax.devices("cpu")[0]
+
+        def compiled():
+            with mlir.make_ir_context() as context:
+                module = ir.Module.parse((folder / "text").read_text(), context)
+                devices = xla_client.DeviceList((device,))
+                return device.client.compile_and_load(module, devices, xla_client.CompileOptions())
+
+        try:
+            compiled().execute_sharded([a, a])
+        except jax.errors.JaxRuntimeError as error:
+            assert "jax_nano_dot_general" in str(error), error
+        else:
+            raise AssertionError
+        jax_nano.matmul(a, a)
+        (out,) = compiled().execute_sharded([a, a]).disassemble_into_single_device_arrays()
+        np.testing.assert_array_equal(out[0], a @ a)
+        """,
+        str(tmp_path),
+    )
+
+
+def test_the_user_forbids_them() -> None:
+    run_python(
+        """
+        import jax, jax.numpy as jnp, jax_nano
+        a = jnp.ones((8, 8))
+        with jax_nano.accelerate():
+            text = jax.jit(lambda a: jax_nano.linear(jax_nano.matmul(a, a), a) @ a).lower(a).compile().as_text()
+        assert text.count("API_VERSION_TYPED_FFI") == 3 and "jax_nano abi=" not in text, text
+        """,
+        env={"JAX_NANO_UNTYPED": "off"},
+    )
