@@ -61,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--out", type=pathlib.Path, default=ROOT / "results", help="(default: results/)")
     run.add_argument("--resume", type=pathlib.Path, metavar="JSON", help="go on with a run that was stopped")
+    run.add_argument(
+        "--pause-while", type=pathlib.Path, metavar="FILE", help="wait while this file exists: others need the machine"
+    )
 
     compare = commands.add_parser("compare", help="what became slower between two runs; exit status 1 if any")
     compare.set_defaults(command=_compare)
@@ -185,6 +188,7 @@ def _run(args: argparse.Namespace) -> int:
         rounds=min(args.rounds, 5) if args.quick else args.rounds,
         sample_seconds=min(args.sample_ms, 10) / 1e3 if args.quick else args.sample_ms / 1e3,
         case_seconds=args.case_seconds,
+        pause_while=args.pause_while,
     )
     results = Results.load(args.resume) if args.resume else Results.begin(machine.describe())
     stamp = results.started.replace(":", "").partition("+")[0]

@@ -70,6 +70,14 @@ class Worker:
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
+    def waited(self) -> float:
+        """Seconds that its threads were ready to run and had no CPU, so far; 0 where the system does not tell."""
+        total = 0
+        for path in pathlib.Path(f"/proc/{self._process.pid}/task").glob("*/schedstat"):
+            with contextlib.suppress(OSError):  # a thread that ended meanwhile
+                total += int(path.read_text().split()[1])
+        return total / 1e9
+
     def ask(self, method: str, *args: Any) -> Any:
         """Calls a method of `_Peers` in the worker; raises Failed where that raised anything."""
         try:

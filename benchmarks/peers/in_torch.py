@@ -24,13 +24,17 @@ torch = _optional("torch")
 
 
 class TorchRunner:
-    """Goes through the operand pairs in a Python loop; the loop and the call are part of the time."""
+    """Goes through the operand pairs in a Python loop; the loop and the call are part of the time.
 
-    def __init__(self, threads: int) -> None:
+    `compiled`: the product is compiled for its shapes, with every candidate that torch.compile has for it timed.
+    """
+
+    def __init__(self, threads: int, *, compiled: bool = False) -> None:
         if torch is None:
             raise Unavailable("not installed: pip install torch")
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
+        self._compiled = compiled
 
     def version(self) -> str:
         return torch.__version__
@@ -56,8 +60,16 @@ class TorchRunner:
             for (a, b), c in zip(operands, self._out, strict=True)
         ]
 
+        self._call = self._matmul
+        if self._compiled:
+            torch.compiler.reset()  # what was compiled for another product
+            matmul = self._matmul
+            self._call = torch.compile(
+                lambda a, b, *, out: matmul(a, b, out=out), mode="max-autotune-no-cudagraphs", dynamic=False
+            )
+
     def run(self, trips: int) -> float:
-        matmul, calls = self._matmul, self._calls
+        matmul, calls = self._call, self._calls
         start = time.perf_counter()
         for _ in range(trips):
             for a, b, c in calls:
