@@ -75,8 +75,8 @@ class Peer:
 OURS = "jax_nano"
 OUR_KERNELS = "kernels"
 
-# Libraries of PyPI's packages find those that they need beside themselves; the OpenCL runtime, on which the CPU engine of
-# PyPI's oneDNN runs, is found by the loader of the same package only if it is named.
+# PyPI's packages put the libraries that they need in turn into the environment, where nothing looks for them. The CPU
+# engine of PyPI's oneDNN runs on an OpenCL runtime; the file that registers it names a folder of its makers.
 _LIBRARIES = native.PREFIX / "lib"
 _PYPI = {"LD_LIBRARY_PATH": str(_LIBRARIES), "OCL_ICD_FILENAMES": str(_LIBRARIES / "libintelocl.so")}
 
