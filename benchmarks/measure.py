@@ -56,6 +56,7 @@ class Plan:
 _PAUSE_SECONDS = 0.1  # between two looks for the file
 _WARM_UP_SHARE = 4  # before a sample, a fourth of its work goes untimed,
 _WARM_UP_SECONDS = 0.01  # unless a single trip takes this long: then a sample warms itself
+_MEET_SECONDS = 0.02  # on several cores: threads that share short calls must be awake, and on CPUs of their own
 _FEWEST_ROUNDS = 3
 # A sample is taken again where threads waited for a CPU: another program had it. Where they always do, because the peer
 # has more threads than CPUs, the sample with the least waiting counts.
@@ -173,13 +174,6 @@ class _Pool:
                 self._restart(key)
             raise
 
-    def run(self, name: str, cores: int, key: str, trips: int) -> tuple[float, float]:
-        """The seconds of a run, and those in which a thread of the peer was ready but had no CPU."""
-        worker = self._workers[PEERS[name].worker, cores]
-        before = worker.waited()
-        seconds = self.ask("run", name, cores, key, trips)
-        return seconds, worker.waited() - before
-
     def close(self) -> None:
         for worker in self._workers.values():
             worker.close()
@@ -292,7 +286,7 @@ class _Guard:
         if cores not in self._work:
             return True
         trips, flops = self._work[cores]
-        rate = flops / self._pool.run(_PEAK, cores, self._key, trips)[0]
+        rate = flops / self._pool.ask("run", _PEAK, cores, self._key, trips)[0]
         best = self._pool.peaks[self._dtype, cores] = max(rate, self._pool.peaks.get((self._dtype, cores), 0.0))
         return rate >= _CALM_SHARE * best
 
@@ -307,7 +301,7 @@ def _calibrate(plan: Plan, pool: _Pool, key: str, name: str, cores: int) -> tupl
     """How many trips make a sample, and the seconds of one."""
     trips = 1
     while True:
-        seconds = pool.ask("run", name, cores, key, trips)
+        seconds, _ = pool.ask("run", name, cores, key, trips)
         if seconds >= plan.sample_seconds or trips >= 1 << 30:
             return trips, seconds / trips
         # Grow towards the goal, at most a hundredfold: the first runs are slower than the rest.
@@ -317,11 +311,13 @@ def _calibrate(plan: Plan, pool: _Pool, key: str, name: str, cores: int) -> tupl
 
 def _sample(pool: _Pool, key: str, name: str, cores: int, trips: int, once: float) -> float:
     # While others ran, this worker's operands left the caches, and its threads went to sleep.
+    untimed = 0
     if once < _WARM_UP_SECONDS:
-        pool.ask("run", name, cores, key, max(1, trips // _WARM_UP_SHARE))
+        seconds = max(trips * once / _WARM_UP_SHARE, _MEET_SECONDS if cores > 1 else 0)
+        untimed = math.ceil(seconds / once)
     least = math.inf
     for _ in range(_TRIES):
-        seconds, waited = pool.run(name, cores, key, trips)
+        seconds, waited = pool.ask("run", name, cores, key, trips, untimed)
         share = waited / seconds
         if share < least:
             least, sample = share, seconds

@@ -74,14 +74,6 @@ class Worker:
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
-    def waited(self) -> float:
-        """Seconds that its threads were ready to run and had no CPU, so far; 0 where the system does not tell."""
-        total = 0
-        for path in pathlib.Path(f"/proc/{self._process.pid}/task").glob("*/schedstat"):
-            with contextlib.suppress(OSError):  # a thread that ended meanwhile
-                total += int(path.read_text().split()[1])
-        return total / 1e9
-
     def ask(self, method: str, *args: Any) -> Any:
         """Calls a method of `_Peers` in the worker; raises Failed where that raised anything."""
         try:
@@ -126,10 +118,15 @@ class _Peers:
         runner.load([operands.read(case, folder, operands.RANDOM)] * pairs)
         self._runners[peer, key] = runner
 
-    def run(self, peer: str, key: str, trips: int) -> float:
+    def run(self, peer: str, key: str, trips: int, untimed: int = 0) -> tuple[float, float]:
+        """The seconds of `trips`, after `untimed` others, and those in which a thread was ready but had no CPU."""
         if (peer, key) not in self._runners:
             raise Failed("its process died before")
-        return self._runners[peer, key].run(trips)
+        runner = self._runners[peer, key]
+        if untimed:
+            runner.run(untimed)
+        before = waited()
+        return runner.run(trips), waited() - before
 
     def close(self, peer: str, key: str) -> None:
         if (peer, key) in self._runners:
@@ -139,6 +136,15 @@ class _Peers:
         from benchmarks.peers import PEERS
 
         return PEERS[peer].start(self._setup.threads)
+
+
+def waited() -> float:
+    """Seconds that this process' threads were ready to run and had no CPU, so far; 0 where the system does not tell."""
+    total = 0
+    for path in pathlib.Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # a thread that ended meanwhile
+            total += int(path.read_text().split()[1])
+    return total / 1e9
 
 
 def check(case: Any, result: Any, expected: Any) -> None:
