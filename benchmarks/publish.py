@@ -11,12 +11,12 @@ import dataclasses
 import hashlib
 import pathlib
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from benchmarks import ROOT
 from benchmarks.cases import KINDS, Case, select
-from benchmarks.peers import OUR_KERNELS, OURS, PEERS
-from benchmarks.report import Group, Results, Row, table
+from benchmarks.peers import PEERS
+from benchmarks.report import Group, Results, table
 
 DATA = ROOT / "benchmarks" / "data" / "peers-zen3.json.gz"
 PICTURES = ROOT / "docs" / "images"
@@ -140,9 +140,11 @@ def _short(name: str, version: str) -> str:
 
 
 def _summary(results: Results) -> str:
+    measured, listed = len({row.case for row in results.rows}), len(select("full", dtypes=["f32"]))
+    some = f"all {listed}" if measured == listed else f"{measured} of {listed}, those that take least,"
     head = (
-        f"One run, float32, caches warm ({_where(results)}). Times as fast as the best peer of each product: the"
-        " geometric mean, and in parentheses the least and how many products were at least as fast. Peers:"
+        f"One run, {some} float32 products, caches warm ({_where(results)}). Times as fast as the best peer of each"
+        " product: the geometric mean, and in parentheses the least and how many products were at least as fast. Peers:"
         f" {_versions(results)}."
     )
     return f"{_wrapped(head)}\n\n{_kinds(results)}\n{_squares(results)}"
@@ -192,28 +194,23 @@ def _squares(results: Results) -> str:
 
 
 def _details(results: Results) -> str:
-    parts = [_wrapped(f"Products below {WORST} of the best peer ({_where(results)}), by kind:")]
-    cases = _cases(results)
-    body: list[tuple[float, tuple[str, ...]]] = []
-    for label, cores, ratio in _columns(results):
+    parts = [_wrapped(f"Products below {WORST} of the best peer in one of four ways ({_where(results)}), by kind:")]
+    columns = _columns(results)
+    found: dict[str, dict[str, tuple[float, str]]] = {}  # by product and column
+    for label, cores, ratio in columns:
         for group in results.groups(cores, "warm"):
-            value = ratio(group)
-            if value is None or value >= WORST:
-                continue
             best = group.best_peer if ratio is in_jit else group.best_library
-            ours = group.rows[OURS if ratio is in_jit else OUR_KERNELS]
-            assert best is not None
-            case = cases[group.any.case]
-            cells = (case.kind, case.name, label, f"{value:.2f}", *_times(ours, best))
-            body.append((KINDS.index(case.kind) + value / 10, cells))
-    body.sort()
-    header = ("kind", "product", "how", "of the best", "ours, us", "best, us", "who")
-    parts.append(table(header, [cells for _, cells in body]) if body else "None.")
+            if (value := ratio(group)) is not None and best is not None:
+                found.setdefault(group.any.case, {})[label] = value, best.peer
+    cases = _cases(results)
+    behind = [name for name, cells in found.items() if min(value for value, _ in cells.values()) < WORST]
+    behind.sort(key=lambda name: (KINDS.index(cases[name].kind), min(value for value, _ in found[name].values())))
+    body = []
+    for name in behind:
+        cells = (found[name].get(label) for label, _, _ in columns)
+        body.append((cases[name].kind, cases[name].name, *(f"{x[0]:.2f} ({x[1]})" if x else "-" for x in cells)))
+    parts.append(table(("kind", "product", *(label for label, _, _ in columns)), body) if body else "None.")
     return "\n\n".join(parts)
-
-
-def _times(ours: Row, best: Row) -> Iterable[str]:
-    return f"{1e6 * ours.median:.4g}", f"{1e6 * best.median:.4g}", best.peer
 
 
 def _or_dash(value: float | None, form: str) -> str:

@@ -436,7 +436,8 @@ class TestPublished:
         assert "0.79 (0.50, 1 of 2)" in lines["all"]
         assert "1.25 (mkl)" in lines["1024^3"]
         assert "openblas 0.3.34" in readme
-        assert len(re.findall(r"\| up to 513\^3 +\| 512x512x512 +\| inside `jit`, 1 core +\| 0.50", performance)) == 1
+        assert "2 of 129" in readme
+        assert len(re.findall(r"\| up to 513\^3 +\| 512x512x512 +\| 0.50 \(mkl\) +\| 1.00 \(mkl\) ", performance)) == 1
         assert "1024x1024x1024" not in performance.partition("<!-- peers -->")[2].partition("<!-- end of peers -->")[0]
 
 

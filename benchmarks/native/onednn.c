@@ -32,11 +32,21 @@ void version(char* out, int size) {
   const dnnl_version_t* v = dnnl_version();
   const char* runtime = "";
   switch (v->cpu_runtime) {
-    case DNNL_RUNTIME_SEQ: runtime = "sequential"; break;
-    case DNNL_RUNTIME_OMP: runtime = "OpenMP"; break;
-    case DNNL_RUNTIME_TBB: runtime = "TBB"; break;
-    case DNNL_RUNTIME_SYCL: runtime = "SYCL"; break;
-    default: runtime = "another runtime"; break;
+    case DNNL_RUNTIME_SEQ:
+      runtime = "sequential";
+      break;
+    case DNNL_RUNTIME_OMP:
+      runtime = "OpenMP";
+      break;
+    case DNNL_RUNTIME_TBB:
+      runtime = "TBB";
+      break;
+    case DNNL_RUNTIME_SYCL:
+      runtime = "SYCL";
+      break;
+    default:
+      runtime = "another runtime";
+      break;
   }
   snprintf(out, (size_t)size, "%d.%d.%d, %s", v->major, v->minor, v->patch, runtime);
 }

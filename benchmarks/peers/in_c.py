@@ -147,6 +147,7 @@ class CblasRunner(_CRunner):
             raise Unavailable(f"cblas has no {case.dtype}")
         letter = {"f32": "s", "f64": "d"}[case.dtype]
         self._case, self._descriptor = case, self._job(case)
+        kinds: tuple[str, ...]
         if self._batches is not None and case.gemm.batch:
             self._loop, kinds = getattr(self._batches, f"run_batch_{case.dtype}"), ("gemm_batch",)
         else:
