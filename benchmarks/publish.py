@@ -141,9 +141,9 @@ def _short(name: str, version: str) -> str:
 
 def _summary(results: Results) -> str:
     measured, listed = len({row.case for row in results.rows}), len(select("full", dtypes=["f32"]))
-    some = f"all {listed}" if measured == listed else f"{measured} of {listed}, those that take least,"
+    some = f"all {listed}" if measured == listed else f"{measured} of the {listed}"
     head = (
-        f"One run, {some} float32 products, caches warm ({_where(results)}). Times as fast as the best peer of each"
+        f"Measured: {some} float32 products, caches warm ({_where(results)}). Times as fast as the best peer of each"
         " product: the geometric mean, and in parentheses the least and how many products were at least as fast. Peers:"
         f" {_versions(results)}."
     )

@@ -408,7 +408,7 @@ class TestPublished:
         for cores in (1, 2):
             groups = {group.any.case: group for group in results.groups(cores, "warm")}
             assert groups.keys() <= cases
-            assert len(groups) > 60
+            assert len(groups) > 30
             assert all({"jax_nano", "kernels", "jnp", "mkl"} <= group.rows.keys() for group in groups.values())
 
     def test_every_product_is_of_a_kind(self):
@@ -436,7 +436,7 @@ class TestPublished:
         assert "0.79 (0.50, 1 of 2)" in lines["all"]
         assert "1.25 (mkl)" in lines["1024^3"]
         assert "openblas 0.3.34" in readme
-        assert "2 of 129" in readme
+        assert "2 of the 129" in readme
         assert len(re.findall(r"\| up to 513\^3 +\| 512x512x512 +\| 0.50 \(mkl\) +\| 1.00 \(mkl\) ", performance)) == 1
         assert "1024x1024x1024" not in performance.partition("<!-- peers -->")[2].partition("<!-- end of peers -->")[0]
 
