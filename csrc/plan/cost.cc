@@ -33,20 +33,20 @@ constexpr int64_t kInnerTile = 3;                                               
 // A product's loops and caches, and the counts so far.
 class Counter {
  public:
-  Counter(const KernelInfo& kernel, const Product& product, const CoreModel& core)
+  Counter(const KernelInfo& kernel, const Product& product, const Product& whole, const CoreModel& core)
       : kernel_(kernel),
         x_(product),
         core_(core),
         a_bytes_(ElementBytes(kernel.lhs)),
         b_bytes_(ElementBytes(kernel.rhs)),
         c_bytes_(ElementBytes(kernel.out)) {
-    const double batch = Real(std::max<int64_t>(x_.batch, 1));
-    all_a_ = Real(x_.m) * Real(x_.k) * Real(a_bytes_) * (x_.bsa == 0 ? 1 : batch);
-    all_b_ = Real(x_.n) * Real(x_.k) * Real(b_bytes_) * (x_.bsb == 0 ? 1 : batch);
-    all_c_ = Real(x_.m) * Real(x_.n) * Real(c_bytes_) * batch;
-    together_ = LevelOf(all_a_ + all_b_ + all_c_);
-    a_level_ = std::min(LevelOf(all_a_), together_);
-    b_level_ = std::min(LevelOf(all_b_), together_);
+    const double batch = Real(std::max<int64_t>(whole.batch, 1));
+    const double a = Real(whole.m) * Real(whole.k) * Real(a_bytes_) * (whole.bsa == 0 ? 1 : batch);
+    const double b = Real(whole.n) * Real(whole.k) * Real(b_bytes_) * (whole.bsb == 0 ? 1 : batch);
+    const double c = Real(whole.m) * Real(whole.n) * Real(c_bytes_) * batch;
+    together_ = LevelOf(a + b + c);
+    a_level_ = std::min(LevelOf(a), together_);
+    b_level_ = std::min(LevelOf(b), together_);
   }
 
   void Count(const Blocked& x);
@@ -130,7 +130,6 @@ class Counter {
   const Product& x_;
   const CoreModel& core_;
   int64_t a_bytes_, b_bytes_, c_bytes_;
-  double all_a_, all_b_, all_c_;
   Level together_, a_level_, b_level_;
   CostCounts counts_ = {};
 };
@@ -355,12 +354,20 @@ void Counter::Count(const Sweep& x) {
 
 CostCounts CountCosts(const Schedule& schedule, const KernelInfo& kernel, const Product& product, int64_t slices,
                       const CoreModel& core) {
-  Counter counter(kernel, product, core);
+  Counter counter(kernel, product, product, core);
   if (product.m > 0 && product.n > 0) {
     std::visit([&](const auto& path) { counter.Count(path); }, schedule);
   }
   counter.Repeat(product.batch);
   counter.Slices(slices);
+  return counter.counts();
+}
+
+CostCounts CountCostsOfPart(const Schedule& schedule, const KernelInfo& kernel, const Product& part,
+                            const Product& whole, const CoreModel& core) {
+  Counter counter(kernel, part, whole, core);
+  std::visit([&](const auto& path) { counter.Count(path); }, schedule);
+  counter.Repeat(part.batch);
   return counter.counts();
 }
 

@@ -189,7 +189,12 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
   TakeBatch(kernel, choice.split_k, nest);
   // Slices of k occupy threads too. A pass over an outer contracting dimension is not worth one, but is work.
   const int64_t threads_of_a_slice = CeilDiv(threads, choice.split_k);
-  choice.split = ChooseSplit(choice.schedule, kernel, x, nest.products, all_k, threads_of_a_slice, profile);
+  const int64_t most = MostItems(choice.schedule, kernel, x, nest.products, all_k, threads_of_a_slice, profile);
+  Product whole = WholeProduct(nest);
+  whole.k = CeilDiv(whole.k, choice.split_k);
+  const std::optional<Split> split = FastestSplit(choice.schedule, kernel, whole, most, threads_of_a_slice, machine);
+  choice.split =
+      split ? *split : ChooseSplit(choice.schedule, kernel, x, nest.products, all_k, threads_of_a_slice, most, profile);
   if (choice.split_k == 1 && NeedsPartialSums(choice.schedule, kernel, x)) {
     choice.split = SplitForPartialSums(kernel, x, choice.split, kMaxPartialBytes);
   }

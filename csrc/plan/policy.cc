@@ -13,12 +13,6 @@ namespace {
 
 const InnerProduct* InnerOf(const Schedule& schedule) { return std::get_if<InnerProduct>(&schedule); }
 
-bool PacksB(const Schedule& schedule) {
-  if (const auto* blocked = std::get_if<Blocked>(&schedule)) return blocked->pack_b;
-  const auto* inner = InnerOf(schedule);
-  return inner != nullptr && inner->pack_b;
-}
-
 // How many items of the smallest worthwhile size the work would fill; a double, as it may be huge.
 double FullItems(const Product& x, int64_t products, int64_t all_k, const Profile& profile) {
   return Real(products) * Real(x.m) * Real(x.n) * Real(all_k) / Real(profile.split.min_item);
@@ -66,6 +60,20 @@ bool SweepPays(const KernelInfo& kernel, const Product& x, const Profile& profil
     return x.m <= (SpanOfB(kernel, x) > profile.tlb_reach_bytes ? rows.far_rows : rows.near_rows);
   }
   return x.m <= (ElementBytes(kernel.rhs) == 1 ? rows.packed_8 : rows.packed_16);
+}
+
+// Whether nothing is packed and many rows read B: then an item costs what it computes, however small it is.
+bool ReadsUnpackedTiles(const Schedule& schedule, const KernelInfo& kernel, const Product& x, const Profile& profile) {
+  return !PacksB(schedule) && x.m >= profile.packing.b_min_row_tiles * kernel.mr;
+}
+
+// Whether few rows of A meet a B out of cache: it comes no faster for fewer rows, so that these are not cut while
+// columns can be.
+bool FromMemory(const Schedule& schedule, const KernelInfo& kernel, const Product& x, const Profile& profile) {
+  if (PacksB(schedule) || InnerOf(schedule) != nullptr || ReadsUnpackedTiles(schedule, kernel, x, profile))
+    return false;
+  const bool weights = std::holds_alternative<Sweep>(schedule) && MeetsWeights(kernel, x, profile);
+  return SpanOfB(kernel, x) >= profile.out_of_cache_b_bytes || weights;
 }
 
 Blocked BlocksOf(Blocked x, const KernelInfo& kernel, const Product& product, int64_t item_m, int64_t item_n,
@@ -180,28 +188,28 @@ int64_t ExpectedNs(const Product& product, int64_t products, int64_t all_k, cons
       std::min(FullItems(product, products, all_k, profile) * profile.split.min_item_ns, kMost));
 }
 
-Split ChooseSplit(const Schedule& schedule, const KernelInfo& kernel, const Product& x, int64_t products, int64_t all_k,
+int64_t MostItems(const Schedule& schedule, const KernelInfo& kernel, const Product& x, int64_t products, int64_t all_k,
                   int64_t threads, const Profile& profile) {
-  if (threads < 2 || !WorthSplitting(x, products, all_k, profile)) return {};
+  if (threads < 2 || !WorthSplitting(x, products, all_k, profile)) return 1;
   const Profile::Split& costs = profile.split;
-  const bool inner = InnerOf(schedule) != nullptr, sweep = std::holds_alternative<Sweep>(schedule);
+  const bool sweep = std::holds_alternative<Sweep>(schedule);
+  const int64_t per_thread = ReadsUnpackedTiles(schedule, kernel, x, profile) ? costs.items_unpacked
+                             : !FromMemory(schedule, kernel, x, profile)      ? costs.items_packed
+                             : sweep                                          ? costs.items_sweep
+                                                                              : costs.items_out_of_cache;
+  return static_cast<int64_t>(std::min(Real(threads * per_thread), FullItems(x, products, all_k, profile)));
+}
+
+Split ChooseSplit(const Schedule& schedule, const KernelInfo& kernel, const Product& x, int64_t products, int64_t all_k,
+                  int64_t threads, int64_t most, const Profile& profile) {
+  if (most < 2) return {};
+  const Profile::Split& costs = profile.split;
   const bool pack_b = PacksB(schedule);
-  // Where nothing is packed and many rows read B, an item costs what it computes, however small it is.
-  const bool fine = !pack_b && x.m >= profile.packing.b_min_row_tiles * kernel.mr;
-  // A B out of cache comes no faster for fewer rows of A, so that these are not cut while columns can be.
-  const bool is_large = SpanOfB(kernel, x) >= profile.out_of_cache_b_bytes;
-  const bool from_memory = !pack_b && !inner && !fine && (is_large || (sweep && MeetsWeights(kernel, x, profile)));
-  const double least_rows = from_memory ? profile.out_of_cache_rows : 1;
+  const double least_rows = FromMemory(schedule, kernel, x, profile) ? profile.out_of_cache_rows : 1;
   // Each item packs its own columns of B, and its own rows of A if those are packed too.
   const bool packs_a = pack_b && (!ReadsA(kernel, x) || SlowA(kernel, x, profile));
   const double b_macs = pack_b ? costs.pack_element : costs.read_element;
   const double a_macs = packs_a ? costs.pack_element : pack_b ? 0 : costs.read_element;
-  const int64_t per_thread = fine           ? costs.items_unpacked
-                             : !from_memory ? costs.items_packed
-                             : sweep        ? costs.items_sweep
-                                            : costs.items_out_of_cache;
-  const double full_items = FullItems(x, products, all_k, profile);
-  const int64_t most = static_cast<int64_t>(std::min(Real(threads * per_thread), full_items));
 
   const int64_t m_units = CeilDiv(x.m, kernel.mr), n_units = CeilDiv(x.n, kernel.nr);
   const double m = Real(m_units * kernel.mr), n = Real(n_units * kernel.nr);
@@ -234,6 +242,14 @@ Split ChooseSplit(const Schedule& schedule, const KernelInfo& kernel, const Prod
     }
   }
   return best;
+}
+
+double ClaimNs(const Profile& profile) {
+  return profile.split.claim_item * profile.split.min_item_ns / Real(profile.split.min_item);
+}
+
+double SharedRowNs(const Profile& profile) {
+  return profile.split.shared_row * profile.split.min_item_ns / Real(profile.split.min_item);
 }
 
 Split SplitForPartialSums(const KernelInfo& kernel, const Product& x, Split split, int64_t max_bytes) {

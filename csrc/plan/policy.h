@@ -58,9 +58,20 @@ bool WorthSplitting(const Product& product, int64_t products, int64_t all_k, con
 // How long the work takes one thread, roughly, in ns.
 int64_t ExpectedNs(const Product& product, int64_t products, int64_t all_k, const Profile& profile);
 
-// For `products` products after ChooseOrderOfSums, each with sums over `all_k` in all their calls.
-Split ChooseSplit(const Schedule& schedule, const KernelInfo& kernel, const Product& product, int64_t products,
+// Into how many work items so many threads may cut `products` products after ChooseOrderOfSums, each with sums over
+// `all_k` in all their calls.
+int64_t MostItems(const Schedule& schedule, const KernelInfo& kernel, const Product& product, int64_t products,
                   int64_t all_k, int64_t threads, const Profile& profile);
+
+// Cuts them into at most `most` items.
+Split ChooseSplit(const Schedule& schedule, const KernelInfo& kernel, const Product& product, int64_t products,
+                  int64_t all_k, int64_t threads, int64_t most, const Profile& profile);
+
+// What a work item costs beside what it computes, in ns: to claim it, and in caches that know nothing of it.
+double ClaimNs(const Profile& profile);
+
+// What it costs that two cores write parts of a row of C, in ns.
+double SharedRowNs(const Profile& profile);
 
 // Cuts m and n further until the partial sums of an item fit into `max_bytes` of workspace.
 Split SplitForPartialSums(const KernelInfo& kernel, const Product& product, Split split, int64_t max_bytes);

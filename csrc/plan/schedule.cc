@@ -67,6 +67,12 @@ std::string Validate(const Schedule& schedule, const KernelInfo& kernel, const P
   return "";
 }
 
+bool PacksB(const Schedule& schedule) {
+  if (const auto* blocked = std::get_if<Blocked>(&schedule)) return blocked->pack_b;
+  const auto* inner = std::get_if<InnerProduct>(&schedule);
+  return inner != nullptr && inner->pack_b;
+}
+
 bool ReadsA(const KernelInfo& kernel, const Product& x) {
   return kernel.direct_a && (kernel.kr == 1 || (x.csa == 1 && x.k % kernel.kr == 0 && x.rsa % kernel.kr == 0));
 }

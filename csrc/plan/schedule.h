@@ -64,6 +64,9 @@ using Schedule = std::variant<Blocked, InnerProduct, Sweep>;
 // schedules and single kernel calls (python/testing.cc) ask it before anything runs.
 std::string Validate(const Schedule& schedule, const KernelInfo& kernel, const Product& product);
 
+// Whether it copies B, by blocks or whole.
+bool PacksB(const Schedule& schedule);
+
 // Whether the kernel can read A where it lies: element by element, or kr of a row at a time.
 bool ReadsA(const KernelInfo& kernel, const Product& product);
 

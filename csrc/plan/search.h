@@ -11,6 +11,7 @@
 
 #include "machine/machine.h"
 #include "plan/kernel_abi.h"
+#include "plan/policy.h"
 #include "plan/schedule.h"
 
 namespace jax_nano {
@@ -32,6 +33,11 @@ std::optional<Schedule> FastestOrderOfSums(const KernelInfo& kernel, const Produ
 // neither on such a CPU nor here.
 std::optional<Schedule> FastestBlocks(const Schedule& schedule, const KernelInfo& kernel, const Product& product,
                                       int64_t item_m, int64_t item_n, const Machine& machine);
+
+// How the product, whose batch are all products of the call, is cut into at most `most` work items for so many threads,
+// after FastestOrderOfSums. None where FastestBlocks has none.
+std::optional<Split> FastestSplit(const Schedule& schedule, const KernelInfo& kernel, const Product& product,
+                                  int64_t most, int64_t threads, const Machine& machine);
 
 }  // namespace jax_nano
 

@@ -428,6 +428,43 @@ class TestSplit:
             assert plan("mk,kn->mn", m=m, n=n, k=k, threads=2, target=target)["split_k"] == 1
 
 
+class TestSplitByCosts:
+    """Where a CPU's costs were measured, the split follows predicted times."""
+
+    @staticmethod
+    def plan(m, n, k, threads, subscripts="mk,kn->mn", **sizes):
+        c = Contraction(subscripts, m=m, n=n, k=k, **sizes)
+        return c.plan(target="x86-64-v3", threads=threads, caches=ZEN4, cpu="AMD Zen 3")
+
+    def test_nothing_else_follows_the_threads(self):
+        for sizes in [*shapes(), (64, 8192, 1024), (16, 16, 65536)]:
+            one, many = self.plan(*sizes, 1), self.plan(*sizes, 7)
+            assert one["split"] == (1, 1, 1)
+            for name in ("kernel", "inner", "sweep", "pack_b", "kc", "split_k"):
+                assert one[name] == many[name], (name, sizes)
+
+    def test_items_are_worth_a_thread(self):
+        for m, n, k in shapes():
+            items = np.prod(self.plan(m, n, k, 64)["split"])
+            assert items == 1 or m * n * k / items >= 64 << 10
+
+    @pytest.mark.parametrize("threads", [2, 3, 4, 7, 16])
+    def test_large_products_keep_every_thread_busy(self, threads):
+        for sizes in [(1024, 1024, 1024), (64, 8192, 1024), (8192, 64, 1024)]:
+            assert np.prod(self.plan(*sizes, threads)["split"]) >= threads
+        batches = self.plan(512, 512, 512, threads, "bmk,bkn->bmn", b=3)
+        assert np.prod(batches["split"]) >= threads
+
+    def test_a_tall_a_is_not_read_again_for_few_columns(self):
+        """Each part of the columns reads all of A, so that rows are cut first (2.0 times the time otherwise)."""
+        assert self.plan(2048, 64, 64, 2)["split"][2] == 1
+
+    def test_batches_are_split_whole(self):
+        split = self.plan(64, 64, 64, 2, "bmk,bkn->bmn", b=64)["split"]
+        assert split[0] > 1
+        assert split[1:] == (1, 1)
+
+
 KERNELS = {k["name"]: k for k in _runtime.kernels()}
 every_kernel = pytest.mark.parametrize("info", KERNELS.values(), ids=list(KERNELS))
 
