@@ -9,6 +9,8 @@
 
 PYTHON ?= $(shell scripts/setup find-python)
 VENV   ?= .venv
+# The peers of the benchmark, gigabytes, are installed into an environment of their own.
+PEERS  ?= .venv-peers
 ARGS   ?=
 # A lock file (scripts/packaging/ci.lock): its versions are installed, by their hashes, instead of the newest.
 LOCK   ?=
@@ -29,7 +31,7 @@ SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE LICENSES.md scripts/p
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo decode docs test fuzz sanitize soak lint format wheel bench bench-quick bench-compare info \
+.PHONY: help demo decode docs test fuzz sanitize soak lint format wheel bench bench-quick bench-peers bench-compare info \
         kernel-table wheels wheels-test lock clean distclean
 
 help:  ## show this list
@@ -69,6 +71,10 @@ bench: $(STAMPS)/bench  ## measure jax_nano and every peer (long)
 bench-quick: $(STAMPS)/bench  ## the same, a few shapes in under three minutes
 	$(BIN)/python -m benchmarks run --quick $(ARGS)
 
+bench-peers:  ## the same with the libraries of today, which it installs in .venv-peers (half an hour)
+	$(MAKE) VENV=$(PEERS) $(PEERS)/.stamps/peers
+	$(PEERS)/bin/python -m benchmarks run --dtype f32 --cache warm --rounds 5 --sample-ms 10 --also $(ARGS)
+
 docs: $(STAMPS)/docs  ## build the documentation as a site, in build/site
 	$(BIN)/mkdocs build --strict
 
@@ -97,7 +103,7 @@ clean:  ## remove build products, so that the next run rebuilds the package
 	rm -rf build $(DIST) $(STAMPS)/wheel
 
 distclean: clean  ## remove the virtual environment, caches and benchmark results as well
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis results
+	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis results
 
 # --- set-up -------------------------------------------------------------------------------------
 
@@ -127,4 +133,8 @@ $(STAMPS)/install: $(STAMPS)/wheel $(STAMPS)/locked
 # One stamp for each extra of pyproject.toml: its dependencies are installed beside the wheel.
 $(STAMPS)/examples $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/docs: $(STAMPS)/%: $(STAMPS)/install
 	$(PIP) install "$$(echo $(DIST)/*.whl)[$*]"
+	@touch $@
+
+$(STAMPS)/peers: $(STAMPS)/bench scripts/setup
+	scripts/setup peers "$(VENV)"
 	@touch $@

@@ -3,7 +3,7 @@
 The arrows point one way:
 
     __main__ -> measure -> worker (one process a peer) -> peers/ -> native/*.c
-             -> report, plots, compare, overheads
+             -> report, plots, compare, publish, overheads
              -> models, suite -> accelerated
     cases, operands, machine: data that all of them read
 """

@@ -61,12 +61,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--out", type=pathlib.Path, default=ROOT / "results", help="(default: results/)")
     run.add_argument("--resume", type=pathlib.Path, metavar="JSON", help="go on with a run that was stopped")
+    run.add_argument("--pause-while", type=pathlib.Path, metavar="FILE", help="do nothing while this file exists")
+    run.add_argument("--prepare-while", type=pathlib.Path, metavar="FILE", help="while it exists, measure nothing")
 
     compare = commands.add_parser("compare", help="what became slower between two runs; exit status 1 if any")
     compare.set_defaults(command=_compare)
     compare.add_argument("old", type=pathlib.Path)
     compare.add_argument("new", type=pathlib.Path)
     compare.add_argument("--threshold", type=float, default=0.05, help="(default: 0.05)")
+
+    publish = commands.add_parser("publish", help="write the documents' comparison with peers again")
+    publish.set_defaults(command=_publish)
+    publish.add_argument("json", type=pathlib.Path, nargs="?", help="from this run, which is kept in benchmarks/data")
 
     report = commands.add_parser("report", help="write the table and plots of a JSON file again")
     report.set_defaults(command=_report)
@@ -185,6 +191,8 @@ def _run(args: argparse.Namespace) -> int:
         rounds=min(args.rounds, 5) if args.quick else args.rounds,
         sample_seconds=min(args.sample_ms, 10) / 1e3 if args.quick else args.sample_ms / 1e3,
         case_seconds=args.case_seconds,
+        pause_while=args.pause_while,
+        prepare_while=args.prepare_while,
     )
     results = Results.load(args.resume) if args.resume else Results.begin(machine.describe())
     stamp = results.started.replace(":", "").partition("+")[0]
@@ -218,6 +226,15 @@ def _stoppable() -> Iterator[list[str]]:
 
 def _report(args: argparse.Namespace) -> int:
     _write_report(args.json)
+    return 0
+
+
+def _publish(args: argparse.Namespace) -> int:
+    from benchmarks import publish
+
+    if args.json:
+        publish.keep(Results.load(args.json))
+    print("written:", *(_relative(item) for item in publish.write()), sep="\n  ")
     return 0
 
 

@@ -166,6 +166,24 @@ class Case:
 
         return axes(lhs, m, k), axes(rhs, k, n), axes(out, m, n)
 
+    @property
+    def kind(self) -> str:
+        """What it is to a user: one of `KINDS`."""
+        gemm = self.gemm
+        if self.group == "attention":
+            return "attention, one query" if gemm.m == 1 else "attention"
+        if gemm.batch:
+            return "small batched products"
+        if min(gemm.m, gemm.n) == 1:
+            return "products with a vector"
+        if gemm.m * gemm.n * gemm.k <= 64**3:
+            return "one product up to 64^3"
+        if gemm.n <= 64:
+            return "2 to 64 columns"
+        if gemm.m <= 64:
+            return "2 to 64 rows"
+        return "up to 513^3" if gemm.m * gemm.n * gemm.k <= 513**3 else "above 513^3"
+
     def exact_operands(self) -> tuple[Array, Array]:
         """Small integers, so that every order of summation gives the same result, to the last bit."""
         rng = np.random.default_rng(1)
@@ -192,6 +210,19 @@ class Case:
         np.matmul(lhs.transpose(lhs_axes), rhs.transpose(rhs_axes), out=exact.transpose(out_axes))
         out = DTYPES[self.dtype].out_dtype
         return exact.astype(np.int64).astype(out) if out.kind == "i" else exact.astype(out)
+
+
+KINDS = (
+    "one product up to 64^3",
+    "small batched products",
+    "products with a vector",
+    "2 to 64 rows",
+    "2 to 64 columns",
+    "up to 513^3",
+    "above 513^3",
+    "attention",
+    "attention, one query",
+)
 
 
 def _strides(labels: str, size: dict[str, int]) -> dict[str, int]:

@@ -21,6 +21,15 @@ def last_level_cache() -> int:
     return max(sizes, default=32 << 20)
 
 
+def free_memory() -> int:
+    """Bytes that programs may take now."""
+    for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) << 10
+    return 0
+
+
 def describe() -> dict[str, Any]:
     """What the report says about the machine."""
     return {

@@ -1,4 +1,4 @@
-"""Two pictures of a run for each setting: the roofline, and the ratio to the best peer."""
+"""Pictures of a run: for each setting the roofline and the ratio to the best peer; for documents, ratios by kind."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ mpl.use("Agg")
 
 _COLORS = {"f32": "#0072b2", "f64": "#d55e00", "bf16": "#009e73", "f16": "#cc79a7", "i8": "#e69f00"}
 
+_CYCLE = ("#56b4e9", "#0072b2", "#f0b37e", "#d55e00")
+
 
 def save(results: Results, folder: pathlib.Path) -> list[pathlib.Path]:
     """Writes the pictures; returns their paths."""
@@ -36,8 +38,48 @@ def save(results: Results, folder: pathlib.Path) -> list[pathlib.Path]:
     return paths
 
 
-def _write(figure: Figure, path: pathlib.Path) -> pathlib.Path:
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+def draw_kinds(columns: Sequence[tuple[str, dict[str, list[float]]]], path: pathlib.Path, data: str) -> pathlib.Path:
+    """Bars of geometric means of ratios by kind of product, a color for each column; `data` is named in the file."""
+    kinds = list(dict.fromkeys(kind for _, found in columns for kind in found))
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.22 * len(kinds) * len(columns)))
+    height = 0.8 / len(columns)
+    for at, (label, found) in enumerate(columns):
+        own = [kind for kind in kinds if kind in found]
+        y = np.array([-kinds.index(kind) - (at + 0.5) * height + 0.4 for kind in own])
+        means = np.array([statistics.geometric_mean(found[kind]) for kind in own])
+        color = _CYCLE[at % len(_CYCLE)]
+        axes.barh(y, means - 1, left=1, height=0.9 * height, color=color, label=label.replace("`", ""))
+        ends = np.array([[min(found[kind]), max(found[kind])] for kind in own])
+        axes.hlines(y, ends[:, 0], ends[:, 1], color="black", lw=0.8)
+        for position, mean in zip(y, means, strict=True):
+            axes.text(
+                0.995,
+                position,
+                f"{mean:.2f} ",
+                transform=axes.get_yaxis_transform(),
+                fontsize=7,
+                va="center",
+                ha="right",
+            )
+    axes.axvline(1, color="black", lw=1)
+    axes.set_yticks([-at for at in range(len(kinds))], kinds, fontsize=8)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="both", labelsize=7)
+    axes.set(xlabel="times as fast as the best peer: geometric mean; line: lowest and highest product")
+    axes.grid(axis="x", which="both", alpha=0.2)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    return _write(figure, path, data)
+
+
+def draw_roofline(groups: Sequence[Group], title: str, path: pathlib.Path, data: str) -> pathlib.Path:
+    """The roofline of one setting; `data` is named in the file."""
+    return _write(_roofline([group for group in groups if group.ours], title), path, data)
+
+
+def _write(figure: Figure, path: pathlib.Path, data: str = "") -> pathlib.Path:
+    figure.savefig(path, dpi=130, bbox_inches="tight", metadata={"Description": data} if data else None)
     plt.close(figure)
     return path
 

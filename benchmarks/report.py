@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import gzip
 import json
 import pathlib
 import re
@@ -154,15 +155,20 @@ class Results:
         yield from (Group(rows) for rows in cases.values())
 
     def save(self, path: pathlib.Path) -> None:
-        """Replaces the file atomically: a run that is stopped between two cases leaves a complete one."""
+        """Replaces the file atomically: a run that is stopped between two cases leaves a complete one.
+
+        A name that ends with .gz is compressed, the same bytes for the same results.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         written = path.with_suffix(".part")
-        written.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        data = (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode()
+        written.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
         written.replace(path)
 
     @classmethod
     def load(cls, path: pathlib.Path) -> Results:
-        data = json.loads(path.read_text())
+        stored = path.read_bytes()
+        data = json.loads(gzip.decompress(stored) if path.suffix == ".gz" else stored)
         rows = [Row(**row | {"seconds": tuple(row["seconds"])}) for row in data.pop("rows")]
         sections = [
             Section(part["title"], part["note"], tuple(part["header"]), tuple(map(tuple, part["rows"])))

@@ -17,9 +17,13 @@ import sys
 import traceback
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import ROOT
+
+if TYPE_CHECKING:  # what they import must not be imported before the affinity is set
+    from benchmarks.cases import Case
+    from benchmarks.peers import Runner
 
 
 class Failed(Exception):
@@ -94,20 +98,17 @@ class _Peers:
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._runners: dict[str, Any] = {}
+        self._runners: dict[tuple[str, str], Runner] = {}  # by peer and key: those of the products that are prepared
 
     def start(self, peer: str) -> str:
         """Loads the peer; returns its version."""
-        from benchmarks.peers import PEERS
+        return self._new(peer).version()
 
-        self._runners[peer] = PEERS[peer].start(self._setup.threads)
-        return self._runners[peer].version()
-
-    def prepare(self, peer: str, case: Any, pairs: int, folder: pathlib.Path) -> None:
+    def prepare(self, peer: str, key: str, case: Case, pairs: int, folder: pathlib.Path) -> None:
         """Makes the peer ready to be timed on a case, after a check of every element of its result."""
         from benchmarks import operands
 
-        runner = self._runners[peer]
+        runner = self._new(peer)
         runner.prepare(case, pairs)
         runner.load([operands.read(case, folder, operands.EXACT)] * pairs)
         runner.run(1)
@@ -115,12 +116,35 @@ class _Peers:
         for result in runner.results():
             check(case, result, expected)
         runner.load([operands.read(case, folder, operands.RANDOM)] * pairs)
+        self._runners[peer, key] = runner
 
-    def run(self, peer: str, trips: int) -> float:
-        return self._runners[peer].run(trips)
+    def run(self, peer: str, key: str, trips: int, untimed: int = 0) -> tuple[float, float]:
+        """The seconds of `trips`, after `untimed` others, and those in which a thread was ready but had no CPU."""
+        if (peer, key) not in self._runners:
+            raise Failed("its process died before")
+        runner = self._runners[peer, key]
+        if untimed:
+            runner.run(untimed)
+        before = waited()
+        return runner.run(trips), waited() - before
 
-    def close(self, peer: str) -> None:
-        self._runners[peer].close()
+    def close(self, peer: str, key: str) -> None:
+        if (peer, key) in self._runners:
+            self._runners.pop((peer, key)).close()
+
+    def _new(self, peer: str) -> Runner:
+        from benchmarks.peers import PEERS
+
+        return PEERS[peer].start(self._setup.threads)
+
+
+def waited() -> float:
+    """Seconds that this process' threads were ready to run and had no CPU, so far; 0 where the system does not tell."""
+    total = 0
+    for path in pathlib.Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # a thread that ended meanwhile
+            total += int(path.read_text().split()[1])
+    return total / 1e9
 
 
 def check(case: Any, result: Any, expected: Any) -> None:

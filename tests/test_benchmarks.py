@@ -13,6 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 # They share a run of the benchmark.
 pytestmark = pytest.mark.xdist_group("benchmarks")
@@ -20,12 +21,13 @@ pytestmark = pytest.mark.xdist_group("benchmarks")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks takes it off again, so that jax_nano is the installed one
 
-from benchmarks import floor, machine, operands, regret  # noqa: E402
-from benchmarks.cases import DTYPES, matmul, select  # noqa: E402
+from benchmarks import floor, machine, native, operands, publish, regret  # noqa: E402
+from benchmarks.cases import DTYPES, KINDS, matmul, select  # noqa: E402
+from benchmarks.measure import default_peers  # noqa: E402
 from benchmarks.native import why_not  # noqa: E402
 from benchmarks.peers.in_jax import loop_of, product  # noqa: E402
 from benchmarks.report import Results, Row, Section, markdown  # noqa: E402
-from benchmarks.worker import Failed, check  # noqa: E402
+from benchmarks.worker import Failed, Setup, Worker, check  # noqa: E402
 from jax_nano import _runtime  # noqa: E402
 
 
@@ -82,6 +84,7 @@ def test_a_run_goes_on_where_it_was_stopped(results, tmp_path):
 
 def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "run", "--suite", "tiny", "--cores", "1", "--out", str(tmp_path)]
+    command += ["--peers", "jax_nano", "jnp"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         while not list(tmp_path.glob("*.json")):
             assert process.poll() is None
@@ -331,9 +334,111 @@ def test_a_peer_that_cannot_be_built_says_why():
         "not installed"
     )
     assert why_not("xsmm", "ld: cannot find -lxsmm: No such file or directory").startswith("not installed")
-    other_version = 'onednn.c:9:2: error: #error "written for the C interface of oneDNN 2, as in Debian 12"'
-    assert "written for the C interface of oneDNN 2, as in Debian 12" in why_not("onednn", other_version)
+    other_version = 'onednn.c:9:2: error: #error "written for the C interfaces of oneDNN 2 and 3"'
+    assert "written for the C interfaces of oneDNN 2 and 3" in why_not("onednn", other_version)
+    assert why_not("onednn-sycl", "cannot find -l:libdnnl.so.3") == "not installed: make bench-peers"
     assert "does not compile" in why_not("onednn", "onednn.c:30: error: expected ';'")
+
+
+def test_what_is_compiled_is_named_after_its_library():
+    """Two libraries that one source is compiled for do not share a file."""
+    names = {native._library(name) for name in native._BUILDS}
+    assert len(names) == len(native._BUILDS)
+
+
+def test_peers_that_must_be_named_are_not_measured_otherwise():
+    assert "torch-compile" not in default_peers()
+    assert {"jax_nano", "mkl", "onednn-sycl", "peak"} <= set(default_peers())
+    assert default_peers(["torch-compile", "jnp"]) == ("jnp", "torch-compile", "peak", "bandwidth")
+
+
+def test_a_run_waits_while_a_file_exists(tmp_path):
+    pause = tmp_path / "pause"
+    pause.touch()
+    command = [sys.executable, "-m", "benchmarks", "run", *TINY, "--peers", "jnp", "--only", "8x8x8 f32"]
+    log = tmp_path / "log"
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            [*command, "--out", str(tmp_path), "--pause-while", str(pause)], cwd=ROOT, stdout=errors, stderr=errors
+        ) as process,
+    ):
+        while "0/1" not in log.read_text():  # the workers are ready
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(1)
+        assert process.poll() is None
+        assert not list(tmp_path.glob("*.json"))
+        pause.unlink()
+        assert process.wait(timeout=300) == 0
+    assert len(list(tmp_path.glob("*.json"))) == 1
+
+
+def test_a_worker_tells_how_long_its_threads_had_no_cpu(tmp_path):
+    """Two threads of a worker that may use one CPU compute at once: one of them waits."""
+    cpu = machine.cpus()[:1]
+    worker = Worker(Setup(("peak",), 2, cpu))
+    try:
+        assert native.build("machine") == ""
+        worker.ask("start", "peak")
+        case = matmul(64, 64, 64)
+        operands.write(case, tmp_path)
+        worker.ask("prepare", "peak", "it", case, 1, tmp_path)
+        seconds, waited = worker.ask("run", "peak", "it", 4000)
+        assert seconds > 0
+        assert waited > 0
+    finally:
+        worker.close()
+
+
+class TestPublished:
+    def test_documents_say_what_the_data_say(self):
+        for path, text in publish.documents().items():
+            assert path.read_text() == text, f"{path}: python -m benchmarks publish"
+
+    def test_pictures_were_drawn_from_the_data(self):
+        for path in publish.pictures():
+            with Image.open(path) as picture:
+                assert picture.info["Description"] == publish.digest(), f"{path}: python -m benchmarks publish"
+
+    def test_the_data_are_of_float32_products(self):
+        results = Results.load(publish.DATA)
+        cases = {case.key for case in select("full", dtypes=["f32"])}
+        assert len(cases) == 129
+        for cores in (1, 2):
+            groups = {group.any.case: group for group in results.groups(cores, "warm")}
+            assert groups.keys() <= cases
+            assert len(groups) > 30
+            assert all({"jax_nano", "kernels", "jnp", "mkl"} <= group.rows.keys() for group in groups.values())
+
+    def test_every_product_is_of_a_kind(self):
+        cases = select("full", dtypes=["f32"])
+        assert {case.kind for case in cases} == set(KINDS)
+        kinds = {case.name: case.kind for case in cases}
+        assert kinds["32x4096x4096"] == "2 to 64 rows"
+        assert kinds["65536x64x64"] == "2 to 64 columns"
+        assert kinds["2048x1x256"] == "products with a vector"
+        assert kinds["513x513x513"] == "up to 513^3"
+
+    def test_another_run_gives_other_documents(self, tmp_path, monkeypatch):
+        """A product at half of the best peer's speed is told by kind, in the sum and among those that are behind."""
+        results = Results.begin({"cpu": "a CPU", "cpus": 1, "caches": {}, "system": "", "python": "", "load": 0})
+        results.versions.update({"mkl": "2026.2", "openblas": "OpenBLAS 0.3.34 Haswell"})
+        for size, factor in ((512, 2.0), (1024, 0.8)):
+            case = matmul(size, size, size)
+            times = {"jax_nano": 1e-3 * factor, "kernels": 1e-3, "mkl": 1e-3, "jnp": 4e-3}
+            results.rows += [Row.of(case, peer, 1, "warm", [seconds] * 3) for peer, seconds in times.items()]
+        monkeypatch.setattr(publish, "DATA", tmp_path / "peers.json.gz")
+        publish.keep(results)
+        readme, performance = publish.documents().values()
+        lines = {line.split("|")[1].strip(): line for line in readme.splitlines() if line.startswith("|")}
+        assert "0.50 (0.50, 0 of 1)" in lines["up to 513^3"]
+        assert "0.79 (0.50, 1 of 2)" in lines["all"]
+        assert "1.25 (mkl)" in lines["1024^3"]
+        assert "openblas 0.3.34" in readme
+        assert "2 of the 129" in readme
+        assert len(re.findall(r"\| up to 513\^3 +\| 512x512x512 +\| 0.50 \(mkl\) +\| 1.00 \(mkl\) ", performance)) == 1
+        assert "1024x1024x1024" not in performance.partition("<!-- peers -->")[2].partition("<!-- end of peers -->")[0]
 
 
 def test_select_filters_by_name_group_and_dtype():

@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from benchmarks import native
 from benchmarks.cases import Array, Case
 
 Operands = Sequence[tuple[Array, Array]]
@@ -51,7 +52,8 @@ class Peer:
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
     is_roof: bool = False  # not a peer but a limit of the machine
     is_ours: bool = False
-    library: str = ""  # the native source that has to be compiled for it
+    library: str = ""  # what has to be compiled for it, in benchmarks/native
+    is_default: bool = True  # measured unless peers are named
 
     @property
     def worker(self) -> str:
@@ -73,6 +75,11 @@ class Peer:
 OURS = "jax_nano"
 OUR_KERNELS = "kernels"
 
+# PyPI's packages put the libraries that they need in turn into the environment, where nothing looks for them. The CPU
+# engine of PyPI's oneDNN runs on an OpenCL runtime; the file that registers it names a folder of its makers.
+_LIBRARIES = native.PREFIX / "lib"
+_PYPI = {"LD_LIBRARY_PATH": str(_LIBRARIES), "OCL_ICD_FILENAMES": str(_LIBRARIES / "libintelocl.so")}
+
 # jnp runs in our process, so that the two share everything but the product. XLA reads its flags
 # once a process, so XLA without YNNPACK (its Eigen path) has a process of its own.
 PEERS = {
@@ -90,6 +97,13 @@ PEERS = {
         Peer("numpy", "numpy.matmul with its OpenBLAS, called from Python", "in_numpy:NumpyRunner"),
         Peer("torch", "torch.matmul, called from Python", "in_torch:TorchRunner"),
         Peer(
+            "torch-compile",
+            "torch.matmul compiled by torch.compile, called from Python",
+            "in_torch:TorchRunner",
+            {"compiled": True},
+            is_default=False,  # seconds to compile a product, and faster for none so far
+        ),
+        Peer(
             "openblas",
             "NumPy's OpenBLAS through cblas",
             "in_c:CblasRunner",
@@ -97,7 +111,45 @@ PEERS = {
             library="cblas",
         ),
         Peer("blis", "BLIS through cblas", "in_c:CblasRunner", {"blas": "blis"}, library="cblas"),
-        Peer("onednn", "oneDNN's matmul primitive", "in_c:OnednnRunner", library="onednn"),
+        Peer(
+            "mkl",
+            "MKL through cblas, batches by gemm_batch",
+            "in_c:CblasRunner",
+            {"blas": "mkl"},
+            env=_PYPI,
+            library="mkl",
+        ),
+        Peer("mkl-jit", "functions that MKL compiles for small sizes", "in_c:MklJitRunner", env=_PYPI, library="mkl"),
+        Peer(
+            "onednn",
+            "the matmul primitive of Debian's oneDNN",
+            "in_c:OnednnRunner",
+            {"build": "onednn"},
+            library="onednn",
+        ),
+        Peer(
+            "onednn-omp",
+            "the matmul primitive of PyPI's last oneDNN on OpenMP",
+            "in_c:OnednnRunner",
+            {"build": "onednn-omp"},
+            library="onednn-omp",
+        ),
+        Peer(
+            "onednn-sycl",
+            "the matmul primitive of PyPI's oneDNN, on SYCL",
+            "in_c:OnednnRunner",
+            {"build": "onednn-sycl"},
+            env=_PYPI,
+            library="onednn-sycl",
+        ),
+        Peer(
+            "onednn-sgemm",
+            "the sgemm of PyPI's oneDNN, without SYCL",
+            "in_c:OnednnSgemmRunner",
+            {"build": "onednn-sycl"},
+            env=_PYPI,
+            library="onednn-sycl",
+        ),
         Peer("libxsmm", "libxsmm's small-matrix kernels", "in_c:XsmmRunner", library="xsmm"),
         Peer(
             "peak",

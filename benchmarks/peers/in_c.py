@@ -9,6 +9,7 @@ import ctypes
 import importlib
 import math
 import pathlib
+import re
 
 import numpy as np
 
@@ -125,14 +126,17 @@ class KernelsRunner(_CRunner):
 
 
 class CblasRunner(_CRunner):
-    """sgemm and dgemm (for vectors sgemv and dgemv) of a library that speaks cblas."""
+    """sgemm and dgemm (for vectors sgemv and dgemv, for MKL's batches gemm_batch) of a library that speaks cblas."""
 
     def __init__(self, threads: int, *, blas: str) -> None:
         self._loops = native.load("cblas")
+        self._batches = native.load("mkl") if blas == "mkl" else None
         self._blas = blas
-        self._library, self._symbol, self._integer = {"openblas": _openblas, "blis": _blis}[blas]()
+        self._library, self._symbol, self._integer = {"openblas": _openblas, "blis": _blis, "mkl": _mkl}[blas]()
 
     def version(self) -> str:
+        if self._blas == "mkl":
+            return _mkl_version(self._library)
         name = {"openblas": "scipy_openblas_get_config64_", "blis": "bli_info_get_version_str"}[self._blas]
         function = getattr(self._library, name)
         function.restype = ctypes.c_char_p
@@ -143,11 +147,15 @@ class CblasRunner(_CRunner):
             raise Unavailable(f"cblas has no {case.dtype}")
         letter = {"f32": "s", "f64": "d"}[case.dtype]
         self._case, self._descriptor = case, self._job(case)
-        self._loop = getattr(self._loops, f"run_{case.dtype}_{self._integer}")
+        kinds: tuple[str, ...]
+        if self._batches is not None and case.gemm.batch:
+            self._loop, kinds = getattr(self._batches, f"run_batch_{case.dtype}"), ("gemm_batch",)
+        else:
+            self._loop, kinds = getattr(self._loops, f"run_{case.dtype}_{self._integer}"), ("gemm", "gemv")
         self._loop.restype = ctypes.c_double
         self._functions = [
             ctypes.cast(getattr(self._library, self._symbol.format(f"{letter}{kind}")), ctypes.c_void_p)
-            for kind in ("gemm", "gemv")
+            for kind in kinds
         ]
 
     def load(self, operands: Operands) -> None:
@@ -173,22 +181,107 @@ def _blis() -> tuple[ctypes.CDLL, str, str]:
         raise Unavailable("not installed: apt-get install libblis-pthread-dev") from error
 
 
+def _mkl() -> tuple[ctypes.CDLL, str, str]:
+    try:
+        return ctypes.CDLL(str(native.PREFIX / "lib" / "libmkl_rt.so.3")), "cblas_{}", "int32"
+    except OSError as error:
+        raise Unavailable("not installed: make bench-peers") from error
+
+
+def _mkl_version(library: ctypes.CDLL) -> str:
+    text = ctypes.create_string_buffer(256)
+    library.mkl_get_version_string(text, len(text))
+    found = text.value.decode()
+    number = re.search(r"\d{4}\.\d+", found)
+    return number[0] if number else found.strip()
+
+
+class MklJitRunner(_CRunner):
+    """A function that MKL compiles for one small product; its users bring the loops and threads."""
+
+    _LARGEST = 64  # (m n k)^(1/3), as for libxsmm
+
+    def __init__(self, threads: int) -> None:
+        if threads > 1:
+            raise Unavailable("its threads are its caller's")
+        self._loops = native.load("mkl")
+        self._library, _, _ = _mkl()
+        self._jitter: ctypes.c_void_p | None = None
+
+    def version(self) -> str:
+        return _mkl_version(self._library)
+
+    def prepare(self, case: Case, pairs: int) -> None:
+        gemm = case.gemm
+        if case.dtype not in ("f32", "f64"):
+            raise Unavailable(f"no {case.dtype}")
+        if gemm.m * gemm.n * gemm.k > self._LARGEST**3:
+            raise Unavailable(f"made for products up to {self._LARGEST}^3")
+        self.close()
+        self._case, self._descriptor = case, self._job(case)
+        letter, real = {"f32": ("s", ctypes.c_float), "f64": ("d", ctypes.c_double)}[case.dtype]
+        job, self._jitter = self._descriptor, ctypes.c_void_p()
+        transposed = [stride != 1 for stride in (job.csa, job.csb)]
+        status = getattr(self._library, f"mkl_cblas_jit_create_{letter}gemm")(
+            ctypes.byref(self._jitter),
+            101,  # row-major
+            *(112 if each else 111 for each in transposed),
+            *(job.m, job.n, job.k),
+            real(1),
+            job.csa if transposed[0] else job.rsa,
+            job.csb if transposed[1] else job.rsb,
+            real(0),
+            job.rsc,
+        )
+        if status != 0:  # MKL_NO_JIT: the standard function would be called, which another peer measures
+            raise Unavailable("MKL compiles no function for it on this CPU")
+        pointer_of = getattr(self._library, f"mkl_jit_get_{letter}gemm_ptr")
+        pointer_of.restype = ctypes.c_void_p
+        self._kernel = ctypes.c_void_p(pointer_of(self._jitter))
+        self._loop = getattr(self._loops, f"run_jit_{case.dtype}")
+        self._loop.restype = ctypes.c_double
+
+    def load(self, operands: Operands) -> None:
+        super().load(operands)
+        self._fill(self._descriptor)
+
+    def run(self, trips: int) -> float:
+        return self._loop(ctypes.byref(self._descriptor), self._kernel, self._jitter, ctypes.c_int64(trips))
+
+    def close(self) -> None:
+        if self._jitter:
+            self._library.mkl_jit_destroy(self._jitter)
+        self._jitter = None
+        super().close()
+
+
 _DNNL_DATA_TYPES = {"float16": 1, "bfloat16": 2, "float32": 3, "int32": 4, "int8": 5}
 
 
-class OnednnRunner(_CRunner):
-    """oneDNN's matmul primitive, created once for a case."""
+def _loaded(build: str) -> ctypes.CDLL:
+    try:
+        return native.load(build)
+    except OSError as error:  # compiled while the library was there, or what it needs in turn is missing
+        raise Unavailable(f"cannot load it: {error}") from error
 
-    def __init__(self, threads: int) -> None:
-        self._library = native.load("onednn")
+
+def _dnnl_version(library: ctypes.CDLL) -> str:
+    text = ctypes.create_string_buffer(64)
+    library.version(text, len(text))
+    return text.value.decode()
+
+
+class OnednnRunner(_CRunner):
+    """oneDNN's matmul primitive, created once for a case. `build` is one of native's: which oneDNN."""
+
+    def __init__(self, threads: int, *, build: str) -> None:
+        self._library = _loaded(build)
         self._library.create.restype = ctypes.c_void_p
         self._library.run.restype = ctypes.c_double
         self._plan: ctypes.c_void_p | None = None
 
     def version(self) -> str:
-        text = ctypes.create_string_buffer(32)
-        self._library.version(text, len(text))
-        return text.value.decode()
+        return _dnnl_version(self._library)
 
     def prepare(self, case: Case, pairs: int) -> None:
         dtype = DTYPES[case.dtype]
@@ -228,6 +321,29 @@ class OnednnRunner(_CRunner):
             self._library.destroy(self._plan)
             self._plan = None
         super().close()
+
+
+class OnednnSgemmRunner(_CRunner):
+    """oneDNN's sgemm: a function without primitives and streams, f32 alone."""
+
+    def __init__(self, threads: int, *, build: str) -> None:
+        self._library = _loaded(build)
+        self._library.run_sgemm.restype = ctypes.c_double
+
+    def version(self) -> str:
+        return _dnnl_version(self._library)
+
+    def prepare(self, case: Case, pairs: int) -> None:
+        if case.dtype != "f32":
+            raise Unavailable(f"no {case.dtype}")
+        self._case, self._descriptor = case, self._job(case)
+
+    def load(self, operands: Operands) -> None:
+        super().load(operands)
+        self._fill(self._descriptor)
+
+    def run(self, trips: int) -> float:
+        return self._library.run_sgemm(ctypes.byref(self._descriptor), ctypes.c_int64(trips))
 
 
 class XsmmRunner(_CRunner):

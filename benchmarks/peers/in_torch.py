@@ -24,13 +24,17 @@ torch = _optional("torch")
 
 
 class TorchRunner:
-    """Goes through the operand pairs in a Python loop; the loop and the call are part of the time."""
+    """Goes through the operand pairs in a Python loop; the loop and the call are part of the time.
 
-    def __init__(self, threads: int) -> None:
+    `compiled`: the product is compiled for its shapes, with every candidate that torch.compile has for it timed.
+    """
+
+    def __init__(self, threads: int, *, compiled: bool = False) -> None:
         if torch is None:
             raise Unavailable("not installed: pip install torch")
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
+        self._compiles = compiled
 
     def version(self) -> str:
         return torch.__version__
@@ -56,13 +60,32 @@ class TorchRunner:
             for (a, b), c in zip(operands, self._out, strict=True)
         ]
 
+        self._compiled: Any = None
+        if self._compiles:
+            torch.compiler.reset()  # what was compiled for another product
+            # Without `out`, for which it would add a copy.
+            self._compiled = torch.compile(self._matmul, mode="max-autotune-no-cudagraphs", dynamic=False)
+
     def run(self, trips: int) -> float:
+        if self._compiled is not None:
+            return self._run_compiled(trips)
         matmul, calls = self._matmul, self._calls
         start = time.perf_counter()
         for _ in range(trips):
             for a, b, c in calls:
                 matmul(a, b, out=c)
         return time.perf_counter() - start
+
+    def _run_compiled(self, trips: int) -> float:
+        compiled, calls = self._compiled, self._calls
+        latest = []
+        start = time.perf_counter()
+        for _ in range(trips):
+            latest = [compiled(a, b) for a, b, _ in calls]
+        seconds = time.perf_counter() - start
+        for (_, _, c), result in zip(calls, latest, strict=True):
+            c.copy_(result)
+        return seconds
 
     def results(self) -> list[Array]:
         return [_array(out) for out in self._out]

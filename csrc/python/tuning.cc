@@ -31,10 +31,21 @@ using Core = std::array<int64_t, 5>;  // the fields of CoreModel
 
 CoreModel ModelOf(const Core& x) { return {x[0], x[1], x[2], x[3], x[4] != 0}; }
 
+// Kept from call to call, for each calling thread: helpers that have just begun take part in no short call. Never
+// destroyed, because a child process that was forked has none of its threads.
+PrivatePool& PoolOf(int64_t threads) {
+  thread_local PrivatePool* pool = nullptr;
+  if (pool == nullptr || pool->num_threads() != threads) {
+    delete std::exchange(pool, nullptr);
+    pool = new PrivatePool(threads);
+  }
+  return *pool;
+}
+
 // Runs one plan on all sets of buffers in turn, `trips` times; returns the seconds, without planning. With `share`, all
 // threads take part in every call.
 double RunOften(const Plans& plans, int64_t threads, const std::vector<Buffers>& sets, int64_t trips) {
-  PrivatePool pool(threads);
+  PrivatePool& pool = PoolOf(threads);
   const auto start = std::chrono::steady_clock::now();
   for (int64_t trip = 0; trip < trips; ++trip) {
     for (const Buffers& set : sets) RunPlans(plans, set, pool);
