@@ -742,7 +742,7 @@ class Search:
             return False
         ends = [factor * (self.reader.atoms.size(atoms) - 1) for atoms, factor in x.positions.items()]
         least, most = (x.constant + sum(f(0, end) for end in ends) for f in (min, max))
-        return _LEAST_INT32 <= least and most <= _MOST_INT32
+        return least >= _LEAST_INT32 and most <= _MOST_INT32
 
     # --- operands, and how they lie in memory ----------------------------------------------------------------------
 
