@@ -63,6 +63,8 @@ _COMPARISONS: Final[Mapping[str, Callable[[Any, Any], Any]]] = {
 _FLOAT32: Final = np.dtype(np.float32)
 _NARROW: Final = (hlo.BFLOAT16, np.dtype(np.float16))
 _INT32: Final = 4  # PrimitiveType
+_LEAST_INT32: Final = -(2**31)
+_MOST_INT32: Final = 2**31 - 1
 _MOVES: Final = frozenset(("bitcast", "broadcast", "copy", "reshape", "transpose"))
 
 
@@ -705,7 +707,8 @@ class Search:
             return True
         if sign == -1 and not parts.positions and len(parts.rest) == 1 and self._length is None:
             ((element, factor),) = parts.rest
-            if factor == 1 and not set(keys) & self.reader.atoms_of(element):
+            more_fits = self.reader.atoms.size(keys) - _MOST_INT32 <= more + 1 <= _MOST_INT32
+            if factor == 1 and more_fits and not set(keys) & self.reader.atoms_of(element):
                 self._length = Length(element, more + 1, Condition(x, positive))
                 return True
         return False
@@ -728,8 +731,18 @@ class Search:
         if x.opcode in ("add", "subtract"):
             left, right = (self._sum(y) for y in self.reader.operands(x))
             if left is not None and right is not None:
-                return left.plus(right) if x.opcode == "add" else left.minus(right)
+                total = left.plus(right) if x.opcode == "add" else left.minus(right)
+                if self._is_exact(total):
+                    return total
         return _Sum({}, 0, ((element, 1),))
+
+    def _is_exact(self, x: _Sum) -> bool:
+        """Whether a sum in int32 is that of integers: it wraps around nowhere."""
+        if x.rest:
+            return False
+        ends = [factor * (self.reader.atoms.size(atoms) - 1) for atoms, factor in x.positions.items()]
+        least, most = (x.constant + sum(f(0, end) for end in ends) for f in (min, max))
+        return least >= _LEAST_INT32 and most <= _MOST_INT32
 
     # --- operands, and how they lie in memory ----------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from attention_programs import (
     H,
     N,
     Program,
+    S,
     T,
     added_padding,
     attend,
@@ -25,7 +26,7 @@ from attention_programs import (
     in_float64,
     run,
 )
-from jax import Array
+from jax import Array, lax
 from programs import dots_of, ops
 
 import jax_nano
@@ -265,3 +266,33 @@ def test_a_bias_as_low_as_the_fill(
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     (found,) = [x for x in jax_nano.report() if x.kind == "attention"]
     assert (found.reason is None) if reason is None else (reason in str(found.reason))
+
+
+_MOST = 2**31 - 1
+
+WRAPPING: dict[str, Callable[[Array, Array, Array], Array]] = {
+    "keys": lambda q, k, n: k + _MOST > q,
+    "queries": lambda q, k, n: q + (_MOST - 3) >= k,
+    "length and more": lambda q, k, n: k < n + 1,
+    "length and less": lambda q, k, n: k < n - 1,
+    "difference": lambda q, k, n: k - n < 0,
+    "difference the other way": lambda q, k, n: n - k > 2,
+    "key and more": lambda q, k, n: k + 1 <= n,
+    "no sum": lambda q, k, n: k <= n,
+}
+
+
+@pytest.mark.parametrize("lengths", [(_MOST, 5), (-_MOST - 1, 5)])
+@pytest.mark.parametrize("name", WRAPPING)
+def test_sums_of_positions_that_wrap_around(name: str, lengths: tuple[int, int], rng: np.random.Generator) -> None:
+    c = Case(rng, jnp.float32)
+
+    def program(q: Array, k: Array, v: Array, n: Array) -> Array:
+        rows, columns = (lax.broadcasted_iota(jnp.int32, (B, 1, T, S), i) for i in (2, 3))
+        seen = WRAPPING[name](rows, columns, n[:, None, None, None])
+        return einsums(q, k, v, lambda s: jnp.where(seen, s, -1e9))
+
+    args = c.q, c.k, c.v, jnp.asarray(lengths, jnp.int32)
+    got, told = run(program, *args)
+    assert [x.declined for x in told] == [None]
+    check_close(got, jax.jit(lambda *x: program(*x))(*args), jnp.float32)
