@@ -51,7 +51,7 @@ test: $(STAMPS)/test  ## set up and run the tests
 fuzz: $(STAMPS)/test  ## run random programs with and without acceleration (ARGS="--programs 1000 --gate both")
 	PYTHONPATH=tests $(BIN)/python -P -m fuzz --jobs $(JOBS) $(ARGS)
 
-sanitize: $(STAMPS)/test  ## the runtime's tests and a thousand hostile calls with ASan, UBSan and TSan (8 minutes)
+sanitize: $(STAMPS)/test  ## the runtime's tests and a thousand hostile calls with ASan, UBSan and TSan (long)
 	$(PIP) install "nanobind>=2.9"
 	scripts/sanitize $(ARGS) address,undefined $(BIN)/python
 	$(if $(ARGS),,scripts/sanitize thread $(BIN)/python)
