@@ -139,3 +139,19 @@ def stored(a: np.ndarray, layout: str) -> np.ndarray:
         return view
     order = [layout.index(c) for c in "BTNH"]
     return np.ascontiguousarray(np.transpose(a, np.argsort(order))).transpose(order)
+
+
+LARGE = tuple(sign * size for size in (1e4, 3e7, 3e9, 1e30, 1e38) for sign in (1, -1))
+"""Scores of ``large_scores``."""
+
+
+def large_scores(rng: np.random.Generator, info: dict[str, Any], t: int, s: int, score: float, **given: Any) -> Case:
+    """Scores of about this number, of products exact in float32: a key's is one of two, a quarter apart. Depending on
+    its sign one key or several of the same score take all the weight. Beyond float16 for |score| > 1e9.
+    """
+    root = 2.0 ** round(np.log2(abs(score)) / 2)
+    x = case(rng, info, 1, t, s, 2, 2, 17, **{"scale": 0.3, **given})
+    x.q[...], x.k[...] = 0, 0
+    x.q[..., 3] = root
+    x.k[..., 3] = np.copysign(root, score) * rng.choice(np.array([1.0, 1.25]), x.k.shape[:3])
+    return x

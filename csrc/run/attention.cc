@@ -210,7 +210,7 @@ bool AllFinite(const float* x, int64_t n) {
   return largest < 0x7f800000u;
 }
 
-// Computes one row once more, by itself, with keys from `begin` on as the first ones.
+// Computes one row once more, by itself, with keys from `begin` on as the first ones and scores rounded as jax.nn's.
 Statistics RunRowAlone(const AttentionPlan& plan, const AttentionBuffers& buffers, const Output& output,
                        const Rooms& rooms, AttentionRow row, int64_t begin) {
   // Its state goes behind that of the rows of the item, which is still to be read.
@@ -225,16 +225,16 @@ Statistics RunRowAlone(const AttentionPlan& plan, const AttentionBuffers& buffer
   x.rows = &row;
   x.count = 1;
   x.end = row.hi;
-  const bool general = row.bias != nullptr || row.mask != nullptr || x.general;
-  SetGeneral(plan.shape, general, x);
+  SetGeneral(plan.shape, true, x);
   x.first = x.finish = 1;
   plan.kernel->fn(&x);
-  return StatisticsOf(plan, state, 0, general);
+  return StatisticsOf(plan, state, 0, true);
 }
 
 // Behind a finished kernel call: statistics, and rows that are to be computed once more. Those are rows whose weights
-// of zero have met Inf or NaN among values that they do not see; and rows where no key outweighs an excluded one, which
-// jax.nn weighs with all that a window and a length exclude.
+// of zero have met Inf or NaN among values that they do not see; rows where no key outweighs an excluded one, which
+// jax.nn weighs with all that a window and a length exclude; and rows of scores so large that weights in one step are
+// wrong (IsCoarse), or were in an earlier block and have left Inf or NaN behind.
 void FinishRows(const AttentionPlan& plan, const AttentionBuffers& buffers, const Output& output, const Rooms& rooms,
                 const State& state, int64_t rows) {
   const AttentionShape& shape = plan.shape;
@@ -254,7 +254,10 @@ void FinishRows(const AttentionPlan& plan, const AttentionBuffers& buffers, cons
       all.lo = 0;
       all.hi = shape.keys;
       found = RunRowAlone(plan, buffers, output, rooms, all, 0);
-    } else if (excluded && std::isfinite(found.total) && !AllFinite(state.sums + i * SumsRow(plan), shape.width)) {
+    } else if (!general && (IsCoarse(found.maximum) || !std::isfinite(found.total))) {
+      found = RunRowAlone(plan, buffers, output, rooms, row, row.lo);
+    } else if ((excluded || !general) && std::isfinite(found.total) &&
+               !AllFinite(state.sums + i * SumsRow(plan), shape.width)) {
       RunRowAlone(plan, buffers, output, rooms, row, row.lo);
     }
     const int64_t t = output.first_position + i / output.heads, n = output.first_head + i % output.heads;
@@ -348,7 +351,8 @@ void RunAttentionItem(const AttentionPlan& plan, const AttentionBuffers& buffers
     const Keys keys = KeysFor(plan, rooms.table, rows);
     x.count = rows;
     x.begin = std::max(keys.begin, piece * plan.piece);
-    x.end = std::min(keys.end, (piece + 1) * plan.piece);
+    // No less than the beginning where the rows see nothing of the piece: kernels count keys without a sign.
+    x.end = std::max(x.begin, std::min(keys.end, (piece + 1) * plan.piece));
     x.first = 1;
     x.finish = !split;
     plan.kernel->fn(&x);

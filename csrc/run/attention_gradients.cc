@@ -186,6 +186,9 @@ Seen FillTable(const GradientPlan& plan, const GradientBuffers& buffers, const H
       row.mask = MaskOfAll(row, window, block_begin, block_end, rooms.mask_rows + i * MaskRowBytes(plan));
       row.lo = 0;
       row.hi = shape.keys;
+    } else if (!general && IsCoarse(maximum)) {
+      // A mask of what the row sees has its scores rounded as in the forward half, which computed it so.
+      row.mask = MaskOfAll(row, window, block_begin, block_end, rooms.mask_rows + i * MaskRowBytes(plan));
     }
     row.maximum = maximum;
     row.log = log * M_LOG2E;

@@ -59,6 +59,12 @@ inline bool IsGeneral(const AttentionShape& shape, const float* bias, const uint
   return bias != nullptr || mask != nullptr || !(shape.scale > 0);
 }
 
+// Whether a row's maximum, in natural units, is too large for exponents of one step, score * scale * log2(e) - maximum:
+// that product is not rounded but the maximum was, by up to half a unit in its last place. Exponents are all off by it,
+// which cancels as long as it is small; from here on it is more than 1/2, and soon no float32 holds the weights. Scores
+// are then rounded before the subtraction, as jax.nn's.
+inline bool IsCoarse(double maximum) { return !(std::abs(maximum) < 0x1p23); }
+
 // The arguments that say how operands lie, by the names that both kernels have for them.
 template <typename Args>
 void SetOperands(const AttentionShape& shape, Args& x) {

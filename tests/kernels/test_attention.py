@@ -13,12 +13,14 @@ from attention import UNBOUNDED, Case
 from attention_cases import (
     EMULATED,
     INFOS,
+    LARGE,
     LAYOUTS,
     SIZES,
     around_tiles,
     case,
     emulated_kernels,
     huge_biases,
+    large_scores,
     native,
     restrictions,
     stored,
@@ -145,6 +147,36 @@ def test_huge_biases(info, rng, excluded):
     for t, s in ((40, 70), (1, 2100)):
         for given in huge_biases(rng, 1, t, s, 2, excluded).values():
             check(info, case(rng, info, t=t, s=s, **given), (t, list(given)))
+
+
+@pytest.mark.parametrize("score", LARGE)
+def test_large_scores(info, rng, score):
+    """Scores whose units in the last place are larger than exponents may be, seen through windows and lengths."""
+    if info["kv"] == "float16" and abs(score) > 1e9:
+        pytest.skip("beyond float16")
+    lengths = {"kv_lengths": np.array([11], np.int32)}
+    for t, s in ((1, 40), (9, 12), (33, 71), (1, 1100), (3, 1100)):
+        for given in ({}, {"left": 0}, {"right": 0}, {"left": 2, "right": 1}, lengths, {**lengths, "left": 5}):
+            x = large_scores(rng, info, t, s, score, **given)
+            out, want = attention.run(info["name"], x)[0], attention.expected(x)[0].value
+            # Not the bounds of ``check``, which grow with scores: these are exact.
+            off = 16 * float(reference.finfo(x.k.dtype).eps)
+            assert np.allclose(out.astype(np.float64), want, rtol=off, atol=off), (t, s, list(given))
+
+
+def test_few_queries_that_see_none_of_most_pieces(info, rng):
+    """Numbers of rows that a shift does not divide by: pieces without keys end."""
+    for t, n in ((3, 1), (5, 2), (7, 3)):
+        check(info, case(rng, info, 1, t, 3000, n, n, 17, right=0), (t, n), threads=2)
+
+
+def test_scores_that_rise_from_far_below(info, rng):
+    """Blocks of weights that no float32 holds, before one of common scores."""
+    score = -1e8 if info["kv"] == "float16" else -3e9
+    x = large_scores(rng, info, 5, 1100, score)
+    x.k[:, 1000:] /= 4096
+    x.k[:, 1050:] = 0
+    assert np.isfinite(check(info, x).astype(np.float32)).all()
 
 
 @pytest.mark.parametrize("masked", [-1e4, -30.0])

@@ -10,15 +10,18 @@ import attention_cases as cases
 import attention_gradients as gradients
 import numpy as np
 import pytest
+import reference
 from attention import Case, visible
 from attention_cases import (
     EMULATED,
     INFOS,
+    LARGE,
     LAYOUTS,
     SIZES,
     around_tiles,
     emulated_kernels,
     huge_biases,
+    large_scores,
     native,
     restrictions,
     stored,
@@ -138,6 +141,33 @@ def test_huge_biases(info, rng, excluded):
         _, statistics = attention.run(info["name"], x)
         check(info, x, g, list(given))
         check(info, x, gradients.Given(g.dout, *statistics, g.delta), list(given))
+
+
+@pytest.mark.parametrize("score", LARGE)
+def test_large_scores(info, rng, score):
+    """Weights of scores whose units in the last place are larger than exponents may be."""
+    if info["kv"] == "float16" and abs(score) > 1e9:
+        pytest.skip("beyond float16")
+    lengths = {"kv_lengths": np.array([11], np.int32)}
+    for t, s in ((1, 40), (9, 12), (33, 71)):
+        for given in ({}, {"left": 0}, {"right": 0}, {"left": 2, "right": 1}, lengths):
+            x = large_scores(rng, info, t, s, score, **given)
+            if not visible(x).any(-1).all():
+                continue
+            dout = cases.array(rng, (*x.q.shape[:3], x.v.shape[3]), info["q"])
+            # Statistics of the forward half, as in a program; what must come of them from float64 ones.
+            out, (maxima, logs) = attention.run(info["name"], x)
+            delta = (out.astype(np.float64) * dout.astype(np.float64)).sum(-1).astype(np.float32)
+            scores = np.where(attention.allowed(x), attention.scores_of(x)[0], x.masked)
+            top = scores.max(-1, keepdims=True)
+            total = np.log(np.exp(scores - top).sum(-1, keepdims=True))
+            exact = (np.moveaxis(a[..., 0], 1, 2) for a in (top, total))
+            want = gradients.expected(x, gradients.Given(dout, *exact, delta.astype(np.float64)))
+            found = gradients.run(info["name"], x, gradients.Given(dout, maxima, logs, delta), dbias=False)
+            off = 64 * float(reference.finfo(x.k.dtype).eps)
+            for name, by in (("dv", 1.0), ("dq", np.abs(x.k).max()), ("dk", np.abs(x.q).max())):
+                error = np.abs(found[name].astype(np.float64) - want[name].value)
+                assert np.all(error <= off * float(by)), (t, s, list(given), name)
 
 
 @pytest.mark.parametrize("masked", [-1e4, -30.0])
