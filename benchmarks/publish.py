@@ -13,7 +13,7 @@ import pathlib
 import statistics
 from collections.abc import Callable, Sequence
 
-from benchmarks import ROOT
+from benchmarks import ROOT, report
 from benchmarks.cases import KINDS, Case, select
 from benchmarks.peers import PEERS
 from benchmarks.report import Group, Results, table
@@ -184,9 +184,9 @@ def _squares(results: Results) -> str:
                 break
             cells += [
                 f"{group.ours.gflops:.0f}",
-                _or_dash(group.share_of("peak"), ".0%"),
-                _or_dash(group.ratio_to("jnp"), ".2f"),
-                f"{_or_dash(in_jit(group), '.2f')} ({group.best_peer.peer})",
+                report.percent(group.share_of("peak")),
+                report.ratio(group.ratio_to("jnp")),
+                f"{report.ratio(in_jit(group))} ({group.best_peer.peer})",
             ]
         else:
             body.append(cells)
@@ -211,10 +211,6 @@ def _details(results: Results) -> str:
         body.append((cases[name].kind, cases[name].name, *(f"{x[0]:.2f} ({x[1]})" if x else "-" for x in cells)))
     parts.append(table(("kind", "product", *(label for label, _, _ in columns)), body) if body else "None.")
     return "\n\n".join(parts)
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 def _wrapped(text: str, width: int = 120) -> str:

@@ -230,11 +230,11 @@ def _table(results: Results, groups: Sequence[Group]) -> str:
                 group.any.case,
                 f"{ours.gflops:.1f}{_doubt(group)}" if ours else "-",
                 f"{ours.spread:.0%}" if ours else "-",
-                _percent(group.share_of("peak")),
-                _percent(group.share_of("bandwidth")),
-                *(_ratio(group.ratio_to(peer)) for peer in peers),
+                percent(group.share_of("peak")),
+                percent(group.share_of("bandwidth")),
+                *(ratio(group.ratio_to(peer)) for peer in peers),
                 f"{best.peer} {best.gflops:.1f}" if best else "-",
-                _ratio(group.ratio_to(best.peer) if best else None),
+                ratio(group.ratio_to(best.peer) if best else None),
                 *_in_c(group) * in_c,
             )
         )
@@ -247,7 +247,7 @@ def _in_c(group: Group) -> tuple[str, ...]:
     return (
         f"{kernels.gflops:.1f}" if kernels else "-",
         f"{library.peer} {library.gflops:.1f}" if library else "-",
-        _ratio(group.kernels_to_best_library),
+        ratio(group.kernels_to_best_library),
     )
 
 
@@ -280,7 +280,7 @@ def _dtypes(groups: Sequence[Group]) -> str:
     """Each dtype's rate over our own f32 rate for the same product, where both were measured."""
     f32 = {_product(group): group.ours for group in groups if group.any.dtype == "f32" and group.ours}
     body = [
-        (group.any.case, f"{group.ours.gflops / single.gflops:.2f}", _ratio(group.ratio_to("jnp")))
+        (group.any.case, f"{group.ours.gflops / single.gflops:.2f}", ratio(group.ratio_to("jnp")))
         for group in groups
         if group.ours and group.any.dtype != "f32" and (single := f32.get(_product(group)))
     ]
@@ -309,7 +309,7 @@ def _scaling(results: Results) -> str:
             if single is None:
                 continue
             ratios = [
-                _ratio(group.rows[name].times_faster_than(single.rows[name]))
+                ratio(group.rows[name].times_faster_than(single.rows[name]))
                 if name in group.rows and name in single.rows
                 else "-"
                 for name in (OURS, "jnp")
@@ -340,7 +340,7 @@ def _growth(results: Results, cores: int) -> str:
                 group.rows[peer].gflops if peer in group.rows else None for group in (squares[size], *near)
             )
             best = max((other for other in others if other), default=None)
-            row += [f"{rate:.1f}" if rate else "-", _ratio(rate / best if rate and best else None)]
+            row += [f"{rate:.1f}" if rate else "-", ratio(rate / best if rate and best else None)]
         body.append(row)
     header = ("product", OURS, "over the better neighbour", "jnp", "over the better neighbour")
     return f"## Growth with size, {cores} core{'s' * (cores > 1)}, GFLOP/s\n\n" + table(header, body)
@@ -369,11 +369,13 @@ def _skipped(results: Results) -> str:
     return "## Left out\n\n" + table(("who", "why", "where"), body)
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A share, as a table has it."""
     return "-" if value is None else f"{value:.0%}"
 
 
-def _ratio(value: float | None) -> str:
+def ratio(value: float | None) -> str:
+    """A ratio, as a table has it."""
     return "-" if value is None else f"{value:.2f}"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -79,3 +81,35 @@ NUMBERS = (-(1 << 63), -(1 << 31), -7, -1, 0, 1, 2, 3, 4, 7, 1 << 20, (1 << 31) 
 SIZES = (0, 1, 2, 3, 4, 9, 11, 16, 21, 33, 40, 64)
 DTYPES = (F32, np.float64, np.float16, ml_dtypes.bfloat16, np.int8, np.uint8, ml_dtypes.int4, np.int32, np.bool_)
 TEXTS = ("", "none", "relu", "magic", "BF16_BF16_F32", "a" * 5000, "\u20ac")
+
+
+def changed_array(array: Array, dtypes: Sequence[Any], rng: random.Random) -> Array:
+    """Another shape, or another one of these dtypes."""
+    shape, dtype = list(array[0]), array[1]
+    match rng.randrange(5):
+        case 0:
+            dtype = rng.choice(dtypes)
+        case 1 if shape:
+            shape[rng.randrange(len(shape))] = rng.choice(SIZES)
+        case 2 if shape:
+            del shape[rng.randrange(len(shape))]
+        case 3:
+            shape.insert(rng.randint(0, len(shape)), rng.choice(SIZES[:5]))
+        case _:
+            rng.shuffle(shape)
+    return tuple(shape), dtype
+
+
+def changed_numbers(numbers: Sequence[int], rng: random.Random) -> list[int]:
+    """One of them another, one more, one less, or another order."""
+    changed = list(numbers)
+    match rng.randrange(4):
+        case 0 if changed:
+            changed[rng.randrange(len(changed))] = rng.choice(NUMBERS)
+        case 1:
+            del changed[-1:]
+        case 2:
+            changed.append(rng.choice(NUMBERS[3:9]))
+        case _:
+            rng.shuffle(changed)
+    return changed

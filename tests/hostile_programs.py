@@ -30,7 +30,7 @@ import ml_dtypes
 import numpy as np
 import quantized
 import reference
-from hostile_calls import CALLS, NUMBERS, SIZES, TEXTS
+from hostile_calls import CALLS, NUMBERS, TEXTS, changed_array, changed_numbers
 from jax import export
 from jax._src.export import _export
 from jax._src.interpreters import mlir
@@ -244,18 +244,8 @@ KINDS: dict[str, Callable[[], Program]] = {
 
 def changed_type(text: str, rng: random.Random) -> str:
     *sizes, dtype = text.removeprefix("tensor<").removesuffix(">").split("x")
-    match rng.randrange(5):
-        case 0:
-            dtype = rng.choice(list(DTYPES))
-        case 1 if sizes:
-            sizes[rng.randrange(len(sizes))] = str(rng.choice(SIZES))
-        case 2 if sizes:
-            del sizes[rng.randrange(len(sizes))]
-        case 3:
-            sizes.insert(rng.randint(0, len(sizes)), str(rng.choice(SIZES[:5])))
-        case _:
-            rng.shuffle(sizes)
-    return f"tensor<{'x'.join([*sizes, dtype])}>"
+    shape, dtype = changed_array((tuple(map(int, sizes)), dtype), list(DTYPES), rng)
+    return f"tensor<{'x'.join([*map(str, shape), dtype])}>"
 
 
 def changed_text(text: str, rng: random.Random) -> str:
@@ -290,15 +280,7 @@ def changed_attribute(text: str, rng: random.Random) -> str:
         return quoted(changed_text(text[1:-1], rng))
     if text.startswith(("dense<", "array<")):
         numbers = [int(x) for x in re.findall(r"-?\d+", text.split(">")[0].replace("i64", ""))]
-        match rng.randrange(4):
-            case 0 if numbers:
-                numbers[rng.randrange(len(numbers))] = rng.choice(NUMBERS)
-            case 1:
-                numbers = numbers[:-1]
-            case 2:
-                numbers.append(rng.choice(NUMBERS[3:9]))
-            case _:
-                rng.shuffle(numbers)
+        numbers = changed_numbers(numbers, rng)
         return f"array<i64: {', '.join(map(str, numbers))}>" if numbers else "array<i64>"
     kind = text.partition(" : ")[2] or "i64"
     if kind.startswith("f"):

@@ -116,6 +116,21 @@ def test_operands_of_two_dtypes_cost_what_the_larger_one_does() -> None:
     assert xla_times.kind_of(matrix, ("uint8", "uint8")) == "int8"
 
 
+@pytest.mark.parametrize("version", xla_times.VERSIONS)
+@pytest.mark.parametrize("narrow", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 8192, 768), (1, 768, 768), (8, 1024, 1024)])
+def test_a_narrower_operand_is_not_predicted_to_be_read_faster(
+    version: str, narrow: str, m: int, n: int, k: int
+) -> None:
+    """XLA widens weights that do not change in front of a loop, and reads all of float32 in each of its trips."""
+
+    def ns(rhs: str) -> float:
+        work = Work(m, n, k, 1, lhs_along_k=True, rhs_along_k=True)
+        return xla_times.predict(work, ("float32", rhs), "AMD Zen 3", in_function=False, version=version).ns
+
+    assert ns(narrow) >= ns("float32")
+
+
 def test_only_what_was_timed_is_decided_by_times_of_that_cpu() -> None:
     """For any other CPU both engines are predicted on the reference."""
     assert decision.REFERENCE[0] in xla_times.costs()

@@ -196,14 +196,34 @@ def _mkl_version(library: ctypes.CDLL) -> str:
     return number[0] if number else found.strip()
 
 
-class MklJitRunner(_CRunner):
-    """A function that MKL compiles for one small product; its users bring the loops and threads."""
+class _SmallProductsRunner(_CRunner):
+    """What compiles a function for one small product each; its users bring the loops and threads."""
 
-    _LARGEST = 64  # (m n k)^(1/3), as for libxsmm
+    _LARGEST = 64  # (m n k)^(1/3), libxsmm's own bound for the sizes that it is made for
 
     def __init__(self, threads: int) -> None:
         if threads > 1:
             raise Unavailable("its threads are its caller's")
+
+    def _take(self, case: Case, no_dtype: str) -> None:
+        """Takes a case, or says why not: `no_dtype` of other dtypes than f32 and f64."""
+        gemm = case.gemm
+        if case.dtype not in ("f32", "f64"):
+            raise Unavailable(no_dtype)
+        if gemm.m * gemm.n * gemm.k > self._LARGEST**3:
+            raise Unavailable(f"made for products up to {self._LARGEST}^3")
+        self._case, self._descriptor = case, self._job(case)
+
+    def load(self, operands: Operands) -> None:
+        super().load(operands)
+        self._fill(self._descriptor)
+
+
+class MklJitRunner(_SmallProductsRunner):
+    """MKL's functions for small products."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
         self._loops = native.load("mkl")
         self._library, _, _ = _mkl()
         self._jitter: ctypes.c_void_p | None = None
@@ -212,13 +232,8 @@ class MklJitRunner(_CRunner):
         return _mkl_version(self._library)
 
     def prepare(self, case: Case, pairs: int) -> None:
-        gemm = case.gemm
-        if case.dtype not in ("f32", "f64"):
-            raise Unavailable(f"no {case.dtype}")
-        if gemm.m * gemm.n * gemm.k > self._LARGEST**3:
-            raise Unavailable(f"made for products up to {self._LARGEST}^3")
         self.close()
-        self._case, self._descriptor = case, self._job(case)
+        self._take(case, f"no {case.dtype}")
         letter, real = {"f32": ("s", ctypes.c_float), "f64": ("d", ctypes.c_double)}[case.dtype]
         job, self._jitter = self._descriptor, ctypes.c_void_p()
         transposed = [stride != 1 for stride in (job.csa, job.csb)]
@@ -240,10 +255,6 @@ class MklJitRunner(_CRunner):
         self._kernel = ctypes.c_void_p(pointer_of(self._jitter))
         self._loop = getattr(self._loops, f"run_jit_{case.dtype}")
         self._loop.restype = ctypes.c_double
-
-    def load(self, operands: Operands) -> None:
-        super().load(operands)
-        self._fill(self._descriptor)
 
     def run(self, trips: int) -> float:
         return self._loop(ctypes.byref(self._descriptor), self._kernel, self._jitter, ctypes.c_int64(trips))
@@ -346,14 +357,11 @@ class OnednnSgemmRunner(_CRunner):
         return self._library.run_sgemm(ctypes.byref(self._descriptor), ctypes.c_int64(trips))
 
 
-class XsmmRunner(_CRunner):
-    """libxsmm's kernels, compiled for one small size each; its users bring the loops and threads."""
-
-    _LARGEST = 64  # (m n k)^(1/3), libxsmm's own bound for the sizes that it is made for
+class XsmmRunner(_SmallProductsRunner):
+    """libxsmm's kernels."""
 
     def __init__(self, threads: int) -> None:
-        if threads > 1:
-            raise Unavailable("its threads are its caller's")
+        super().__init__(threads)
         self._library = native.load("xsmm")
         self._library.version.restype = ctypes.c_char_p
         self._library.run.restype = ctypes.c_double
@@ -362,19 +370,10 @@ class XsmmRunner(_CRunner):
         return self._library.version().decode()
 
     def prepare(self, case: Case, pairs: int) -> None:
-        gemm = case.gemm
-        if case.dtype not in ("f32", "f64"):
-            raise Unavailable(f"its {case.dtype} wants operands in a packed layout")
-        if gemm.m * gemm.n * gemm.k > self._LARGEST**3:
-            raise Unavailable(f"made for products up to {self._LARGEST}^3")
-        self._case, self._descriptor = case, self._job(case)
+        self._take(case, f"its {case.dtype} wants operands in a packed layout")
         self._is_double = ctypes.c_int(case.dtype == "f64")
         if not self._library.compiles(ctypes.byref(self._descriptor), self._is_double):
             raise Unavailable(f"no kernel for layout {case.layout}")
-
-    def load(self, operands: Operands) -> None:
-        super().load(operands)
-        self._fill(self._descriptor)
 
     def run(self, trips: int) -> float:
         return self._library.run(ctypes.byref(self._descriptor), self._is_double, ctypes.c_int64(trips))

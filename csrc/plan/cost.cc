@@ -350,11 +350,9 @@ void Counter::Count(const Sweep& x) {
   Add(Cost::kSweepSumsLine, together_, Real(x_.m) * std::ceil(Real(x_.n * c_bytes_) / kLine));
 }
 
-}  // namespace
-
-CostCounts CountCosts(const Schedule& schedule, const KernelInfo& kernel, const Product& product, int64_t slices,
-                      const CoreModel& core) {
-  Counter counter(kernel, product, product, core);
+CostCounts Counts(const Schedule& schedule, const KernelInfo& kernel, const Product& product, const Product& whole,
+                  int64_t slices, const CoreModel& core) {
+  Counter counter(kernel, product, whole, core);
   if (product.m > 0 && product.n > 0) {
     std::visit([&](const auto& path) { counter.Count(path); }, schedule);
   }
@@ -363,12 +361,16 @@ CostCounts CountCosts(const Schedule& schedule, const KernelInfo& kernel, const 
   return counter.counts();
 }
 
+}  // namespace
+
+CostCounts CountCosts(const Schedule& schedule, const KernelInfo& kernel, const Product& product, int64_t slices,
+                      const CoreModel& core) {
+  return Counts(schedule, kernel, product, product, slices, core);
+}
+
 CostCounts CountCostsOfPart(const Schedule& schedule, const KernelInfo& kernel, const Product& part,
                             const Product& whole, const CoreModel& core) {
-  Counter counter(kernel, part, whole, core);
-  std::visit([&](const auto& path) { counter.Count(path); }, schedule);
-  counter.Repeat(part.batch);
-  return counter.counts();
+  return Counts(schedule, kernel, part, whole, 1, core);
 }
 
 double PredictedNs(const CostCounts& counts, const CostNs& ns) {

@@ -88,14 +88,6 @@ Product WholeProduct(const Nest& nest) {
   return x;
 }
 
-// The largest item's rows and columns, in whole register tiles.
-int64_t ItemRows(const KernelInfo& kernel, const Product& x, const Split& split) {
-  return CeilDiv(CeilDiv(x.m, kernel.mr), split.m) * kernel.mr;
-}
-int64_t ItemColumns(const KernelInfo& kernel, const Product& x, const Split& split) {
-  return CeilDiv(CeilDiv(x.n, kernel.nr), split.n) * kernel.nr;
-}
-
 // The largest item, with room for its partial sums.
 Product LargestItem(const KernelInfo& kernel, const Product& product, const Choice& choice) {
   Product item = product;

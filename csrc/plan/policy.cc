@@ -230,10 +230,8 @@ Split ChooseSplit(const Schedule& schedule, const KernelInfo& kernel, const Prod
       const double average = cost(m / Real(sm), n / Real(sn));
       for (int64_t sp = 1; sp <= std::min(products, most / sn / sm); ++sp) {
         const double last = largest * Real(CeilDiv(products, sp)) + claim;
-        const double turns = Real(CeilDiv(sp * sm * sn, threads));
         const double item = average * Real(products) / Real(sp) + claim;
-        // Threads that are done take what is left, so that sizes even out over several turns, but for one item.
-        const double time = item * turns + (last - item) + costs.tail * last + (sn > 1 ? shared_rows : 0);
+        const double time = TimeOfItems(item, last, sp * sm * sn, threads, profile) + (sn > 1 ? shared_rows : 0);
         if (time < best_time) {
           best_time = time;
           best = {sp, sm, sn};
@@ -242,6 +240,19 @@ Split ChooseSplit(const Schedule& schedule, const KernelInfo& kernel, const Prod
     }
   }
   return best;
+}
+
+int64_t ItemRows(const KernelInfo& kernel, const Product& x, const Split& split) {
+  return CeilDiv(CeilDiv(x.m, kernel.mr), split.m) * kernel.mr;
+}
+
+int64_t ItemColumns(const KernelInfo& kernel, const Product& x, const Split& split) {
+  return CeilDiv(CeilDiv(x.n, kernel.nr), split.n) * kernel.nr;
+}
+
+double TimeOfItems(double item, double largest, int64_t items, int64_t threads, const Profile& profile) {
+  // Threads that are done take what is left, so that sizes even out over several turns, but for one item.
+  return item * Real(CeilDiv(items, threads)) + (largest - item) + profile.split.tail * largest;
 }
 
 double ClaimNs(const Profile& profile) {
@@ -255,8 +266,7 @@ double SharedRowNs(const Profile& profile) {
 Split SplitForPartialSums(const KernelInfo& kernel, const Product& x, Split split, int64_t max_bytes) {
   const int64_t m_units = CeilDiv(x.m, kernel.mr), n_units = CeilDiv(x.n, kernel.nr);
   const auto fits = [&] {
-    const int64_t item_m = CeilDiv(m_units, split.m) * kernel.mr, item_n = CeilDiv(n_units, split.n) * kernel.nr;
-    return PartialBytes(kernel, item_m, item_n) <= max_bytes;
+    return PartialBytes(kernel, ItemRows(kernel, x, split), ItemColumns(kernel, x, split)) <= max_bytes;
   };
   // Halve the longer side: a square item packs least.
   while (!fits()) {

@@ -67,6 +67,14 @@ int64_t MostItems(const Schedule& schedule, const KernelInfo& kernel, const Prod
 Split ChooseSplit(const Schedule& schedule, const KernelInfo& kernel, const Product& product, int64_t products,
                   int64_t all_k, int64_t threads, int64_t most, const Profile& profile);
 
+// The largest item's rows and columns, in whole register tiles.
+int64_t ItemRows(const KernelInfo& kernel, const Product& product, const Split& split);
+int64_t ItemColumns(const KernelInfo& kernel, const Product& product, const Split& split);
+
+// When so many threads are done with all items, of which one takes `item` in the mean and the largest `largest`, each
+// with its claim, in any unit.
+double TimeOfItems(double item, double largest, int64_t items, int64_t threads, const Profile& profile);
+
 // What a work item costs beside what it computes, in ns: to claim it, and in caches that know nothing of it.
 double ClaimNs(const Profile& profile);
 

@@ -1,7 +1,6 @@
 #include "plan/search.h"
 
 #include <algorithm>
-#include <cmath>
 #include <initializer_list>
 #include <limits>
 #include <set>
@@ -126,13 +125,14 @@ std::vector<Schedule> OpenOrders(const KernelInfo& kernel, const Product& x, con
 
 // Splits into the same number of items for each thread, 1 to at most `most` in all, along all three directions; where
 // one of these has fewer parts, into all that it has. Those that cut single products least come first.
-std::vector<Split> Splits(const KernelInfo& kernel, const Product& x, int64_t most, int64_t threads) {
+std::vector<Split> EvenSplits(const KernelInfo& kernel, const Product& x, int64_t most, int64_t threads) {
   const Split parts = {x.batch, CeilDiv(x.m, kernel.mr), CeilDiv(x.n, kernel.nr)};
   std::vector<Split> out = {Split{}};
   for (const int64_t a_thread : {1, 2, 3, 4, 6, 8, 12, 16}) {
     const int64_t items = threads * a_thread;
     for (int64_t n = 1; n <= items; ++n) {
-      for (int64_t m = 1; m <= items / n && items % n == 0; ++m) {
+      if (items % n != 0) continue;
+      for (int64_t m = 1; m <= items / n; ++m) {
         if (items / n % m != 0) continue;
         const Split split = {std::min(items / n / m, parts.products), std::min(m, parts.m), std::min(n, parts.n)};
         const bool known = std::find(out.begin(), out.end(), split) != out.end();
@@ -187,27 +187,23 @@ std::optional<Split> FastestSplit(const Schedule& schedule, const KernelInfo& ke
   const Profile& profile = machine.profile;
   costs->core = Met(costs->core, kernel, x, profile);
   const double claim = ClaimNs(profile);
-  const bool packs_b = PacksB(schedule);
   // Packing costs so much more that columns are cut in any case.
-  const double shared_rows = packs_b ? 0 : SharedRowNs(profile) * Real(x.m);
+  const double shared_rows = PacksB(schedule) ? 0 : SharedRowNs(profile) * Real(x.m);
 
   Split best;
   double best_ns = std::numeric_limits<double>::infinity();
-  for (const Split& split : Splits(kernel, x, most, threads)) {
+  for (const Split& split : EvenSplits(kernel, x, most, threads)) {
     Product item = x;
     item.batch = CeilDiv(x.batch, split.products);
-    item.m = std::min(x.m, CeilDiv(CeilDiv(x.m, kernel.mr), split.m) * kernel.mr);
-    item.n = std::min(x.n, CeilDiv(CeilDiv(x.n, kernel.nr), split.n) * kernel.nr);
+    item.m = std::min(x.m, ItemRows(kernel, x, split));
+    item.n = std::min(x.n, ItemColumns(kernel, x, split));
     item.rs_partial = RoundUp(item.n, kernel.nr);
     const Schedule filled = ChooseBlocks(schedule, kernel, item, item.m, item.n, machine);
     const double largest = PredictedNs(CountCostsOfPart(filled, kernel, item, x, costs->core), costs->ns);
-    const double items = Real(split.items());
-    const double average =
-        largest * Real(x.batch) / Real(item.batch) * Real(x.m) / Real(item.m) * Real(x.n) / Real(item.n) / items;
-    // Threads that are done take what is left, so that sizes even out over several turns, but for one item.
-    const double turns = std::ceil(items / Real(threads)), last = largest + claim;
-    const double ns =
-        (average + claim) * turns + (largest - average) + profile.split.tail * last + Real(split.n - 1) * shared_rows;
+    const double average = largest * Real(x.batch) / Real(item.batch) * Real(x.m) / Real(item.m) * Real(x.n) /
+                           Real(item.n) / Real(split.items());
+    const double ns = TimeOfItems(average + claim, largest + claim, split.items(), threads, profile) +
+                      Real(split.n - 1) * shared_rows;
     if (ns < best_ns) {
       best_ns = ns;
       best = split;

@@ -189,14 +189,8 @@ def predicted(product: Product, work: xla_times.Work, signature: Signature, mach
     if ns is None:
         raise ValueError(f"{cpu} has no costs of a kernel for {signature}")
     in_function = compat.INLINES_SMALL_PRODUCTS and not product.placed
-    lhs, rhs = product.dtypes[:2]
-    forms = [(lhs.name, rhs.name)]
-    # XLA widens a float operand that is narrower than the other one as it multiplies, or first, in front of a loop if
-    # it can, and reads more bytes then. Which of these it does is not known here: the one that takes longer.
-    if lhs != rhs and "float" in lhs.name and "float" in rhs.name:
-        wide = max(lhs, rhs, key=lambda x: x.itemsize).name
-        forms.append((wide, wide))
-    xla = max((xla_times.predict(work, x, cpu, in_function=in_function) for x in forms), key=lambda x: x.ns)
+    names = product.dtypes[0].name, product.dtypes[1].name
+    xla = xla_times.predict(work, names, cpu, in_function=in_function)
     return Times(ns + IN_A_PROGRAM_NS, xla.ns, xla.form, cpu)
 
 

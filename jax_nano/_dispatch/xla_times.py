@@ -215,11 +215,23 @@ def _counts_of_vector(work: Work, width: int) -> dict[str, float]:
 def predict(work: Work, dtypes: tuple[str, str], cpu: str, *, in_function: bool, version: str = VERSION) -> Prediction:
     """The time of a product of known sizes, none of which is 0.
 
+    XLA widens a float operand that is narrower than the other one as it multiplies; or first, in front of a loop if it
+    can, and reads more bytes then. Which of these it does is not known here: the one that takes longer.
+
     Args:
       work, dtypes, in_function: as in `form_of`.
       cpu: one that `costs` knows.
       version: one of VERSIONS.
     """
+    ways = [dtypes]
+    if dtypes[0] != dtypes[1] and all("float" in x for x in dtypes):
+        wide = max(dtypes, key=element_bytes)
+        ways.append((wide, wide))
+    return max((_predict(work, x, cpu, in_function, version) for x in ways), key=lambda x: x.ns)
+
+
+def _predict(work: Work, dtypes: tuple[str, str], cpu: str, in_function: bool, version: str) -> Prediction:
+    """The same, of operands that are read as they are."""
     form = form_of(work, dtypes, in_function=in_function)
     if form in _SMALL:
         once, multiply_add = _SMALL[form]

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from hostile_calls import CALLS, DTYPES, F32, I64, NUMBERS, SIZES, TEXTS, Array, Call
+from hostile_calls import CALLS, DTYPES, F32, I64, NUMBERS, TEXTS, Call, changed_array, changed_numbers
 
 from jax_nano import _runtime
 
@@ -40,39 +40,13 @@ def run(call: Call) -> Any:
     return jax.block_until_ready(jax.jit(program, compiler_options=options)(*operands))
 
 
-def changed_array(array: Array, rng: random.Random) -> Array:
-    shape, dtype = list(array[0]), array[1]
-    match rng.randrange(5):
-        case 0:
-            return tuple(shape), rng.choice(DTYPES)
-        case 1 if shape:
-            shape[rng.randrange(len(shape))] = rng.choice(SIZES)
-        case 2 if shape:
-            del shape[rng.randrange(len(shape))]
-        case 3:
-            shape.insert(rng.randint(0, len(shape)), rng.choice(SIZES[:5]))
-        case _:
-            rng.shuffle(shape)
-    return tuple(shape), dtype
-
-
 def changed_value(value: Any, rng: random.Random) -> Any:
     if rng.random() < 0.1:
         return rng.choice([I64(1), np.int32(1), F32(1), "text", np.array([1, 2], I64)])  # of another type
     if isinstance(value, str):
         return rng.choice(TEXTS)
     if isinstance(value, np.ndarray):
-        numbers = list(value)
-        match rng.randrange(4):
-            case 0:
-                numbers[rng.randrange(len(numbers))] = rng.choice(NUMBERS)
-            case 1:
-                numbers = numbers[:-1]
-            case 2:
-                numbers.append(rng.choice(NUMBERS[3:9]))
-            case _:
-                rng.shuffle(numbers)
-        return np.array(numbers, I64)
+        return np.array(changed_numbers(value, rng), I64)
     if isinstance(value, I64):
         return I64(rng.choice(NUMBERS))
     return type(value)(rng.choice([0.0, -1.0, np.nan, np.inf, -np.inf, 1e30, 1e-30]))
@@ -88,10 +62,10 @@ def changed(call: Call, rng: random.Random) -> Call:
                 attributes[name] = changed_value(attributes[name], rng)
             case 3 | 4 if operands:
                 i = rng.randrange(len(operands))
-                operands[i] = changed_array(operands[i], rng)
+                operands[i] = changed_array(operands[i], DTYPES, rng)
             case 5 if results:
                 i = rng.randrange(len(results))
-                results[i] = changed_array(results[i], rng)
+                results[i] = changed_array(results[i], DTYPES, rng)
             case 6 if operands:
                 if rng.random() < 0.5:
                     del operands[rng.randrange(len(operands))]
