@@ -71,7 +71,14 @@ def run_python(code: str, *args: str, env: dict[str, str] | None = None, timeout
     return done.stdout
 
 
-def fresh_environment(env: dict[str, str] | None = None) -> dict[str, str]:
-    """The environment, without what earlier tests or the caller set for JAX, and with `env`."""
+def fresh_environment(env: dict[str, str] | None = None, *, modules: Path | None = None) -> dict[str, str]:
+    """The environment, without what earlier tests or the caller set for JAX, and with `env`.
+
+    A process with it imports from the folder `modules` before all else. An empty entry of PYTHONPATH means the current
+    folder, which holds the sources beside an installed package, so none is left in.
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    entries = [str(modules or ""), *kept.pop("PYTHONPATH", "").split(os.pathsep)]
+    if path := os.pathsep.join(x for x in entries if x):
+        kept["PYTHONPATH"] = path
     return {**kept, "JAX_PLATFORMS": "cpu", **(env or {})}

@@ -34,11 +34,12 @@ CHECKED_HEAP = Path("/lib/x86_64-linux-gnu/libc_malloc_debug.so.0")
 def test_hostile_programs(kind: str) -> None:
     if kind.startswith("untyped") and not custom_calls.UNTYPED:
         pytest.skip("this jaxlib takes typed calls only")
-    env = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+    env = {}
     if CHECKED_HEAP.exists() and "LD_PRELOAD" not in os.environ:
         env |= {"LD_PRELOAD": str(CHECKED_HEAP), "GLIBC_TUNABLES": "glibc.malloc.check=3"}
+    environment = fresh_environment(env, modules=Path(__file__).parents[1])
     command = [sys.executable, "-P", "-m", "hostile_programs", kind, str(BEGIN), str(BEGIN + TRIES)]
-    done = subprocess.run(command, env=fresh_environment(env), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = [json.loads(x) for x in done.stdout.splitlines()]
     assert done.returncode == 0, f"seed {lines[-1:]} of {kind!r} ended the process: {done.returncode}\n{done.stderr}"
     outcomes = [x for x in lines if "outcome" in x]
