@@ -41,7 +41,11 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
         "frontend_attributes": (19, "FrontendAttributes"),
     },
     "Aliases": {"entries": (1, "*Alias")},
-    "Alias": {"parameter_number": (2, "int64")},
+    "Alias": {
+        "output_shape_index": (1, "*int64"),
+        "parameter_number": (2, "int64"),
+        "parameter_shape_index": (3, "*int64"),
+    },
     "Donors": {"entries": (1, "*Donor")},
     "Donor": {"parameter_number": (1, "int64")},
     "Computation": {
@@ -440,6 +444,15 @@ class Module:
     @property
     def name(self) -> str:
         return self._proto.name
+
+    def results_in(self, parameter_number: int) -> list[tuple[int, ...]] | None:
+        """Which results are stored in a parameter's memory, as paths into the program's result; None: any may be."""
+        if any(entry.parameter_number == parameter_number for entry in self._proto.buffer_donor.entries):
+            return None
+        entries = [x for x in self._proto.input_output_alias.entries if x.parameter_number == parameter_number]
+        if any(x.parameter_shape_index for x in entries):
+            return None
+        return [tuple(x.output_shape_index) for x in entries]
 
     def donated_bytes(self) -> int:
         """The size of the donated arrays of dtypes in `DTYPES`, as weights and optimizer state are."""

@@ -23,7 +23,7 @@ the hook returns, and is safe. So there are three rules, each with a function he
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from jax_nano._core.hlo import Body, Instruction, Module
@@ -37,35 +37,92 @@ _READERS: Final = frozenset(
 )
 _IN_PLACE: Final = frozenset(("dynamic-update-slice", "scatter"))
 _SAME_MEMORY: Final = frozenset(("bitcast", "reshape"))
+# What their results share memory with is decided in the computations that they call, or by who started them.
+_OF_UNKNOWN_MEMORY: Final = frozenset(("call", "conditional", "while", "async-done", "copy-done", "optimization-barrier"))
 
 
 def keeps_its_value(body: Body, instruction: Instruction) -> bool:
     """Whether an array may be read later than it is now: nothing writes another value into its buffer.
 
     XLA has ordered operations that work in place after all readers of what they overwrite; a new reader is not in that
-    order. So all users of the array must only read it, and it may neither be a loop's variable nor donated.
+    order. So all users of the array must only read it, and where its buffer is that of a loop's variable or of a donated
+    argument, the array must be what is left in it.
     """
     if not all(only_reads(body, instruction, user) for user in body.users(instruction)):
         return False
     if instruction.opcode == "bitcast":
         return keeps_its_value(body, body.operands(instruction)[0])
-    if instruction.opcode == "parameter":
-        return body.is_entry and instruction.parameter_number not in body.module.donated
-    if instruction.opcode != "get-tuple-element":
-        return True
-    (source,) = body.operands(instruction)
-    index = instruction.tuple_index
-    for other in body.users(source):  # other names of the same array
-        if other.opcode != "get-tuple-element":
+    if instruction.opcode == "get-tuple-element":
+        (source,) = body.operands(instruction)
+        for other in body.users(source):  # other names of the same array
+            if other.opcode != "get-tuple-element":
+                return False
+            if _is_same(body, other, instruction) and not all(only_reads(body, other, x) for x in body.users(other)):
+                return False
+    return _is_left_in(body, instruction, instruction)
+
+
+def _is_left_in(body: Body, place: Instruction, value: Instruction) -> bool:
+    """Whether no array but `value` is stored in the memory of `place`, which is `value` or what `value` updates."""
+    if place.opcode in _SAME_MEMORY:
+        return _is_left_in(body, body.operands(place)[0], value)
+    if place.opcode == "parameter":
+        paths = body.module.results_in(place.parameter_number) if body.is_entry else [()]
+        return paths is not None and all(_is_result(body, path, value) for path in paths)
+    if place.opcode == "get-tuple-element":
+        (source,) = body.operands(place)
+        if source.opcode == "parameter":
+            if body.is_entry:
+                return source.parameter_number not in body.module.donated
+            return _is_result(body, (place.tuple_index,), value)
+        if source.opcode == "while":
+            (state,) = body.operands(source)
+            return state.opcode == "tuple" and _is_left_in(body, body.operands(state)[place.tuple_index], value)
+        operands = _operands_updated_by(body, source, place.tuple_index)
+    else:
+        operands = _operands_updated_by(body, place, 0)
+    return operands is not None and all(_is_left_in(body, x, value) for x in operands)
+
+
+def _operands_updated_by(body: Body, instruction: Instruction, index: int) -> list[Instruction] | None:
+    """The operands in whose memory an instruction stores its result, or an element of it; None: any of them."""
+    operands = body.operands(instruction)
+    if instruction.opcode == "scatter":
+        return operands[index : index + 1]
+    if instruction.opcode == "dynamic-update-slice":
+        return operands[:1]
+    if instruction.opcode == "custom-call":
+        return None if instruction.output_operand_aliasing else []
+    if instruction.opcode in _OF_UNKNOWN_MEMORY:
+        return None
+    if instruction.opcode != "fusion":
+        return []
+    if instruction.output_operand_aliasing:
+        return None
+    by_id, ends = _ends(body.module, instruction)
+    return [operands[i] for i in _updated_parameters(by_id, ends[index])]
+
+
+def _is_result(body: Body, path: Sequence[int], value: Instruction) -> bool:
+    """Whether an element of a computation's result is an array of it."""
+    result = body.root
+    for index in path:
+        if result.opcode != "tuple":
             return False
-        if other.tuple_index == index and not all(only_reads(body, other, user) for user in body.users(other)):
-            return False
-    if source.opcode != "parameter":
+        result = body.operands(result)[index]
+    while result.opcode in _SAME_MEMORY:
+        (result,) = body.operands(result)
+    return _is_same(body, result, value)
+
+
+def _is_same(body: Body, first: Instruction, second: Instruction) -> bool:
+    """Whether two instructions are one, or are the same element of one tuple."""
+    if first.id == second.id:
         return True
-    if body.is_entry:
-        return source.parameter_number not in body.module.donated
-    root = body.root
-    return root.opcode == "tuple" and index < len(root.operand_ids) and root.operand_ids[index] == instruction.id
+    both = first, second
+    if any(x.opcode != "get-tuple-element" for x in both) or first.tuple_index != second.tuple_index:
+        return False
+    return first.operand_ids[0] == second.operand_ids[0]
 
 
 def has_memory_of_its_own(body: Body, instruction: Instruction) -> bool:
@@ -119,11 +176,16 @@ def only_reads(body: Body, instruction: Instruction, user: Instruction) -> bool:
         return not user.output_operand_aliasing
     if user.opcode != "fusion" or user.output_operand_aliasing:
         return False
-    fused = body.module.computation(user.called_computation_ids[0])
+    by_id, ends = _ends(body.module, user)
+    return all(user.operand_ids[i] != instruction.id for end in ends for i in _updated_parameters(by_id, end))
+
+
+def _ends(module: Module, fusion: Instruction) -> tuple[dict[int, Instruction], list[Instruction]]:
+    """A fusion's instructions by id, and those among them that compute its results."""
+    fused = module.computation(fusion.called_computation_ids[0])
     by_id = {x.id: x for x in fused.instructions}
     root = by_id[fused.root_id]
-    ends = [by_id[i] for i in root.operand_ids] if root.opcode == "tuple" else [root]
-    return all(user.operand_ids[i] != instruction.id for end in ends for i in _updated_parameters(by_id, end))
+    return by_id, [by_id[i] for i in root.operand_ids] if root.opcode == "tuple" else [root]
 
 
 def _updated_parameters(by_id: Mapping[int, Instruction], end: Instruction) -> list[int]:

@@ -71,7 +71,37 @@ def branch_updates(a: jax.Array, b: jax.Array, i: jax.Array) -> Any:
     return d @ b, a @ b
 
 
+def result_in_its_place(a: jax.Array, b: jax.Array, i: jax.Array) -> Any:
+    """What is updated in a donated argument is overwritten by a result as soon as XLA has converted it."""
+    d = a.at[i + jnp.arange(3)].add(b[:3])
+    first = d @ b
+    other = jnp.tanh(first) + b
+    return other, (other @ d.T)[:5]
+
+
+def next_in_its_place(a: jax.Array, b: jax.Array, i: jax.Array) -> Any:
+    """The same in a loop's variable, and then in the loop's result."""
+
+    def step(t: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        d, total = carry
+        other, rows = result_in_its_place(d, b, t)
+        return other, total + rows
+
+    d, total = lax.fori_loop(jnp.int32(0), jnp.int32(3), step, (a, jnp.zeros((5, N), a.dtype)))
+    other, rows = result_in_its_place(d, b, i)
+    return other, rows, total
+
+
+def loop_then_result(a: jax.Array, b: jax.Array, i: jax.Array) -> Any:
+    """A donated argument is a loop's variable, whose last value a result overwrites."""
+    d = lax.fori_loop(jnp.int32(0), jnp.int32(3), lambda t, d: d.at[t].add(b[i]), a)
+    first = d @ b
+    other = jnp.tanh(first) + b
+    return other, (other @ d.T)[:5]
+
+
 PROGRAMS = [
+    *(result_in_its_place, next_in_its_place, loop_then_result),
     *(updated_then_read, read_then_updated, argument_updated, reads_itself, scattered),
     *(cache_in_a_loop, loop_keeps_the_old, branch_updates),
 ]
