@@ -107,8 +107,8 @@ def _is_result(body: Body, path: Sequence[int], value: Instruction) -> bool:
     """Whether an element of a computation's result is an array of it."""
     result = body.root
     for index in path:
-        if result.opcode != "tuple":
-            return False
+        if result.opcode != "tuple" or index >= len(result.operand_ids):
+            return False  # also of a branch, which is given what it reads and not what it returns
         result = body.operands(result)[index]
     while result.opcode in _SAME_MEMORY:
         (result,) = body.operands(result)
