@@ -21,12 +21,16 @@ from jax_nano._tools.timing import CHOICE
 from jax_nano.codegen import profiles
 
 Row = dict[str, Any]
+_FEWEST = 3  # candidates
 
 
 def counts(row: Row, core: Sequence[int]) -> Floats:
     """What the model counts for each candidate of a product: a line for each, a column for each of NAMES."""
     choices = [dict(zip(CHOICE, values, strict=True)) for values in row["choices"]]
-    return fitting.counts(product_of(row), choices, core)
+    l1d, l2, near, far, *rest = core
+    if row["cold"]:  # no cache beyond L2 has the operands: as the planner sees weights (search.cc, Met)
+        near = far = 0
+    return fitting.counts(product_of(row), choices, [l1d, l2, near, far, *rest])
 
 
 def profile(path: pathlib.Path, rows: Sequence[Row]) -> str:
@@ -36,7 +40,8 @@ def profile(path: pathlib.Path, rows: Sequence[Row]) -> str:
     by_kernel: dict[str, list[Row]] = {}
     for row in rows:
         if row["threads"] == 1:
-            by_kernel.setdefault(row["choices"][0][0], []).append(row)
+            for kernel, mine in of_each_kernel(row).items():
+                by_kernel.setdefault(kernel, []).append(mine)
     prior: Floats | None = None
     lines = []
     for kernel, mine in by_kernel.items():
@@ -51,12 +56,31 @@ def profile(path: pathlib.Path, rows: Sequence[Row]) -> str:
             prior[first : first + len(spec.CACHE_LEVELS)] = prior[like : like + len(spec.CACHE_LEVELS)]
         text["kernels"][kernel] = {name: float(f"{cost:.4g}") for name, cost in zip(NAMES, costs, strict=True)}
         regret = [chosen(row, table, costs) for row, table in zip(mine, tables, strict=True)]
-        before = [row["us"][row["planned"]] / min(row["us"]) for row in mine]
+        before = [row["us"][row["planned"]] / min(row["us"]) for row in mine if row["planned"] is not None]
         lines.append(f"{kernel}: {len(mine)} products, planned {_summary(before)}, by these costs {_summary(regret)}")
     path.write_text(json.dumps(text, indent=1) + "\n")
     return "\n".join(lines)
 
 
+def of_each_kernel(row: Row) -> dict[str, Row]:
+    """A product's candidates by their kernel. What the planner chose is `planned` in its kernel's, None in others.
+
+    A kernel with one candidate or two is left out: they say little, and there is nothing to choose.
+    """
+    kernels = [choice[0] for choice in row["choices"]]
+    out = {}
+    for kernel in dict.fromkeys(kernels):
+        which = [i for i, x in enumerate(kernels) if x == kernel]
+        if len(which) < _FEWEST:
+            continue
+        mine = {name: [row[name][i] for i in which] for name in ("choices", "us", "samples")}
+        planned = which.index(row["planned"]) if row["planned"] in which else None
+        out[kernel] = {**row, **mine, "planned": planned}
+    return out
+
+
 def _summary(ratios: Sequence[float]) -> str:
+    if not ratios:
+        return "nothing"
     mean, most = statistics.geometric_mean(ratios), np.quantile(ratios, 0.95)
     return f"{mean:.3f} of the best in geometric mean, {most:.2f} in 95 %"

@@ -17,6 +17,8 @@ constexpr double kLine = 64;
 constexpr int64_t kPage = 4096;
 constexpr int64_t kL1WayBytes = 4096, kL2WayBytes = 64 << 10;  // rows so far apart share their sets
 constexpr int64_t kL1Ways = 8, kL1TlbPages = 64;
+constexpr int64_t kFewRows = 8;      // of a tile of C
+constexpr int64_t kHidingRows = 12;  // so many products with a line of B take longer than its way from memory
 // A cycle's products and loads, loads of whole vectors where these come in halves, and cycles until a product can be
 // added to: what makes a step of a tile longer than the others of its size. How long a cycle takes is a cost.
 constexpr double kProducts = 2, kLoads = 2, kHalves = 2, kLatency = 4;
@@ -122,7 +124,8 @@ class Counter {
 
   bool IsUnblocked(const Blocked& x) const;
   std::vector<Height> Heights(const Blocked& x) const;
-  void CountPanels(const Blocked& x, const Height& height, double depth, int64_t columns, double times);
+  void CountPanels(const Blocked& x, const Height& height, double depth, int64_t columns, double times,
+                   double& first_of_b);
   void CountTiles(const Blocked& x, int64_t rows, double depth, int64_t columns, double times);
   void CountPacking(const Blocked& x, double depth);
 
@@ -188,7 +191,9 @@ void Counter::CountTiles(const Blocked& x, int64_t rows, double depth, int64_t c
 }
 
 // All panels of A of one height against the blocks of B of `columns` columns, `times` of them in each of k's blocks.
-void Counter::CountPanels(const Blocked& x, const Height& height, double depth, int64_t columns, double times) {
+// `first_of_b` of them are the first to read their block of B, if it is read where it lies; what is left is returned.
+void Counter::CountPanels(const Blocked& x, const Height& height, double depth, int64_t columns, double times,
+                          double& first_of_b) {
   const int64_t rows = height.rows, lanes = kernel_.lanes;
   const double blocks_of_k = std::ceil(Real(x_.k) / depth), calls = height.panels * times * blocks_of_k;
   Add(IsUnblocked(x) ? Cost::kPlainRowOfTiles : Cost::kRowOfTiles, calls);
@@ -198,12 +203,18 @@ void Counter::CountPanels(const Blocked& x, const Height& height, double depth, 
   const double tiles = std::ceil(Real(columns) / Real(widest * lanes));
   const double block_of_b = depth * Real(std::min(x.nc, x_.n) * b_bytes_);
   const double block_of_a = Real(std::min(x.mc, x_.m)) * depth * Real(a_bytes_);
+  // Each tile reads the panel of A, which costs something if it does not stay in L1.
+  const double a_element = Real(x.pack_a ? kernel_.a_panel_bytes : a_bytes_);
+  const double panel_of_a = Real(rows) * depth * a_element;
+  const double lines_again = LevelOf(panel_of_a) == Level::kL1 ? 0 : calls * (tiles - 1) * panel_of_a / kLine;
   if (x.pack_a) {
-    Add(Cost::kAPackedLine, LevelOf(block_of_a), calls * Real(rows) * depth * Real(kernel_.a_panel_bytes) / kLine);
+    Add(Cost::kAPackedLine, LevelOf(block_of_a), calls * panel_of_a / kLine);
+    Add(Cost::kAPackedLine, LevelOf(panel_of_a), lines_again);
   } else if (x_.csa == 1) {
     const double first = height.panels * blocks_of_k, lines = Real(rows) * (depth * Real(a_bytes_) / kLine + 1);
     Add(Cost::kALine, a_level_, std::min(first, calls) * lines);
     Add(Cost::kALineAgain, LevelOf(block_of_a + block_of_b), std::max(calls - first, 0.0) * lines);
+    Add(Cost::kALineAgain, LevelOf(panel_of_a), lines_again);
     if (Evicted(x_.rsa * a_bytes_, rows)) {
       Add(Cost::kAStepLine, Level::kL2, calls * tiles * Real(rows) * depth);
     } else if (Aliased(x_.rsa * a_bytes_)) {
@@ -223,8 +234,10 @@ void Counter::CountPanels(const Blocked& x, const Height& height, double depth, 
     return;
   }
   const int64_t stride = std::abs(x_.rsb) * b_bytes_;
-  const double first = std::min(calls, times * blocks_of_k * Real(CeilDiv(x_.m, x.mc)));
+  const double first = std::min(calls, first_of_b);
+  first_of_b -= first;
   Add(Cost::kBLine, b_level_, first * lines);
+  if (rows < kHidingRows) Add(Cost::kBExposedLine, b_level_, first * lines * (1 - Real(rows) / Real(kHidingRows)));
   const double run = Real(std::min(x_.n, (kTilesAhead + 1) * widest * lanes) * b_bytes_);
   if (!Within(b_level_, Level::kL2) && !Within(LevelOf(depth * run, run, stride), Level::kL2)) {
     counts_[static_cast<size_t>(Cost::kBLateLine) + (b_level_ == Level::kNear ? 0 : 1)] += first * lines;
@@ -283,14 +296,19 @@ void Counter::Count(const Blocked& x) {
   Add(Cost::kBlockOfK, blocks_of_m * blocks_of_k);
   Add(Cost::kBlockOfN, blocks_of_m * blocks_of_k * blocks_of_n);
   int64_t highest = 1;
+  const int64_t whole = x_.n / x.nc, rest = x_.n % x.nc;
+  double first_of_whole = blocks_of_m * blocks_of_k * Real(whole), first_of_rest = blocks_of_m * blocks_of_k;
   for (const Height& height : Heights(x)) {
     highest = std::max(highest, height.rows);
-    if (const int64_t whole = x_.n / x.nc; whole > 0) CountPanels(x, height, depth, x.nc, Real(whole));
-    if (const int64_t rest = x_.n % x.nc; rest > 0) CountPanels(x, height, depth, rest, 1);
+    if (const int64_t row = x_.n * c_bytes_; height.rows > kFewRows && row >= 64) {
+      Add(Cost::kCHighTileLine, together_, blocks_of_k * height.panels * Real(height.rows * CeilDiv(row, 64)));
+    }
+    if (whole > 0) CountPanels(x, height, depth, x.nc, Real(whole), first_of_whole);
+    if (rest > 0) CountPanels(x, height, depth, rest, 1, first_of_rest);
   }
   CountPacking(x, depth);
 
-  const int64_t row = x_.n * c_bytes_, apart = std::abs(x_.rsc) * c_bytes_;
+  const int64_t row = x_.n * c_bytes_;
   const int64_t wide = (x.pack_b ? kernel_.nr / kernel_.lanes : DirectVectors(highest)) * kernel_.lanes;
   const double rows = blocks_of_k * Real(x_.m);
   if (NeedsPartialSums(x, kernel_, x_)) {
@@ -301,7 +319,6 @@ void Counter::Count(const Blocked& x) {
     Add(Cost::kCLine, together_, rows * Real(CeilDiv(row, 64)));
   }
   Add(Cost::kCSegment, together_, rows * Real(CeilDiv(x_.n, wide)));
-  if (x_.m > 1 && Aliased(apart)) Add(Cost::kCAliasedLine, rows * Real(CeilDiv(row, 64)));
   if (x_.m > 1 && row >= kPage) Add(Cost::kCPage, rows * Real(CeilDiv(x_.n, kernel_.nr)));
 }
 

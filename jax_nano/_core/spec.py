@@ -688,7 +688,7 @@ COST_TERMS: Final = {
     "c_add": ("a vector of earlier sums added", 1),
     "c_add_masked": ("a partial one", 1),
     "c_line": ("a cache line of C, by where C lies", 5),
-    "c_aliased_line": ("a line of a C whose rows share their sets in L1", 1),
+    "c_high_tile_line": ("and of tiles of more than 8 rows, which write so many rows of C at a time", 5),
     "c_segment": ("a row of a tile of C, by where C lies", 5),
     "c_page": ("a row of a tile of C whose rows are a page apart", 1),
     "partial_line": ("a line of partial sums", 5),
@@ -709,6 +709,7 @@ COST_TERMS: Final = {
     "pack_a_page": ("a column of a panel on a page of its own", 1),
     # B
     "b_line": ("a line of B where it lies, the first time", 5),
+    "b_exposed_line": ("the part of it that the products of a tile of few rows do not hide", 5),
     "b_line_again": ("and once more", 5),
     "b_late_line": ("a line that has left L2 between its prefetch and its use, in L3 or beyond", 2),
     "b_conflict_line": ("a line of a tile whose lines do not fit into L1 together", 1),

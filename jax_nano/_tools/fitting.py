@@ -31,7 +31,7 @@ _TOO_FAST, _TOO_SLOW = 0.2, 0.12  # errors beyond which a prediction's error cou
 _TRUSTED = 0.25  # the same for what was sampled often
 _PRIOR = 0.004  # weight of the first kernel's costs, of a point of the data
 _ROUNDS = 8
-_MEMORY = 0.8  # lines from memory, prefetched and not
+_MEMORY = 0.8  # lines from memory, prefetched and not, at most
 
 
 def counts(product: Product, choices: Sequence[dict[str, Any]], core: Sequence[int]) -> Floats:
@@ -100,7 +100,7 @@ def _sensible(costs: Floats) -> Floats:
     """Few plans of the data read from memory without prefetching: it is dearer."""
     for path in ("inner", "sweep"):
         plain, prefetched = (_AT[f"{path}{x}_line.memory"] for x in ("", "_prefetched"))
-        costs[prefetched] = min(costs[prefetched], _MEMORY * costs[plain])
+        costs[plain] = max(costs[plain], costs[prefetched] / _MEMORY)
     return costs
 
 

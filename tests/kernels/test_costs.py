@@ -200,7 +200,8 @@ class TestProfiles:
 
     def test_knows_kernels_of_each_of_its_targets(self, path):
         known = {x.target.name for x in KERNELS if x.name in costs_of(path)}
-        assert known == set(json.loads(path.read_text()).get("targets", {TARGET: 1}))
+        targets = json.loads(path.read_text()).get("targets")
+        assert TARGET in known if targets is None else known == set(targets)
 
     def test_the_extension_has_it(self, path):
         profile = json.loads(path.read_text())
@@ -238,8 +239,9 @@ def test_costs_that_were_not_measured_decide_nothing():
 ZEN4 = json.loads((Path(__file__).parents[2] / "benchmarks/data/zen4-recorded.json").read_text())
 
 
-def test_published_costs_agree_with_what_was_recorded_on_zen_4():
-    """Of the plans that were once compared there, the one of least predicted time is mostly the faster one.
+def test_costs_agree_with_what_was_recorded_on_zen_4_before():
+    """Of plans that were compared there one by one, which no costs were fitted to, that of least predicted time is
+    mostly the faster one.
 
     Drawn at random it would take 1.26 of the faster one's time.
     """
@@ -280,29 +282,38 @@ def test_a_cpu_without_a_profile():
         c.plan(cpu="Zilog Z80")
 
 
-# Regret of the thresholds on the same data: f32 1.09, 1.6; bf16 1.10, 1.7; f16 1.15, 2.3; f64 1.11, 1.6; i8 1.14, 2.0.
+# Of the plans of thresholds, on the same data: Zen 3, in the order below, 1.09 and 1.6 (mean, and in 95 % of cases), 1.10
+# and 1.7, 1.13 and 1.6, 1.15 and 2.3, 1.17 and 2.1, 1.11 and 1.6, 1.14 and 2.0, 1.10 and 2.0.
+# THRESHOLDS_ZEN4
 MOST_REGRET = {
-    "f32": (1.04, 1.22),
-    "bf16": (1.02, 1.1),
-    "bf16-f32": (1.04, 1.18),
-    "f16": (1.04, 1.3),
-    "f16-f32": (1.03, 1.2),
-    "f64": (1.06, 1.4),
-    "i8": (1.035, 1.2),
-    "i8-i8": (1.03, 1.15),
+    ("zen3", "f32"): (1.04, 1.22),
+    ("zen3", "bf16"): (1.02, 1.1),
+    ("zen3", "bf16-f32"): (1.04, 1.18),
+    ("zen3", "f16"): (1.04, 1.3),
+    ("zen3", "f16-f32"): (1.03, 1.2),
+    ("zen3", "f64"): (1.06, 1.4),
+    ("zen3", "i8"): (1.035, 1.2),
+    ("zen3", "i8-i8"): (1.03, 1.15),
+    ZEN4_REGRET
 }
+DATA = {"zen3": "zen3-avx2.json.gz", "zen4": "zen4.json.gz"}
 
 
-@pytest.mark.parametrize("dtype", MOST_REGRET)
-def test_regret_of_recorded_times(dtype):
-    """The fastest plan by the costs is nearly the fastest of those that were timed."""
-    data = Path(__file__).parents[2] / "benchmarks/data/zen3-avx2.json.gz"
-    rows = [row for row in regret.load(data) if row["dtype"] == dtype]
-    (profile,) = (x for x in profiles.files() if x.stem == "zen3")
-    costs = json.loads(profile.read_text())
-    mine = costs["kernels"][rows[0]["choices"][0][0]]
-    vector = np.array([mine[name] for name in spec.cost_names()])
-    ratios = [fit.chosen(row, fit.counts(row, CORE), vector) for row in rows]
-    mean, most = MOST_REGRET[dtype]
+@pytest.mark.parametrize(("cpu", "dtype"), MOST_REGRET, ids=lambda x: x)
+def test_regret_of_recorded_times(cpu, dtype):
+    """The plan of least predicted time is nearly the fastest of those of its kernel that were timed."""
+    rows = [row for row in regret.load(Path(__file__).parents[2] / "benchmarks/data" / DATA[cpu])]
+    (path,) = (x for x in profiles.files() if x.stem == cpu)
+    profile = json.loads(path.read_text())
+    core, costs = profiles.core(profile), profile["kernels"]
+    ratios = []
+    for row in rows:
+        if row["dtype"] == dtype and row["threads"] == 1 and not row["cold"]:
+            kernel = row["choices"][0][0]
+            if mine := fit.of_each_kernel(row).get(kernel):
+                vector = np.array([costs[kernel][name] for name in spec.cost_names()])
+                ratios.append(fit.chosen(mine, fit.counts(mine, core), vector))
+    assert len(ratios) > 50
+    mean, most = MOST_REGRET[cpu, dtype]
     assert statistics.geometric_mean(ratios) <= mean
     assert np.quantile(ratios, 0.95) <= most
