@@ -28,6 +28,8 @@ REFERENCES = {
     "llvm.x86.avx512bf16.cvtne2ps2bf16": "jax_nano_vcvtne2ps2bf16",
     "llvm.x86.avx512.pmaddw.d": "jax_nano_vpmaddwd",
     "llvm.x86.avx512.pshuf.b": "jax_nano_vpshufb",
+    "llvm.x86.avx512.permvar.sf": "jax_nano_vpermps",
+    "llvm.x86.avx512.permvar.hi": "jax_nano_vpermw",
     "llvm.x86.avx512.vpdpwssd": "jax_nano_vpdpwssd",
     "llvm.x86.avx512.vpdpbusd": "jax_nano_vpdpbusd",
     "llvm.x86.tilezero": "jax_nano_tilezero",

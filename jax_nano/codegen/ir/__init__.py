@@ -54,6 +54,7 @@ from .vectors import bits_as as bits_as
 from .vectors import call_intrinsic as call_intrinsic
 from .vectors import compare as compare
 from .vectors import constant_bytes as constant_bytes
+from .vectors import constant_elements as constant_elements
 from .vectors import constant_vector as constant_vector
 from .vectors import convert as convert
 from .vectors import divide as divide

@@ -210,6 +210,12 @@ def constant_bytes(values: Sequence[int]) -> Value:
     return arith.constant(vec(len(values), ty), ir.DenseElementsAttr.get(elements, type=vec(len(values), ty)))
 
 
+def constant_elements(values: Sequence[float], elem: str) -> Value:
+    """A vector of these numbers."""
+    ty = type_of(elem)
+    return arith.constant(vec(len(values), ty), ir.DenseElementsAttr.get([_number(x, ty) for x in values], type=vec(len(values), ty)))
+
+
 def splat_bool(condition: Value | bool, lanes: int) -> Value:
     """A mask of equal lanes."""
     bit = ir.IntegerType.get_signless(1)

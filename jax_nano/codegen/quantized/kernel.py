@@ -24,7 +24,7 @@ from ..toolchain import LLC_FLAGS
 from . import finish
 from .columns import Columns
 from .dequantize import Dequantize
-from .formats import Bytes, Floats, Format, Nibbles, block
+from .formats import Bytes, Floats, Format, Nibbles, NibbleTable, block
 from .inner import Inner
 from .inner_products import InnerProducts, inner_products
 from .rows import Rows
@@ -121,6 +121,7 @@ def kernels() -> Iterator[QuantizedKernel]:
     for target in TARGETS.values():
         if "fma" in target.nanokernels:
             lanes = target.lanes(4)
-            integers = [kind(lanes, signed) for kind in (Bytes, Nibbles) for signed in (True, False)]
+            nibbles = NibbleTable if lanes == 16 else Nibbles
+            integers = [kind(lanes, signed) for kind in (Bytes, nibbles) for signed in (True, False)]
             for form in (*integers, Floats(4, lanes), Floats(5, lanes), None):
                 yield QuantizedKernel(target, form)
