@@ -69,9 +69,11 @@ const Weight& WeightNamed(std::string_view name) {
   Refuse("no kernel takes weights of " + std::string(name));
 }
 
-const QuantizedInfo& Select(std::span<const Target* const> targets, std::string_view form) {
+// `pairs`: whether one will do that takes pairs of bfloat16.
+const QuantizedInfo& Select(std::span<const Target* const> targets, std::string_view form, bool pairs = false) {
   for (const Target* target : targets) {
     for (const QuantizedInfo& k : QuantizedKernels()) {
+      if (k.pairs > int32_t{pairs}) continue;
       if (k.form == form && target->name == std::string_view(k.target)) return k;
     }
   }
@@ -396,6 +398,9 @@ QuantizedPlan PlanQuantized(const QuantizedShape& shape, std::span<const Target*
   args.rs_out = shape.n;
   args.out_dtype = RowNumber(shape.out, false);
   plan.few = ReadsInPlace(shape, *plan.kernel, weight);
+  if (plan.few) {
+    plan.kernel = &Select(targets, weight.form, shape.x == "bfloat16" && shape.zero.empty() && shape.k % 2 == 0);
+  }
   const QuantizedTask task = plan.few        ? (shape.along_k ? QuantizedTask::kInner : QuantizedTask::kColumns)
                              : shape.along_k ? QuantizedTask::kDequantizeAlongK
                                              : QuantizedTask::kDequantizeColumns;

@@ -658,6 +658,7 @@ QUANTIZED_INFO: Final = (
     Field("const char*", "form"),
     Field("int32_t", "bits"),
     Field("int32_t", "block", "weights in a register"),
+    Field("int32_t", "pairs", "1: only for x of bfloat16, an even k, and no zero points; it dequantises nothing"),
     Field("QuantizedFn", "fn"),
 )
 

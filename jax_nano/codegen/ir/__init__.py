@@ -46,6 +46,7 @@ from .types import elem_bytes as elem_bytes
 from .types import type_of as type_of
 from .types import vec as vec
 from .vectors import absolute as absolute
+from .vectors import add_products_of_pairs as add_products_of_pairs
 from .vectors import add_vectors as add_vectors
 from .vectors import and_constant as and_constant
 from .vectors import as_int32 as as_int32

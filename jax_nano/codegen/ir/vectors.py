@@ -314,6 +314,13 @@ def except_lanes(mask: Value, others: Value) -> Value:
     return arith.andi(mask, arith.xori(others, _constant_like(1, others)))
 
 
+def add_products_of_pairs(a: Value, b: Value, acc: Value) -> Value:
+    """acc + a[1] * b[1] + a[0] * b[0] in each lane, by ``vdpbf16ps``: a and b are registers of pairs of bfloat16."""
+    bits = 32 * lanes_of(acc)
+    pairs = [bitcast(x, bits // 16, ir.BF16Type.get()) for x in (a, b)]
+    return call_intrinsic(f"llvm.x86.avx512bf16.dpbf16ps.{bits}", acc.type, [acc, *pairs])
+
+
 def rounded_to_float32(x: float) -> float:
     """The float32 number nearest to x."""
     (y,) = struct.unpack("<f", struct.pack("<f", x))

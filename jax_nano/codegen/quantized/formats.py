@@ -17,18 +17,26 @@ Integers of 4 bits with AVX-512. Nothing is cut out: ``vpermps`` looks float32 u
 each word, so a shift and a table give a field, the weights 8 * i + j for the lanes i. That is 24 operations for 128
 weights and their products, which no pipe of Zen 4 is needed for in particular: they take 12 cycles.
 
+Integers of 4 bits with products of pairs (AVX512-BF16). ``vpermw`` looks bfloat16 up likewise, in a table that has
+everything twice, as a place there has 5 bits: the weights 4 * i + j for the halves i of words. x stays bfloat16, and
+all products are exact; two of them are added to a sum at once, so weights of two values of K must share a word.
+
 Floats of 8 bits. Each is the upper half of a float16, e5m2 as it is; the exponent of e4m3fn has one bit less and
 another bias, so it gives a float16 that is too small by a factor of 2**8, which the sum is multiplied by.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from .. import ir
 from ..ir import Ptr, Value
+
+ELEMENT = {1: "float32", 2: "bfloat16"}
+"""What x is for a product, by ``Format.step``."""
 
 CHUNK = 16
 """Weights that ``Format.chunk`` unpacks in their natural order. Groups are multiples of it."""
@@ -41,6 +49,9 @@ class Format(Protocol):
       name: part of kernels' names.
       bits: of a weight.
       lanes: float32 in a vector.
+      step: values of K that a product adds to a sum: with two of them x and fields are pairs of bfloat16, there are no
+        zero points, and blocks are not dequantised.
+      depth: rows of weights in a sweep.
       is_integer: whether zero points may be subtracted.
       unit: what a weight of one is in a field.
       x_factor, factor: what x and sums are to be multiplied by for that; powers of two.
@@ -55,6 +66,10 @@ class Format(Protocol):
     def bits(self) -> int: ...
     @property
     def lanes(self) -> int: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def depth(self) -> int: ...
     @property
     def is_integer(self) -> bool: ...
     @property
@@ -83,8 +98,16 @@ class Format(Protocol):
         """
         ...
 
+    def of_rows(self, rows: Sequence[Ptr | Value], which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
+        """The same of a register each of ``step`` rows of weights whose columns lie side by side."""
+        ...
+
+    def product(self, x: Value, w: Value, acc: Value) -> Value:
+        """A field times as much of x, added to a sum."""
+        ...
+
     def natural(self, fields: Sequence[Value]) -> list[Value]:
-        """All fields in the order in which the weights lie in memory."""
+        """All fields in the order in which the weights lie in memory, or sums over their columns."""
         ...
 
     def permuted(self, vectors: Sequence[Value]) -> list[Value]:
@@ -97,8 +120,13 @@ class Format(Protocol):
 
 
 def field_count(form: Format) -> int:
-    """Vectors of float32 that a register of weights gives."""
+    """Vectors of sums that the columns in a register of weights have."""
     return 32 // form.bits
+
+
+def fields_along_k(form: Format) -> int:
+    """Fields of a register of weights."""
+    return field_count(form) // form.step
 
 
 def block(form: Format) -> int:
@@ -145,8 +173,24 @@ def _register(source: Ptr | Value, lanes: int) -> Value:
     return source.as_type("int32").load(lanes, alignment=1) if isinstance(source, Ptr) else source
 
 
+class _Single:
+    """Formats whose fields are float32."""
+
+    step = 1
+    depth = 8
+
+    def fields(self, source: Ptr | Value, which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
+        raise NotImplementedError
+
+    def of_rows(self, rows: Sequence[Ptr | Value], which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
+        return self.fields(rows[0], which, constants)
+
+    def product(self, x: Value, w: Value, acc: Value) -> Value:
+        return ir.fma(x, w, acc)
+
+
 @dataclass(frozen=True)
-class Bytes:
+class Bytes(_Single):
     """int8 or uint8."""
 
     lanes: int
@@ -189,7 +233,7 @@ class Bytes:
 
 
 @dataclass(frozen=True)
-class Nibbles:
+class Nibbles(_Single):
     """int4 or uint4: two to a byte, the first one in its lower half."""
 
     lanes: int
@@ -275,7 +319,7 @@ class Nibbles:
 
 
 @dataclass(frozen=True)
-class NibbleTable:
+class NibbleTable(_Single):
     """int4 or uint4 by a table of the 16 numbers in a register."""
 
     lanes: int
@@ -321,7 +365,70 @@ class NibbleTable:
 
 
 @dataclass(frozen=True)
-class Floats:
+class NibblePairs:
+    """int4 or uint4 as pairs of bfloat16, by a table of the 16 numbers in a register."""
+
+    lanes: int
+    signed: bool
+    bits = 4
+    step = 2
+    depth = 16
+    is_integer = False
+    unit = x_factor = factor = 1.0
+    by_field = False
+    in_use = 6
+    at_once = 4
+
+    @property
+    def name(self) -> str:
+        return "i4" if self.signed else "u4"
+
+    def constants(self) -> list[Value]:
+        numbers = [(x ^ 8) - 8 if self.signed else x for x in range(16)] * 2
+        return [ir.constant_elements([struct.unpack("<i", struct.pack("<f", x))[0] >> 16 for x in numbers], "int16")]
+
+    def _looked_up(self, words: Value, table: Value) -> Value:
+        """Bits of the numbers that the lowest bits of each half of a word stand for; others do not matter."""
+        return ir.call_intrinsic("llvm.x86.avx512.permvar.hi.512", table.type, [table, words])
+
+    def _halves(self, source: Ptr | Value) -> Value:
+        return ir.bitcast(_register(source, self.lanes), 2 * self.lanes, "int16")
+
+    def fields(self, source: Ptr | Value, which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
+        halves = self._halves(source)
+        for field in which:
+            yield self._looked_up(ir.shift_right(halves, 4 * field), constants[0])
+
+    def of_rows(self, rows: Sequence[Ptr | Value], which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
+        """In turn of the first and of the second row: first of the lower half of each 16 bytes, then of the upper."""
+        first, second = (self._halves(r) for r in rows)
+        turns: dict[int, Value] = {}
+        for field in which:
+            half, nibble = divmod(field, 4)
+            if half not in turns:
+                places = [8 * part + 4 * half + i for part in range(self.lanes // 4) for i in range(4)]
+                order = [x for i in places for x in (i, 2 * self.lanes + i)]
+                turns[half] = ir.shuffle(first, second, order)
+            yield self._looked_up(ir.shift_right(turns[half], 4 * nibble), constants[0])
+
+    def product(self, x: Value, w: Value, acc: Value) -> Value:
+        return ir.add_products_of_pairs(x, w, acc)
+
+    def natural(self, fields: Sequence[Value]) -> list[Value]:
+        lower, upper = (_riffle(_riffle(f[0::4], f[2::4]), _riffle(f[1::4], f[3::4])) for f in (fields[:4], fields[4:]))
+        return [v for pair in zip(lower, upper, strict=True) for v in pair]
+
+    def permuted(self, vectors: Sequence[Value]) -> list[Value]:
+        """Of x along K, in the order of ``fields``."""
+        evens, odds = (_unriffle(v) for v in _unriffle(vectors))
+        return [*evens[0], *odds[0], *evens[1], *odds[1]]
+
+    def chunk(self, p: Ptr) -> list[Value]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Floats(_Single):
     """float8_e5m2, or float8_e4m3fn, which has a mantissa bit more and no infinities."""
 
     exponent_bits: int

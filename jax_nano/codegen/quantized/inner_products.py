@@ -21,7 +21,7 @@ from .. import ir
 from ..arguments import Given
 from ..ir import I64, Ptr, Size, Value
 from ..target import Target
-from .formats import CHUNK, Format, block, field_count, scaled
+from .formats import CHUNK, Format, block, fields_along_k, scaled
 from .sweep import ROWS
 
 FEW_COLUMNS, COLUMNS = 2, 4  # at once: as many streams, each element of x read once for all of them
@@ -170,7 +170,7 @@ class _Loops:
         """Pointers to the columns, and to x, one register further on."""
         *columns, factors = at
         lanes = self.products.form.lanes
-        step = self.products.rows * field_count(self.products.form) * lanes
+        step = self.products.rows * fields_along_k(self.products.form) * lanes
         return [*(p.at(lanes * 4) for p in columns), factors.at(step)]
 
     def _part(self, p: Ptr) -> Value:
@@ -182,7 +182,7 @@ class _Loops:
         products, form, lanes = self.products, self.products.form, self.products.form.lanes
         rows, cols, chains = products.rows, products.cols, products.chains
         *columns, factors = at
-        acc, count = list(so_far), field_count(form)
+        acc, count = list(so_far), fields_along_k(form)
         apart = products.groups if products.by_field else 1
         for c, first in itertools.product(range(cols), range(0, count, FIELDS)):
             if first == 0:
@@ -199,7 +199,7 @@ class _Loops:
                 for i in range(rows):
                     factor = factors.at((i * count + f) * lanes).load(lanes)
                     to = (c * rows + i) * chains + (f * chains // count if products.by_field else f % chains)
-                    acc[to] = ir.fma(factor, w, acc[to])
+                    acc[to] = form.product(factor, w, acc[to])
         return acc
 
     def _put_origins(self, first: Size) -> None:
@@ -254,7 +254,7 @@ def least_group(form: Format) -> int:
 
 def inner_products(form: Format, target: Target) -> list[InnerProducts]:
     """All of a kernel: by how many groups a register holds 1, 2, 4."""
-    most = block(form) // least_group(form) if form.is_integer else 1
+    most = block(form) // least_group(form) if form.is_integer or form.step == 2 else 1
     kinds = (False, True) if form.is_integer else (False,)
     groups = [1 << i for i in range(most.bit_length())]
     return [InnerProducts(form, target, m, g, p) for m in range(1, ROWS + 1) for p in kinds for g in groups]

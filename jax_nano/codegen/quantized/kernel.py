@@ -24,7 +24,7 @@ from ..toolchain import LLC_FLAGS
 from . import finish
 from .columns import Columns
 from .dequantize import Dequantize
-from .formats import Bytes, Floats, Format, Nibbles, NibbleTable, block
+from .formats import Bytes, Floats, Format, NibblePairs, Nibbles, NibbleTable, block
 from .inner import Inner
 from .inner_products import InnerProducts, inner_products
 from .rows import Rows
@@ -76,7 +76,8 @@ class QuantizedKernel(Generated):
 
     def facts(self) -> dict[str, Any]:
         bits, weights = (self.form.bits, block(self.form)) if self.form else (0, 0)
-        return {"form": self.form_name, "bits": bits, "block": weights}
+        pairs = int(self.form is not None and self.form.step == 2)
+        return {"form": self.form_name, "bits": bits, "block": weights, "pairs": pairs}
 
     def mlir(self) -> str:
         with ir.new_module() as module:
@@ -96,11 +97,12 @@ class QuantizedKernel(Generated):
             columns.emit()
             inner = Inner(module, self.symbol, self.form, self.target, rows)
             inner.emit()
-            dequantize = Dequantize(module, self.symbol, self.form, rows)
             tasks["columns"] = columns.nest
             tasks["inner"] = inner.nest
-            tasks["dequantize_columns"] = dequantize.by_columns
-            tasks["dequantize_along_k"] = dequantize.along_k
+            if self.form.step == 1:
+                dequantize = Dequantize(module, self.symbol, self.form, rows)
+                tasks["dequantize_columns"] = dequantize.by_columns
+                tasks["dequantize_along_k"] = dequantize.along_k
         for task, emit in tasks.items():
             module.function(f"{self.symbol}_{task}", ["int64"], partial(self._task, emit), internal=True)
 
@@ -117,7 +119,9 @@ class QuantizedKernel(Generated):
 
 
 def kernels() -> Iterator[QuantizedKernel]:
-    """Every one, in a fixed order: for the targets whose float32 products are of vectors."""
+    """Every one, in a fixed order: for the targets whose float32 products are of vectors, or that have products of
+    bfloat16 pairs.
+    """
     for target in TARGETS.values():
         if "fma" in target.nanokernels:
             lanes = target.lanes(4)
@@ -125,3 +129,6 @@ def kernels() -> Iterator[QuantizedKernel]:
             integers = [kind(lanes, signed) for kind in (Bytes, nibbles) for signed in (True, False)]
             for form in (*integers, Floats(4, lanes), Floats(5, lanes), None):
                 yield QuantizedKernel(target, form)
+        if "bf16_dot" in target.nanokernels:
+            for signed in (True, False):
+                yield QuantizedKernel(target, NibblePairs(target.lanes(4), signed))

@@ -13,6 +13,7 @@ from functools import partial
 from jax_nano._core.spec import DTYPES, QUANTIZED_ROWS
 
 from .. import ir
+from ..arguments import Given
 from ..ir import I64, Ptr, Size, Value
 
 
@@ -43,6 +44,12 @@ class Rows:
     def load(self, source: I64, dtype: Size, to: Ptr, count: Size, step: Size = 1) -> None:
         """``count`` elements at the address ``source`` as float32, ``step`` apart."""
         self.module.call(self._name("load"), [source, dtype, to, count, step])
+
+    @staticmethod
+    def of_x(x: Given, row: Size, step: int) -> tuple[I64, Size]:
+        """Where a row of x lies, and the dtype for ``load``: pairs of bfloat16 are moved as if they were float32."""
+        dtype = x.x_dtype if step == 1 else QUANTIZED_ROWS.index("float32")
+        return address(x.x, row, x.rsx // step, dtype), dtype
 
     def store(self, source: Ptr, to: I64, dtype: Size, count: Size) -> None:
         """``count`` float32 as elements of ``dtype`` at the address ``to``, each rounded once."""
