@@ -60,6 +60,7 @@ from .vectors import constant_vector as constant_vector
 from .vectors import convert as convert
 from .vectors import divide as divide
 from .vectors import equal_to as equal_to
+from .vectors import exactly_bfloat16 as exactly_bfloat16
 from .vectors import except_lanes as except_lanes
 from .vectors import exponent_of_low_bits as exponent_of_low_bits
 from .vectors import extract as extract

@@ -143,6 +143,13 @@ def _round_to_bf16(v: Value) -> Value:
     return arith.trunci(_with_element(v, type_of("bfloat16")), arith.select(is_nan, quiet, rounded))
 
 
+def exactly_bfloat16(lower: Value, higher: Value) -> Value:
+    """Two vectors of float32 that bfloat16 holds exactly as one of bfloat16: the upper halves of their words."""
+    lanes = lanes_of(lower)
+    halves = [bitcast(v, 2 * lanes, "int16") for v in (lower, higher)]
+    return bits_as(shuffle(*halves, range(1, 4 * lanes, 2)), "bfloat16")
+
+
 def bits_as(v: Value, elem: str) -> Value:
     """The same bits as elements of another type of the same size, scalar or vector."""
     return arith.bitcast(_with_element(v, type_of(elem)), v)

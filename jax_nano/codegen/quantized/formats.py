@@ -118,6 +118,10 @@ class Format(Protocol):
         """CHUNK weights in their natural order as float32, not shifted by anything."""
         ...
 
+    def bfloat16(self, p: Ptr) -> Value:
+        """2 * CHUNK of them as bfloat16, with AVX-512."""
+        ...
+
 
 def field_count(form: Format) -> int:
     """Vectors of sums that the columns in a register of weights have."""
@@ -187,6 +191,14 @@ class _Single:
 
     def product(self, x: Value, w: Value, acc: Value) -> Value:
         return ir.fma(x, w, acc)
+
+    def chunk(self, p: Ptr) -> list[Value]:
+        raise NotImplementedError
+
+    def bfloat16(self, p: Ptr) -> Value:
+        bits: int = self.bits  # type: ignore[attr-defined]
+        halves = [v for i in range(2) for v in self.chunk(p.at(i * CHUNK * bits // 8))]
+        return ir.exactly_bfloat16(*halves)
 
 
 @dataclass(frozen=True)
@@ -363,6 +375,13 @@ class NibbleTable(_Single):
         both = ir.shuffle(v, ir.shift_right(v, 4), [x for i in range(CHUNK // 2) for x in (i, CHUNK // 2 + i)])
         return [self._looked_up(ir.convert(both, "uint8", "int32"), *self.constants())]
 
+    def bfloat16(self, p: Ptr) -> Value:
+        """A byte in each word, and its upper weight once more in the upper half."""
+        words = ir.convert(p.load(CHUNK), "uint8", "int32")
+        halves = ir.bitcast(ir.or_(words, ir.shift_left(words, 12)), 2 * self.lanes, "int16")
+        pairs = NibblePairs(self.lanes, self.signed)
+        return ir.bits_as(pairs.looked_up(halves, *pairs.constants()), "bfloat16")
+
 
 @dataclass(frozen=True)
 class NibblePairs:
@@ -387,7 +406,7 @@ class NibblePairs:
         numbers = [(x ^ 8) - 8 if self.signed else x for x in range(16)] * 2
         return [ir.constant_elements([struct.unpack("<i", struct.pack("<f", x))[0] >> 16 for x in numbers], "int16")]
 
-    def _looked_up(self, words: Value, table: Value) -> Value:
+    def looked_up(self, words: Value, table: Value) -> Value:
         """Bits of the numbers that the lowest bits of each half of a word stand for; others do not matter."""
         return ir.call_intrinsic("llvm.x86.avx512.permvar.hi.512", table.type, [table, words])
 
@@ -397,7 +416,7 @@ class NibblePairs:
     def fields(self, source: Ptr | Value, which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
         halves = self._halves(source)
         for field in which:
-            yield self._looked_up(ir.shift_right(halves, 4 * field), constants[0])
+            yield self.looked_up(ir.shift_right(halves, 4 * field), constants[0])
 
     def of_rows(self, rows: Sequence[Ptr | Value], which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
         """In turn of the first and of the second row: first of the lower half of each 16 bytes, then of the upper."""
@@ -409,7 +428,7 @@ class NibblePairs:
                 places = [8 * part + 4 * half + i for part in range(self.lanes // 4) for i in range(4)]
                 order = [x for i in places for x in (i, 2 * self.lanes + i)]
                 turns[half] = ir.shuffle(first, second, order)
-            yield self._looked_up(ir.shift_right(turns[half], 4 * nibble), constants[0])
+            yield self.looked_up(ir.shift_right(turns[half], 4 * nibble), constants[0])
 
     def product(self, x: Value, w: Value, acc: Value) -> Value:
         return ir.add_products_of_pairs(x, w, acc)
@@ -424,6 +443,9 @@ class NibblePairs:
         return [*evens[0], *odds[0], *evens[1], *odds[1]]
 
     def chunk(self, p: Ptr) -> list[Value]:
+        raise NotImplementedError
+
+    def bfloat16(self, p: Ptr) -> Value:
         raise NotImplementedError
 
 

@@ -24,7 +24,7 @@ from ..toolchain import LLC_FLAGS
 from . import finish
 from .columns import Columns
 from .dequantize import Dequantize
-from .formats import Bytes, Floats, Format, NibblePairs, Nibbles, NibbleTable, block
+from .formats import CHUNK, Bytes, Floats, Format, NibblePairs, Nibbles, NibbleTable, block
 from .inner import Inner
 from .inner_products import InnerProducts, inner_products
 from .rows import Rows
@@ -90,6 +90,8 @@ class QuantizedKernel(Generated):
         if self.form is None:
             finish.emit(module, self.symbol, self.target)
             tasks["finish"] = partial(finish.finish, module, self.symbol, self.target)
+            if self.target.lanes(4) == CHUNK:
+                tasks["add_scaled"] = partial(finish.add_scaled, module, self.symbol, self.target)
         else:
             rows = Rows(module, self.symbol, self.form.lanes)
             rows.emit_load()
@@ -103,6 +105,9 @@ class QuantizedKernel(Generated):
                 dequantize = Dequantize(module, self.symbol, self.form, rows)
                 tasks["dequantize_columns"] = dequantize.by_columns
                 tasks["dequantize_along_k"] = dequantize.along_k
+                if self.form.lanes == CHUNK:
+                    tasks["bfloat16_columns"] = dequantize.bfloat16_columns
+                    tasks["bfloat16_along_k"] = dequantize.bfloat16_along_k
         for task, emit in tasks.items():
             module.function(f"{self.symbol}_{task}", ["int64"], partial(self._task, emit), internal=True)
 
