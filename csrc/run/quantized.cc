@@ -30,6 +30,7 @@ constexpr QuantizedInfo kKernels[] = {
 // What decides the order of sums, so results' bits.
 constexpr int64_t kRowsAtOnce = 4;               // of the kernels that read weights where they lie
 constexpr int64_t kFewRows = 16;                 // beyond, making float32 of the weights pays: four passes cost as much
+constexpr int64_t kFewRowsInFloat32 = 6;         // of those whose products of many rows are of bfloat16
 constexpr int64_t kCallK = 512;                  // values of k that columns are summed over at once
 constexpr int64_t kMaxXBytes = 4 << 20;          // of x in workspace
 constexpr int64_t kBlockK = 256, kBlockN = 256;  // of weights as float32: half of a small L2
@@ -102,8 +103,8 @@ bool IsInteger(const Weight& weight) { return !weight.form.starts_with('f'); }
 
 // Whether the kernels for few rows take these sizes: masked vectors of weights end at words of 32 bits, and a register
 // of weights along K holds whole groups, or a group whole registers.
-bool ReadsInPlace(const QuantizedShape& shape, const QuantizedInfo& kernel, const Weight& weight) {
-  if (shape.m > kFewRows) return false;
+bool ReadsInPlace(const QuantizedShape& shape, const QuantizedInfo& kernel, const Weight& weight, int64_t rows) {
+  if (shape.m > rows) return false;
   if (!shape.along_k) return shape.n % kQuantizedGroup == 0;
   if (RoundUp(shape.k, kUnit) * (kFewRows + 1) * 4 > kMaxXBytes) return false;
   const bool parts = IsInteger(weight) && kernel.block % shape.group == 0 && shape.group * weight.bits >= 128;
@@ -460,10 +461,13 @@ QuantizedPlan PlanQuantized(const QuantizedShape& shape, std::span<const Target*
   args.zero_dtype = shape.zero.empty() ? 0 : RowNumber(shape.zero, true);
   args.rs_out = shape.n;
   args.out_dtype = RowNumber(shape.out, false);
-  plan.few = ReadsInPlace(shape, *plan.kernel, weight);
-  if (plan.few) {
-    plan.kernel = &Select(targets, weight.form, shape.x == "bfloat16" && shape.zero.empty() && shape.k % 2 == 0);
-  }
+  // Pairs of 8 bits along K have no lanes for several groups in a register.
+  const bool shares = shape.along_k && weight.bits == 8 && group != shape.k && group % plan.kernel->block != 0;
+  const bool pairs = shape.x == "bfloat16" && shape.zero.empty() && shape.k % 2 == 0 && !shares;
+  const QuantizedInfo& of_few = Select(targets, weight.form, pairs);
+  const bool in_float32 = of_few.pairs == 0 && Bfloat16Kernel(shape, targets) != nullptr;
+  plan.few = ReadsInPlace(shape, of_few, weight, in_float32 ? kFewRowsInFloat32 : kFewRows);
+  if (plan.few) plan.kernel = &of_few;
   const QuantizedTask task = plan.few        ? (shape.along_k ? QuantizedTask::kInner : QuantizedTask::kColumns)
                              : shape.along_k ? QuantizedTask::kDequantizeAlongK
                                              : QuantizedTask::kDequantizeColumns;

@@ -100,6 +100,15 @@ EXPORT void jax_nano_vpermps(uint32_t* r, const uint32_t* x, const uint32_t* pla
   for (int64_t i = 0; i < lanes; ++i) r[i] = x[places[i] % lanes];
 }
 
+// VPERMI2W: of two registers.
+EXPORT void jax_nano_vpermi2w(uint16_t* r, const uint16_t* x, const uint16_t* places, const uint16_t* y,
+                              int64_t lanes) {
+  for (int64_t i = 0; i < lanes; ++i) {
+    const int64_t place = places[i] % (2 * lanes);
+    r[i] = place < lanes ? x[place] : y[place - lanes];
+  }
+}
+
 EXPORT void jax_nano_vpermw(uint16_t* r, const uint16_t* x, const uint16_t* places, int64_t lanes) {
   for (int64_t i = 0; i < lanes; ++i) r[i] = x[places[i] % lanes];
 }

@@ -30,6 +30,7 @@ REFERENCES = {
     "llvm.x86.avx512.pshuf.b": "jax_nano_vpshufb",
     "llvm.x86.avx512.permvar.sf": "jax_nano_vpermps",
     "llvm.x86.avx512.permvar.hi": "jax_nano_vpermw",
+    "llvm.x86.avx512.vpermi2var.hi": "jax_nano_vpermi2w",
     "llvm.x86.avx512.vpdpwssd": "jax_nano_vpdpwssd",
     "llvm.x86.avx512.vpdpbusd": "jax_nano_vpdpbusd",
     "llvm.x86.tilezero": "jax_nano_tilezero",

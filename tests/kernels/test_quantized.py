@@ -145,10 +145,11 @@ def memory() -> Iterator[list[Region]]:
 
 
 @pytest.mark.parametrize("along_k", [False, True])
-def test_special_numbers_of_float8(along_k: bool, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("x", FLOATS)
+def test_special_numbers_of_float8(x: str, along_k: bool, rng: np.random.Generator) -> None:
     """NaN and Inf reach the columns that have them, and no others; the smallest numbers are not lost."""
     for weights, m in itertools.product(("float8_e4m3fn", "float8_e5m2"), (1, 17)):
-        case = Case.random(rng, m, 64, 64, 64, weights, "float32", "float32", None, "float32", along_k)
+        case = Case.random(rng, m, 64, 64, 64, weights, x, "float32", None, "float32", along_k)
         q = case.q.copy()
         every = np.arange(256, dtype=np.uint8).view(q.dtype)
         finite = every[np.isfinite(every.astype(np.float32))]
@@ -162,15 +163,33 @@ def test_special_numbers_of_float8(along_k: bool, rng: np.random.Generator) -> N
         case.check(got)
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_every_float8_and_integer(weights: str) -> None:
+    """Each weight without a zero point, as rows of ones pick it, exactly."""
+    values = np.arange(2 ** spec.WEIGHTS[weights].bits).astype(np.uint8)
+    if weights in INTEGERS:
+        values = (values.astype(np.int64) - spec.WEIGHTS[weights].flip).astype(quantized.stored(weights))
+    else:
+        values = values.view(quantized.dtype(weights))
+        values = values[np.isfinite(values.astype(np.float32))]
+    for x, along_k, m in itertools.product(("float32", "bfloat16"), (False, True), (1, 17)):
+        q = np.broadcast_to(np.resize(values, 256), (256, 256))
+        ones = np.zeros((m, 256), quantized.dtype(x))
+        ones[:, 37] = 1
+        case = Case(ones, q, np.ones((1, 256), np.float32), None, weights, "float32", along_k)
+        np.testing.assert_array_equal(run(case), np.broadcast_to(q[37].astype(np.float32), (m, 256)))
+
+
 @pytest.mark.parametrize("weights", INTEGERS)
 def test_every_value_and_zero_point(weights: str) -> None:
     """Each weight against each zero point of a byte, exactly: what kernels compute is q - zero point."""
     bits, flip = spec.WEIGHTS[weights].bits, spec.WEIGHTS[weights].flip
     values = np.arange(2**bits) - flip
-    for zero, along_k, m in itertools.product(("int8", "uint8"), (False, True), (1, 17)):
+    cases = itertools.product(("float32", "bfloat16"), ("int8", "uint8"), (False, True), (1, 17))
+    for dtype, zero, along_k, m in cases:
         points = np.arange(256, dtype=np.uint8).view(zero)
         q = np.broadcast_to(np.resize(values, 256)[:, None], (256, 256)).astype(quantized.stored(weights))
-        x = np.zeros((m, 256), np.float32)
+        x = np.zeros((m, 256), quantized.dtype(dtype))
         x[:, 37 % 2**bits] = 1
         case = Case(x, q, np.ones((1, 256), np.float32), points[None, :], weights, "float32", along_k)
         want = values[37 % 2**bits] - points.astype(np.int64)

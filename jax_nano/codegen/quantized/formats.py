@@ -21,12 +21,18 @@ Integers of 4 bits with products of pairs (AVX512-BF16). ``vpermw`` looks bfloat
 everything twice, as a place there has 5 bits: the weights 4 * i + j for the halves i of words. x stays bfloat16, and
 all products are exact; two of them are added to a sum at once, so weights of two values of K must share a word.
 
+Integers of 8 bits as pairs: two float32 that bfloat16 holds exactly, and the upper halves of both by a shuffle.
+
 Floats of 8 bits. Each is the upper half of a float16, e5m2 as it is; the exponent of e4m3fn has one bit less and
 another bias, so it gives a float16 that is too small by a factor of 2**8, which the sum is multiplied by.
+
+Floats of 8 bits with AVX-512. bfloat16 of the 128 magnitudes is in four registers: ``vpermt2w`` looks one up in two of
+them, a mask chooses, and the sign is put back; 5 operations for 32 weights, where float16 takes 8.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -55,7 +61,8 @@ class Format(Protocol):
       is_integer: whether zero points may be subtracted.
       unit: what a weight of one is in a field.
       x_factor, factor: what x and sums are to be multiplied by for that; powers of two.
-      by_field: whether groups of weights that share a register have fields of their own.
+      holds_groups: whether a register of weights along K may hold several groups.
+      by_field: whether these have fields of their own, not lanes.
       in_use: registers that making fields takes.
       at_once: fields that are made together: fewer cost more each.
     """
@@ -78,6 +85,8 @@ class Format(Protocol):
     def x_factor(self) -> float: ...
     @property
     def factor(self) -> float: ...
+    @property
+    def holds_groups(self) -> bool: ...
     @property
     def by_field(self) -> bool: ...
     @property
@@ -208,7 +217,7 @@ class Bytes(_Single):
     lanes: int
     signed: bool
     bits = 8
-    is_integer = True
+    is_integer = holds_groups = True
     unit = x_factor = factor = 1.0
     by_field = True
     in_use = 6
@@ -251,7 +260,7 @@ class Nibbles(_Single):
     lanes: int
     signed: bool
     bits = 4
-    is_integer = True
+    is_integer = holds_groups = True
     by_field = True
     in_use = 8
     at_once = 2
@@ -337,7 +346,7 @@ class NibbleTable(_Single):
     lanes: int
     signed: bool
     bits = 4
-    is_integer = True
+    is_integer = holds_groups = True
     unit = x_factor = factor = 1.0
     by_field = False
     in_use = 4
@@ -384,79 +393,13 @@ class NibbleTable(_Single):
 
 
 @dataclass(frozen=True)
-class NibblePairs:
-    """int4 or uint4 as pairs of bfloat16, by a table of the 16 numbers in a register."""
-
-    lanes: int
-    signed: bool
-    bits = 4
-    step = 2
-    depth = 16
-    is_integer = False
-    unit = x_factor = factor = 1.0
-    by_field = False
-    in_use = 6
-    at_once = 4
-
-    @property
-    def name(self) -> str:
-        return "i4" if self.signed else "u4"
-
-    def constants(self) -> list[Value]:
-        numbers = [(x ^ 8) - 8 if self.signed else x for x in range(16)] * 2
-        return [ir.constant_elements([struct.unpack("<i", struct.pack("<f", x))[0] >> 16 for x in numbers], "int16")]
-
-    def looked_up(self, words: Value, table: Value) -> Value:
-        """Bits of the numbers that the lowest bits of each half of a word stand for; others do not matter."""
-        return ir.call_intrinsic("llvm.x86.avx512.permvar.hi.512", table.type, [table, words])
-
-    def _halves(self, source: Ptr | Value) -> Value:
-        return ir.bitcast(_register(source, self.lanes), 2 * self.lanes, "int16")
-
-    def fields(self, source: Ptr | Value, which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
-        halves = self._halves(source)
-        for field in which:
-            yield self.looked_up(ir.shift_right(halves, 4 * field), constants[0])
-
-    def of_rows(self, rows: Sequence[Ptr | Value], which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
-        """In turn of the first and of the second row: first of the lower half of each 16 bytes, then of the upper."""
-        first, second = (self._halves(r) for r in rows)
-        turns: dict[int, Value] = {}
-        for field in which:
-            half, nibble = divmod(field, 4)
-            if half not in turns:
-                places = [8 * part + 4 * half + i for part in range(self.lanes // 4) for i in range(4)]
-                order = [x for i in places for x in (i, 2 * self.lanes + i)]
-                turns[half] = ir.shuffle(first, second, order)
-            yield self.looked_up(ir.shift_right(turns[half], 4 * nibble), constants[0])
-
-    def product(self, x: Value, w: Value, acc: Value) -> Value:
-        return ir.add_products_of_pairs(x, w, acc)
-
-    def natural(self, fields: Sequence[Value]) -> list[Value]:
-        lower, upper = (_riffle(_riffle(f[0::4], f[2::4]), _riffle(f[1::4], f[3::4])) for f in (fields[:4], fields[4:]))
-        return [v for pair in zip(lower, upper, strict=True) for v in pair]
-
-    def permuted(self, vectors: Sequence[Value]) -> list[Value]:
-        """Of x along K, in the order of ``fields``."""
-        evens, odds = (_unriffle(v) for v in _unriffle(vectors))
-        return [*evens[0], *odds[0], *evens[1], *odds[1]]
-
-    def chunk(self, p: Ptr) -> list[Value]:
-        raise NotImplementedError
-
-    def bfloat16(self, p: Ptr) -> Value:
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
 class Floats(_Single):
     """float8_e5m2, or float8_e4m3fn, which has a mantissa bit more and no infinities."""
 
     exponent_bits: int
     lanes: int
     bits = 8
-    is_integer = False
+    is_integer = holds_groups = False
     x_factor = 1.0
     by_field = False
     in_use = 8
@@ -506,3 +449,229 @@ class Floats(_Single):
         words = ir.shift_left(ir.convert(p.load(CHUNK), "uint8", "int16"), 8)
         wide = [ir.convert(x, "float16", "float32") for x in _pieces(self._float16(words), self.lanes)]
         return [ir.multiply(x, ir.like(x, self.factor)) for x in wide] if self.factor != 1 else wide
+
+
+@dataclass(frozen=True)
+class FloatTable(Floats):
+    """The same by a table of the bfloat16 of all magnitudes."""
+
+    unit = factor = 1.0
+    in_use = 9
+
+    def constants(self) -> list[Value]:
+        bits = [_bfloat16_bits(magnitude(x, self.exponent_bits)) for x in range(128)]
+        return [ir.constant_elements(bits[i : i + 32], "int16") for i in range(0, 128, 32)]
+
+    def looked_up(self, halves: Value, byte: int, tables: Sequence[Value]) -> Value:
+        """Bits of the number that byte 0 or 1 of each half of a word stands for."""
+        places = ir.shift_right(halves, 8 * byte)
+        small, large = (
+            ir.call_intrinsic("llvm.x86.avx512.vpermi2var.hi.512", places.type, [some[0], places, some[1]])
+            for some in (tables[:2], tables[2:])
+        )
+        found = ir.select(ir.nonzero(ir.and_constant(halves, 0x40 << 8 * byte)), large, small)
+        return ir.or_(found, ir.and_constant(ir.shift_left(halves, 8 - 8 * byte), -0x8000))
+
+    def fields(self, source: Ptr | Value, which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
+        """Of each byte 0 the lower, then the upper halves of words; then of byte 1."""
+        halves = ir.bitcast(_register(source, self.lanes), 2 * self.lanes, "int16")
+        found: dict[int, Value] = {}
+        for field in which:
+            byte, half = divmod(field, 2)
+            if byte not in found:
+                found[byte] = ir.bitcast(self.looked_up(halves, byte, constants), self.lanes, "int32")
+            v = found[byte]
+            yield ir.bits_as(ir.and_constant(v, -0x10000) if half else ir.shift_left(v, 16), "float32")
+
+    def natural(self, fields: Sequence[Value]) -> list[Value]:
+        return _riffle(_riffle(fields[0:1], fields[1:2]), _riffle(fields[2:3], fields[3:4]))
+
+    def permuted(self, vectors: Sequence[Value]) -> list[Value]:
+        return [v for half in _unriffle(vectors) for of_field in _unriffle(half) for v in of_field]
+
+    def chunk(self, p: Ptr) -> list[Value]:
+        words = ir.convert(p.load(CHUNK), "uint8", "int32")
+        found = self.looked_up(ir.bitcast(words, 2 * self.lanes, "int16"), 0, self.constants())
+        return [ir.bits_as(ir.shift_left(ir.bitcast(found, self.lanes, "int32"), 16), "float32")]
+
+    def bfloat16(self, p: Ptr) -> Value:
+        halves = ir.convert(p.load(2 * CHUNK), "uint8", "int16")
+        return ir.bits_as(self.looked_up(halves, 0, self.constants()), "bfloat16")
+
+
+def magnitude(bits: int, exponent_bits: int) -> float:
+    """The number of these 7 bits of a float8, e5m2 or e4m3fn."""
+    mantissa_bits = 7 - exponent_bits
+    exponent, mantissa = bits >> mantissa_bits, bits & (2**mantissa_bits - 1)
+    if exponent_bits == 5 and exponent == 31:
+        return math.nan if mantissa else math.inf
+    if exponent_bits == 4 and bits == 127:
+        return math.nan
+    of_one = 2.0 ** (max(exponent, 1) - (2 ** (exponent_bits - 1) - 1))
+    return (mantissa / 2**mantissa_bits + (exponent > 0)) * of_one
+
+
+def _bfloat16_bits(x: float) -> int:
+    """Those of a number that bfloat16 holds, as a signed integer."""
+    (bits,) = struct.unpack("<i", struct.pack("<f", x))
+    return bits >> 16
+
+
+class _Pairs:
+    """Formats whose fields are pairs of bfloat16."""
+
+    step = 2
+    depth = 16
+    is_integer = holds_groups = False
+    unit = x_factor = factor = 1.0
+    by_field = False
+
+    def product(self, x: Value, w: Value, acc: Value) -> Value:
+        return ir.add_products_of_pairs(x, w, acc)
+
+    def chunk(self, p: Ptr) -> list[Value]:
+        raise NotImplementedError
+
+    def bfloat16(self, p: Ptr) -> Value:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class BytePairs(_Pairs):
+    """int8 or uint8 as pairs of bfloat16, in their natural order."""
+
+    lanes: int
+    signed: bool
+    bits = 8
+    in_use = 6
+    at_once = 1
+
+    @property
+    def _single(self) -> Bytes:
+        return Bytes(self.lanes, self.signed)
+
+    @property
+    def name(self) -> str:
+        return self._single.name
+
+    def constants(self) -> list[Value]:
+        return []
+
+    def fields(self, source: Ptr | Value, which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
+        for field in which:
+            lower, higher = self._single.fields(source, (2 * field, 2 * field + 1), constants)
+            yield ir.exactly_bfloat16(lower, higher)
+
+    def of_rows(self, rows: Sequence[Ptr | Value], which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
+        both = (self._single.fields(r, which, constants) for r in rows)
+        upper_halves = [i for place in range(1, 2 * self.lanes, 2) for i in (place, 2 * self.lanes + place)]
+        for first, second in zip(*both, strict=True):
+            halves = [ir.bitcast(v, 2 * self.lanes, "int16") for v in (first, second)]
+            yield ir.shuffle(*halves, upper_halves)
+
+    def natural(self, fields: Sequence[Value]) -> list[Value]:
+        return list(fields)
+
+    def permuted(self, vectors: Sequence[Value]) -> list[Value]:
+        return list(vectors)
+
+
+@dataclass(frozen=True)
+class FloatPairs(_Pairs):
+    """float8 as pairs of bfloat16, by the table of all magnitudes."""
+
+    exponent_bits: int
+    lanes: int
+    bits = 8
+    in_use = 10
+    at_once = 2
+
+    @property
+    def _single(self) -> FloatTable:
+        return FloatTable(self.exponent_bits, self.lanes)
+
+    @property
+    def name(self) -> str:
+        return self._single.name
+
+    def constants(self) -> list[Value]:
+        return self._single.constants()
+
+    def fields(self, source: Ptr | Value, which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
+        halves = ir.bitcast(_register(source, self.lanes), 2 * self.lanes, "int16")
+        for field in which:
+            yield self._single.looked_up(halves, field, constants)
+
+    def of_rows(self, rows: Sequence[Ptr | Value], which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
+        """As of ``NibblePairs``."""
+        turns = _Turns(rows, self.lanes)
+        for field in which:
+            half, byte = divmod(field, 2)
+            yield self._single.looked_up(turns.of(half), byte, constants)
+
+    def natural(self, fields: Sequence[Value]) -> list[Value]:
+        return _riffle(_riffle(fields[0:1], fields[1:2]), _riffle(fields[2:3], fields[3:4]), 8)
+
+    def permuted(self, vectors: Sequence[Value]) -> list[Value]:
+        return [v for half in _unriffle(vectors) for v in half]
+
+
+class _Turns:
+    """Halves of words of two rows of weights in turn: those of the lower or of the upper half of each 16 bytes."""
+
+    def __init__(self, rows: Sequence[Ptr | Value], lanes: int):
+        self._rows = [ir.bitcast(_register(r, lanes), 2 * lanes, "int16") for r in rows]
+        self._lanes = lanes
+        self._made: dict[int, Value] = {}
+
+    def of(self, half: int) -> Value:
+        if half not in self._made:
+            places = [8 * part + 4 * half + i for part in range(self._lanes // 4) for i in range(4)]
+            order = [x for i in places for x in (i, 2 * self._lanes + i)]
+            self._made[half] = ir.shuffle(*self._rows, order)
+        return self._made[half]
+
+
+@dataclass(frozen=True)
+class NibblePairs(_Pairs):
+    """int4 or uint4 as pairs of bfloat16, by a table of the 16 numbers in a register."""
+
+    lanes: int
+    signed: bool
+    bits = 4
+    holds_groups = True
+    in_use = 6
+    at_once = 4
+
+    @property
+    def name(self) -> str:
+        return "i4" if self.signed else "u4"
+
+    def constants(self) -> list[Value]:
+        numbers = [(x ^ 8) - 8 if self.signed else x for x in range(16)] * 2
+        return [ir.constant_elements([_bfloat16_bits(x) for x in numbers], "int16")]
+
+    def looked_up(self, words: Value, table: Value) -> Value:
+        """Bits of the numbers that the lowest bits of each half of a word stand for; others do not matter."""
+        return ir.call_intrinsic("llvm.x86.avx512.permvar.hi.512", table.type, [table, words])
+
+    def fields(self, source: Ptr | Value, which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
+        halves = ir.bitcast(_register(source, self.lanes), 2 * self.lanes, "int16")
+        for field in which:
+            yield self.looked_up(ir.shift_right(halves, 4 * field), constants[0])
+
+    def of_rows(self, rows: Sequence[Ptr | Value], which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
+        """In turn of the first and of the second row: first of the lower half of each 16 bytes, then of the upper."""
+        turns = _Turns(rows, self.lanes)
+        for field in which:
+            half, nibble = divmod(field, 4)
+            yield self.looked_up(ir.shift_right(turns.of(half), 4 * nibble), constants[0])
+
+    def natural(self, fields: Sequence[Value]) -> list[Value]:
+        lower, upper = (_riffle(_riffle(f[0::4], f[2::4]), _riffle(f[1::4], f[3::4])) for f in (fields[:4], fields[4:]))
+        return [v for pair in zip(lower, upper, strict=True) for v in pair]
+
+    def permuted(self, vectors: Sequence[Value]) -> list[Value]:
+        """Of x along K, in the order of ``fields``."""
+        evens, odds = (_unriffle(v) for v in _unriffle(vectors))
+        return [*evens[0], *odds[0], *evens[1], *odds[1]]

@@ -24,7 +24,19 @@ from ..toolchain import LLC_FLAGS
 from . import finish
 from .columns import Columns
 from .dequantize import Dequantize
-from .formats import CHUNK, Bytes, Floats, Format, NibblePairs, Nibbles, NibbleTable, block
+from .formats import (
+    CHUNK,
+    BytePairs,
+    Bytes,
+    FloatPairs,
+    Floats,
+    FloatTable,
+    Format,
+    NibblePairs,
+    Nibbles,
+    NibbleTable,
+    block,
+)
 from .inner import Inner
 from .inner_products import InnerProducts, inner_products
 from .rows import Rows
@@ -130,10 +142,12 @@ def kernels() -> Iterator[QuantizedKernel]:
     for target in TARGETS.values():
         if "fma" in target.nanokernels:
             lanes = target.lanes(4)
-            nibbles = NibbleTable if lanes == 16 else Nibbles
+            nibbles, floats = (NibbleTable, FloatTable) if lanes == CHUNK else (Nibbles, Floats)
             integers = [kind(lanes, signed) for kind in (Bytes, nibbles) for signed in (True, False)]
-            for form in (*integers, Floats(4, lanes), Floats(5, lanes), None):
+            for form in (*integers, floats(4, lanes), floats(5, lanes), None):
                 yield QuantizedKernel(target, form)
         if "bf16_dot" in target.nanokernels:
-            for signed in (True, False):
-                yield QuantizedKernel(target, NibblePairs(target.lanes(4), signed))
+            lanes = target.lanes(4)
+            pairs = [kind(lanes, signed) for kind in (BytePairs, NibblePairs) for signed in (True, False)]
+            for form in (*pairs, FloatPairs(4, lanes), FloatPairs(5, lanes)):
+                yield QuantizedKernel(target, form)
