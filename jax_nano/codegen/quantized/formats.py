@@ -26,8 +26,9 @@ Integers of 8 bits as pairs: two float32 that bfloat16 holds exactly, and the up
 Floats of 8 bits. Each is the upper half of a float16, e5m2 as it is; the exponent of e4m3fn has one bit less and
 another bias, so it gives a float16 that is too small by a factor of 2**8, which the sum is multiplied by.
 
-Floats of 8 bits with AVX-512. bfloat16 of the 128 magnitudes is in four registers: ``vpermt2w`` looks one up in two of
-them, a mask chooses, and the sign is put back; 5 operations for 32 weights, where float16 takes 8.
+Floats of 8 bits as pairs. bfloat16 of the 128 magnitudes is in four registers: ``vpermt2w`` looks one up in two of them,
+a mask chooses, and the sign is put back. That is 5 operations for 32 weights, where float16 takes 8; with two more, which
+make float32 of them, it is not faster.
 """
 
 from __future__ import annotations
@@ -190,7 +191,12 @@ class _Single:
     """Formats whose fields are float32."""
 
     step = 1
-    depth = 8
+
+    @property
+    def depth(self) -> int:
+        """With vectors of 64 bytes storing sums takes Zen 4 two cycles, as long as two products."""
+        lanes: int = self.lanes  # type: ignore[attr-defined]
+        return 16 if lanes == CHUNK else 8
 
     def fields(self, source: Ptr | Value, which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
         raise NotImplementedError
@@ -451,54 +457,6 @@ class Floats(_Single):
         return [ir.multiply(x, ir.like(x, self.factor)) for x in wide] if self.factor != 1 else wide
 
 
-@dataclass(frozen=True)
-class FloatTable(Floats):
-    """The same by a table of the bfloat16 of all magnitudes."""
-
-    unit = factor = 1.0
-    in_use = 9
-
-    def constants(self) -> list[Value]:
-        bits = [_bfloat16_bits(magnitude(x, self.exponent_bits)) for x in range(128)]
-        return [ir.constant_elements(bits[i : i + 32], "int16") for i in range(0, 128, 32)]
-
-    def looked_up(self, halves: Value, byte: int, tables: Sequence[Value]) -> Value:
-        """Bits of the number that byte 0 or 1 of each half of a word stands for."""
-        places = ir.shift_right(halves, 8 * byte)
-        small, large = (
-            ir.call_intrinsic("llvm.x86.avx512.vpermi2var.hi.512", places.type, [some[0], places, some[1]])
-            for some in (tables[:2], tables[2:])
-        )
-        found = ir.select(ir.nonzero(ir.and_constant(halves, 0x40 << 8 * byte)), large, small)
-        return ir.or_(found, ir.and_constant(ir.shift_left(halves, 8 - 8 * byte), -0x8000))
-
-    def fields(self, source: Ptr | Value, which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
-        """Of each byte 0 the lower, then the upper halves of words; then of byte 1."""
-        halves = ir.bitcast(_register(source, self.lanes), 2 * self.lanes, "int16")
-        found: dict[int, Value] = {}
-        for field in which:
-            byte, half = divmod(field, 2)
-            if byte not in found:
-                found[byte] = ir.bitcast(self.looked_up(halves, byte, constants), self.lanes, "int32")
-            v = found[byte]
-            yield ir.bits_as(ir.and_constant(v, -0x10000) if half else ir.shift_left(v, 16), "float32")
-
-    def natural(self, fields: Sequence[Value]) -> list[Value]:
-        return _riffle(_riffle(fields[0:1], fields[1:2]), _riffle(fields[2:3], fields[3:4]))
-
-    def permuted(self, vectors: Sequence[Value]) -> list[Value]:
-        return [v for half in _unriffle(vectors) for of_field in _unriffle(half) for v in of_field]
-
-    def chunk(self, p: Ptr) -> list[Value]:
-        words = ir.convert(p.load(CHUNK), "uint8", "int32")
-        found = self.looked_up(ir.bitcast(words, 2 * self.lanes, "int16"), 0, self.constants())
-        return [ir.bits_as(ir.shift_left(ir.bitcast(found, self.lanes, "int32"), 16), "float32")]
-
-    def bfloat16(self, p: Ptr) -> Value:
-        halves = ir.convert(p.load(2 * CHUNK), "uint8", "int16")
-        return ir.bits_as(self.looked_up(halves, 0, self.constants()), "bfloat16")
-
-
 def magnitude(bits: int, exponent_bits: int) -> float:
     """The number of these 7 bits of a float8, e5m2 or e4m3fn."""
     mantissa_bits = 7 - exponent_bits
@@ -587,27 +545,34 @@ class FloatPairs(_Pairs):
     at_once = 2
 
     @property
-    def _single(self) -> FloatTable:
-        return FloatTable(self.exponent_bits, self.lanes)
-
-    @property
     def name(self) -> str:
-        return self._single.name
+        return Floats(self.exponent_bits, self.lanes).name
 
     def constants(self) -> list[Value]:
-        return self._single.constants()
+        bits = [_bfloat16_bits(magnitude(x, self.exponent_bits)) for x in range(128)]
+        return [ir.constant_elements(bits[i : i + 32], "int16") for i in range(0, 128, 32)]
+
+    def _looked_up(self, halves: Value, byte: int, tables: Sequence[Value]) -> Value:
+        """Bits of the number that byte 0 or 1 of each half of a word stands for."""
+        places = ir.shift_right(halves, 8 * byte)
+        small, large = (
+            ir.call_intrinsic("llvm.x86.avx512.vpermi2var.hi.512", places.type, [some[0], places, some[1]])
+            for some in (tables[:2], tables[2:])
+        )
+        found = ir.select(ir.nonzero(ir.and_constant(halves, 0x40 << 8 * byte)), large, small)
+        return ir.or_(found, ir.and_constant(ir.shift_left(halves, 8 - 8 * byte), -0x8000))
 
     def fields(self, source: Ptr | Value, which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
         halves = ir.bitcast(_register(source, self.lanes), 2 * self.lanes, "int16")
         for field in which:
-            yield self._single.looked_up(halves, field, constants)
+            yield self._looked_up(halves, field, constants)
 
     def of_rows(self, rows: Sequence[Ptr | Value], which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
         """As of ``NibblePairs``."""
         turns = _Turns(rows, self.lanes)
         for field in which:
             half, byte = divmod(field, 2)
-            yield self._single.looked_up(turns.of(half), byte, constants)
+            yield self._looked_up(turns.of(half), byte, constants)
 
     def natural(self, fields: Sequence[Value]) -> list[Value]:
         return _riffle(_riffle(fields[0:1], fields[1:2]), _riffle(fields[2:3], fields[3:4]), 8)

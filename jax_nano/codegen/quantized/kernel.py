@@ -30,7 +30,6 @@ from .formats import (
     Bytes,
     FloatPairs,
     Floats,
-    FloatTable,
     Format,
     NibblePairs,
     Nibbles,
@@ -142,9 +141,9 @@ def kernels() -> Iterator[QuantizedKernel]:
     for target in TARGETS.values():
         if "fma" in target.nanokernels:
             lanes = target.lanes(4)
-            nibbles, floats = (NibbleTable, FloatTable) if lanes == CHUNK else (Nibbles, Floats)
+            nibbles = NibbleTable if lanes == CHUNK else Nibbles
             integers = [kind(lanes, signed) for kind in (Bytes, nibbles) for signed in (True, False)]
-            for form in (*integers, floats(4, lanes), floats(5, lanes), None):
+            for form in (*integers, Floats(4, lanes), Floats(5, lanes), None):
                 yield QuantizedKernel(target, form)
         if "bf16_dot" in target.nanokernels:
             lanes = target.lanes(4)
