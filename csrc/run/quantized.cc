@@ -50,7 +50,7 @@ constexpr int64_t kReusedBytes = 128 << 10;  // of weights that several calls re
 constexpr int64_t kItemBytes = 128 << 10;    // of weights, at least, for a work item of few rows
 constexpr int64_t kLine = 16;                // elements; an odd number of lines between rows, not all in one set
 constexpr int64_t kLineBytes = 64;
-constexpr int64_t kMaxItemRows = 1024;  // whose unfinished results are in workspace
+constexpr int64_t kMaxItemRows = 1024;   // whose unfinished results are in workspace
 constexpr int64_t kMaxScaledRows = 256;  // the same of sums that are scaled group by group, and stay in L2
 constexpr double kBytesPerNs = 8, kFlopsPerNs = 60;
 
@@ -365,8 +365,7 @@ void MultiplyGroups(const QuantizedPlan& plan, const QuantizedBuffers& buffers, 
 
 void RunMany(const QuantizedPlan& plan, const QuantizedBuffers& buffers, Range m, Range n) {
   const QuantizedArgs& whole = plan.args;
-  const bool along_k =
-      IsTask(whole, QuantizedTask::kDequantizeAlongK) || IsTask(whole, QuantizedTask::kBfloat16AlongK);
+  const bool along_k = IsTask(whole, QuantizedTask::kDequantizeAlongK) || IsTask(whole, QuantizedTask::kBfloat16AlongK);
   const bool finishes = plan.out_bytes != 4 || buffers.epilogue != nullptr;
   const int64_t block_bytes = plan.ld * (along_k ? plan.block_n : plan.block_k) * (plan.scales_sums ? 2 : 4);
   const int64_t line_bytes = RoundUp(plan.block_n, kUnit) * 4;
@@ -477,8 +476,8 @@ QuantizedPlan PlanQuantized(const QuantizedShape& shape, std::span<const Target*
   } else {
     PlanMany(plan, shape, targets, threads, machine);
     if (plan.scales_sums) {
-      args.task = static_cast<int64_t>(shape.along_k ? QuantizedTask::kBfloat16AlongK
-                                                     : QuantizedTask::kBfloat16Columns);
+      args.task =
+          static_cast<int64_t>(shape.along_k ? QuantizedTask::kBfloat16AlongK : QuantizedTask::kBfloat16Columns);
     }
   }
   return plan;

@@ -622,8 +622,9 @@ QUANTIZED_TASKS: Final = (
     *("bfloat16_columns", "bfloat16_along_k"),
     *("finish", "add_scaled"),
 )
-"""What a kernel for quantised weights can be asked for, by number. Those of targets with AVX-512 alone can make bfloat16
-of weights, and add sums times scales to others; the last two are of the kernels of no format."""
+"""What a kernel for quantised weights can be asked for, by number. The last two are of the kernels of no format. Only
+those with AVX-512 make bfloat16 of weights, and add sums times scales to others.
+"""
 
 QUANTIZED_ARGS: Final = (
     Field("int64_t", "task", "a place in QUANTIZED_TASKS"),
@@ -643,12 +644,11 @@ QUANTIZED_ARGS: Final = (
     Field("const void*", "zero", "zero points like the scales; null: none"),
     Field("int64_t", "rs_zero"),
     Field("int64_t", "zero_dtype"),
-    Field("void*", "y", "float32: sums (columns adds to them), whole registers; or weights that are float32 now, or q "
-          "less zero points that are bfloat16"),
+    Field("void*", "y", "float32: sums (columns adds to them), whole registers; or weights, float32 or bfloat16"),
     Field("int64_t", "nc", "elements between rows of y"),
     Field("void*", "x_pack", "workspace: m + 1 rows of k rounded up to 128 float32"),
     Field("int64_t", "keep_x", "1: inner finds x there from its last call; to add_scaled 1: y holds nothing yet"),
-    Field("void*", "sums", "workspace: m * (n rounded up to 128) float32, at least 512; to add_scaled m rows of n sums"),
+    Field("void*", "sums", "workspace: m * (n rounded up to 128) float32, at least 512; to add_scaled the sums"),
     Field("void*", "zeros", "workspace: n rounded up to 128 float32, for inner 4 * (groups + 32)"),
     Field("void*", "scales", "workspace: the same"),
     Field("void*", "out", "to finish: the result"),

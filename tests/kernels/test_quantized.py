@@ -61,7 +61,8 @@ def test_edge_sizes(x: str, weights: str, along_k: bool, rng: np.random.Generato
     """
     zero = "int8" if weights in INTEGERS and x == "float32" else None
     ns = (2, 16, 30, 48, 112, 128, 144, 258, 272)
-    ks = ((16, 16), (32, 16), (48, 16), (64, 32), (96, 32), (192, 64), (256, 128), (50, 50), (112, 112), (560, 80), (51, 51))
+    whole = ((50, 50), (51, 51), (112, 112))
+    ks = ((16, 16), (32, 16), (48, 16), (64, 32), (96, 32), (192, 64), (256, 128), (560, 80), *whole)
     for m, n, (k, group) in itertools.product((1, 2, 4, 5, 15), ns, ks):
         if along_k and k * spec.WEIGHTS[weights].bits % 8:
             continue

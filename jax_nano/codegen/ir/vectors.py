@@ -146,8 +146,8 @@ def _round_to_bf16(v: Value) -> Value:
 def exactly_bfloat16(lower: Value, higher: Value) -> Value:
     """Two vectors of float32 that bfloat16 holds exactly as one of bfloat16: the upper halves of their words."""
     lanes = lanes_of(lower)
-    halves = [bitcast(v, 2 * lanes, "int16") for v in (lower, higher)]
-    return bits_as(shuffle(*halves, range(1, 4 * lanes, 2)), "bfloat16")
+    first, second = (bitcast(v, 2 * lanes, "int16") for v in (lower, higher))
+    return bits_as(shuffle(first, second, range(1, 4 * lanes, 2)), "bfloat16")
 
 
 def bits_as(v: Value, elem: str) -> Value:
@@ -220,7 +220,9 @@ def constant_bytes(values: Sequence[int]) -> Value:
 def constant_elements(values: Sequence[float], elem: str) -> Value:
     """A vector of these numbers."""
     ty = type_of(elem)
-    return arith.constant(vec(len(values), ty), ir.DenseElementsAttr.get([_number(x, ty) for x in values], type=vec(len(values), ty)))
+    return arith.constant(
+        vec(len(values), ty), ir.DenseElementsAttr.get([_number(x, ty) for x in values], type=vec(len(values), ty))
+    )
 
 
 def splat_bool(condition: Value | bool, lanes: int) -> Value:

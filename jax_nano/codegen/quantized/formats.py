@@ -26,9 +26,9 @@ Integers of 8 bits as pairs: two float32 that bfloat16 holds exactly, and the up
 Floats of 8 bits. Each is the upper half of a float16, e5m2 as it is; the exponent of e4m3fn has one bit less and
 another bias, so it gives a float16 that is too small by a factor of 2**8, which the sum is multiplied by.
 
-Floats of 8 bits as pairs. bfloat16 of the 128 magnitudes is in four registers: ``vpermt2w`` looks one up in two of them,
-a mask chooses, and the sign is put back. That is 5 operations for 32 weights, where float16 takes 8; with two more, which
-make float32 of them, it is not faster.
+Floats of 8 bits as pairs. bfloat16 of the 128 magnitudes is in four registers: ``vpermt2w`` looks one up in two of
+them, a mask chooses, and the sign is put back. That is 5 operations for 32 weights, where float16 takes 8; with two
+more, which make float32 of them, it is not faster.
 """
 
 from __future__ import annotations
@@ -523,9 +523,9 @@ class BytePairs(_Pairs):
     def of_rows(self, rows: Sequence[Ptr | Value], which: Sequence[int], constants: Sequence[Value]) -> Iterator[Value]:
         both = (self._single.fields(r, which, constants) for r in rows)
         upper_halves = [i for place in range(1, 2 * self.lanes, 2) for i in (place, 2 * self.lanes + place)]
-        for first, second in zip(*both, strict=True):
-            halves = [ir.bitcast(v, 2 * self.lanes, "int16") for v in (first, second)]
-            yield ir.shuffle(*halves, upper_halves)
+        for pair in zip(*both, strict=True):
+            first, second = (ir.bitcast(v, 2 * self.lanes, "int16") for v in pair)
+            yield ir.shuffle(first, second, upper_halves)
 
     def natural(self, fields: Sequence[Value]) -> list[Value]:
         return list(fields)
@@ -585,7 +585,7 @@ class _Turns:
     """Halves of words of two rows of weights in turn: those of the lower or of the upper half of each 16 bytes."""
 
     def __init__(self, rows: Sequence[Ptr | Value], lanes: int):
-        self._rows = [ir.bitcast(_register(r, lanes), 2 * lanes, "int16") for r in rows]
+        self._first, self._second = (ir.bitcast(_register(r, lanes), 2 * lanes, "int16") for r in rows)
         self._lanes = lanes
         self._made: dict[int, Value] = {}
 
@@ -593,7 +593,7 @@ class _Turns:
         if half not in self._made:
             places = [8 * part + 4 * half + i for part in range(self._lanes // 4) for i in range(4)]
             order = [x for i in places for x in (i, 2 * self._lanes + i)]
-            self._made[half] = ir.shuffle(*self._rows, order)
+            self._made[half] = ir.shuffle(self._first, self._second, order)
         return self._made[half]
 
 

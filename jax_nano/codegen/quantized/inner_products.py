@@ -168,7 +168,6 @@ class _Loops:
 
     def groups_of_registers(self, at: Sequence[Ptr], registers: Size, words: Size) -> None:
         """Where a register holds groups: a loop over registers."""
-
         pointers = len(at)
 
         def register(number: I64, *carried: Any) -> list[Any]:

@@ -139,14 +139,14 @@ def kernels() -> Iterator[QuantizedKernel]:
     bfloat16 pairs.
     """
     for target in TARGETS.values():
+        lanes = target.lanes(4)
+        forms: list[Format | None] = []
         if "fma" in target.nanokernels:
-            lanes = target.lanes(4)
             nibbles = NibbleTable if lanes == CHUNK else Nibbles
-            integers = [kind(lanes, signed) for kind in (Bytes, nibbles) for signed in (True, False)]
-            for form in (*integers, Floats(4, lanes), Floats(5, lanes), None):
-                yield QuantizedKernel(target, form)
+            forms += [kind(lanes, signed) for kind in (Bytes, nibbles) for signed in (True, False)]
+            forms += [Floats(4, lanes), Floats(5, lanes), None]
         if "bf16_dot" in target.nanokernels:
-            lanes = target.lanes(4)
-            pairs = [kind(lanes, signed) for kind in (BytePairs, NibblePairs) for signed in (True, False)]
-            for form in (*pairs, FloatPairs(4, lanes), FloatPairs(5, lanes)):
-                yield QuantizedKernel(target, form)
+            forms += [kind(lanes, signed) for kind in (BytePairs, NibblePairs) for signed in (True, False)]
+            forms += [FloatPairs(4, lanes), FloatPairs(5, lanes)]
+        for form in forms:
+            yield QuantizedKernel(target, form)

@@ -137,4 +137,5 @@ class _Columns:
 def sweeps(form: Format, target: Target) -> list[Sweep]:
     """All of a kernel."""
     kinds = (False, True) if form.is_integer else (False,)
-    return [Sweep(form, target, m, depth, p) for m in range(1, ROWS + 1) for depth in (form.depth, form.step) for p in kinds]
+    depths = (form.depth, form.step)
+    return [Sweep(form, target, m, depth, p) for m in range(1, ROWS + 1) for depth in depths for p in kinds]
