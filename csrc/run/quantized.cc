@@ -190,9 +190,9 @@ void PlanMany(QuantizedPlan& plan, const QuantizedShape& shape, std::span<const 
   product.rs_partial = plan.block_n;
   const Schedule depth = ChooseDepth(kernel, product, machine.profile);
   Schedule schedule = ChooseBlocks(depth, kernel, product, item_m, plan.block_n, machine);
-  // The last block of k may be one that the kernel cannot read where it lies.
+  // The last block of k may be one that the kernel cannot read where it lies; or a part of a group in a block.
   Product last = product;
-  last.k = by_group ? product.k : shape.k - (CeilDiv(shape.k, plan.block_k) - 1) * plan.block_k;
+  last.k = by_group ? shape.group : shape.k - (CeilDiv(shape.k, plan.block_k) - 1) * plan.block_k;
   if (!ReadsA(kernel, last)) std::get<Blocked>(schedule).pack_a = true;
   if (const std::string why = Validate(schedule, kernel, product); !why.empty()) {
     throw std::logic_error("jax_nano quantized: " + why);

@@ -20,6 +20,16 @@ from jax_nano._core import spec
 WEIGHTS = tuple(spec.WEIGHTS)
 INTEGERS = ("int8", "uint8", "int4", "uint4")
 FLOATS = ("float32", "bfloat16", "float16")
+MANY_ROWS = (
+    (17, 34, 48, 16, "float32"),
+    (70, 300, 330, 330, "bfloat16"),
+    (33, 514, 640, 320, "bfloat16"),
+    (40, 66, 816, 272, "bfloat16"),
+    (130, 80, 288, 48, "bfloat16"),
+    (1100, 258, 32, 16, "bfloat16"),
+    (64, 258, 544, 32, "float16"),
+)
+"""m, n, k, group, and the dtype of x and of the result."""
 
 pytestmark = pytest.mark.skipif(not _runtime.selected_target(), reason="this CPU runs no kernels")
 
@@ -73,13 +83,8 @@ def test_edge_sizes(x: str, weights: str, along_k: bool, rng: np.random.Generato
 @pytest.mark.parametrize("along_k", [False, True])
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_many_rows(weights: str, along_k: bool, rng: np.random.Generator) -> None:
-    zero = "uint8" if weights in INTEGERS else None
-    for m, n, k, group, out in (
-        (17, 34, 48, 16, "float32"),
-        (70, 300, 330, 330, "bfloat16"),
-        (33, 514, 640, 320, "bfloat16"),
-        (1100, 258, 32, 16, "bfloat16"),
-        (64, 258, 544, 32, "float16"),
+    for zero, (m, n, k, group, out) in itertools.product(
+        (None, "uint8") if weights in INTEGERS else (None,), MANY_ROWS
     ):
         x = out
         case = Case.random(rng, m, n, k, group, weights, x, "float32", zero, out, along_k)
