@@ -155,7 +155,8 @@ class Case:
 
 
 def call_kernel(function: Any, block: int, case: Case, task: str) -> NDArray[Any]:
-    """One call of a kernel, a ctypes function, for a task: the sums, or for "dequantize_..." the weights [k, n].
+    """One call of a kernel, a ctypes function, for a task: the sums, or for "dequantize_..." the weights [k, n], or for
+    "bfloat16_..." these without scales.
 
     The workspace is as large as the spec says, between pages that may not be touched, and full of NaN.
     """
@@ -163,7 +164,9 @@ def call_kernel(function: Any, block: int, case: Case, task: str) -> NDArray[Any
     x, packed, scale, zero = case.x, case.packed, case.scale, case.zero
     nc, k = -(-case.n // 128) * 128, -(-case.k // 128) * 128
     line = max(nc, 4 * (case.k // case.group + 32))
-    of_weights = task.startswith("dequantize")
+    of_weights, element = task.startswith(("dequantize", "bfloat16")), "float32"
+    if task.startswith("bfloat16"):
+        element = "bfloat16"
     pitch = (k if case.along_k else nc) if of_weights else nc
     count = (case.n if case.along_k else case.k) if of_weights else case.m
     sizes = {"x_pack": (case.m + 1) * k, "sums": max(case.m * nc, 512), "zeros": line, "scales": line}
@@ -196,10 +199,34 @@ def call_kernel(function: Any, block: int, case: Case, task: str) -> NDArray[Any
         }
         assert nc % block == 0
         function((ctypes.c_int64 * len(fields))(*fields.values()))
-        found = room["y"].reshape(-1, pitch)
+        found = room["y"].view(dtype(element))[: count * pitch].reshape(-1, pitch)
         if of_weights:
             return (found[: case.n, : case.k].T if case.along_k else found[:, : case.n]).copy()
         return found[:, : case.n].astype(dtype(case.out))
+
+
+def add_scaled(
+    function: Any, sums: NDArray[np.float32], n: int, scale: NDArray[Any], y: NDArray[np.float32] | None
+) -> NDArray[np.float32]:
+    """Calls what adds sums times scales, every second element of ``scale``, to others, a ctypes function."""
+    result = reference.poisoned((len(sums), n), np.dtype(np.float32)) if y is None else y.copy()
+    room = np.full(-(-n // 128) * 128, np.nan, np.float32)
+    fields = dict.fromkeys(spec.names(spec.QUANTIZED_ARGS), 0) | {
+        "task": spec.QUANTIZED_TASKS.index("add_scaled"),
+        "m": len(sums),
+        "n": n,
+        "sums": sums.ctypes.data,
+        "rsx": sums.shape[1],
+        "y": result.ctypes.data,
+        "nc": n,
+        "keep_x": int(y is None),
+        "scale": scale.ctypes.data,
+        "rs_scale": 2,
+        "scale_dtype": spec.QUANTIZED_ROWS.index(scale.dtype.name),
+        "scales": room.ctypes.data,
+    }
+    function((ctypes.c_int64 * len(fields))(*fields.values()))
+    return result
 
 
 def finish(

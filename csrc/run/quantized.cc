@@ -30,6 +30,7 @@ constexpr QuantizedInfo kKernels[] = {
 // What decides the order of sums, so results' bits.
 constexpr int64_t kRowsAtOnce = 4;               // of the kernels that read weights where they lie
 constexpr int64_t kFewRows = 16;                 // beyond, making float32 of the weights pays: four passes cost as much
+constexpr int64_t kFewRowsInFloat32 = 6;         // of those whose products of many rows are of bfloat16
 constexpr int64_t kCallK = 512;                  // values of k that columns are summed over at once
 constexpr int64_t kMaxXBytes = 4 << 20;          // of x in workspace
 constexpr int64_t kBlockK = 256, kBlockN = 256;  // of weights as float32: half of a small L2
@@ -49,7 +50,8 @@ constexpr int64_t kReusedBytes = 128 << 10;  // of weights that several calls re
 constexpr int64_t kItemBytes = 128 << 10;    // of weights, at least, for a work item of few rows
 constexpr int64_t kLine = 16;                // elements; an odd number of lines between rows, not all in one set
 constexpr int64_t kLineBytes = 64;
-constexpr int64_t kMaxItemRows = 1024;  // whose unfinished results are in workspace
+constexpr int64_t kMaxItemRows = 1024;   // whose unfinished results are in workspace
+constexpr int64_t kMaxScaledRows = 256;  // the same of sums that are scaled group by group, and stay in L2
 constexpr double kBytesPerNs = 8, kFlopsPerNs = 60;
 
 [[noreturn]] void Refuse(const std::string& what) { throw std::invalid_argument("jax_nano quantized: " + what); }
@@ -69,9 +71,11 @@ const Weight& WeightNamed(std::string_view name) {
   Refuse("no kernel takes weights of " + std::string(name));
 }
 
-const QuantizedInfo& Select(std::span<const Target* const> targets, std::string_view form) {
+// `pairs`: whether one will do that takes pairs of bfloat16.
+const QuantizedInfo& Select(std::span<const Target* const> targets, std::string_view form, bool pairs = false) {
   for (const Target* target : targets) {
     for (const QuantizedInfo& k : QuantizedKernels()) {
+      if (k.pairs > int32_t{pairs}) continue;
       if (k.form == form && target->name == std::string_view(k.target)) return k;
     }
   }
@@ -99,8 +103,8 @@ bool IsInteger(const Weight& weight) { return !weight.form.starts_with('f'); }
 
 // Whether the kernels for few rows take these sizes: masked vectors of weights end at words of 32 bits, and a register
 // of weights along K holds whole groups, or a group whole registers.
-bool ReadsInPlace(const QuantizedShape& shape, const QuantizedInfo& kernel, const Weight& weight) {
-  if (shape.m > kFewRows) return false;
+bool ReadsInPlace(const QuantizedShape& shape, const QuantizedInfo& kernel, const Weight& weight, int64_t rows) {
+  if (shape.m > rows) return false;
   if (!shape.along_k) return shape.n % kQuantizedGroup == 0;
   if (RoundUp(shape.k, kUnit) * (kFewRows + 1) * 4 > kMaxXBytes) return false;
   const bool parts = IsInteger(weight) && kernel.block % shape.group == 0 && shape.group * weight.bits >= 128;
@@ -141,9 +145,24 @@ void PlanFew(QuantizedPlan& plan, int64_t threads) {
   plan.expected = std::chrono::nanoseconds(static_cast<int64_t>(Real(bytes) / kBytesPerNs));
 }
 
+// Whether bfloat16 holds every q - zero: 8 bits of an integer, and the sign.
+bool AreExactInBfloat16(const QuantizedShape& shape) {
+  if (shape.zero.empty()) return true;
+  return shape.zero == "int8" ? shape.q != "uint8" : shape.q == "uint8" || shape.q == "uint4";
+}
+
+// The kernel that multiplies weights as bfloat16 by bfloat16 x faster than float32; null: there is none.
+const KernelInfo* Bfloat16Kernel(const QuantizedShape& shape, std::span<const Target* const> targets) {
+  if (shape.x != "bfloat16" || !AreExactInBfloat16(shape)) return nullptr;
+  const KernelInfo* const kernel = SelectKernel(targets, "bfloat16", "bfloat16", "float32", "default");
+  return kernel != nullptr && kernel->kr > 1 ? kernel : nullptr;
+}
+
 void PlanMany(QuantizedPlan& plan, const QuantizedShape& shape, std::span<const Target* const> targets, int64_t threads,
               const Machine& machine) {
-  plan.gemm = SelectKernel(targets, shape.x, "float32", "float32", "default");
+  plan.gemm = Bfloat16Kernel(shape, targets);
+  plan.scales_sums = plan.gemm != nullptr;
+  if (!plan.scales_sums) plan.gemm = SelectKernel(targets, shape.x, "float32", "float32", "default");
   if (plan.gemm == nullptr) Refuse("no kernel multiplies " + std::string(shape.x) + " with float32");
   const KernelInfo& kernel = *plan.gemm;
   plan.block_k = std::min(RoundUp(shape.k, kQuantizedGroup), kBlockK);
@@ -155,24 +174,25 @@ void PlanMany(QuantizedPlan& plan, const QuantizedShape& shape, std::span<const 
   plan.n_parts = std::min(n_units, 2 * threads);
   const int64_t most = CeilDiv(shape.m, 4 * kernel.mr);  // the weights are made once for each part of rows
   const int64_t wanted = threads == 1 ? 1 : CeilDiv(2 * threads, plan.n_parts);
-  plan.m_parts = std::max(std::min(most, wanted), CeilDiv(shape.m, kMaxItemRows));
+  const bool by_group = plan.scales_sums && shape.group < shape.k;
+  plan.m_parts = std::max(std::min(most, wanted), CeilDiv(shape.m, by_group ? kMaxScaledRows : kMaxItemRows));
   const int64_t item_m = std::min(CeilDiv(CeilDiv(shape.m, kernel.mr), plan.m_parts) * kernel.mr, shape.m);
 
   Product product;
   product.m = item_m;
   product.n = plan.block_n;
-  product.k = plan.block_k;
+  product.k = by_group ? std::min(shape.group, plan.block_k) : plan.block_k;
   product.rsa = shape.k;
   product.rsb = shape.along_k ? 1 : plan.ld;
   product.csb = shape.along_k ? plan.ld : 1;
   product.rsc = plan.block_n;
-  product.accumulates = product.unfinished = shape.k > plan.block_k;
+  product.accumulates = product.unfinished = (by_group ? shape.group : shape.k) > plan.block_k;
   product.rs_partial = plan.block_n;
   const Schedule depth = ChooseDepth(kernel, product, machine.profile);
   Schedule schedule = ChooseBlocks(depth, kernel, product, item_m, plan.block_n, machine);
-  // The last block of k may be one that the kernel cannot read where it lies.
+  // The last block of k may be one that the kernel cannot read where it lies; or a part of a group in a block.
   Product last = product;
-  last.k = shape.k - (CeilDiv(shape.k, plan.block_k) - 1) * plan.block_k;
+  last.k = by_group ? shape.group : shape.k - (CeilDiv(shape.k, plan.block_k) - 1) * plan.block_k;
   if (!ReadsA(kernel, last)) std::get<Blocked>(schedule).pack_a = true;
   if (const std::string why = Validate(schedule, kernel, product); !why.empty()) {
     throw std::logic_error("jax_nano quantized: " + why);
@@ -308,17 +328,54 @@ void Prefetch(const void* block, int64_t rows, int64_t row_bytes, int64_t stride
   }
 }
 
+// The sums of x and a block of weights as bfloat16 from `first` on in k, group by group; those of a group that ends are
+// scaled and added to y. `dequantize` has the block's pointers.
+void MultiplyGroups(const QuantizedPlan& plan, const QuantizedBuffers& buffers, const QuantizedArgs& dequantize,
+                    const GemmArgs& gemm, int64_t at_m, int64_t at_n, int64_t first) {
+  const QuantizedArgs& whole = plan.args;
+  const bool along_k = IsTask(whole, QuantizedTask::kBfloat16AlongK);
+  const int64_t end = first + gemm.k;
+  for (int64_t k = first, next; k < end; k = next) {
+    const int64_t group = k / whole.group, last = (group + 1) * whole.group;
+    next = std::min(end, last);
+    GemmArgs x = gemm;
+    x.k = next - k;
+    x.a = Advance(buffers.x, (at_m * whole.k + k) * plan.x_bytes);
+    x.b = Advance(gemm.b, (k - first) * (along_k ? 1 : plan.ld) * plan.x_bytes);
+    x.accumulate = k % whole.group != 0;
+    x.more = next < last;
+    plan.gemm->fn(&x);
+    if (next < last) continue;
+    QuantizedArgs add = whole;
+    add.task = static_cast<int64_t>(QuantizedTask::kAddScaled);
+    add.m = x.m;
+    add.n = x.n;
+    add.sums = x.c;
+    add.rsx = x.rsc;
+    add.y = dequantize.sums;
+    add.nc = dequantize.rs_out;
+    add.keep_x = group == 0;
+    const int64_t at = along_k ? at_n * whole.rs_scale + group : group * whole.rs_scale + at_n;
+    add.scale = Advance(buffers.scale, at * plan.scale_bytes);
+    add.rs_scale = along_k ? whole.rs_scale : 1;
+    add.scales = dequantize.scales;
+    plan.finish->fn(&add);
+  }
+}
+
 void RunMany(const QuantizedPlan& plan, const QuantizedBuffers& buffers, Range m, Range n) {
   const QuantizedArgs& whole = plan.args;
-  const bool along_k = IsTask(whole, QuantizedTask::kDequantizeAlongK);
+  const bool along_k = IsTask(whole, QuantizedTask::kDequantizeAlongK) || IsTask(whole, QuantizedTask::kBfloat16AlongK);
   const bool finishes = plan.out_bytes != 4 || buffers.epilogue != nullptr;
-  const int64_t block_bytes = plan.ld * (along_k ? plan.block_n : plan.block_k) * 4;
+  const int64_t block_bytes = plan.ld * (along_k ? plan.block_n : plan.block_k) * (plan.scales_sums ? 2 : 4);
   const int64_t line_bytes = RoundUp(plan.block_n, kUnit) * 4;
-  const int64_t y_bytes = finishes ? m.size() * plan.block_n * 4 : 0;
-  Room room(Workspace(block_bytes + 2 * line_bytes + y_bytes + plan.a_pack_bytes + plan.b_pack_bytes +
-                      plan.partial_bytes + 7 * 64));
+  const int64_t of_rows = m.size() * plan.block_n * 4;
+  const int64_t y_bytes = finishes ? of_rows : 0, sums_bytes = plan.scales_sums ? of_rows : 0;
+  Room room(Workspace(block_bytes + 2 * line_bytes + y_bytes + sums_bytes + plan.a_pack_bytes + plan.b_pack_bytes +
+                      plan.partial_bytes + 8 * 64));
   void* const weights = room.Take(block_bytes);
   void* const y = room.Take(y_bytes);
+  void* const sums = room.Take(sums_bytes);
 
   QuantizedArgs dequantize = whole;
   dequantize.zeros = room.Take(line_bytes);
@@ -331,10 +388,14 @@ void RunMany(const QuantizedPlan& plan, const QuantizedBuffers& buffers, Range m
   x.partial = room.Take(plan.partial_bytes);
   x.m = m.size();
   x.b = weights;
-  x.rsc = finishes ? plan.block_n : whole.rs_out;
+  const int64_t rs_y = finishes ? plan.block_n : whole.rs_out;
+  x.rsc = plan.scales_sums ? plan.block_n : rs_y;
   for (int64_t j = n.begin; j < n.end; j += plan.block_n) {
     x.n = dequantize.n = std::min(plan.block_n, n.end - j);
-    x.c = finishes ? y : Advance(buffers.out, (m.begin * whole.rs_out + j) * 4);
+    void* const c = finishes ? y : Advance(buffers.out, (m.begin * whole.rs_out + j) * 4);
+    x.c = plan.scales_sums ? sums : c;
+    dequantize.sums = c;
+    dequantize.rs_out = rs_y;
     for (int64_t k = 0; k < whole.k; k += plan.block_k) {
       x.k = dequantize.k = std::min(plan.block_k, whole.k - k);
       const int64_t group = k / whole.group;
@@ -347,6 +408,10 @@ void RunMany(const QuantizedPlan& plan, const QuantizedBuffers& buffers, Range m
       const int64_t rows = along_k ? x.n : x.k, row_bytes = CeilDiv((along_k ? x.k : x.n) * plan.bits, 8);
       Prefetch(dequantize.q, rows, row_bytes, whole.rsq);
       plan.kernel->fn(&dequantize);
+      if (plan.scales_sums) {
+        MultiplyGroups(plan, buffers, dequantize, x, m.begin, j, k);
+        continue;
+      }
       x.a = Advance(buffers.x, (m.begin * whole.k + k) * plan.x_bytes);
       x.accumulate = k > 0;
       x.more = k + plan.block_k < whole.k;
@@ -395,7 +460,13 @@ QuantizedPlan PlanQuantized(const QuantizedShape& shape, std::span<const Target*
   args.zero_dtype = shape.zero.empty() ? 0 : RowNumber(shape.zero, true);
   args.rs_out = shape.n;
   args.out_dtype = RowNumber(shape.out, false);
-  plan.few = ReadsInPlace(shape, *plan.kernel, weight);
+  // Pairs of 8 bits along K have no lanes for several groups in a register.
+  const bool shares = shape.along_k && weight.bits == 8 && group != shape.k && group % plan.kernel->block != 0;
+  const bool pairs = shape.x == "bfloat16" && shape.zero.empty() && shape.k % 2 == 0 && !shares;
+  const QuantizedInfo& of_few = Select(targets, weight.form, pairs);
+  const bool in_float32 = of_few.pairs == 0 && Bfloat16Kernel(shape, targets) != nullptr;
+  plan.few = ReadsInPlace(shape, of_few, weight, in_float32 ? kFewRowsInFloat32 : kFewRows);
+  if (plan.few) plan.kernel = &of_few;
   const QuantizedTask task = plan.few        ? (shape.along_k ? QuantizedTask::kInner : QuantizedTask::kColumns)
                              : shape.along_k ? QuantizedTask::kDequantizeAlongK
                                              : QuantizedTask::kDequantizeColumns;
@@ -404,6 +475,10 @@ QuantizedPlan PlanQuantized(const QuantizedShape& shape, std::span<const Target*
     PlanFew(plan, threads);
   } else {
     PlanMany(plan, shape, targets, threads, machine);
+    if (plan.scales_sums) {
+      args.task =
+          static_cast<int64_t>(shape.along_k ? QuantizedTask::kBfloat16AlongK : QuantizedTask::kBfloat16Columns);
+    }
   }
   return plan;
 }

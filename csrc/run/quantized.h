@@ -4,8 +4,10 @@
 //
 // in float32, and activation(scale * y + bias) + residual of it where there is an epilogue, rounded to the result's
 // dtype once. Few rows: the generated kernels (jax_nano/codegen/quantized) read the weights where they lie. More: they
-// make float32 of a block of weights in workspace, and the plain kernels multiply it. Which, and the order of every
-// sum, follows from the shape and the dtypes alone, so results are the same bits for any number of threads.
+// make float32 of a block of weights in workspace, and the plain kernels multiply it; or bfloat16 of q - zero, where x
+// is bfloat16 too, the CPU multiplies such numbers, and they are exact: then sums over a group are scaled afterwards.
+// Which, and the order of every sum, follows from the shape, the dtypes and the target alone, so results are the same
+// bits for any number of threads.
 #ifndef JAX_NANO_RUN_QUANTIZED_H_
 #define JAX_NANO_RUN_QUANTIZED_H_
 
@@ -55,6 +57,7 @@ struct QuantizedPlan {
 
   // More rows: the kernel for float32 weights, its arguments for one block of them, and the block's size.
   const KernelInfo* gemm = nullptr;
+  bool scales_sums = false;  // the weights are bfloat16 and not scaled
   GemmArgs block = {};
   int64_t block_k = 0, block_n = 0, ld = 0;  // elements between the block's rows
   int64_t a_pack_bytes = 0, b_pack_bytes = 0, partial_bytes = 0;

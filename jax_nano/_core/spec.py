@@ -617,8 +617,14 @@ QUANTIZED_ROWS: Final = ("float32", "bfloat16", "float16", "int8", "uint8")
 QUANTIZED_GROUP: Final = 16
 """What sizes of groups are multiples of, unless one group is all of K."""
 
-QUANTIZED_TASKS: Final = ("columns", "inner", "dequantize_columns", "dequantize_along_k", "finish")
-"""What a kernel for quantised weights can be asked for, by number; the last one of those of no format alone."""
+QUANTIZED_TASKS: Final = (
+    *("columns", "inner", "dequantize_columns", "dequantize_along_k"),
+    *("bfloat16_columns", "bfloat16_along_k"),
+    *("finish", "add_scaled"),
+)
+"""What a kernel for quantised weights can be asked for, by number. The last two are of the kernels of no format. Only
+those with AVX-512 make bfloat16 of weights, and add sums times scales to others.
+"""
 
 QUANTIZED_ARGS: Final = (
     Field("int64_t", "task", "a place in QUANTIZED_TASKS"),
@@ -628,21 +634,21 @@ QUANTIZED_ARGS: Final = (
     Field("int64_t", "group", "values of K that share a scale; k if all do"),
     Field("int64_t", "first", "to dequantise: values of K of its first group that come before the block"),
     Field("const void*", "x"),
-    Field("int64_t", "rsx", "elements between rows of x"),
+    Field("int64_t", "rsx", "elements between rows of x, or to add_scaled of sums"),
     Field("int64_t", "x_dtype", "dtypes of rows: places in QUANTIZED_ROWS"),
     Field("const void*", "q", "weights: rows of columns, or for along K and inner a row along K for each column"),
     Field("int64_t", "rsq", "BYTES between them"),
     Field("const void*", "scale", "a row for each group, or for along K and inner one for each column"),
-    Field("int64_t", "rs_scale", "elements between them"),
+    Field("int64_t", "rs_scale", "elements between them; to add_scaled between the scales of two columns"),
     Field("int64_t", "scale_dtype"),
     Field("const void*", "zero", "zero points like the scales; null: none"),
     Field("int64_t", "rs_zero"),
     Field("int64_t", "zero_dtype"),
-    Field("void*", "y", "float32: sums (columns adds to them), whole registers; or weights that are float32 now"),
+    Field("void*", "y", "float32: sums (columns adds to them), whole registers; or weights, float32 or bfloat16"),
     Field("int64_t", "nc", "elements between rows of y"),
     Field("void*", "x_pack", "workspace: m + 1 rows of k rounded up to 128 float32"),
-    Field("int64_t", "keep_x", "1: inner finds x there from its last call"),
-    Field("void*", "sums", "workspace: m * (n rounded up to 128) float32, at least 512"),
+    Field("int64_t", "keep_x", "1: inner finds x there from its last call; to add_scaled 1: y holds nothing yet"),
+    Field("void*", "sums", "workspace: m * (n rounded up to 128) float32, at least 512; to add_scaled the sums"),
     Field("void*", "zeros", "workspace: n rounded up to 128 float32, for inner 4 * (groups + 32)"),
     Field("void*", "scales", "workspace: the same"),
     Field("void*", "out", "to finish: the result"),
@@ -658,6 +664,7 @@ QUANTIZED_INFO: Final = (
     Field("const char*", "form"),
     Field("int32_t", "bits"),
     Field("int32_t", "block", "weights in a register"),
+    Field("int32_t", "pairs", "1: only for x of bfloat16, an even k, and no zero points; it dequantises nothing"),
     Field("QuantizedFn", "fn"),
 )
 

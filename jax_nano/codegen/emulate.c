@@ -95,6 +95,24 @@ EXPORT void jax_nano_vpshufb(uint8_t* r, const uint8_t* x, const uint8_t* places
   for (int64_t i = 0; i < lanes; ++i) r[i] = places[i] & 0x80 ? 0 : x[i / 16 * 16 + places[i] % 16];
 }
 
+// VPERMPS, VPERMW: of a place only the lowest bits count.
+EXPORT void jax_nano_vpermps(uint32_t* r, const uint32_t* x, const uint32_t* places, int64_t lanes) {
+  for (int64_t i = 0; i < lanes; ++i) r[i] = x[places[i] % lanes];
+}
+
+// VPERMI2W: of two registers.
+EXPORT void jax_nano_vpermi2w(uint16_t* r, const uint16_t* x, const uint16_t* places, const uint16_t* y,
+                              int64_t lanes) {
+  for (int64_t i = 0; i < lanes; ++i) {
+    const int64_t place = places[i] % (2 * lanes);
+    r[i] = place < lanes ? x[place] : y[place - lanes];
+  }
+}
+
+EXPORT void jax_nano_vpermw(uint16_t* r, const uint16_t* x, const uint16_t* places, int64_t lanes) {
+  for (int64_t i = 0; i < lanes; ++i) r[i] = x[places[i] % lanes];
+}
+
 // --- tiles: 16 rows of 64 bytes, of which `rows` and `bytes` are used; the rest is zero ---
 
 enum { kRows = 16, kRowBytes = 64, kUnits = kRowBytes / 4 };

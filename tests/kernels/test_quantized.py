@@ -20,6 +20,16 @@ from jax_nano._core import spec
 WEIGHTS = tuple(spec.WEIGHTS)
 INTEGERS = ("int8", "uint8", "int4", "uint4")
 FLOATS = ("float32", "bfloat16", "float16")
+MANY_ROWS = (
+    (17, 34, 48, 16, "float32"),
+    (70, 300, 330, 330, "bfloat16"),
+    (33, 514, 640, 320, "bfloat16"),
+    (40, 66, 816, 272, "bfloat16"),
+    (130, 80, 288, 48, "bfloat16"),
+    (1100, 258, 32, 16, "bfloat16"),
+    (64, 258, 544, 32, "float16"),
+)
+"""m, n, k, group, and the dtype of x and of the result."""
 
 pytestmark = pytest.mark.skipif(not _runtime.selected_target(), reason="this CPU runs no kernels")
 
@@ -54,26 +64,27 @@ def test_every_signature(weights: str, along_k: bool, rng: np.random.Generator) 
 
 @pytest.mark.parametrize("along_k", [False, True])
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_edge_sizes(weights: str, along_k: bool, rng: np.random.Generator) -> None:
-    """Every end of a register of weights, of a group, of rows of x, and of a block of columns."""
-    zero = "int8" if weights in INTEGERS else None
+@pytest.mark.parametrize("x", ["float32", "bfloat16"])
+def test_edge_sizes(x: str, weights: str, along_k: bool, rng: np.random.Generator) -> None:
+    """Every end of a register of weights, of a group, of rows of x, and of a block of columns. x of bfloat16 may have
+    kernels of its own where there are no zero points.
+    """
+    zero = "int8" if weights in INTEGERS and x == "float32" else None
     ns = (2, 16, 30, 48, 112, 128, 144, 258, 272)
-    ks = ((16, 16), (32, 16), (48, 16), (64, 32), (96, 32), (192, 64), (256, 128), (50, 50), (112, 112), (560, 80))
+    whole = ((50, 50), (51, 51), (112, 112))
+    ks = ((16, 16), (32, 16), (48, 16), (64, 32), (96, 32), (192, 64), (256, 128), (560, 80), *whole)
     for m, n, (k, group) in itertools.product((1, 2, 4, 5, 15), ns, ks):
-        case = Case.random(rng, m, n, k, group, weights, "float32", "float32", zero, "float32", along_k)
+        if along_k and k * spec.WEIGHTS[weights].bits % 8:
+            continue
+        case = Case.random(rng, m, n, k, group, weights, x, "float32", zero, "float32", along_k)
         case.check(run(case), f"{m}x{n}x{k} in groups of {group}")
 
 
 @pytest.mark.parametrize("along_k", [False, True])
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_many_rows(weights: str, along_k: bool, rng: np.random.Generator) -> None:
-    zero = "uint8" if weights in INTEGERS else None
-    for m, n, k, group, out in (
-        (17, 34, 48, 16, "float32"),
-        (70, 300, 330, 330, "bfloat16"),
-        (33, 514, 640, 320, "bfloat16"),
-        (1100, 258, 32, 16, "bfloat16"),
-        (64, 258, 544, 32, "float16"),
+    for zero, (m, n, k, group, out) in itertools.product(
+        (None, "uint8") if weights in INTEGERS else (None,), MANY_ROWS
     ):
         x = out
         case = Case.random(rng, m, n, k, group, weights, x, "float32", zero, out, along_k)
@@ -83,11 +94,12 @@ def test_many_rows(weights: str, along_k: bool, rng: np.random.Generator) -> Non
 
 
 @pytest.mark.parametrize("along_k", [False, True])
-@pytest.mark.parametrize("weights", ["int8", "uint4"])
-def test_small_integers_are_exact(weights: str, along_k: bool, rng: np.random.Generator) -> None:
-    for m in (1, 4, 8, 40):
-        case = Case.random(rng, m, 272, 256, 32, weights, "float32", "float32", "int8", "float32", along_k)
-        case = case.with_x(reference.small_integers(rng, case.x.shape)).with_scale(
+@pytest.mark.parametrize("weights", INTEGERS)
+@pytest.mark.parametrize("x", ["float32", "bfloat16"])
+def test_small_integers_are_exact(x: str, weights: str, along_k: bool, rng: np.random.Generator) -> None:
+    for m, zero in itertools.product((1, 4, 8, 40), ("int8", "uint8", None)):
+        case = Case.random(rng, m, 272, 256, 32, weights, x, "float32", zero, "float32", along_k)
+        case = case.with_x(reference.small_integers(rng, case.x.shape).astype(quantized.dtype(x))).with_scale(
             np.exp2(rng.integers(-2, 3, case.given_scale.shape)).astype(np.float32)
         )
         np.testing.assert_array_equal(run(case), case.exact())
@@ -139,10 +151,11 @@ def memory() -> Iterator[list[Region]]:
 
 
 @pytest.mark.parametrize("along_k", [False, True])
-def test_special_numbers_of_float8(along_k: bool, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("x", FLOATS)
+def test_special_numbers_of_float8(x: str, along_k: bool, rng: np.random.Generator) -> None:
     """NaN and Inf reach the columns that have them, and no others; the smallest numbers are not lost."""
     for weights, m in itertools.product(("float8_e4m3fn", "float8_e5m2"), (1, 17)):
-        case = Case.random(rng, m, 64, 64, 64, weights, "float32", "float32", None, "float32", along_k)
+        case = Case.random(rng, m, 64, 64, 64, weights, x, "float32", None, "float32", along_k)
         q = case.q.copy()
         every = np.arange(256, dtype=np.uint8).view(q.dtype)
         finite = every[np.isfinite(every.astype(np.float32))]
@@ -156,15 +169,33 @@ def test_special_numbers_of_float8(along_k: bool, rng: np.random.Generator) -> N
         case.check(got)
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_every_float8_and_integer(weights: str) -> None:
+    """Each weight without a zero point, as rows of ones pick it, exactly."""
+    values = np.arange(2 ** spec.WEIGHTS[weights].bits).astype(np.uint8)
+    if weights in INTEGERS:
+        values = (values.astype(np.int64) - spec.WEIGHTS[weights].flip).astype(quantized.stored(weights))
+    else:
+        values = values.view(quantized.dtype(weights))
+        values = values[np.isfinite(values.astype(np.float32))]
+    for x, along_k, m in itertools.product(("float32", "bfloat16"), (False, True), (1, 17)):
+        q = np.broadcast_to(np.resize(values, 256), (256, 256))
+        ones = np.zeros((m, 256), quantized.dtype(x))
+        ones[:, 37] = 1
+        case = Case(ones, q, np.ones((1, 256), np.float32), None, weights, "float32", along_k)
+        np.testing.assert_array_equal(run(case), np.broadcast_to(q[37].astype(np.float32), (m, 256)))
+
+
 @pytest.mark.parametrize("weights", INTEGERS)
 def test_every_value_and_zero_point(weights: str) -> None:
     """Each weight against each zero point of a byte, exactly: what kernels compute is q - zero point."""
     bits, flip = spec.WEIGHTS[weights].bits, spec.WEIGHTS[weights].flip
     values = np.arange(2**bits) - flip
-    for zero, along_k, m in itertools.product(("int8", "uint8"), (False, True), (1, 17)):
+    cases = itertools.product(("float32", "bfloat16"), ("int8", "uint8"), (False, True), (1, 17))
+    for dtype, zero, along_k, m in cases:
         points = np.arange(256, dtype=np.uint8).view(zero)
         q = np.broadcast_to(np.resize(values, 256)[:, None], (256, 256)).astype(quantized.stored(weights))
-        x = np.zeros((m, 256), np.float32)
+        x = np.zeros((m, 256), quantized.dtype(dtype))
         x[:, 37 % 2**bits] = 1
         case = Case(x, q, np.ones((1, 256), np.float32), points[None, :], weights, "float32", along_k)
         want = values[37 % 2**bits] - points.astype(np.int64)

@@ -46,6 +46,7 @@ from .types import elem_bytes as elem_bytes
 from .types import type_of as type_of
 from .types import vec as vec
 from .vectors import absolute as absolute
+from .vectors import add_products_of_pairs as add_products_of_pairs
 from .vectors import add_vectors as add_vectors
 from .vectors import and_constant as and_constant
 from .vectors import as_int32 as as_int32
@@ -54,10 +55,12 @@ from .vectors import bits_as as bits_as
 from .vectors import call_intrinsic as call_intrinsic
 from .vectors import compare as compare
 from .vectors import constant_bytes as constant_bytes
+from .vectors import constant_elements as constant_elements
 from .vectors import constant_vector as constant_vector
 from .vectors import convert as convert
 from .vectors import divide as divide
 from .vectors import equal_to as equal_to
+from .vectors import exactly_bfloat16 as exactly_bfloat16
 from .vectors import except_lanes as except_lanes
 from .vectors import exponent_of_low_bits as exponent_of_low_bits
 from .vectors import extract as extract

@@ -143,6 +143,13 @@ def _round_to_bf16(v: Value) -> Value:
     return arith.trunci(_with_element(v, type_of("bfloat16")), arith.select(is_nan, quiet, rounded))
 
 
+def exactly_bfloat16(lower: Value, higher: Value) -> Value:
+    """Two vectors of float32 that bfloat16 holds exactly as one of bfloat16: the upper halves of their words."""
+    lanes = lanes_of(lower)
+    first, second = (bitcast(v, 2 * lanes, "int16") for v in (lower, higher))
+    return bits_as(shuffle(first, second, range(1, 4 * lanes, 2)), "bfloat16")
+
+
 def bits_as(v: Value, elem: str) -> Value:
     """The same bits as elements of another type of the same size, scalar or vector."""
     return arith.bitcast(_with_element(v, type_of(elem)), v)
@@ -208,6 +215,14 @@ def constant_bytes(values: Sequence[int]) -> Value:
     ty = type_of("uint8")
     elements = [ir.IntegerAttr.get(ty, x - 256 if x > 127 else x) for x in values]
     return arith.constant(vec(len(values), ty), ir.DenseElementsAttr.get(elements, type=vec(len(values), ty)))
+
+
+def constant_elements(values: Sequence[float], elem: str) -> Value:
+    """A vector of these numbers."""
+    ty = type_of(elem)
+    return arith.constant(
+        vec(len(values), ty), ir.DenseElementsAttr.get([_number(x, ty) for x in values], type=vec(len(values), ty))
+    )
 
 
 def splat_bool(condition: Value | bool, lanes: int) -> Value:
@@ -306,6 +321,13 @@ def nonzero(v: Value) -> Value:
 def except_lanes(mask: Value, others: Value) -> Value:
     """The lanes of ``mask`` that are not among the ``others``."""
     return arith.andi(mask, arith.xori(others, _constant_like(1, others)))
+
+
+def add_products_of_pairs(a: Value, b: Value, acc: Value) -> Value:
+    """acc + a[1] * b[1] + a[0] * b[0] in each lane, by ``vdpbf16ps``: a and b are registers of pairs of bfloat16."""
+    bits = 32 * lanes_of(acc)
+    pairs = [bitcast(x, bits // 16, ir.BF16Type.get()) for x in (a, b)]
+    return call_intrinsic(f"llvm.x86.avx512bf16.dpbf16ps.{bits}", acc.type, [acc, *pairs])
 
 
 def rounded_to_float32(x: float) -> float:

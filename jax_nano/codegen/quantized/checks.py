@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from .. import inspect_asm
 from ..checks import Checked, SpillError
-from .formats import field_count
+from .formats import field_count, fields_along_k
 from .kernel import QuantizedKernel
-from .sweep import DEPTH
 
-MOST_SCALARS = 2  # sizes that a loop of hundreds of instructions may fetch from the stack
+MOST_SCALARS = 4  # sizes that a loop of hundreds of instructions may fetch from the stack
 
 
 def loops(kernel: QuantizedKernel, disassembly: str) -> list[Checked]:
@@ -21,12 +20,16 @@ def loops(kernel: QuantizedKernel, disassembly: str) -> list[Checked]:
     """
     found = []
     code = dict(inspect_asm.functions(disassembly))
-    expected = {x.name(kernel.symbol): (x.rows * x.depth * x.registers, x.depth == DEPTH) for x in kernel.sweeps()}
-    expected |= {x.name(kernel.symbol): (x.rows * x.cols, x.groups == 1) for x in kernel.inner_products()}
-    for name, (products, strict) in expected.items():
+    expected = {}
+    for x in kernel.sweeps():
+        products = x.rows * x.depth // x.form.step * x.registers * field_count(x.form)
+        expected[x.name(kernel.symbol)] = (products, x.depth == x.form.depth)
+    for y in kernel.inner_products():
+        expected[y.name(kernel.symbol)] = (y.rows * y.cols * fields_along_k(y.form), y.groups == 1)
+    for name, (want, strict) in expected.items():
         assert kernel.form is not None
-        want = products * field_count(kernel.form)
-        busy = [x for x in inspect_asm.innermost_loops(name, code[name]) if x.count("vfmadd")]
+        product = "vfmadd" if kernel.form.step == 1 else "vdpbf16ps"
+        busy = [x for x in inspect_asm.innermost_loops(name, code[name]) if x.count(product)]
         if not busy:
             raise SpillError(f"{name}: no loop with products found")
         loop = max(busy, key=lambda x: len(x.instructions))
@@ -35,7 +38,7 @@ def loops(kernel: QuantizedKernel, disassembly: str) -> list[Checked]:
                 f"{name}: the loop touches the stack {loop.vector_spills} times with vectors and "
                 f"{loop.scalar_reloads} times with scalars"
             )
-        if strict and loop.count("vfmadd") != want:
-            raise SpillError(f"{name}: the loop has {loop.count('vfmadd')} products, its rows and fields {want}")
-        found.append(Checked(name, loop.count("vfmadd"), want, loop))
+        if strict and loop.count(product) != want:
+            raise SpillError(f"{name}: the loop has {loop.count(product)} products, its rows and fields {want}")
+        found.append(Checked(name, loop.count(product), want, loop))
     return found

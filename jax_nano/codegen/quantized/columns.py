@@ -21,7 +21,7 @@ from ..ir import I64, Ptr, Size
 from ..target import Target
 from .formats import Format, block, field_count, scaled
 from .rows import Rows, address
-from .sweep import DEPTH, ROWS, Sweep, sweeps
+from .sweep import ROWS, Sweep, sweeps
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Columns:
     def nest(self, x: Given) -> None:
         """The product, given the fields of the arguments: added to y."""
         for i in ir.range_(0, x.m):
-            self.rows.load(address(x.x, i, x.rsx, x.x_dtype), x.x_dtype, x.x_pack.at(i), x.k, x.m)
+            self.rows.load(*self.rows.of_x(x, i, self.form.step), x.x_pack.at(i), x.k // self.form.step, x.m)
         if self.form.x_factor != 1:
             self.module.call(self._name("scale"), [x.x_pack, x.k * x.m])
         width = block(self.form)
@@ -144,16 +144,17 @@ class Columns:
         """The loops over K: deep sweeps over whole steps of columns, then flat ones over what is left in K, and over
         what is left in columns.
         """
-        deep, flat = (Sweep(self.form, self.target, rows, depth, points) for depth in (DEPTH, 1))
-        last = group.begin + (group.end - group.begin) // DEPTH * DEPTH
-        at_once = deep.registers * block(self.form)
+        form = self.form
+        deep, flat = (Sweep(form, self.target, rows, depth, points) for depth in (form.depth, form.step))
+        last = group.begin + (group.end - group.begin) // form.depth * form.depth
+        at_once = deep.registers * block(form)
         whole = x.n // at_once * at_once
-        for kk in ir.range_(group.begin, last, DEPTH):
+        for kk in ir.range_(group.begin, last, form.depth):
             self._sweep(x, deep, kk, 0, whole)
-        for kk in ir.range_(last, group.end):
+        for kk in ir.range_(last, group.end, form.step):
             self._sweep(x, flat, kk, 0, x.n)
         for _ in ir.when(ir.less(whole, x.n)):
-            for kk in ir.range_(group.begin, last):
+            for kk in ir.range_(group.begin, last, form.step):
                 self._sweep(x, flat, kk, whole, x.n - whole)
 
     def _sweep(self, x: Given, kind: Sweep, kk: I64, first: Size, count: Size) -> None:
@@ -162,7 +163,7 @@ class Columns:
             q=x.q.at(kk * x.rsq + first * self.form.bits // 8),
             sums=x.sums.at(first * kind.rows),
             zeros=x.zeros.at(first),
-            x=x.x_pack.at(kk * kind.rows),
+            x=x.x_pack.at(kk // kind.form.step * kind.rows),
             cols=count,
         )
         self.module.call_by_name(kind.name(self.prefix), given.values)

@@ -17,7 +17,7 @@ from .. import ir
 from ..arguments import Given
 from ..ir import I64, Ptr, Size, Value
 from ..target import Target
-from .formats import CHUNK, Format, block, field_count, scaled
+from .formats import CHUNK, ELEMENT, Format, block, fields_along_k, scaled
 from .inner_products import COLUMNS, InnerProducts, inner_products
 from .rows import Rows, address
 from .sweep import ROWS
@@ -88,17 +88,19 @@ class Inner:
 
     def _permute(self, source: Ptr, to: Ptr, registers: I64, rows: I64) -> None:
         """A row of x in the order of fields, with the format's factor, ``rows`` rows to a register."""
-        lanes, count = self.form.lanes, field_count(self.form)
+        form, count = self.form, fields_along_k(self.form)
+        lanes, elem = form.lanes * form.step, ELEMENT[form.step]
+        source, to = source.as_type(elem), to.as_type(elem)
         for r in ir.range_(0, registers):
             natural = [source.at(r * (count * lanes) + j * lanes).load(lanes) for j in range(count)]
-            for f, v in enumerate(self.form.permuted(natural)):
-                to.at(r * rows * (count * lanes) + f * lanes).store(scaled(v, self.form.x_factor))
+            for f, v in enumerate(form.permuted(natural)):
+                to.at(r * rows * (count * lanes) + f * lanes).store(scaled(v, form.x_factor))
 
     def nest(self, x: Given) -> None:
         """The product, given the fields of the arguments: stored in y."""
         width = block(self.form)
         registers = ir.ceil_div(x.k, width)
-        natural, zero = x.x_pack.at(registers * width * x.m), ir.zeros(self.form.lanes, "float32")
+        natural, zero = x.x_pack.at(registers * (width // self.form.step) * x.m), ir.zeros(self.form.lanes, "float32")
         for _ in ir.when(ir.equal(x.keep_x, 0)):
             self._copy_x(x, registers, natural, zero)
         groups = ir.ceil_div(x.k, x.group)
@@ -119,9 +121,10 @@ class Inner:
         """Copies x into the order of fields, row by row; ``natural`` is room for a row in its own order."""
         width = block(self.form)
         for i in ir.range_(0, x.m):
-            self._clear(natural, registers * width, zero)
-            self.rows.load(address(x.x, i, x.rsx, x.x_dtype), x.x_dtype, natural, x.k, 1)
-            to = x.x_pack.at(i * width)
+            step = self.form.step
+            self._clear(natural, registers * (width // step), zero)
+            self.rows.load(*self.rows.of_x(x, i, step), natural, x.k // step, 1)
+            to = x.x_pack.at(i * (width // step))
             self.module.call(f"{self.prefix}_inner_permute", [natural, to, registers, x.m])
 
     def _clear(self, p: Ptr, count: Size, zero: Value) -> None:

@@ -14,18 +14,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from .. import ir
 from ..arguments import Given
 from ..ir import I64, Ptr, Size, Value
 from ..target import Target
-from .formats import CHUNK, Format, block, field_count, scaled
+from .formats import CHUNK, Format, block, fields_along_k, scaled
 from .sweep import ROWS
 
 FEW_COLUMNS, COLUMNS = 2, 4  # at once: as many streams, each element of x read once for all of them
 FIELDS = 4  # of a register, made from one load
+SUMS_IN_REGISTERS = 18  # of 32, beside tables and what is made with them
 CHAINS = 8  # of dependent sums that keep the units for products busy
 
 Load = Callable[[Ptr], Ptr | Value]
@@ -70,6 +70,21 @@ class InnerProducts:
     def by_field(self) -> bool:
         """Whether a register's groups have fields of their own, not lanes."""
         return self.groups > 1 and self.form.by_field
+
+    @property
+    def keeps_totals(self) -> bool:
+        """Whether totals stay in registers. Where a group is one register of weights, storing them takes as long as the
+        products.
+        """
+        sums = self.rows * self.cols * (self.chains + 1)
+        return self.target.vector_registers >= 32 and not self.points and sums <= SUMS_IN_REGISTERS
+
+    @property
+    def prefetch_level(self) -> int:
+        """The cache to fetch the next columns into: that of Zen 4's cores which takes most lines at a time, or for AVX2
+        as it was measured on Zen 3.
+        """
+        return 2 if self.form.lanes == CHUNK else 1
 
     def emit(self, module: ir.Module, prefix: str) -> None:
         """Adds the function."""
@@ -133,7 +148,8 @@ class _Loops:
         in_group = ir.ceil_div(self.x.group, block(self.products.form))
         pointers = len(at)
 
-        def group(first: I64, *at: Ptr) -> list[Any]:
+        def group(first: I64, *carried: Any) -> list[Any]:
+            at, totals = carried[:pointers], carried[pointers:]
             number = first // in_group
             self._put_origins(number)
             here = ir.minimum(registers - first, in_group)
@@ -142,35 +158,49 @@ class _Loops:
                 at, acc = carried[:pointers], carried[pointers:]
                 return [*self._next(at), *self._register(at, acc, _whole)]
 
-            carried = ir.loop(0, here, 1, [*at, *self.start], register)
-            self._add_to_totals(carried[pointers:], number)
-            return carried[:pointers]
+            carried = tuple(ir.loop(0, here, 1, [*at, *self.start], register))
+            return [*carried[:pointers], *self._add_to_totals(carried[pointers:], number, totals)]
 
-        at = ir.loop(0, registers, in_group, at, group)
+        at = self._with_totals(at, lambda carried: ir.loop(0, registers, in_group, carried, group))
         # What is left is of the only group: where there are several, whole registers fill each.
-        ir.if_(ir.less(0, words), partial(self._one_register, 0, at, self._part))
+        for _ in ir.when(ir.less(0, words)):
+            self._one_register(0, at, self._part)
 
     def groups_of_registers(self, at: Sequence[Ptr], registers: Size, words: Size) -> None:
         """Where a register holds groups: a loop over registers."""
+        pointers = len(at)
 
-        def register(number: I64, *at: Ptr) -> list[Any]:
-            self._one_register(number, at, _whole)
-            return self._next(at)
+        def register(number: I64, *carried: Any) -> list[Any]:
+            at, totals = carried[:pointers], carried[pointers:]
+            added = self._one_register(number, at, _whole, totals)
+            return [*self._next(at), *added]
 
-        at = ir.loop(0, registers, 1, at, register)
-        ir.if_(ir.less(0, words), lambda: self._one_register(registers, at, self._part))
+        at = self._with_totals(at, lambda carried: ir.loop(0, registers, 1, carried, register))
+        for _ in ir.when(ir.less(0, words)):
+            self._one_register(registers, at, self._part)
 
-    def _one_register(self, number: Size, at: Sequence[Ptr], load: Load) -> None:
+    def _with_totals(self, at: Sequence[Ptr], loop: Callable[[list[Any]], list[Any]]) -> list[Any]:
+        """A loop that carries pointers, and the totals if they stay in registers."""
+        kept = [*itertools.chain(*self.totals)] if self.products.keeps_totals else []
+        lanes, pointers = self.products.form.lanes, len(at)
+        carried = loop([*at, *(p.load(lanes) for p in kept)])
+        for p, v in zip(kept, carried[pointers:], strict=True):
+            p.store(v)
+        return carried[:pointers]
+
+    def _one_register(
+        self, number: Size, at: Sequence[Ptr], load: Load, totals: Sequence[Value] = ()
+    ) -> Sequence[Value]:
         """The register of this number, by itself."""
         groups = self.products.groups
         self._put_origins(number * groups)
-        self._add_to_totals(self._register(at, self.start, load), number * groups)
+        return self._add_to_totals(self._register(at, self.start, load), number * groups, totals)
 
     def _next(self, at: Sequence[Ptr]) -> list[Ptr]:
         """Pointers to the columns, and to x, one register further on."""
         *columns, factors = at
         lanes = self.products.form.lanes
-        step = self.products.rows * field_count(self.products.form) * lanes
+        step = self.products.rows * fields_along_k(self.products.form) * lanes
         return [*(p.at(lanes * 4) for p in columns), factors.at(step)]
 
     def _part(self, p: Ptr) -> Value:
@@ -182,14 +212,14 @@ class _Loops:
         products, form, lanes = self.products, self.products.form, self.products.form.lanes
         rows, cols, chains = products.rows, products.cols, products.chains
         *columns, factors = at
-        acc, count = list(so_far), field_count(form)
+        acc, count = list(so_far), fields_along_k(form)
         apart = products.groups if products.by_field else 1
         for c, first in itertools.product(range(cols), range(0, count, FIELDS)):
             if first == 0:
-                columns[c].at(self.x.prefetch).prefetch()
+                columns[c].at(self.x.prefetch).prefetch(level=self.products.prefetch_level)
             # Or LLVM keeps what every register needs in registers, of which there are not enough.
             ir.keep_order()
-            which = range(first, first + FIELDS)
+            which = range(first, min(first + FIELDS, count))
             constants = self.constants
             if products.points and form.at_once > 1:
                 constants = [p.load(4 * lanes) for p in self.kept]
@@ -199,7 +229,7 @@ class _Loops:
                 for i in range(rows):
                     factor = factors.at((i * count + f) * lanes).load(lanes)
                     to = (c * rows + i) * chains + (f * chains // count if products.by_field else f % chains)
-                    acc[to] = ir.fma(factor, w, acc[to])
+                    acc[to] = form.product(factor, w, acc[to])
         return acc
 
     def _put_origins(self, first: Size) -> None:
@@ -224,22 +254,29 @@ class _Loops:
             out = ir.select(ir.lane_mask(r * lanes // groups, lanes), out, values[r])
         return out
 
-    def _add_to_totals(self, acc: Sequence[Value], first: Size) -> None:
-        """The sums of the groups of a register, of which this is the first one, times their scales."""
+    def _add_to_totals(self, acc: Sequence[Value], first: Size, totals: Sequence[Value]) -> list[Value]:
+        """The sums of the groups of a register, of which this is the first one, times their scales; added to
+        ``totals``, or if there are none to those in memory.
+        """
+        added = []
         products, x, lanes, chains = self.products, self.x, self.products.form.lanes, self.products.chains
         for c, i in itertools.product(range(products.cols), range(products.rows)):
-            p = self.totals[c][i]
+            p, kept = self.totals[c][i], totals[c * products.rows + i] if totals else None
             some = list(acc[(c * products.rows + i) * chains : (c * products.rows + i + 1) * chains])
             if products.by_field:
-                total = p.load(lanes)
+                total = p.load(lanes) if kept is None else kept
                 for g, v in enumerate(some):
                     total = ir.fma(v, ir.splat(x.scales.at(c * x.pitch).at(first + g).load(), lanes), total)
-                p.store(total)
             else:
                 scale = self._per_lane(x.scales.at(c * x.pitch), first)
                 while len(some) > 1:
                     some = [ir.add_vectors(a, b) for a, b in zip(some[::2], some[1::2], strict=True)]
-                p.store(ir.fma(some[0], scale, p.load(lanes)))
+                total = ir.fma(some[0], scale, p.load(lanes) if kept is None else kept)
+            if kept is None:
+                p.store(total)
+            else:
+                added.append(total)
+        return added
 
 
 def _whole(p: Ptr) -> Ptr:
@@ -254,7 +291,7 @@ def least_group(form: Format) -> int:
 
 def inner_products(form: Format, target: Target) -> list[InnerProducts]:
     """All of a kernel: by how many groups a register holds 1, 2, 4."""
-    most = block(form) // least_group(form) if form.is_integer else 1
+    most = block(form) // least_group(form) if form.holds_groups else 1
     kinds = (False, True) if form.is_integer else (False,)
     groups = [1 << i for i in range(most.bit_length())]
     return [InnerProducts(form, target, m, g, p) for m in range(1, ROWS + 1) for p in kinds for g in groups]

@@ -24,7 +24,18 @@ from ..toolchain import LLC_FLAGS
 from . import finish
 from .columns import Columns
 from .dequantize import Dequantize
-from .formats import Bytes, Floats, Format, Nibbles, block
+from .formats import (
+    CHUNK,
+    BytePairs,
+    Bytes,
+    FloatPairs,
+    Floats,
+    Format,
+    NibblePairs,
+    Nibbles,
+    NibbleTable,
+    block,
+)
 from .inner import Inner
 from .inner_products import InnerProducts, inner_products
 from .rows import Rows
@@ -76,7 +87,8 @@ class QuantizedKernel(Generated):
 
     def facts(self) -> dict[str, Any]:
         bits, weights = (self.form.bits, block(self.form)) if self.form else (0, 0)
-        return {"form": self.form_name, "bits": bits, "block": weights}
+        pairs = int(self.form is not None and self.form.step == 2)
+        return {"form": self.form_name, "bits": bits, "block": weights, "pairs": pairs}
 
     def mlir(self) -> str:
         with ir.new_module() as module:
@@ -89,6 +101,8 @@ class QuantizedKernel(Generated):
         if self.form is None:
             finish.emit(module, self.symbol, self.target)
             tasks["finish"] = partial(finish.finish, module, self.symbol, self.target)
+            if self.target.lanes(4) == CHUNK:
+                tasks["add_scaled"] = partial(finish.add_scaled, module, self.symbol, self.target)
         else:
             rows = Rows(module, self.symbol, self.form.lanes)
             rows.emit_load()
@@ -96,11 +110,15 @@ class QuantizedKernel(Generated):
             columns.emit()
             inner = Inner(module, self.symbol, self.form, self.target, rows)
             inner.emit()
-            dequantize = Dequantize(module, self.symbol, self.form, rows)
             tasks["columns"] = columns.nest
             tasks["inner"] = inner.nest
-            tasks["dequantize_columns"] = dequantize.by_columns
-            tasks["dequantize_along_k"] = dequantize.along_k
+            if self.form.step == 1:
+                dequantize = Dequantize(module, self.symbol, self.form, rows)
+                tasks["dequantize_columns"] = dequantize.by_columns
+                tasks["dequantize_along_k"] = dequantize.along_k
+                if self.form.lanes == CHUNK:
+                    tasks["bfloat16_columns"] = dequantize.bfloat16_columns
+                    tasks["bfloat16_along_k"] = dequantize.bfloat16_along_k
         for task, emit in tasks.items():
             module.function(f"{self.symbol}_{task}", ["int64"], partial(self._task, emit), internal=True)
 
@@ -117,10 +135,18 @@ class QuantizedKernel(Generated):
 
 
 def kernels() -> Iterator[QuantizedKernel]:
-    """Every one, in a fixed order: for the targets whose float32 products are of vectors."""
+    """Every one, in a fixed order: for the targets whose float32 products are of vectors, or that have products of
+    bfloat16 pairs.
+    """
     for target in TARGETS.values():
+        lanes = target.lanes(4)
+        forms: list[Format | None] = []
         if "fma" in target.nanokernels:
-            lanes = target.lanes(4)
-            integers = [kind(lanes, signed) for kind in (Bytes, Nibbles) for signed in (True, False)]
-            for form in (*integers, Floats(4, lanes), Floats(5, lanes), None):
-                yield QuantizedKernel(target, form)
+            nibbles = NibbleTable if lanes == CHUNK else Nibbles
+            forms += [kind(lanes, signed) for kind in (Bytes, nibbles) for signed in (True, False)]
+            forms += [Floats(4, lanes), Floats(5, lanes), None]
+        if "bf16_dot" in target.nanokernels:
+            forms += [kind(lanes, signed) for kind in (BytePairs, NibblePairs) for signed in (True, False)]
+            forms += [FloatPairs(4, lanes), FloatPairs(5, lanes)]
+        for form in forms:
+            yield QuantizedKernel(target, form)

@@ -13,6 +13,7 @@ from functools import partial
 from jax_nano._core.spec import DTYPES, QUANTIZED_ROWS
 
 from .. import ir
+from ..arguments import Given
 from ..ir import I64, Ptr, Size, Value
 
 
@@ -37,6 +38,10 @@ class Rows:
         """Adds the function behind ``store``."""
         self.module.function(self._name("store"), ["float32", "i64", "i64", "i64"], self._store, internal=True)
 
+    def emit_gather(self) -> None:
+        """Adds the function behind ``gather``."""
+        self.module.function(self._name("gather"), ["i64", "i64", "i64", "float32", "i64"], self._gather, internal=True)
+
     def _name(self, what: str) -> str:
         return f"{self.prefix}_rows_{what}"
 
@@ -44,9 +49,19 @@ class Rows:
         """``count`` elements at the address ``source`` as float32, ``step`` apart."""
         self.module.call(self._name("load"), [source, dtype, to, count, step])
 
+    @staticmethod
+    def of_x(x: Given, row: Size, step: int) -> tuple[I64, Size]:
+        """Where a row of x lies, and the dtype for ``load``: pairs of bfloat16 are moved as if they were float32."""
+        dtype = x.x_dtype if step == 1 else QUANTIZED_ROWS.index("float32")
+        return address(x.x, row, x.rsx // step, dtype), dtype
+
     def store(self, source: Ptr, to: I64, dtype: Size, count: Size) -> None:
         """``count`` float32 as elements of ``dtype`` at the address ``to``, each rounded once."""
         self.module.call(self._name("store"), [source, to, dtype, count])
+
+    def gather(self, source: I64, dtype: Size, step: Size, to: Ptr, count: Size) -> None:
+        """``count`` elements ``step`` apart from the address ``source`` on as float32."""
+        self.module.call(self._name("gather"), [source, dtype, step, to, count])
 
     def scalar(self, address: I64, dtype: Size, index: Size) -> Value:
         """One element as a float32."""
@@ -70,6 +85,15 @@ class Rows:
                 to.at(i * step).store(_widened(p.at(i).load(lanes), name))
 
         self._each_dtype(dtype, QUANTIZED_ROWS, of)
+
+    def _gather(self, source: I64, dtype: I64, step: I64, to: Ptr, count: I64) -> None:
+        def of(name: str) -> None:
+            p = Ptr.of_address(source, name)
+            whole = ir.select_size(ir.equal(step, 1), count // self.lanes * self.lanes, 0)
+            for i, lanes in self._vectors_and_elements(whole, count):
+                to.at(i).store(_widened(p.at(i * step).load(lanes), name))
+
+        self._each_dtype(dtype, tuple(x for x in QUANTIZED_ROWS if DTYPES[x].kind == "float"), of)
 
     def _store(self, source: Ptr, to: I64, dtype: I64, count: I64) -> None:
         def of(name: str) -> None:

@@ -21,14 +21,13 @@ from ..walks import LINE
 from .formats import Format, block, field_count
 
 ROWS = 4  # of x at once: with more of them products, not memory, are the limit
-DEPTH = 8  # rows of weights in a sweep
 
 
 @dataclass(frozen=True)
 class Sweep:
     """One sweep of ``depth`` rows of weights with ``rows`` rows of x.
 
-    With a depth of 1 it also takes columns that do not fill a register; else they are the caller's.
+    With the least depth it also takes columns that do not fill a register; else they are the caller's.
     """
 
     form: Format
@@ -62,7 +61,7 @@ class Sweep:
     @property
     def registers(self) -> int:
         """Of columns in a step of the loop: with one row of x as many as fill a line, which is fetched once."""
-        return LINE // (4 * self.form.lanes) if self.rows == 1 and self.depth > 1 else 1
+        return LINE // (4 * self.form.lanes) if self.rows == 1 and self.depth > self.form.step else 1
 
     def _body(self, *values: Any) -> None:
         x, form, lanes = Given(dict(zip(self.PARAMS, values, strict=True))), self.form, self.form.lanes
@@ -71,12 +70,12 @@ class Sweep:
 
         def step(_: I64, *at: Ptr) -> list[Any]:
             for r in range(self.registers):
-                columns.register(columns.next(at, r), lambda p: p, prefetches=self.depth > 1 and r == 0)
+                columns.register(columns.next(at, r), lambda p: p, prefetches=self.depth > form.step and r == 0)
             return columns.next(at, self.registers)
 
         first = [x.q.at(d * x.rsq) for d in range(0, self.depth, A_ROWS_PER_POINTER)]
         at = ir.loop(0, x.cols // (self.registers * width), 1, [*first, x.sums, x.zeros], step)
-        if self.depth == 1:
+        if self.depth == form.step:
             words = (x.cols % width) * form.bits // 32
             mask = ir.lane_mask(words, lanes)
             for _ in ir.when(ir.less(0, words)):
@@ -111,16 +110,18 @@ class _Columns:
             which = range(first, first + sweep.fields_at_once)
             places = [[total.at((i * count + f) * lanes) for f in which] for i in range(rows)]
             acc = [[p.load(lanes) for p in of_row] for of_row in places]
-            for d, row in enumerate(rows_of_q):
-                if prefetches and first == 0:
+            for d in range(0, sweep.depth, form.step):
+                some = rows_of_q[d : d + form.step]
+                for row in some if prefetches and first == 0 else []:
                     row.at(self.next_rows).prefetch(level=2)
                 # Or LLVM keeps what every row of weights needs in registers, of which there are not enough.
                 ir.keep_order()
-                factors = [ir.splat(self.x.x.at(d * rows + i).load(), lanes) for i in range(rows)]
-                for j, v in enumerate(form.fields(load(row), which, self.constants)):
+                at_x = d // form.step * rows
+                factors = [ir.splat(self.x.x.at(at_x + i).load(), lanes) for i in range(rows)]
+                for j, v in enumerate(form.of_rows([load(row) for row in some], which, self.constants)):
                     w = ir.subtract(v, zero.at(which[j] * lanes).load(lanes)) if sweep.points else v
                     for i, factor in enumerate(factors):
-                        acc[i][j] = ir.fma(factor, w, acc[i][j])
+                        acc[i][j] = form.product(factor, w, acc[i][j])
             for of_row, values in zip(places, acc, strict=True):
                 for p, v in zip(of_row, values, strict=True):
                     p.store(v)
@@ -136,4 +137,5 @@ class _Columns:
 def sweeps(form: Format, target: Target) -> list[Sweep]:
     """All of a kernel."""
     kinds = (False, True) if form.is_integer else (False,)
-    return [Sweep(form, target, m, depth, p) for m in range(1, ROWS + 1) for depth in (DEPTH, 1) for p in kinds]
+    depths = (form.depth, form.step)
+    return [Sweep(form, target, m, depth, p) for m in range(1, ROWS + 1) for depth in depths for p in kinds]
