@@ -28,7 +28,7 @@ def counts(row: Row, core: Sequence[int]) -> Floats:
     """What the model counts for each candidate of a product: a line for each, a column for each of NAMES."""
     choices = [dict(zip(CHOICE, values, strict=True)) for values in row["choices"]]
     l1d, l2, near, far, *rest = core
-    if row["cold"]:  # no cache beyond L2 has the operands: as the planner sees weights (search.cc, Met)
+    if row.get("cold"):  # no cache beyond L2 has the operands: as the planner sees weights (search.cc, Met)
         near = far = 0
     return fitting.counts(product_of(row), choices, [l1d, l2, near, far, *rest])
 
