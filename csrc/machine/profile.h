@@ -92,6 +92,14 @@ struct Profile {
     double transpose_byte = 1 / 16.;  // transposing a byte of B for register tiles, in the same
   } inner;
 
+  // NUMERIC. Up to how many columns C^T is computed instead of C where the columns of A are contiguous: its vectors run
+  // along these, and are full.
+  struct Transposed {
+    int64_t max_columns = 8;
+    int64_t min_rows = 64;
+    int64_t min_k = 64;
+  } transposed;
+
   // NUMERIC. When a kernel that multiplies more slowly but reads B where it lies beats the best one, which packs B.
   // From memory, for 16-bit elements and more rows than one sweep takes: bf16 5x4096x4096 in 2.0 ms instead of 4.0,
   // 8x 3.1 and 4.4, 16x 5.2 and 6.5, 24x 9.8 both; 16x1024x1024 takes 1.4 times as long.

@@ -277,6 +277,11 @@ Split SplitForPartialSums(const KernelInfo& kernel, const Product& x, Split spli
   return split;
 }
 
+bool PrefersTransposed(const Product& x, const Profile& profile) {
+  const Profile::Transposed& least = profile.transposed;
+  return x.rsa == 1 && x.csa != 1 && x.n <= least.max_columns && x.m >= least.min_rows && x.k >= least.min_k;
+}
+
 bool PrefersDirectKernel(const Schedule& schedule, const KernelInfo& kernel, const Product& x, const Profile& profile) {
   if (InnerOf(schedule) != nullptr || x.csb != 1) return false;
   const bool from_memory =
