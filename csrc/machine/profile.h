@@ -42,6 +42,9 @@ struct Profile {
     // A B out of cache is read by this many of its rows at a time: 16x4096x4096 in 5.8 ms with 128, 11.4 with 64.
     int64_t unpacked_out_of_cache = 128;
     int64_t unpacked_aliased = 64;  // a B whose rows share L1 sets: 32x1024x1024 in 635 us with 64, 848 with 1024
+    // A B of at most half a vector of columns, whose block is small however deep; A's rows are read in longer runs.
+    // 3000x8x3000 from memory, GB/s of A: 22.5 with 4096, 20.5 with 2048, 18.5 with 1024.
+    int64_t narrow = 4096;
   } depth;
 
   // When operands of the blocked path are packed, and how large a packed block is.
@@ -88,6 +91,9 @@ struct Profile {
     int64_t max_copied = 8;            // rows or columns that are copied along k first, if they do not lie so,
     int64_t min_met = 32;              // and meet at least this many of the other operand,
     int64_t max_copied_bytes = 1 << 20;
+    // A larger B than that meets tiles of many rows if its columns are more than this, and fill half a vector at most:
+    // 300x8x50000, GB/s of A: 21 by tiles, 12 by inner products; 300x4x50000 20 and 25.
+    int64_t max_long_columns = 4;
     double lane_sum = 3;              // adding up the lanes of an accumulator, in vector multiply-adds
     double transpose_byte = 1 / 16.;  // transposing a byte of B for register tiles, in the same
   } inner;
@@ -95,7 +101,7 @@ struct Profile {
   // NUMERIC. Up to how many columns C^T is computed instead of C where the columns of A are contiguous: its vectors run
   // along these, and are full.
   struct Transposed {
-    int64_t max_columns = 8;
+    int64_t max_columns = 16;
     int64_t min_rows = 64;
     int64_t min_k = 64;
   } transposed;

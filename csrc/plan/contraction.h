@@ -31,7 +31,7 @@ struct Loop {
 struct Contraction {
   bool swapped = false;     // A is rhs and B is lhs
   bool transposed = false;  // what is computed is C's transpose: `m` runs along a row of the result, `n` down a column
-  bool empty = false;    // C has no elements; the lists are not filled then
+  bool empty = false;       // C has no elements; the lists are not filled then
   std::vector<Loop> batch, m, n, k;
 };
 

@@ -187,8 +187,7 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
   const std::optional<Schedule> fastest = FastestOrderOfSums(kernel, WholeProduct(nest), machine);
   choice.schedule = fastest ? *fastest : ChooseOrderOfSums(kernel, x, profile);
   choice.split_k_unit = SplitKUnit(choice.schedule, profile);
-  choice.split_k =
-      nest.transposed ? 1 : ChooseSplitK(choice.schedule, kernel, x, nest.products, nest.passes, profile);
+  choice.split_k = nest.transposed ? 1 : ChooseSplitK(choice.schedule, kernel, x, nest.products, nest.passes, profile);
   TakeBatch(kernel, choice.split_k, nest);
   // Slices of k occupy threads too. A pass over an outer contracting dimension is not worth one, but is work.
   const int64_t threads_of_a_slice = CeilDiv(threads, choice.split_k);

@@ -104,7 +104,8 @@ void StoreTransposed(const Plan& plan, const GemmArgs& block, void* out, const E
   product.m = block.n;
   product.n = block.m;
   product.rsc = plan.out_rows_apart;
-  GemmArgs args = Arguments(Blocked{.mc = kernel.mr, .kc = kernel.kr, .nc = kernel.nr, .tile_rows = kernel.mr}, product);
+  GemmArgs args =
+      Arguments(Blocked{.mc = kernel.mr, .kc = kernel.kr, .nc = kernel.nr, .tile_rows = kernel.mr}, product);
   args.a = block.a;
   args.b = block.b;
   args.c = out;
