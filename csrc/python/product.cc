@@ -196,6 +196,7 @@ nb::dict PlanDict(const Plan& plan) {
   d["rsb"] = x.rsb;
   d["csb"] = x.csb;
   d["rsc"] = x.rsc;
+  d["out_rows_apart"] = plan.out_rows_apart;
   d["batch"] = x.batch;
   d["bsa"] = x.bsa;
   d["bsb"] = x.bsb;
