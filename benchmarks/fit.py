@@ -25,7 +25,8 @@ Row = dict[str, Any]
 
 def counts(row: Row, core: Sequence[int]) -> Floats:
     """What the model counts for each candidate of a product: a line for each, a column for each of NAMES."""
-    choices = [dict(zip(CHOICE, values, strict=True)) for values in row["choices"]]
+    # Old records lack what there was nothing to choose of.
+    choices = [dict(zip(CHOICE, values, strict=False)) for values in row["choices"]]
     return fitting.counts(product_of(row), choices, core)
 
 

@@ -32,11 +32,12 @@ from .target import Target
 TILE, TILE_OF_16_REGISTERS = (4, 4), (3, 3)
 SHIFTED_TILE_OF_16_REGISTERS = (3, 2)  # with a sum and a constant more for each column's correction
 # Rows by columns of tiles for all columns of a B of few, with 32 registers: A is then read once, and B, which is read
-# again for each tile, not more often than need be. Of as many columns as in the last two a tile has fewer rows, and A's
-# next ones are prefetched. Zen 4, A in memory, GB/s of A: 2 columns 28 to 33, by 4x4 tiles 23; 4 columns 22 to 25, 19;
-# 6 columns 24, 12.
+# again for each tile, not more often than need be. Zen 4, A in memory, GB/s of A: 2 columns 28 to 33, by 4x4 tiles 23;
+# 4 columns 23, and 26 if the next rows are prefetched, 19; 6 columns 18, 28, 12. In L2 prefetching costs a tenth, of 5
+# and more columns less.
 TALL_TILES = ((12, 2), (8, 3), (6, 4), (4, 5), (4, 6))
-PREFETCHING_COLUMNS = 5
+ALWAYS_PREFETCHED_COLUMNS = 5
+PREFETCHED_BYTES = 512 << 10  # of the next rows, at most: they are to stay in L2
 # Vectors that lie in memory (Zen 4, one row): long ones as so many streams, the next ones prefetched, 33 GB/s,
 # one after the other 24; short ones one after the other, as they lie, 29 to 32 GB/s, four side by side 11 to 18.
 LONG_AT_ONCE, LONG_AT_ONCE_OF_16_REGISTERS = 8, 4
@@ -68,10 +69,15 @@ class InnerPath:
         return [*tiles, *self.tall(), *self.from_memory()]
 
     def tall(self) -> list[InnerMicrokernel]:
-        """For all columns of a B of 2, 3 ... columns at once; none where A or B is converted on the way."""
+        """For all columns of a B of 2, 3 ... columns at once, then those of them that differ where A lies in memory.
+
+        There are none where A or B is converted on the way.
+        """
         if self.target.vector_registers < 32 or not self.a == self.b == self.family.unit:
             return []
-        return [self._micro(r, c, "a" if c >= PREFETCHING_COLUMNS else "", r) for r, c in TALL_TILES]
+        tiles = [(r, c, c >= ALWAYS_PREFETCHED_COLUMNS) for r, c in TALL_TILES]
+        tiles += [(r, c, True) for r, c, prefetches in tiles if not prefetches]
+        return [self._micro(r, c, "a" if prefetches else "", r) for r, c, prefetches in tiles]
 
     def from_memory(self) -> list[InnerMicrokernel]:
         """For vectors in memory against a single one: long columns, long rows, short columns, short rows."""
@@ -237,7 +243,11 @@ class _Loops:
 
     def _tall_tiles(self, x: Given, order: _Order) -> list[Size]:
         """Rows against all columns at once, if there are tiles for these; returns how many are done."""
-        kernels = self.path.tall()
+        every, names = self.path.tall(), self.tall
+        kernels, ahead = (
+            every[: len(TALL_TILES)],
+            dict(zip(names[len(TALL_TILES) :], every[len(TALL_TILES) :], strict=True)),
+        )
         fewest, most = kernels[0].cols, kernels[-1].cols
         fits = ir.both(ir.at_least(order.inner, fewest), ir.at_least(most, order.inner))
         which = order.inner - fewest
@@ -246,11 +256,15 @@ class _Loops:
             return order.outer // kernel.rows * kernel.rows
 
         def by(kernel: InnerMicrokernel, name: str) -> None:
+            others = [n for n, k in ahead.items() if k.cols == kernel.cols]
+            next_rows = x.k * kernel.rows * ir.elem_bytes(self.path.a)
+            prefetched = ir.both(x.in_memory, ir.at_least(PREFETCHED_BYTES, next_rows))
             for first in ir.range_(0, rows_of(kernel), kernel.rows):
-                self._run(x, _Tile.of(order, (first, kernel.rows), (0, kernel.cols)), [name], 0)
+                tile = _Tile.of(order, (first, kernel.rows), (0, kernel.cols))
+                self._run(x, tile, [name, *others], ir.select_size(prefetched, 1, 0))
 
         for _ in ir.when(fits):
-            ir.switch(which, [partial(by, kernel, name) for kernel, name in zip(kernels, self.tall, strict=True)])
+            ir.switch(which, [partial(by, kernel, name) for kernel, name in zip(kernels, names, strict=False)])
         done: Size = 0
         for i, kernel in enumerate(kernels):
             done = ir.select_size(ir.both(fits, ir.equal(which, i)), rows_of(kernel), done)

@@ -87,7 +87,7 @@ def test_random_calls(kernel, rng):
     for _ in range(150):
         fields = draw_call(kernel.info, rng)
         m, n, k = (fields[x] for x in "mnk")
-        if fields["csb"] not in (1, k):
+        if fields["csb"] not in (1, k) or fields["rsb"] not in (1, n):
             k_extent = (max(k, 1) - 1) * fields["rsb"] + (n - 1) * fields["csb"] + 1
         else:
             k_extent = k * n
