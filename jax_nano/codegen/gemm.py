@@ -104,7 +104,9 @@ class Gemm(Composition):
                 # Lower tiles take no less time, as what they wait for is a product to add the next one to; but where
                 # there are halves, packing fills no more.
                 if self._halves and (m > LATENCY or not direct_b):
-                    half = self._micro(Tile(m, 1, tile.lanes // 2), direct_b, masked=True)
+                    # With half a vector of columns A is read about as fast as memory gives it.
+                    ahead = self.a == self.b == self.family.unit and m in (self.tile.mr, self.tile.mr // 2)
+                    half = self._micro(Tile(m, 1, tile.lanes // 2), direct_b, masked=True, ahead=ahead)
                 yield TileRow(whole, masked, half)
 
     @property
@@ -114,7 +116,7 @@ class Gemm(Composition):
         """
         return self.target.vector_bits == 512 and self.direct_a
 
-    def _micro(self, tile: Tile, direct_b: bool, *, masked: bool = False) -> Microkernel:
+    def _micro(self, tile: Tile, direct_b: bool, *, masked: bool = False, ahead: bool = False) -> Microkernel:
         b = self.b if direct_b else self.family.unit
         return Microkernel(
             tile=tile,
@@ -126,4 +128,5 @@ class Gemm(Composition):
             direct_b=direct_b,
             masks_b=self.target.masks(ir.elem_bytes(b)),
             masks_c=self.target.masks(ir.elem_bytes(self.out)),
+            ahead=ahead,
         )
