@@ -26,7 +26,8 @@ _FEWEST = 3  # candidates
 
 def counts(row: Row, core: Sequence[int]) -> Floats:
     """What the model counts for each candidate of a product: a line for each, a column for each of NAMES."""
-    choices = [dict(zip(CHOICE, values, strict=True)) for values in row["choices"]]
+    # Old records lack what there was nothing to choose of.
+    choices = [dict(zip(CHOICE, values, strict=False)) for values in row["choices"]]
     l1d, l2, near, far, *rest = core
     if row.get("cold"):  # no cache beyond L2 has the operands: as the planner sees weights (search.cc, Met)
         near = far = 0

@@ -109,6 +109,8 @@ class _Plan(TypedDict):
     kernel: str
     target: str
     swapped: bool  # A is rhs and B is lhs
+    transposed: bool  # C^T is computed in workspace; m, n and the strides are those of that product
+    out_rows_apart: int  # of a transposed plan: from a row of the result to the next one
     empty: bool  # the result has no elements; the rest is zero
     m: int
     n: int

@@ -42,6 +42,9 @@ struct Profile {
     // A B out of cache is read by this many of its rows at a time: 16x4096x4096 in 5.8 ms with 128, 11.4 with 64.
     int64_t unpacked_out_of_cache = 128;
     int64_t unpacked_aliased = 64;  // a B whose rows share L1 sets: 32x1024x1024 in 635 us with 64, 848 with 1024
+    // A B of at most half a vector of columns, whose block is small however deep; A's rows are read in longer runs.
+    // 3000x8x3000 from memory, GB/s of A: 22.5 with 4096, 20.5 with 2048, 18.5 with 1024.
+    int64_t narrow = 4096;
   } depth;
 
   // When operands of the blocked path are packed, and how large a packed block is.
@@ -86,11 +89,24 @@ struct Profile {
   struct Inner {
     int64_t max_rows_or_columns = 16;  // of the smaller operand, where both lie along k
     int64_t max_copied = 8;            // rows or columns that are copied along k first, if they do not lie so,
-    int64_t min_met = 32;              // and meet at least this many of the other operand,
+    int64_t min_met = 16;              // and meet at least this many of the other operand,
     int64_t max_copied_bytes = 1 << 20;
+    // A larger B than that meets tiles of many rows if its columns are more than this, and fill half a vector at most:
+    // 300x8x50000, GB/s of A: 21 by tiles, 12 by inner products; 300x4x50000 20 and 25.
+    int64_t max_long_columns = 4;
     double lane_sum = 3;              // adding up the lanes of an accumulator, in vector multiply-adds
     double transpose_byte = 1 / 16.;  // transposing a byte of B for register tiles, in the same
   } inner;
+
+  // NUMERIC. Up to how many columns C^T is computed instead of C where the columns of A are contiguous: its vectors run
+  // along these, and are full. TN 1024x4x16384 3.0 ms instead of 44, 2000x12x3000 1.4 and 3.8, 1024x16x4096 1.24 and
+  // 1.69; in cache 29x2x128 0.33 us instead of 0.65, 128x8x128 3.0 and 3.6.
+  struct Transposed {
+    int64_t max_columns = 16;
+    int64_t min_rows = 16;
+    int64_t rows_a_column = 4;  // at least, or the last vector of each of C^T's rows counts
+    int64_t min_k = 64;
+  } transposed;
 
   // NUMERIC. When a kernel that multiplies more slowly but reads B where it lies beats the best one, which packs B.
   // From memory, for 16-bit elements and more rows than one sweep takes: bf16 5x4096x4096 in 2.0 ms instead of 4.0,

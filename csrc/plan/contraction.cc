@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <optional>
 #include <stdexcept>
+#include <utility>
 
 #include "plan/registry.h"
 
@@ -187,6 +188,17 @@ Contraction Analyze(const Operand& lhs, const Operand& rhs, const Operand& out, 
   if (last_is_n) result.n.push_back(loop(o, last));
   result.k = Collapse(std::move(result.k), &Loop::a);
   return result;
+}
+
+Contraction Transposed(const Contraction& contraction) {
+  Contraction out = contraction;
+  out.swapped = !out.swapped;
+  out.transposed = !out.transposed;
+  std::swap(out.m, out.n);
+  for (std::vector<Loop>* loops : {&out.batch, &out.m, &out.n, &out.k}) {
+    for (Loop& loop : *loops) std::swap(loop.a, loop.b);
+  }
+  return out;
 }
 
 }  // namespace jax_nano

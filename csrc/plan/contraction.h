@@ -27,10 +27,11 @@ struct Loop {
 
 // C[batch, m, n] = sum over k of A[batch, m, k] * B[batch, k, n]. Each list is outermost first, without
 // loops of size 1 and with neighbours merged wherever their strides allow it in every array; an empty
-// list means the size 1. In `n`, the last loop has c == 1.
+// list means the size 1. In `n`, the last loop has c == 1, unless C is transposed.
 struct Contraction {
-  bool swapped = false;  // A is rhs and B is lhs
-  bool empty = false;    // C has no elements; the lists are not filled then
+  bool swapped = false;     // A is rhs and B is lhs
+  bool transposed = false;  // what is computed is C's transpose: `m` runs along a row of the result, `n` down a column
+  bool empty = false;       // C has no elements; the lists are not filled then
   std::vector<Loop> batch, m, n, k;
 };
 
@@ -39,6 +40,9 @@ struct Contraction {
 // last_is_n: out's last dimension is to be the last loop of `n`, alone and whatever its size, so that something that
 // runs along it (a bias) runs along B's columns. An error if it is a batch dimension or there is none.
 Contraction Analyze(const Operand& lhs, const Operand& rhs, const Operand& out, bool last_is_n = false);
+
+// The same sums with the roles of A and B exchanged. It must be one loop of `m` and one of `n`.
+Contraction Transposed(const Contraction& contraction);
 
 // "float32[3,4]", with labels "float32[3,4]{0,1}".
 std::string Describe(std::string_view dtype, std::span<const int64_t> shape);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <iterator>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -30,7 +31,10 @@ constexpr int64_t kNearBytes = 256 << 10;  // of B
 // Rows of A at a time there, with vectors of 512 bits.
 constexpr int64_t kShortRows = 4, kShortWideRows = 8, kWideVectors = 4;
 constexpr int64_t kSweepRows = 4, kSweepDepth = 4, kSweepSumsBytes = 16 << 10;  // codegen/sweep.py
-constexpr int64_t kInnerTile = 3;                                               // codegen/inner.py, of 16 registers
+// codegen/inner.py: rows and columns of a tile with 16 registers and with 32, and rows of tall tiles of all of 2 to 6
+// columns.
+constexpr int64_t kInnerTile = 3, kInnerWideTile = 4;
+constexpr int64_t kTallRows[] = {12, 8, 6, 4, 4}, kFewestTall = 2;
 
 // A product's loops and caches, and the counts so far.
 class Counter {
@@ -184,7 +188,9 @@ void Counter::CountTiles(const Blocked& x, int64_t rows, double depth, int64_t c
   tiles(widest, columns / (widest * lanes));
   tiles(columns % (widest * lanes) / lanes, 1);
   if (columns % lanes != 0) {
-    Add(x.pack_b ? Cost::kPackedStep : Cost::kMaskedStep, times * steps * Cycles(Real(rows), 1));
+    // Of at most half a vector's columns, half a vector (codegen/tile_row.py).
+    const bool half = IsWide() && kernel_.direct_a && columns % lanes * 2 <= lanes;
+    Add(x.pack_b ? Cost::kPackedStep : Cost::kMaskedStep, times * steps * Cycles(Real(rows), half ? 0.5 : 1));
     Add(Cost::kCMasked, times * Real(rows));
     Add(Cost::kCAddMasked, times * Real(rows) * again);
   }
@@ -334,17 +340,24 @@ void Counter::Count(const InnerProduct& x) {
     if (x_.k * b_bytes_ % vector_bytes != 0) Add(Cost::kInnerUnaligned, all * steps * Real(rows + columns));
     if (x_.k % lanes != 0) Add(Cost::kInnerRest, all * Real(rows * columns));
   };
-  const int64_t m = x_.m / kInnerTile, n = x_.n / kInnerTile, m_rest = x_.m % kInnerTile, n_rest = x_.n % kInnerTile;
-  tiles(kInnerTile, kInnerTile, m * n);
-  tiles(kInnerTile, n_rest, m);
-  tiles(m_rest, kInnerTile, n);
-  tiles(m_rest, n_rest, 1);
+  const int64_t side = IsWide() ? kInnerWideTile : kInnerTile, few = std::min(x_.m, x_.n);
+  int64_t longer_left = std::max(x_.m, x_.n), turns = CeilDiv(longer_left, side);
+  if (IsWide() && few >= kFewestTall && few < kFewestTall + static_cast<int64_t>(std::size(kTallRows))) {
+    const int64_t rows = kTallRows[few - kFewestTall];
+    tiles(rows, few, longer_left / rows);
+    turns = longer_left / rows + 1;
+    longer_left %= rows;
+  }
+  tiles(side, side, longer_left / side * (few / side));
+  tiles(side, few % side, longer_left / side);
+  tiles(longer_left % side, side, few / side);
+  tiles(longer_left % side, few % side, 1);
   if (x.pack_a) Add(Cost::kInnerCopyA, Real(x_.m) * Real(x_.k));
   if (x.pack_b) Add(Cost::kInnerCopyB, Real(x_.n) * Real(x_.k));
   const double a = Real(x_.m) * Real(x_.k) * Real(a_bytes_), b = Real(x_.n) * Real(x_.k) * Real(b_bytes_);
   const auto [longer, other] = x_.n >= x_.m ? std::pair{b, a} : std::pair{a, b};
   Add(x.prefetch ? Cost::kInnerPrefetchedLine : Cost::kInnerLine, together_, longer / kLine);
-  Add(Cost::kInnerAgainLine, LevelOf(other), other / kLine * Real(CeilDiv(std::max(x_.m, x_.n), kInnerTile)));
+  Add(Cost::kInnerAgainLine, LevelOf(other), other / kLine * Real(turns));
 }
 
 void Counter::Count(const Sweep& x) {

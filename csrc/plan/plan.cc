@@ -29,8 +29,10 @@ Loop TakeLargest(std::vector<Loop>& loops) {
 struct Nest {
   Product product;
   std::vector<Loop> outer, k_outer;
-  int64_t products = 1;  // of `outer` and the kernel's batch loop
-  int64_t passes = 1;    // of `k_outer`
+  int64_t products = 1;        // of `outer` and the kernel's batch loop
+  int64_t passes = 1;          // of `k_outer`
+  bool transposed = false;     // C is a block of workspace, not the result
+  int64_t out_rows_apart = 0;  // of a transposed nest: the result's stride along n
 
   int64_t all_k() const { return product.k * passes; }
 };
@@ -62,15 +64,18 @@ Nest MakeNest(const Contraction& contraction) {
   x.csa = inner_k.size > 1 ? inner_k.a : 1;
   x.rsb = inner_k.b;
   x.csb = inner_n.size > 1 ? inner_n.b : 1;
-  x.rsc = inner_m.c;
+  x.rsc = contraction.transposed ? inner_n.size : inner_m.c;
   x.accumulates = nest.passes > 1;
+  nest.transposed = contraction.transposed;
+  nest.out_rows_apart = contraction.transposed ? inner_n.c : 0;
   return nest;
 }
 
 // Completes the product: k in so many slices, and a batch loop inside the kernel, where partial sums allow it. There is
-// room for those of one product only: of a slice of k, or of a kernel with a narrow C until its last pass.
+// room for those of one product only: of a slice of k, or of a kernel with a narrow C until its last pass; or all of a
+// product's sums are transposed at the end.
 void TakeBatch(const KernelInfo& kernel, int64_t split_k, Nest& nest) {
-  const bool one_by_one = split_k > 1 || (kernel.narrow_out && !nest.k_outer.empty());
+  const bool one_by_one = split_k > 1 || nest.transposed || (kernel.narrow_out && !nest.k_outer.empty());
   const Loop batch = one_by_one ? Loop{1, 0, 0, 0} : TakeLargest(nest.outer);
   nest.product.batch = batch.size;
   nest.product.bsa = batch.a;
@@ -109,6 +114,7 @@ std::string WhyIllegal(const KernelInfo& kernel, const Nest& nest, const Choice&
   if (const std::string why = Validate(choice.schedule, kernel, LargestItem(kernel, x, choice)); !why.empty()) {
     return why;
   }
+  if (nest.transposed && choice.split_k != 1) return "split_k must be 1 if C is transposed";
   if (choice.split_k_unit < 1 || choice.split_k_unit % kernel.kr != 0) return "split_k_unit must be a multiple of kr";
   if (!between(choice.split_k, CeilDiv(x.k, choice.split_k_unit))) {
     return "split_k must be at least 1 and at most the number of units in k";
@@ -122,6 +128,8 @@ Plan Assemble(const Contraction& contraction, const KernelInfo& kernel, Nest nes
   Plan plan;
   plan.kernel = &kernel;
   plan.swapped = contraction.swapped;
+  plan.transposed = nest.transposed;
+  plan.out_rows_apart = nest.out_rows_apart;
   plan.a_bytes = ElementBytes(kernel.lhs);
   plan.b_bytes = ElementBytes(kernel.rhs);
   plan.c_bytes = ElementBytes(kernel.out);
@@ -146,8 +154,10 @@ Plan Assemble(const Contraction& contraction, const KernelInfo& kernel, Nest nes
   plan.args = Arguments(plan.schedule, x);
   plan.a_pack_bytes = PackedABytes(plan.schedule, kernel, x);
   plan.b_pack_bytes = PackedBBytes(plan.schedule, kernel, x);
-  plan.partial_bytes = PartialBytes(kernel, ItemRows(kernel, x, choice.split), x.rs_partial);
-  plan.one_call = plan.items() == 1 && plan.outer.empty() && plan.k_outer.empty();
+  const int64_t item_rows = ItemRows(kernel, x, choice.split);
+  plan.partial_bytes = nest.transposed ? PartialBytes(kernel, item_rows, ItemColumns(kernel, x, choice.split))
+                                       : PartialBytes(kernel, item_rows, x.rs_partial);
+  plan.one_call = plan.items() == 1 && plan.outer.empty() && plan.k_outer.empty() && !plan.transposed;
   return plan;
 }
 
@@ -177,7 +187,7 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
   const std::optional<Schedule> fastest = FastestOrderOfSums(kernel, WholeProduct(nest), machine);
   choice.schedule = fastest ? *fastest : ChooseOrderOfSums(kernel, x, profile);
   choice.split_k_unit = SplitKUnit(choice.schedule, profile);
-  choice.split_k = ChooseSplitK(choice.schedule, kernel, x, nest.products, nest.passes, profile);
+  choice.split_k = nest.transposed ? 1 : ChooseSplitK(choice.schedule, kernel, x, nest.products, nest.passes, profile);
   TakeBatch(kernel, choice.split_k, nest);
   // Slices of k occupy threads too. A pass over an outer contracting dimension is not worth one, but is work.
   const int64_t threads_of_a_slice = CeilDiv(threads, choice.split_k);
@@ -187,7 +197,7 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
   const std::optional<Split> split = FastestSplit(choice.schedule, kernel, whole, most, threads_of_a_slice, machine);
   choice.split =
       split ? *split : ChooseSplit(choice.schedule, kernel, x, nest.products, all_k, threads_of_a_slice, most, profile);
-  if (choice.split_k == 1 && NeedsPartialSums(choice.schedule, kernel, x)) {
+  if (nest.transposed || (choice.split_k == 1 && NeedsPartialSums(choice.schedule, kernel, x))) {
     choice.split = SplitForPartialSums(kernel, x, choice.split, kMaxPartialBytes);
   }
   const Product item = LargestItem(kernel, x, choice);
@@ -207,6 +217,11 @@ std::vector<Scored> ConsideredOrders(const Contraction& contraction, const Kerne
   return orders;
 }
 
+bool MayTranspose(const Contraction& contraction, const KernelInfo& kernel) {
+  const bool either_role = kernel.direct_a && kernel.direct_b && std::string_view(kernel.lhs) == kernel.rhs;
+  return contraction.m.size() == 1 && contraction.n.size() == 1 && either_role && !kernel.narrow_out;
+}
+
 Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::string_view algorithm,
               std::span<const Target* const> targets, int64_t threads, const Machine& machine, bool last_is_n) {
   const Contraction contraction = Analyze(lhs, rhs, out, last_is_n);
@@ -218,6 +233,9 @@ Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::s
   if (kernel == nullptr) {
     throw std::invalid_argument("jax_nano has no kernel on this machine for " + Describe(lhs) + ", " + Describe(rhs) +
                                 " -> " + Describe(out) + ", algorithm " + std::string(algorithm));
+  }
+  if (MayTranspose(contraction, *kernel) && PrefersTransposed(MakeNest(contraction).product, machine.profile)) {
+    return MakePlan(Transposed(contraction), *kernel, threads, machine);
   }
   Plan plan = MakePlan(contraction, *kernel, threads, machine);
   if (!plan.empty && PrefersDirectKernel(plan.schedule, *kernel, plan.product, machine.profile)) {

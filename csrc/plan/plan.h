@@ -47,8 +47,11 @@ struct Choice {
 struct Plan {
   const KernelInfo* kernel = nullptr;
   bool swapped = false;                           // A is the call's rhs
+  bool transposed = false;                        // items compute C^T in workspace, from which C is written
   bool empty = false;                             // the result has no elements: nothing to do
   int64_t a_bytes = 0, b_bytes = 0, c_bytes = 0;  // of one element
+
+  int64_t out_rows_apart = 0;  // of a transposed plan: elements of the result between columns of C^T
 
   Product product;     // one kernel call over the whole m, n, k and batch; a work item is a part of it
   Schedule schedule;   // of each kernel call
@@ -82,6 +85,10 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
 // What the planner compares to fix the order of sums, each with its predicted time on one thread; empty where
 // thresholds decide.
 std::vector<Scored> ConsideredOrders(const Contraction& contraction, const KernelInfo& kernel, const Machine& machine);
+
+// Whether plans of the kernel may compute C^T and store it transposed: one loop of m and one of n, and a kernel that
+// takes either operand for either role and whose C holds sums as they are.
+bool MayTranspose(const Contraction& contraction, const KernelInfo& kernel);
 
 // The whole way from labelled arrays: analysis, the best of `targets` that has a kernel, plan. Throws
 // std::invalid_argument if the arrays do not fit together or no kernel takes their dtypes. last_is_n: as in Analyze.

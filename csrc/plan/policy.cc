@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
+#include <string_view>
 
 #include "plan/arithmetic.h"
 #include "plan/registry.h"
@@ -22,28 +23,61 @@ double FullItems(const Product& x, int64_t products, int64_t all_k, const Profil
 int64_t SpanOfB(const KernelInfo& kernel, const Product& x) { return x.k * x.rsb * ElementBytes(kernel.rhs); }
 
 // Whether A is slow to read where it lies, an element of each of mr rows at a time: its rows are not contiguous, or all
-// share their sets in L1.
+// share their sets in L1. Columns that lie side by side in less than a line are read as they come.
 bool SlowA(const KernelInfo& kernel, const Product& x, const Profile& profile) {
+  if (x.rsa == 1 && x.csa == x.m && x.m * ElementBytes(kernel.lhs) <= profile.line_bytes) return false;
   const int64_t past = std::abs(x.rsa) * ElementBytes(kernel.lhs) % profile.alias_bytes;
   return x.csa != 1 || std::min(past, profile.alias_bytes - past) * kernel.mr < profile.line_bytes;
 }
 
+bool IsWide(const KernelInfo& kernel) { return int64_t{kernel.lanes} * ElementBytes(kernel.acc) == 64; }
+
+// Whether it has microkernels of half a vector of columns (codegen/gemm.py).
+bool HasHalves(const KernelInfo& kernel) { return IsWide(kernel) && kernel.direct_a; }
+
+// Whether all columns of B are at most half a vector, for which it has microkernels.
+bool IsNarrow(const KernelInfo& kernel, const Product& x) { return HasHalves(kernel) && x.n <= kernel.lanes / 2; }
+
+// Up to how many columns of B inner products take at once, many rows at a time (codegen/inner.py); 0: it has no such
+// tiles.
+int64_t TallColumns(const KernelInfo& kernel) {
+  const bool as_they_are = std::string_view(kernel.lhs) == kernel.acc && std::string_view(kernel.rhs) == kernel.acc;
+  return kernel.inner && IsWide(kernel) && as_they_are ? 6 : 0;
+}
+
 // Whether inner products cost less than register tiles, in vector multiply-adds. Those add up the lanes of each
 // element's accumulator; these fill only the lanes that have columns, and transpose a B that lies along k.
-bool InnerPays(const KernelInfo& kernel, const Product& x, bool b_along_k, const Profile::Inner& profile) {
+bool InnerPays(const KernelInfo& kernel, const Product& x, bool b_along_k, const Profile& all) {
+  const Profile::Inner& profile = all.inner;
   const double m = Real(x.m), n = Real(x.n), k = Real(x.k) / Real(kernel.kr), lanes = Real(kernel.nr) / 2;
   const double inner = m * n * (k / lanes + profile.lane_sum);
   const double bytes = n * Real(x.k) * Real(ElementBytes(kernel.rhs));
-  return inner <= m * k * std::ceil(n / lanes) + (b_along_k ? profile.transpose_byte * bytes : 0);
+  const bool halves = HasHalves(kernel) && !SlowA(kernel, x, all);
+  const double vectors = halves ? std::ceil(2 * n / lanes) / 2 : std::ceil(n / lanes);
+  return inner <= m * k * vectors + (b_along_k ? profile.transpose_byte * bytes : 0);
+}
+
+// Whether B's columns are few enough for tiles of half a vector, but not for inner products, which would read A twice,
+// or all of a long B again for every few rows.
+bool TilesReadLess(const KernelInfo& kernel, const Product& x, const Profile& all) {
+  const Profile::Inner& profile = all.inner;
+  if (!IsNarrow(kernel, x) || x.m < profile.min_met) return false;
+  // Of rows that share their sets in L1 tiles are low: 512x8x4096 in 405 us by tiles, in 372 by inner products.
+  const bool near = x.m * x.k * ElementBytes(kernel.lhs) <= all.out_of_cache_b_bytes;
+  if (near && SlowA(kernel, x, all)) return false;
+  const bool is_long = x.n * x.k * ElementBytes(kernel.rhs) > profile.max_copied_bytes;
+  return TallColumns(kernel) > 0 && (x.n > TallColumns(kernel) || (x.n > profile.max_long_columns && is_long));
 }
 
 // Whether inner products serve best: both operands lie along k, or one that is small can be copied so.
-bool ChooseInner(const KernelInfo& kernel, const Product& x, const Profile::Inner& profile, InnerProduct& inner) {
+bool ChooseInner(const KernelInfo& kernel, const Product& x, const Profile& all, InnerProduct& inner) {
+  const Profile::Inner& profile = all.inner;
   // Against a B read where it lies, half as many as a vector has lanes: f64 1024x8x1024 557 us instead of 339.
-  const int64_t copied =
-      kernel.direct_b ? std::min<int64_t>(kernel.nr / 4, profile.max_copied) : int64_t{profile.max_copied};
+  const int64_t half = kernel.direct_b ? kernel.nr / 4 : profile.max_copied;
+  const int64_t copied = std::min(std::max(half, x.n <= x.m ? TallColumns(kernel) : 0), profile.max_copied);
   const bool b_along_k = x.rsb == 1 && (x.csb != 1 || x.n == 1);
-  if ((x.csa != 1 && !b_along_k) || !InnerPays(kernel, x, b_along_k, profile)) return false;
+  if ((x.csa != 1 && !b_along_k) || !InnerPays(kernel, x, b_along_k, all)) return false;
+  if (TilesReadLess(kernel, x, all)) return false;
   if (x.csa == 1 && b_along_k) return std::min(x.m, x.n) <= profile.max_rows_or_columns;
   if (x.csa == 1) {
     const int64_t bytes = x.n * x.k * ElementBytes(kernel.rhs);
@@ -83,7 +117,9 @@ Blocked BlocksOf(Blocked x, const KernelInfo& kernel, const Product& product, in
   const int64_t pack_a_min_n = profile.packing.a_min_column_tiles * nr;
   const bool slow = SlowA(kernel, product, profile), reads_a = ReadsA(kernel, product);
   // Rows that share sets are read by as many at a time as have room there, if few columns meet them.
-  const bool aliased = slow && reads_a && !x.pack_b && product.csa == 1 && item_n <= pack_a_min_n && item_m > mr;
+  const bool narrow = IsNarrow(kernel, product);
+  const bool aliased =
+      slow && reads_a && (!x.pack_b || narrow) && product.csa == 1 && item_n <= pack_a_min_n && item_m > mr;
   // Pairs are better copied than read from one set: bf16 64x64x2048 reaches 0.82 of the peak packed, else 0.64 (Zen 4).
   const bool enough_columns = item_n >= (kernel.kr > 1 ? 0 : pack_a_min_n);
   x.pack_a = !reads_a || (slow && !aliased && item_m > 1 && enough_columns);
@@ -109,7 +145,7 @@ Blocked BlocksOf(Blocked x, const KernelInfo& kernel, const Product& product, in
 
   // Each block of rows packs all of B again, so rows are cut no further than the size of packed A demands.
   const int64_t most = x.pack_a ? profile.packing.a_max_bytes / PackedARow(kernel, x.kc) : RoundUp(item_m, x.tile_rows);
-  x.mc = aliased ? x.tile_rows : BalancedBlock(item_m, most, x.tile_rows);
+  x.mc = aliased && !x.pack_b ? x.tile_rows : BalancedBlock(item_m, most, x.tile_rows);
   return x;
 }
 
@@ -117,19 +153,23 @@ Blocked BlocksOf(Blocked x, const KernelInfo& kernel, const Product& product, in
 
 Schedule ChooseOrderOfSums(const KernelInfo& kernel, const Product& product, const Profile& profile) {
   InnerProduct inner;
-  if (kernel.inner && !product.accumulates && ChooseInner(kernel, product, profile.inner, inner)) return inner;
+  if (kernel.inner && !product.accumulates && ChooseInner(kernel, product, profile, inner)) return inner;
   if (kernel.sweep && SweepPays(kernel, product, profile)) return Sweep{};
   return ChooseDepth(kernel, product, profile);
 }
 
 Blocked ChooseDepth(const KernelInfo& kernel, const Product& x, const Profile& profile) {
   const int64_t span = SpanOfB(kernel, x);
-  const bool rows_far_apart = span > profile.tlb_reach_bytes;
+  const bool narrow = IsNarrow(kernel, x);
+  const int64_t rows = narrow ? std::min(x.k, profile.depth.narrow) : x.k;  // of B, that a tile reads
+  const bool rows_far_apart = rows * x.rsb * ElementBytes(kernel.rhs) > profile.tlb_reach_bytes;
   const bool aliased = rows_far_apart && x.rsb * ElementBytes(kernel.rhs) % profile.alias_bytes == 0;
   const bool many_rows = x.m >= profile.packing.b_min_row_tiles * kernel.mr;
   Blocked blocked;
   blocked.pack_b = !kernel.direct_b || x.csb != 1 || (many_rows && rows_far_apart);
-  const int64_t most = blocked.pack_b                         ? profile.depth.packed_bytes / kernel.b_panel_bytes
+  const bool dense = blocked.pack_b || !rows_far_apart;
+  const int64_t most = narrow && dense                        ? profile.depth.narrow
+                       : blocked.pack_b                       ? profile.depth.packed_bytes / kernel.b_panel_bytes
                        : span >= profile.out_of_cache_b_bytes ? profile.depth.unpacked_out_of_cache
                        : aliased                              ? profile.depth.unpacked_aliased
                                                               : profile.depth.unpacked;
@@ -275,6 +315,12 @@ Split SplitForPartialSums(const KernelInfo& kernel, const Product& x, Split spli
     parts = std::min(2 * parts, tall ? m_units : n_units);
   }
   return split;
+}
+
+bool PrefersTransposed(const Product& x, const Profile& profile) {
+  const Profile::Transposed& least = profile.transposed;
+  const int64_t rows = std::max(least.min_rows, least.rows_a_column * x.n);
+  return x.rsa == 1 && x.csa != 1 && x.n > 1 && x.n <= least.max_columns && x.m >= rows && x.k >= least.min_k;
 }
 
 bool PrefersDirectKernel(const Schedule& schedule, const KernelInfo& kernel, const Product& x, const Profile& profile) {

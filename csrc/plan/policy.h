@@ -84,6 +84,9 @@ double SharedRowNs(const Profile& profile);
 // Cuts m and n further until the partial sums of an item fit into `max_bytes` of workspace.
 Split SplitForPartialSums(const KernelInfo& kernel, const Product& product, Split split, int64_t max_bytes);
 
+// Numeric: whether C^T = B^T A^T, in workspace, is computed instead of C, which is then written from it.
+bool PrefersTransposed(const Product& product, const Profile& profile);
+
 // Whether the product, planned for the best kernel by `schedule`, should rather go to one that reads B where it lies.
 bool PrefersDirectKernel(const Schedule& schedule, const KernelInfo& kernel, const Product& product,
                          const Profile& profile);

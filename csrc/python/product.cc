@@ -52,6 +52,7 @@ ForcedChoice ParseChoice(const nb::dict& given) {
   choice.split = {split[0], split[1], split[2]};
   choice.split_k = size("split_k");
   choice.split_k_unit = SplitKUnit(choice.schedule, HostMachine().profile);
+  out.transposed = given.contains("transposed") && flag("transposed");
   return out;
 }
 
@@ -71,7 +72,8 @@ std::vector<Scored> CallSpec::Considered(const Plan& plan, const Machine& machin
   const Ints out_shape = OutShape();
   const Contraction contraction = Analyze({lhs_dtype, lhs_shape, lhs_labels}, {rhs_dtype, rhs_shape, rhs_labels},
                                           {out_dtype, out_shape, out_labels});
-  std::vector<Scored> out = ConsideredOrders(contraction, *plan.kernel, machine);
+  std::vector<Scored> out =
+      ConsideredOrders(plan.transposed ? Transposed(contraction) : contraction, *plan.kernel, machine);
   std::stable_sort(out.begin(), out.end(), [](const Scored& x, const Scored& y) { return x.ns < y.ns; });
   return out;
 }
@@ -86,8 +88,12 @@ Plan CallSpec::MakePlanBy(const ForcedChoice& forced) const {
   if (SelectKernel(target, a, b, out_dtype, algorithm) != &kernel) {
     throw std::invalid_argument(std::string(kernel.name) + " does not compute this product");
   }
+  if (forced.transposed && !MayTranspose(contraction, kernel)) {
+    throw std::invalid_argument("C cannot be transposed");
+  }
   Plan plan;
-  const std::string why = MakePlan(contraction, kernel, forced.choice, HostMachine().profile, plan);
+  const std::string why = MakePlan(forced.transposed ? Transposed(contraction) : contraction, kernel, forced.choice,
+                                   HostMachine().profile, plan);
   if (!why.empty()) throw std::invalid_argument(why);
   return plan;
 }
@@ -127,10 +133,14 @@ std::vector<Plan> CallSpec::CandidatePlans(std::span<const Target* const> target
   for (const Target* target : targets) {
     const KernelInfo* kernel = SelectKernel({&target, 1}, a, b, out_dtype, algorithm);
     if (kernel == nullptr) continue;
-    for (const Choice& choice : Candidates(contraction, *kernel, threads, machine)) {
-      if (kernel == best && choice == planned) continue;
-      Plan plan;
-      if (MakePlan(contraction, *kernel, choice, machine.profile, plan).empty()) out.push_back(std::move(plan));
+    for (const bool transposed : {false, true}) {
+      if (transposed && !MayTranspose(contraction, *kernel)) continue;
+      const Contraction way = transposed ? Transposed(contraction) : contraction;
+      for (const Choice& choice : Candidates(way, *kernel, threads, machine)) {
+        if (kernel == best && choice == planned && transposed == out.front().transposed) continue;
+        Plan plan;
+        if (MakePlan(way, *kernel, choice, machine.profile, plan).empty()) out.push_back(std::move(plan));
+      }
     }
   }
   return out;
@@ -176,6 +186,7 @@ nb::dict PlanDict(const Plan& plan) {
   d["kernel"] = plan.kernel->name;
   d["target"] = plan.kernel->target;
   d["swapped"] = plan.swapped;
+  d["transposed"] = plan.transposed;
   d["empty"] = plan.empty;
   d["m"] = x.m;
   d["n"] = x.n;
@@ -185,6 +196,7 @@ nb::dict PlanDict(const Plan& plan) {
   d["rsb"] = x.rsb;
   d["csb"] = x.csb;
   d["rsc"] = x.rsc;
+  d["out_rows_apart"] = plan.out_rows_apart;
   d["batch"] = x.batch;
   d["bsa"] = x.bsa;
   d["bsb"] = x.bsb;

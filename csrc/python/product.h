@@ -23,10 +23,12 @@ using Ints = std::vector<int64_t>;
 struct ForcedChoice {
   const KernelInfo* kernel;
   Choice choice;
+  bool transposed = false;  // C^T is computed
 };
 
 // From a dictionary with the items of a plan that are free to choose: kernel, inner, sweep, pack_a, pack_b, mc, kc, nc,
-// tile_rows, prefetch, split, split_k; others are ignored. Throws std::invalid_argument if one is missing.
+// tile_rows, prefetch, split, split_k, and transposed, false if missing; others are ignored. Throws
+// std::invalid_argument if another one is missing.
 ForcedChoice ParseChoice(const nanobind::dict& given);
 
 // A call's arrays as Python gives them; owns what Operand only views.

@@ -82,6 +82,38 @@ void AddRows(int64_t m, int64_t n, const void* x, const void* y, int64_t rs, voi
   }
 }
 
+// to = the transpose of m x n elements.
+template <typename T>
+void TransposeRows(int64_t m, int64_t n, const void* from, int64_t rs, void* to, int64_t rs_to) {
+  for (int64_t j = 0; j < n; ++j) {
+    const T* column = static_cast<const T*>(from) + j;
+    T* row = static_cast<T*>(to) + j * rs_to;
+    for (int64_t i = 0; i < m; ++i) row[i] = column[i * rs];
+  }
+}
+
+// Of a plan that computes C^T: writes C from an item's block of workspace, and finishes it, which is done on C as it
+// lies, as sums over an empty k that are added to it.
+void StoreTransposed(const Plan& plan, const GemmArgs& block, void* out, const Epilogue* epilogue) {
+  const bool wide = plan.c_bytes == 8;
+  (wide ? TransposeRows<uint64_t> : TransposeRows<uint32_t>)(block.m, block.n, block.c, block.rsc, out,
+                                                             plan.out_rows_apart);
+  if (epilogue == nullptr) return;
+  const KernelInfo& kernel = *plan.kernel;
+  Product product;
+  product.m = block.n;
+  product.n = block.m;
+  product.rsc = plan.out_rows_apart;
+  GemmArgs args =
+      Arguments(Blocked{.mc = kernel.mr, .kc = kernel.kr, .nc = kernel.nr, .tile_rows = kernel.mr}, product);
+  args.a = block.a;
+  args.b = block.b;
+  args.c = out;
+  args.accumulate = 1;
+  args.epilogue = epilogue;
+  kernel.fn(&args);
+}
+
 auto* AdderOf(const KernelInfo& kernel) {
   return WithAdderOf(kernel.acc, [](auto zero) { return &AddRows<decltype(zero)>; });
 }
@@ -106,8 +138,9 @@ void RunItem(const Plan& plan, const Buffers& buffers, void* slices, int64_t ite
   Epilogue epilogue;
   if (buffers.epilogue != nullptr && slices == nullptr) {
     epilogue = *buffers.epilogue;
-    if (epilogue.bias != nullptr) epilogue.bias = Advance(epilogue.bias, n.begin, plan.c_bytes);
-    args.epilogue = &epilogue;
+    const int64_t column = plan.transposed ? m.begin : n.begin;
+    if (epilogue.bias != nullptr) epilogue.bias = Advance(epilogue.bias, column, plan.c_bytes);
+    if (!plan.transposed) args.epilogue = &epilogue;
   }
   const void* a = plan.swapped ? buffers.rhs : buffers.lhs;
   const void* b = plan.swapped ? buffers.lhs : buffers.rhs;
@@ -120,6 +153,10 @@ void RunItem(const Plan& plan, const Buffers& buffers, void* slices, int64_t ite
     at.b += first * args.bsb + n.begin * args.csb + k.begin * args.rsb;
     at.c += first * args.bsc + m.begin * plan.args.rsc + n.begin;
     args.c = Advance(buffers.out, at.c, plan.c_bytes);
+    if (plan.transposed) {
+      args.c = args.partial;
+      args.rsc = n.size();
+    }
     if (slices != nullptr) {
       // A kernel leaves unfinished sums in `partial`, or in C if that is wide enough.
       void*& to = kernel.narrow_out ? args.partial : args.c;
@@ -127,6 +164,11 @@ void RunItem(const Plan& plan, const Buffers& buffers, void* slices, int64_t ite
       to = Advance(SliceAt(plan, slices, p, slice), m.begin * split_k.row_stride + n.begin, ElementBytes(kernel.acc));
     }
     RunPasses(plan, args, Advance(a, at.a, plan.a_bytes), Advance(b, at.b, plan.b_bytes));
+    if (plan.transposed) {
+      const int64_t first_of_p = PointAt(plan.outer, p).c + n.begin * plan.out_rows_apart + m.begin;
+      StoreTransposed(plan, args, Advance(buffers.out, first_of_p, plan.c_bytes),
+                      buffers.epilogue != nullptr ? &epilogue : nullptr);
+    }
   }
 }
 

@@ -38,7 +38,9 @@ _READERS: Final = frozenset(
 _IN_PLACE: Final = frozenset(("dynamic-update-slice", "scatter"))
 _SAME_MEMORY: Final = frozenset(("bitcast", "reshape"))
 # What their results share memory with is decided in the computations that they call, or by who started them.
-_OF_UNKNOWN_MEMORY: Final = frozenset(("call", "conditional", "while", "async-done", "copy-done", "optimization-barrier"))
+_OF_UNKNOWN_MEMORY: Final = frozenset(
+    ("call", "conditional", "while", "async-done", "copy-done", "optimization-barrier")
+)
 
 
 def keeps_its_value(body: Body, instruction: Instruction) -> bool:

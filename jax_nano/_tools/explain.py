@@ -194,7 +194,11 @@ def _kernel_lines(runtime: Any, plan: Mapping[str, Any], kernel: Mapping[str, An
     tile = f"register tile {kernel['mr']} x {kernel['nr']}"
     step = f", {kernel['kr']} values of K a step" if kernel["kr"] > 1 else ""
     lines = [plan["kernel"], f"target {plan['target']}, {tile}{step}, sums in {kernel['acc']}"]
-    if plan["swapped"]:
+    if plan["transposed"]:
+        lines.append(
+            f"A is {'rhs' if plan['swapped'] else 'lhs'}, transposed: the result's transpose is computed first"
+        )
+    elif plan["swapped"]:
         lines.append("A is rhs and B is lhs, so that the result's rows are contiguous")
     if forced is not None:
         lines.append("the target was named on the command line")

@@ -19,10 +19,11 @@ Array = NDArray[Any]
 
 CHOICE: Final = (
     *("kernel", "inner", "sweep", "pack_a", "pack_b", "prefetch", "mc", "kc", "nc", "tile_rows", "split", "split_k"),
+    "transposed",
 )
 """What is kept of a candidate, beside its time."""
 
-NUMERIC: Final = ("kernel", "inner", "sweep", "pack_b", "kc", "split_k")
+NUMERIC: Final = ("kernel", "inner", "sweep", "pack_b", "kc", "split_k", "transposed")
 """Those that decide the order of sums."""
 
 _STAGES: Final = ((2.5, 2), (1.25, 4))

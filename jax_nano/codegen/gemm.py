@@ -19,6 +19,10 @@ from .sweep_microkernel import SweepMicrokernel
 from .tile import Tile, direct_tile
 from .tile_row import TileRow
 
+LATENCY = 4
+"""Cycles from a multiply-add to the next one into the same accumulator, and rows of 512 bits that a core computes in
+them if it runs such instructions in two halves."""
+
 
 class Gemm(Composition):
     """A generated matrix product for one signature."""
@@ -54,7 +58,8 @@ class Gemm(Composition):
     def emit(self, module: ir.Module, symbol: str) -> None:
         """Adds ``void symbol(const GemmArgs*)`` and everything behind it to the module."""
         masks = all(self.target.masks(ir.elem_bytes(x)) for x in (self.a, self.b))
-        packing = Packing(self.tile, self.family, self.a, self.b, masks)
+        fills = isinstance(self.family, AmxDot)
+        packing = Packing(self.tile, self.family, self.a, self.b, masks, fills, self._halves)
         pack_a, pack_b = packing.emit(module, symbol)
         epilogue = self.epilogue.emit(module, symbol) if self.epilogue else None
         rows_of_tiles: dict[bool, list[str]] = {direct_b: [] for direct_b in (False, True)}
@@ -94,9 +99,24 @@ class Gemm(Composition):
             for m in range(1, self.tile.mr + 1):
                 tile = self._direct_tile(m) if direct_b else Tile(m, self.tile.nv, self.tile.lanes)
                 whole = [self._micro(Tile(m, nv, tile.lanes), direct_b) for nv in range(1, tile.nv + 1)]
-                yield TileRow(whole, self._micro(Tile(m, 1, tile.lanes), direct_b, masked=True))
+                masked = self._micro(Tile(m, 1, tile.lanes), direct_b, masked=True)
+                half = None
+                # Lower tiles take no less time, as what they wait for is a product to add the next one to; but where
+                # there are halves, packing fills no more.
+                if self._halves and (m > LATENCY or not direct_b):
+                    # With half a vector of columns A is read about as fast as memory gives it.
+                    ahead = self.a == self.b == self.family.unit and m in (self.tile.mr, self.tile.mr // 2)
+                    half = self._micro(Tile(m, 1, tile.lanes // 2), direct_b, masked=True, ahead=ahead)
+                yield TileRow(whole, masked, half)
 
-    def _micro(self, tile: Tile, direct_b: bool, *, masked: bool = False) -> Microkernel:
+    @property
+    def _halves(self) -> bool:
+        """Whether there are microkernels for half a vector of columns: a core that runs 512-bit instructions in two
+        halves then computes one only. Not where A is converted while it is packed: that takes such a product's time.
+        """
+        return self.target.vector_bits == 512 and self.direct_a
+
+    def _micro(self, tile: Tile, direct_b: bool, *, masked: bool = False, ahead: bool = False) -> Microkernel:
         b = self.b if direct_b else self.family.unit
         return Microkernel(
             tile=tile,
@@ -108,4 +128,5 @@ class Gemm(Composition):
             direct_b=direct_b,
             masks_b=self.target.masks(ir.elem_bytes(b)),
             masks_c=self.target.masks(ir.elem_bytes(self.out)),
+            ahead=ahead,
         )

@@ -6,6 +6,7 @@ the speed of memory. The smaller operand may lie in any way: it is then copied t
 
     [copy A or B along K]
     [vectors that lie in memory against a single one: as many at a time as memory wants]
+    [all of few columns by tall tiles]
     for j in n by cols                      the longer side outside: its vectors are read once
       for i in m by rows                    (or the other way round)
         microkernel: all of k
@@ -30,10 +31,18 @@ from .target import Target
 # Rows and columns of the tile. 16 accumulators hide the latency of two pipes; with operands they take 24 registers.
 TILE, TILE_OF_16_REGISTERS = (4, 4), (3, 3)
 SHIFTED_TILE_OF_16_REGISTERS = (3, 2)  # with a sum and a constant more for each column's correction
+# Rows by columns of tiles for all columns of a B of few, with 32 registers: A is then read once, and B, which is read
+# again for each tile, not more often than need be. Zen 4, A in memory, GB/s of A: 2 columns 28 to 33, by 4x4 tiles 23;
+# 4 columns 23, and 26 if the next rows are prefetched, 19; 6 columns 18, 28, 12. In L2 prefetching costs a tenth, of 5
+# and more columns less.
+TALL_TILES = ((12, 2), (8, 3), (6, 4), (4, 5), (4, 6))
+ALWAYS_PREFETCHED_COLUMNS = 5
+PREFETCHED_BYTES = 512 << 10  # of the next rows, at most: they are to stay in L2
 # Vectors that lie in memory (Zen 4, one row): long ones as so many streams, the next ones prefetched, 33 GB/s,
 # one after the other 24; short ones one after the other, as they lie, 29 to 32 GB/s, four side by side 11 to 18.
 LONG_AT_ONCE, LONG_AT_ONCE_OF_16_REGISTERS = 8, 4
 SHORT_BYTES = 4096
+COPIED_AT_ONCE = 256  # elements along K
 SHORT_DISTANCE = 16  # from a short vector to the one that is prefetched
 
 
@@ -57,7 +66,18 @@ class InnerPath:
     def microkernels(self) -> list[InnerMicrokernel]:
         rows, cols = self.tile
         tiles = [self._micro(r, c) for r in range(1, rows + 1) for c in range(1, cols + 1)]
-        return [*tiles, *self.from_memory()]
+        return [*tiles, *self.tall(), *self.from_memory()]
+
+    def tall(self) -> list[InnerMicrokernel]:
+        """For all columns of a B of 2, 3 ... columns at once, then those of them that differ where A lies in memory.
+
+        There are none where A or B is converted on the way.
+        """
+        if self.target.vector_registers < 32 or not self.a == self.b == self.family.unit:
+            return []
+        tiles = [(r, c, c >= ALWAYS_PREFETCHED_COLUMNS) for r, c in TALL_TILES]
+        tiles += [(r, c, True) for r, c, prefetches in tiles if not prefetches]
+        return [self._micro(r, c, "a" if prefetches else "", r) for r, c, prefetches in tiles]
 
     def from_memory(self) -> list[InnerMicrokernel]:
         """For vectors in memory against a single one: long columns, long rows, short columns, short rows."""
@@ -98,7 +118,9 @@ class InnerPath:
         copies = {"a": f"{prefix}_a_along_k", "b": f"{prefix}_b_along_k"}
         for name, elem in ((copies["a"], self.a), (copies["b"], self.b)):
             module.function(name, [elem, elem, *["i64"] * 4], _copy_along_k, internal=True)
-        return _Loops(self, module, names[:-4], names[-4:], copies, epilogue).emit
+        tall = len(self.tall())
+        first = len(names) - 4 - tall
+        return _Loops(self, module, names[:first], names[first : first + tall], names[-4:], copies, epilogue).emit
 
 
 @dataclass(frozen=True)
@@ -145,6 +167,7 @@ class _Loops:
       path: whose they are.
       module: where to call the functions that are named below.
       tiles: microkernels of 1 .. rows by 1 .. cols vectors.
+      tall: those of all of few columns, in the order of ``InnerPath.tall``.
       from_memory: those of vectors in memory, in the order of ``InnerPath.from_memory``.
       copies: what copies A and B along K.
       epilogue: what finishes sums, if anything can.
@@ -153,6 +176,7 @@ class _Loops:
     path: InnerPath
     module: ir.Module
     tiles: list[str]
+    tall: list[str]
     from_memory: list[str]
     copies: dict[str, str]
     epilogue: str | None
@@ -194,7 +218,10 @@ class _Loops:
         which a single one is on the other side, it computes by itself.
         """
         alone = ir.both(x.in_memory, ir.equal(order.inner, 1))
-        (done,) = ir.if_(alone, partial(self._vectors_in_memory, x, order), lambda: [0], like=[0])
+        others: Callable[[], list[Size]] = lambda: [0]  # noqa: E731
+        if self.tall and not order.columns_outside:
+            others = partial(self._tall_tiles, x, order)
+        (done,) = ir.if_(alone, partial(self._vectors_in_memory, x, order), others, like=[0])
         step = ir.select_size(ir.both(x.in_memory, x.are_short), 1, order.outer_at_once)
         for first in ir.range_(done, order.outer, step):
             yield first, ir.minimum(order.outer - first, step)
@@ -213,6 +240,35 @@ class _Loops:
             for first in ir.range_(0, end, count):
                 self._run(x, _Tile.of(order, (first, count), (0, 1)), [kernel], 0)
         return [whole]
+
+    def _tall_tiles(self, x: Given, order: _Order) -> list[Size]:
+        """Rows against all columns at once, if there are tiles for these; returns how many are done."""
+        every, names = self.path.tall(), self.tall
+        kernels, ahead = (
+            every[: len(TALL_TILES)],
+            dict(zip(names[len(TALL_TILES) :], every[len(TALL_TILES) :], strict=True)),
+        )
+        fewest, most = kernels[0].cols, kernels[-1].cols
+        fits = ir.both(ir.at_least(order.inner, fewest), ir.at_least(most, order.inner))
+        which = order.inner - fewest
+
+        def rows_of(kernel: InnerMicrokernel) -> Size:
+            return order.outer // kernel.rows * kernel.rows
+
+        def by(kernel: InnerMicrokernel, name: str) -> None:
+            others = [n for n, k in ahead.items() if k.cols == kernel.cols]
+            next_rows = x.k * kernel.rows * ir.elem_bytes(self.path.a)
+            prefetched = ir.both(x.in_memory, ir.at_least(PREFETCHED_BYTES, next_rows))
+            for first in ir.range_(0, rows_of(kernel), kernel.rows):
+                tile = _Tile.of(order, (first, kernel.rows), (0, kernel.cols))
+                self._run(x, tile, [name, *others], ir.select_size(prefetched, 1, 0))
+
+        for _ in ir.when(fits):
+            ir.switch(which, [partial(by, kernel, name) for kernel, name in zip(kernels, names, strict=False)])
+        done: Size = 0
+        for i, kernel in enumerate(kernels):
+            done = ir.select_size(ir.both(fits, ir.equal(which, i)), rows_of(kernel), done)
+        return [done]
 
     def _tile(self, x: Given, tile: _Tile) -> None:
         """A tile by the microkernel of its size."""
@@ -259,7 +315,11 @@ class _Loops:
 
 
 def _copy_along_k(source: Ptr, target: Ptr, vectors: I64, k: I64, stride: I64, along: I64) -> None:
-    """Vectors of k elements that are ``along`` apart, one dense vector after the other."""
-    for kk in ir.range_(0, k):
+    """Vectors of k elements that are ``along`` apart, one dense vector after the other, some of each at a time: these
+    share cache lines, and a loop over the few vectors inside would end every few elements, unforeseen.
+    """
+    for first in ir.range_(0, k, COPIED_AT_ONCE):
+        end = ir.minimum(k, first + COPIED_AT_ONCE)
         for j in ir.range_(0, vectors):
-            target.at(j * k + kk).store(source.at(kk * along + j * stride).load())
+            for kk in ir.range_(first, end):
+                target.at(j * k + kk).store(source.at(kk * along + j * stride).load())

@@ -76,7 +76,8 @@ class Macrokernel:
         if not (self.gemm.direct_a and self.gemm.direct_b):
             self.module.function(symbol, ["int64"], self._larger, internal=False)
             return
-        small, names = Small(self.gemm), {"small": f"{symbol}_small", "larger": f"{symbol}_larger"}
+        small = Small(self.gemm, self.gemm.tile.lanes)
+        names = {"small": f"{symbol}_small", "larger": f"{symbol}_larger"}
         self.module.function(names["small"], ["int64"], lambda at: small.emit(self._fields(at)), internal=True)
         self.module.function(names["larger"], ["int64"], self._larger, internal=True)
 
@@ -180,7 +181,8 @@ class Macrokernel:
         self.module.call(self.pack_b, [columns.b, x.b_pack, block.depth, columns.cols, x.rsb, x.csb])
         height = self.packing.b_panel_rows(block.depth)
         next_block = self._next_of_b(columns, packed=True)
-        return OperandB(columns, self.packed_rows, x.b_pack, self.gemm.tile.nr, height, 0, next_block)
+        row_step = self.packing.b_row(columns.cols)
+        return OperandB(columns, self.packed_rows, x.b_pack, row_step, height, 0, next_block)
 
     def _direct_b(self, columns: BlockOfColumns) -> OperandB:
         """A block of B where it lies."""

@@ -38,6 +38,7 @@ ROW_PARAMS = (
 """What a row of tiles from left to right against one panel of A is called with (``macrokernel``)."""
 
 MAIN_UNROLL = 4
+AHEAD_STEPS = 512  # K steps from which on the next rows of A are prefetched, where they are (``ahead``)
 PRODUCTS_A_LINE = 28  # 28 cycles on Zen 4 (512 bits), 14 on others
 A_ROWS_PER_POINTER = 7  # x86 reaches p + i * s for i = 0..6 from one pointer and the registers s, 3s and 5s
 PREFETCHED_TILES = 2  # of a B where it lies, along its rows: from the next one on
@@ -93,6 +94,7 @@ class Microkernel:
       direct_b: B is read where it lies, and its rows are prefetched, ``prefetch_offset`` elements further on.
       masks_b, masks_c: whether the target loads and stores masked vectors of B's and of C's elements; else a masked
         microkernel gets by without.
+      ahead: over long sums it prefetches the rows of A that lie behind its own.
     """
 
     tile: Tile
@@ -104,6 +106,7 @@ class Microkernel:
     direct_b: bool
     masks_b: bool
     masks_c: bool
+    ahead: bool = False
 
     @property
     def narrow_out(self) -> bool:
@@ -180,6 +183,23 @@ class Microkernel:
         if self.main:
             rest = k % self.unroll
             state = walks.go(k // self.unroll, still, state, k_steps)
+        elif self.ahead:
+            at_once = LINE // ir.elem_bytes(self.family.unit)
+            next_panel = rsa * tile.mr
+
+            def line_of_steps(_: I64, *carried: Any) -> list[Any]:
+                """The steps of a cache line of each row, with one of a row of the next panel prefetched in each."""
+                for i in range(at_once):
+                    if i < tile.mr:
+                        row = a_row.of(carried[i // A_ROWS_PER_POINTER], i % A_ROWS_PER_POINTER)
+                        row.at(next_panel).prefetch(level=2)
+                    carried = tuple(k_step(*carried))
+                    ir.keep_order()
+                return list(carried)
+
+            turns = ir.select_size(ir.at_least(k, AHEAD_STEPS), k // at_once, 0)
+            state = ir.loop(0 - turns, 0, 1, state, line_of_steps)
+            rest = k - turns * at_once
         out = ir.loop(0 - rest, 0, 1, state, lambda _, *carried: k_step(*carried))
         store(out[len(bases) + 1 :])
 

@@ -6,8 +6,9 @@ strides as arguments, so a panel keeps the order of its source and packing is a 
 contiguous along K is transposed in registers on the way.
 
 Where an operand ends, K is filled up with zeros to whole units, and missing columns of B with copies or zeros that no
-microkernel stores. Nothing is read outside the operand. Whole vectors are stored, so a panel may be overrun by less
-than ``kPackSlackBytes``; the overrun is always overwritten by what is packed next, or lies in the slack.
+microkernel stores; those of vectors that none reads (``fills``) are left as they are. Nothing is read outside the
+operand. Whole vectors are stored, so a panel may be overrun by less than ``kPackSlackBytes``; the overrun is always
+overwritten by what is packed next, or lies in the slack.
 
 A family whose products stand for several (``parts``) gets one panel per part, one behind the other along K.
 """
@@ -42,6 +43,9 @@ class Packing:
       family: the nanokernel that reads them.
       a, b: dtype names of the elements in the caller's buffers.
       masks: whether the target loads masked vectors of a's and b's elements; else edges go element by element.
+      fills: whether the last panel of B is filled up to nr columns. If not, up to a whole vector.
+      halves: whether microkernels read half a vector where no more columns of B are left (``tile_row``): then no more
+        is filled, and a block of no more columns has rows of half a vector.
     """
 
     tile: Tile
@@ -49,6 +53,8 @@ class Packing:
     a: str
     b: str
     masks: bool
+    fills: bool = True
+    halves: bool = False
 
     # --- sizes, in units --------------------------------------------------------------------------------------
 
@@ -65,6 +71,11 @@ class Packing:
     def b_panel_rows(self, k: Size) -> Size:
         """Rows of nr units that a panel of B takes: its steps, and the corrections in front of them."""
         return self.depth(k) + int(self.family.column_sums)
+
+    def b_row(self, cols: Size) -> Size:
+        """Units between the rows of a panel of B, in a block of so many columns: nr, or half a vector."""
+        half = self.tile.lanes // 2
+        return ir.select_size(ir.at_least(half, cols), half, self.tile.nr) if self.halves else self.tile.nr
 
     def a_row(self, k: Size) -> Size:
         """Units that a row of a packed panel of A takes: an odd number of cache lines, so that no two share L1 sets."""
@@ -177,13 +188,18 @@ class Packing:
     # --- B ----------------------------------------------------------------------------------------------------
 
     def _pack_b(self, b: Ptr, panels: Ptr, k: Size, cols: Size, rsb: Size, csb: Size) -> None:
-        """Packs ``cols`` columns, panel behind panel."""
+        """Packs ``cols`` columns, panel behind panel.
+
+        Rows of half a vector are stored whole where rows are copied: each over the end of the one before.
+        """
         nr = self.tile.nr
         height = self.b_panel_rows(k) * nr
 
+        row = self.b_row(cols)
+
         def part(number: int, wanted: int) -> _Part:
             first = panels.at((self.steps(k) * number + int(self.family.column_sums)) * nr)
-            return lambda j, s: first.at(j // nr * height + j % nr + s * nr), self._b_value(wanted)
+            return lambda j, s: first.at(j // nr * height + j % nr + s * row), self._b_value(wanted)
 
         parts = [part(number, wanted) for number, (_, wanted) in enumerate(self.family.parts)]
 
@@ -208,7 +224,9 @@ class Packing:
                 self._sum_columns(panels.at(p // nr * height), k)
 
     def _round_up(self, cols: Size) -> Size:
-        return ir.round_up(cols, self.tile.nr)
+        """Columns of B that are filled in."""
+        unit = self.tile.nr if self.fills else self.tile.lanes // 2 if self.halves else self.tile.lanes
+        return ir.round_up(cols, unit)
 
     def _copy_b_rows(
         self, b: Ptr, at: Callable[[Size, Size], Ptr], k: Size, cols: Size, rsb: Size, value: Callable[[Value], Value]
@@ -218,7 +236,7 @@ class Packing:
 
         def to_panel(p: Size, s: Size, present: int, masks: Sequence[Value | None]) -> None:
             source, target = b.at(s * kr * rsb), at(p, s)
-            for o, mask in zip(range(0, nr, lanes), masks, strict=True):
+            for o, mask in zip(range(0, nr, lanes), masks, strict=False):
                 rows = [source.at(p + o + r * rsb) for r in range(present)]
                 for row in rows:
                     row.at(PACKED_STEPS * kr * rsb).prefetch()
@@ -231,9 +249,11 @@ class Packing:
                     to_panel(p, s, present, [None] * self.tile.nv)
             if self.masks:
                 edge = [ir.lane_mask(cols - whole - o, lanes) for o in range(0, nr, lanes)]
-                for _ in ir.when(ir.negate(ir.equal(whole, cols))):
-                    for s in ir.range_(begin, end):
-                        to_panel(whole, s, present, edge)
+                vectors = ir.ceil_div(cols - whole, lanes)
+                for count in [self.tile.nv] if self.fills else range(1, self.tile.nv + 1):
+                    for _ in ir.when(ir.less(0, vectors) if self.fills else ir.equal(vectors, count)):
+                        for s in ir.range_(begin, end):
+                            to_panel(whole, s, present, edge[:count])
 
         full = k // kr
         for s in ir.range_(0, full, PACKED_STEPS):
@@ -249,14 +269,17 @@ class Packing:
             self._scattered_b(b, at, whole, k, cols, (rsb, 1), value)
 
     def _transpose_b(self, b: Ptr, parts: Sequence[_Part], k: Size, cols: Size, csb: Size) -> None:
-        nr, lanes, kr = self.tile.nr, self.tile.lanes, self.family.kr
+        row, kr = self.b_row(cols), self.family.kr
         last = cols - 1
 
         def strip_of_part(j: Size, columns: Sequence[Ptr], target: Ptr, value: Callable[[Value], Value]) -> None:
+            lanes = len(columns)
+
             def block(s: Size, mask: Value | None) -> None:
-                vectors = [self._bits(value(c.at(s * kr).load(lanes * kr, mask))) for c in columns]
+                elements = [value(c.at(s * kr).load(lanes * kr, mask)) for c in columns]
+                vectors = [ir.bitcast(v, lanes, self.family.unit) for v in elements]
                 for o, units in enumerate(transpose(vectors, self.family.unit)):
-                    target.at((s + o) * nr).store(units)
+                    target.at((s + o) * row).store(units)
 
             def tail(s: Size, rest: Size) -> None:
                 if self.masks:
@@ -265,7 +288,7 @@ class Packing:
                 self._elements(
                     (lanes, lambda o: b.at(ir.minimum(j + o, last) * csb + s * kr)),
                     (rest, 1),
-                    lambda o, step: target.at((s + step) * nr + o),
+                    lambda o, step: target.at((s + step) * row + o),
                     value,
                 )
 
@@ -277,11 +300,14 @@ class Packing:
 
         # Strips in the order of the panels and parts in that of their rows: what one overruns, the next part, strip
         # or panel writes again.
-        for j in ir.range_(0, self._round_up(cols), lanes):
-            # Columns beyond the edge repeat the last one.
-            columns = [b.at(ir.minimum(j + o, last) * csb) for o in range(lanes)]
-            for at, value in parts:
-                strip_of_part(j, columns, at(j, 0), value)
+        half = self.tile.lanes // 2
+        for j in ir.range_(0, self._round_up(cols), self.tile.lanes):
+            for is_half in ir.branches(ir.at_least(half, cols - j) if self.halves else False):
+                # Columns beyond the edge repeat the last one.
+                lanes = half if is_half else self.tile.lanes
+                columns = [b.at(ir.minimum(j + o, last) * csb) for o in range(lanes)]
+                for at, value in parts:
+                    strip_of_part(j, columns, at(j, 0), value)
 
     def _scattered_b(
         self,

@@ -5,6 +5,8 @@
         for i in m by height              panels of A of equal height
           a register tile: all of k       one of the tiles of 1, 2 ... rows, each with its K loop in this function
 
+With 512-bit vectors fewer columns than one holds are computed by the same loops with vectors of half the width.
+
 What a row of tiles and a microkernel are called with (``unblocked``) takes as long as a product of 8x8x8, and a tile of
 one vector has more rows here, so that its K loop does not wait for one product to add the next one to it
 (docs/experiments/0095-small-products-in-one-function.md).
@@ -43,21 +45,27 @@ class Small:
 
     Attributes:
       gemm: what the kernel is composed of.
+      lanes: elements of its vectors.
     """
 
     gemm: Composition
+    lanes: int
 
     def applies(self, x: Given) -> Value | bool:
         """Whether a call is of small products, each a single sum that is stored as it is."""
         other = x.inner | x.sweep | x.pack_a | x.pack_b | x.accumulate | x.more | x.epilogue
         whole = ir.both(ir.at_least(x.kc, x.k), ir.at_least(x.nc, x.n))
         largest = ir.maximum(ir.maximum(x.m, x.n), x.k)
-        sizes = ir.both(ir.less(0, x.m), ir.both(ir.at_least(x.n, self._lanes), ir.at_least(MOST, largest)))
+        sizes = ir.both(ir.less(0, x.m), ir.both(ir.at_least(x.n, self._least), ir.at_least(MOST, largest)))
         return ir.both(ir.equal(other, 0), ir.both(whole, sizes))
 
     def emit(self, x: Given) -> None:
-        """The loops."""
-        lanes = self._lanes
+        """The loops, by vectors that the columns fill."""
+        for is_narrow in ir.branches(ir.less(x.n, self.lanes) if self._least < self.lanes else False):
+            Small(self.gemm, self._least if is_narrow else self.lanes)._products(x)
+
+    def _products(self, x: Given) -> None:
+        lanes = self.lanes
         for index in ir.range_(0, x.batch):
             a, b, c = (operand.at(index * by) for operand, by in ((x.a, x.bsa), (x.b, x.bsb), (x.c, x.bsc)))
             for j in ir.range_(0, x.n, 2 * lanes):
@@ -71,8 +79,9 @@ class Small:
                         self._panels(x.but(a=a, b=b.at(at), c=c.at(at)), [0], ROWS_OF_ONE_VECTOR)
 
     @property
-    def _lanes(self) -> int:
-        return self.gemm.tile.lanes
+    def _least(self) -> int:
+        """The fewest columns."""
+        return self.lanes // 2 if self.gemm.target.vector_bits == 512 else self.lanes
 
     @property
     def _rows_of_pairs(self) -> int:
@@ -88,7 +97,7 @@ class Small:
 
     def _tile(self, x: Given, rows: int, columns: Sequence[Size]) -> None:
         """One register tile."""
-        family, lanes = self.gemm.family, self._lanes
+        family, lanes = self.gemm.family, self.lanes
         tile = Tile(rows, len(columns), lanes)
         bases = [x.a.at(i * x.rsa) for i in range(0, rows, A_ROWS_PER_POINTER)]
         a_row = RowOffsets(x.rsa * ir.elem_bytes(self.gemm.a))

@@ -2,7 +2,7 @@
 
 for j in cols by nr                 full tiles
 [one tile of the whole vectors that are left]
-[one masked tile]
+[one masked tile]                   of half a vector where no more columns are left
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ class TileRow:
     Attributes:
       whole: its microkernels of whole vectors by how many of them a row has, from 1 to a full tile's.
       masked: the one of a partial vector.
+      half: the one of at most half a vector, if there is one.
     """
 
     whole: list[Microkernel]
     masked: Microkernel
+    half: Microkernel | None = None
 
     @property
     def full(self) -> Microkernel:
@@ -40,7 +42,7 @@ class TileRow:
         return self.full.direct_b
 
     def microkernels(self) -> Sequence[Microkernel]:
-        return [*self.whole, self.masked]
+        return [*self.whole, self.masked, *([self.half] if self.half else [])]
 
     def emit(self, module: ir.Module, prefix: str, epilogue: str | None) -> str:
         """Adds the function (with the parameters ``ROW_PARAMS``) and its microkernels; returns its name."""
@@ -87,7 +89,17 @@ class _Row:
             no_tile: Callable[[], None] = lambda: None  # noqa: E731
             rest = [partial(self._tile, kernel, tiles, tiles, kernel.tile.nr) for kernel in fewer]
             ir.switch((vectors - tiles) // lanes, [no_tile, *rest])
-        ir.if_(ir.less(vectors, cols), lambda: self._tile(self.row.masked, vectors, tiles, cols - vectors))
+        for _ in ir.when(ir.less(vectors, cols)):
+            self._partial_vector(vectors, tiles, cols - vectors)
+
+    def _partial_vector(self, j: Size, panel: Size, active: Size) -> None:
+        """The tile of the columns that are left behind whole vectors."""
+        half = self.row.half
+        if half is None:
+            self._tile(self.row.masked, j, panel, active)
+            return
+        for fits in ir.branches(ir.at_least(half.tile.lanes, active)):
+            self._tile(half if fits else self.row.masked, j, panel, active)
 
     def _tile(self, kernel: Microkernel, j: Size, panel: Size, active: Size) -> None:
         """The tile at column j, ``active`` columns wide, in the panel of B that begins at column ``panel``."""

@@ -35,6 +35,20 @@ def test_larger_odd_sizes(kernel, rng, m, n, k):
             want.check(kernel.product(a, stored_b, **way), way)
 
 
+def test_long_sums_of_few_columns(kernel, rng):
+    """Half vectors and tall tiles have the bits that the same columns have beside others."""
+    m, n, k = 3 * kernel.mr + kernel.mr // 2, kernel.nr + 3, 1100 * kernel.kr
+    a, b = operands(kernel, rng, m, n, k)
+    blocks = {"mc": 2 * kernel.mr, "nc": kernel.nr, "kc": 700 * kernel.kr, "tile_rows": kernel.mr}
+    for order in "CF":
+        for path in kernel.ways(order_b=order):
+            way = path if path.get("inner") or path.get("sweep") else {**path, **blocks}
+            want = kernel.product(a, np.array(b, order=order), **way)
+            for columns in (1, 2, 3, 4, 5, 6, 8):
+                got = kernel.product(a, np.array(b[:, :columns], order=order), **way)
+                assert same_bits(got, np.ascontiguousarray(want[:, :columns])), (way, columns)
+
+
 def test_blocks_of_every_loop(kernel, rng):
     """One, exactly several, and several and a bit of the smallest cache blocks there can be."""
     mc, nc, kc = 2 * kernel.mr, 2 * kernel.nr, 8 * kernel.kr

@@ -72,7 +72,7 @@ class Family(Protocol):
         ...
 
     def product(self, a: Value, b: Value, acc: Value) -> Value:
-        """``acc + a * b``, summed over the kr values inside each unit."""
+        """``acc + a * b``, summed over the kr values inside each unit. All vectors are as wide as ``acc``."""
         ...
 
     def narrowed(self, sums: Sequence[Value], out: str) -> list[Value]:

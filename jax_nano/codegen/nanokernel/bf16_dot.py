@@ -21,9 +21,8 @@ from .bf16_parts import ALGORITHMS, part_of
 
 @dataclass(frozen=True)
 class Bf16Dot(VectorFamily):
-    """``vdpbf16ps``: two K values a step."""
+    """``vdpbf16ps``: two K values a step. Vectors are as wide as their accumulators."""
 
-    bits: int
     parts: tuple[tuple[int, int], ...] = ((0, 0),)
     acc: str = "float32"
     kr: int = 2
@@ -38,8 +37,9 @@ class Bf16Dot(VectorFamily):
     prepare_b = prepare_a
 
     def product(self, a: ir.Value, b: ir.Value, acc: ir.Value) -> ir.Value:
-        pairs = [ir.bitcast(x, self.bits // 16, mlir.BF16Type.get()) for x in (a, b)]
-        return ir.call_intrinsic(f"llvm.x86.avx512bf16.dpbf16ps.{self.bits}", acc.type, [acc, *pairs])
+        lanes = ir.lanes_of(acc)
+        pairs = [ir.bitcast(x, 2 * lanes, mlir.BF16Type.get()) for x in (a, b)]
+        return ir.call_intrinsic(f"llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}", acc.type, [acc, *pairs])
 
     def narrowed(self, sums: Sequence[ir.Value], out: str) -> list[ir.Value]:
         """Two vectors at a time: half as many stores, each of a whole line."""
@@ -49,7 +49,7 @@ class Bf16Dot(VectorFamily):
         for i in range(0, len(sums), 2):
             lower, *higher = sums[i : i + 2]
             lanes = ir.lanes_of(lower) * (1 + len(higher))
-            name = f"llvm.x86.avx512bf16.cvtne{'2' if higher else ''}ps2bf16.{self.bits}"
+            name = f"llvm.x86.avx512bf16.cvtne{'2' if higher else ''}ps2bf16.{32 * ir.lanes_of(lower)}"
             elements = ir.call_intrinsic(name, ir.vec(lanes, mlir.BF16Type.get()), [*higher, lower])
             elements_of_c.append(ir.bitcast(elements, lanes, out))
         return elements_of_c
@@ -57,10 +57,9 @@ class Bf16Dot(VectorFamily):
 
 def kernels(target: Target) -> Iterator[Served]:
     """Products of bf16, and the algorithms that name it."""
-    bits = target.vector_bits
     for out in ("float32", "bfloat16"):
         why = "vdpbf16ps: twice the products of vfmadd231 on Zen 4 and 5; microcoded on Xeons, which have AMX instead"
-        yield Served(Signature("bfloat16", "bfloat16", out), Bf16Dot(bits), why)
+        yield Served(Signature("bfloat16", "bfloat16", out), Bf16Dot(), why)
     for algorithm, parts in ALGORITHMS.items():
         why = f"{len(parts)} vdpbf16ps on bf16 parts of f32"
-        yield Served(Signature("float32", "float32", "float32"), Bf16Dot(bits, parts), why, algorithm)
+        yield Served(Signature("float32", "float32", "float32"), Bf16Dot(parts), why, algorithm)

@@ -51,10 +51,11 @@ class Int8Widened(VectorFamily):
     prepare_b = prepare_a
 
     def product(self, a: ir.Value, b: ir.Value, acc: ir.Value) -> ir.Value:
-        pairs = [ir.bitcast(x, self.bits // 16, "int16") for x in (a, b)]
+        bits = 32 * ir.lanes_of(acc)
+        pairs = [ir.bitcast(x, bits // 16, "int16") for x in (a, b)]
         if self.vnni:
-            return ir.call_intrinsic(f"llvm.x86.avx512.vpdpwssd.{self.bits}", acc.type, [acc, *pairs])
-        name = {256: "llvm.x86.avx2.pmadd.wd", 512: "llvm.x86.avx512.pmaddw.d.512"}[self.bits]
+            return ir.call_intrinsic(f"llvm.x86.avx512.vpdpwssd.{bits}", acc.type, [acc, *pairs])
+        name = {256: "llvm.x86.avx2.pmadd.wd", 512: "llvm.x86.avx512.pmaddw.d.512"}[bits]
         return ir.add_vectors(acc, ir.call_intrinsic(name, acc.type, pairs))
 
 
@@ -88,8 +89,9 @@ class Int8Vnni(VectorFamily):
         return v
 
     def product(self, a: ir.Value, b: ir.Value, acc: ir.Value) -> ir.Value:
-        quads = [ir.bitcast(x, self.bits // 8, "int8") for x in (a, b)]
-        return ir.call_intrinsic(f"llvm.x86.avx512.vpdpbusd.{self.bits}", acc.type, [acc, *quads])
+        bits = 32 * ir.lanes_of(acc)
+        quads = [ir.bitcast(x, bits // 8, "int8") for x in (a, b)]
+        return ir.call_intrinsic(f"llvm.x86.avx512.vpdpbusd.{bits}", acc.type, [acc, *quads])
 
     def shift(self) -> ir.Value:
         """128 in every byte, as a zero of a signed A is stored."""
