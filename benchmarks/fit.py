@@ -66,11 +66,13 @@ def profile(path: pathlib.Path, rows: Sequence[Row]) -> str:
 def of_each_kernel(row: Row) -> dict[str, Row]:
     """A product's candidates by their kernel. What the planner chose is `planned` in its kernel's, None in others.
 
-    A kernel with one candidate or two is left out: they say little, and there is nothing to choose.
+    A kernel with one candidate or two is left out: they say little, and there is nothing to choose. So are candidates
+    that compute the result's transpose: whether it is computed is decided before costs are asked.
     """
-    kernels = [choice[0] for choice in row["choices"]]
+    at = CHOICE.index("transposed")
+    kernels = [None if any(choice[at:]) else choice[0] for choice in row["choices"]]
     out = {}
-    for kernel in dict.fromkeys(kernels):
+    for kernel in dict.fromkeys(x for x in kernels if x is not None):
         which = [i for i, x in enumerate(kernels) if x == kernel]
         if len(which) < _FEWEST:
             continue

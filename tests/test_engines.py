@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jax_nano._core import spec
+from jax_nano._core import contraction, spec
 from jax_nano._dispatch import decision, xla_times
 from jax_nano._dispatch.xla_times import Form, Work
 
@@ -134,7 +134,13 @@ def test_a_narrower_operand_is_not_predicted_to_be_read_faster(
 def test_only_what_was_timed_is_decided_by_times_of_that_cpu() -> None:
     """For any other CPU both engines are predicted on the reference."""
     assert decision.REFERENCE[0] in xla_times.costs()
-    assert decision.this_machine().cpu in {"", *xla_times.costs()}
+    here = decision.this_machine()
+    labels = contraction.labels_of((((1,), (0,)), ((), ())), None, 2, 2)
+    product = decision.Product(labels, (64, 64), (64, 64), (np.dtype(np.float32),) * 3, None)
+    for cpu in {"", "a CPU of tomorrow", here.cpu}:
+        times = decision.dispatch(product, here._replace(cpu=cpu), decision.Policy()).times
+        assert times is not None
+        assert times.cpu == (cpu if cpu in xla_times.costs() else decision.REFERENCE[0])
 
 
 def test_the_command_tells_of_recorded_times() -> None:

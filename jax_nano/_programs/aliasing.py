@@ -47,8 +47,8 @@ def keeps_its_value(body: Body, instruction: Instruction) -> bool:
     """Whether an array may be read later than it is now: nothing writes another value into its buffer.
 
     XLA has ordered operations that work in place after all readers of what they overwrite; a new reader is not in that
-    order. So all users of the array must only read it, and where its buffer is that of a loop's variable or of a donated
-    argument, the array must be what is left in it.
+    order. So all users of the array must only read it, and where its buffer is that of a loop's variable or of a
+    donated argument, the array must be what is left in it.
     """
     if not all(only_reads(body, instruction, user) for user in body.users(instruction)):
         return False

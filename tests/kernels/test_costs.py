@@ -156,10 +156,12 @@ class TestChoices:
 
     def test_weights_that_few_rows_meet_are_planned_for_as_if_in_memory(self, cpu):
         """One core may then read whole rows of B ahead of its products; several do not cut them into short pieces."""
+        if cpu != "AMD Zen 3":
+            pytest.skip("what its AVX2 kernels should do is known of Zen 3 alone")
 
         def plan(m, n, k, dtype="bfloat16", **how):
             c = Contraction("mk,kn->mn", m=m, n=n, k=k)
-            return c.plan(dtypes=(dtype,) * 3, target=TARGET, cpu=cpu, **how)
+            return c.plan(dtypes=(dtype,) * 3, target=TARGET, cpu=cpu, caches=CACHES[0], **how)
 
         for m, n, k in ((1, 2304, 768), (1, 768, 3072), (2, 3072, 768)):
             p = plan(m, n, k, threads=1)
@@ -282,9 +284,8 @@ def test_a_cpu_without_a_profile():
         c.plan(cpu="Zilog Z80")
 
 
-# Of the plans of thresholds, on the same data: Zen 3, in the order below, 1.09 and 1.6 (mean, and in 95 % of cases), 1.10
-# and 1.7, 1.13 and 1.6, 1.15 and 2.3, 1.17 and 2.1, 1.11 and 1.6, 1.14 and 2.0, 1.10 and 2.0.
-# Zen 4, in the same order: 1.06 and 1.3, 1.06 and 1.5, 1.05 and 1.3, 1.05 and 1.2 (f64), 1.05 and 1.3 (i8).
+# Mean, and in 95 % of cases. Of thresholds, on the same data and in the same order: Zen 3 1.09 and 1.6, 1.10 and 1.7,
+# 1.13 and 1.6, 1.15 and 2.3, 1.17 and 2.1, 1.11 and 1.6, 1.14 and 2.0, 1.10 and 2.0.
 MOST_REGRET = {
     ("zen3", "f32"): (1.04, 1.22),
     ("zen3", "bf16"): (1.02, 1.1),
@@ -294,11 +295,9 @@ MOST_REGRET = {
     ("zen3", "f64"): (1.06, 1.4),
     ("zen3", "i8"): (1.035, 1.2),
     ("zen3", "i8-i8"): (1.03, 1.15),
-    ("zen4", "f32"): (1.035, 1.18),
-    ("zen4", "bf16"): (1.03, 1.15),
-    ("zen4", "bf16-f32"): (1.025, 1.12),
-    ("zen4", "f64"): (1.04, 1.2),
-    ("zen4", "i8"): (1.02, 1.08),
+    ("zen4", "bf16"): (1.02, 1.1),
+    ("zen4", "bf16-f32"): (1.02, 1.12),
+    ("zen4", "i8"): (1.015, 1.06),
 }
 DATA = {"zen3": "zen3-avx2.json.gz", "zen4": "zen4.json.gz"}
 
@@ -306,7 +305,7 @@ DATA = {"zen3": "zen3-avx2.json.gz", "zen4": "zen4.json.gz"}
 @pytest.mark.parametrize(("cpu", "dtype"), MOST_REGRET, ids=lambda x: x)
 def test_regret_of_recorded_times(cpu, dtype):
     """The plan of least predicted time is nearly the fastest of those of its kernel that were timed."""
-    rows = [row for row in regret.load(Path(__file__).parents[2] / "benchmarks/data" / DATA[cpu])]
+    rows = regret.load(Path(__file__).parents[2] / "benchmarks/data" / DATA[cpu])
     (path,) = (x for x in profiles.files() if x.stem == cpu)
     profile = json.loads(path.read_text())
     core, costs = profiles.core(profile), profile["kernels"]
