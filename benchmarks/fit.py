@@ -41,8 +41,8 @@ def profile(path: pathlib.Path, rows: Sequence[Row]) -> str:
     by_kernel: dict[str, list[Row]] = {}
     for row in rows:
         if row["threads"] == 1:
-            for kernel, mine in of_each_kernel(row).items():
-                by_kernel.setdefault(kernel, []).append(mine)
+            for kernel, part in of_each_kernel(row).items():
+                by_kernel.setdefault(kernel, []).append(part)
     prior: Floats | None = None
     lines = []
     for kernel, mine in by_kernel.items():
