@@ -250,7 +250,10 @@ def test_costs_agree_with_what_was_recorded_on_zen_4_before():
     costs, core = _runtime.tuning.profile_costs("AMD Zen 4"), _runtime.tuning.profile_core("AMD Zen 4")
     names, dtypes = spec.cost_names(), {x["name"]: (x["lhs"], x["rhs"], x["out"]) for x in _runtime.kernels()}
     ratios = []
+    at = ZEN4["choice"].index("kernel")
     for row in ZEN4["rows"]:
+        if not all(values[at] in costs for values in row["choices"]):
+            continue  # thresholds plan its kernel there
         lhs, rhs = {"N": "mk", "T": "km"}[row["layout"][0]], {"N": "kn", "T": "nk"}[row["layout"][1]]
         terms = [lhs, rhs, "mn"] if row["batch"] == 1 else [f"b{x}" for x in (lhs, rhs, "mn")]
         sizes = {"m": row["m"], "n": row["n"], "k": row["k"], "b": row["batch"]}
@@ -263,9 +266,9 @@ def test_costs_agree_with_what_was_recorded_on_zen_4_before():
             ns = costs[choice["kernel"]]
             predicted.append(sum(ns[names.index(name)] * count for name, count in counted.items()))
         ratios.append(row["relative"][int(np.argmin(predicted))])
-    assert len(ratios) == 72
-    assert sum(x <= 1.03 for x in ratios) >= 58
-    assert statistics.geometric_mean(ratios) <= 1.06
+    assert len(ratios) == 33
+    assert sum(x <= 1.03 for x in ratios) >= 31
+    assert statistics.geometric_mean(ratios) <= 1.01
 
 
 def test_rows_that_evict_each_other_from_l1_are_read_again_for_each_step():
