@@ -6,6 +6,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -31,13 +32,17 @@ using Core = std::array<int64_t, 5>;  // the fields of CoreModel
 
 CoreModel ModelOf(const Core& x) { return {x[0], x[1], x[2], x[3], x[4] != 0}; }
 
-// Kept from call to call, for each calling thread: helpers that have just begun take part in no short call. Never
-// destroyed, because a child process that was forked has none of its threads.
+// Kept from call to call, for each calling thread: helpers that have just begun take part in no short call. A forked
+// process has none of its threads, and one of them may have held its mutex, so there it is neither used nor destroyed.
 PrivatePool& PoolOf(int64_t threads) {
   thread_local PrivatePool* pool = nullptr;
-  if (pool == nullptr || pool->num_threads() != threads) {
-    delete std::exchange(pool, nullptr);
+  thread_local pid_t owner = 0;
+  const pid_t here = getpid();
+  if (pool == nullptr || owner != here || pool->num_threads() != threads) {
+    PrivatePool* const old = std::exchange(pool, nullptr);
+    if (owner == here) delete old;
     pool = new PrivatePool(threads);
+    owner = here;
   }
   return *pool;
 }
