@@ -494,7 +494,10 @@ class TestRegret:
         assert all(case.flops <= 1e8 for case in cases)
 
     def test_costs_are_fitted(self, tmp_path):
-        """A profile's own times give its own costs again."""
+        """A profile's times give costs again that choose nearly the best plans.
+
+        Not the same ones: costs of Zen 3 were fitted before the model had all terms of today.
+        """
         profile = ROOT / "jax_nano/profiles/zen3.json"
         copy = tmp_path / "zen3.json"
         copy.write_text(profile.read_text())
@@ -504,7 +507,12 @@ class TestRegret:
         kernel = "gemm_f32_f32_f32_f32_6x16_x86-64-v3"
         assert done.stdout.startswith(f"{kernel}: 543 products")
         assert after["kernels"].keys() == before["kernels"].keys()
-        assert after["kernels"][kernel] == pytest.approx(before["kernels"][kernel], rel=0.1, abs=0.05)
+        assert after["kernels"][kernel].keys() == before["kernels"][kernel].keys()
+        first, again = (x["kernels"][kernel]["direct_step"] for x in (before, after))
+        assert again == pytest.approx(first, rel=0.1)
+        regret = [float(x) for x in re.findall(r"by these costs (\S+) of the best", done.stdout)]
+        assert len(regret) == 8
+        assert max(regret) < 1.06
 
     def test_needs_products(self):
         done = run("regret")
