@@ -205,16 +205,20 @@ def call_kernel(function: Any, block: int, case: Case, task: str) -> NDArray[Any
         return found[:, : case.n].astype(dtype(case.out))
 
 
+def _run_task(function: Any, task: str, m: int, n: int, fields: dict[str, int]) -> None:
+    """Calls a kernel, a ctypes function, for one of spec.QUANTIZED_TASKS; what is not given is 0."""
+    given = {"task": spec.QUANTIZED_TASKS.index(task), "m": m, "n": n, **fields}
+    arguments = dict.fromkeys(spec.names(spec.QUANTIZED_ARGS), 0) | given
+    function((ctypes.c_int64 * len(arguments))(*arguments.values()))
+
+
 def add_scaled(
     function: Any, sums: NDArray[np.float32], n: int, scale: NDArray[Any], y: NDArray[np.float32] | None
 ) -> NDArray[np.float32]:
     """Calls what adds sums times scales, every second element of ``scale``, to others, a ctypes function."""
     result = reference.poisoned((len(sums), n), np.dtype(np.float32)) if y is None else y.copy()
     room = np.full(-(-n // 128) * 128, np.nan, np.float32)
-    fields = dict.fromkeys(spec.names(spec.QUANTIZED_ARGS), 0) | {
-        "task": spec.QUANTIZED_TASKS.index("add_scaled"),
-        "m": len(sums),
-        "n": n,
+    fields = {
         "sums": sums.ctypes.data,
         "rsx": sums.shape[1],
         "y": result.ctypes.data,
@@ -225,7 +229,7 @@ def add_scaled(
         "scale_dtype": spec.QUANTIZED_ROWS.index(scale.dtype.name),
         "scales": room.ctypes.data,
     }
-    function((ctypes.c_int64 * len(fields))(*fields.values()))
+    _run_task(function, "add_scaled", len(sums), n, fields)
     return result
 
 
@@ -248,10 +252,7 @@ def finish(
         epilogue[places.index("has_residual")] = 1
         epilogue[places.index("residual_offset")] = residual.ctypes.data - result.ctypes.data
         ctypes.cast(epilogue, ctypes.POINTER(ctypes.c_double))[places.index("scale")] = factor
-    fields = dict.fromkeys(spec.names(spec.QUANTIZED_ARGS), 0) | {
-        "task": spec.QUANTIZED_TASKS.index("finish"),
-        "m": len(sums),
-        "n": n,
+    fields = {
         "y": sums.ctypes.data,
         "nc": sums.shape[1],
         "out": result.ctypes.data,
@@ -259,5 +260,5 @@ def finish(
         "out_dtype": spec.QUANTIZED_ROWS.index(out),
         "epilogue": 0 if bias is None else ctypes.addressof(epilogue),
     }
-    function((ctypes.c_int64 * len(fields))(*fields.values()))
+    _run_task(function, "finish", len(sums), n, fields)
     return result
