@@ -12,10 +12,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <utility>
 #include <vector>
 
+#include "run/crew.h"
 #include "run/sharing.h"
 #include "run/standby.h"
 
@@ -115,9 +117,11 @@ struct ForkJoin {
     standby::LeaveCpu(caller_cpu);
     const unsigned modes = _mm_getcsr();
     _mm_setcsr(caller_modes);
+    const sharing::Time start = sharing::Clock::now();
     const int64_t ran = Drain(thread, run);
+    const sharing::Time end = sharing::Clock::now();
     _mm_setcsr(modes);
-    return {ran > 0, std::min<sharing::Duration>(kPatience, sharing::Clock::now() - begin)};
+    return {ran > 0, ran > 0 ? end - start : sharing::Duration(0), std::min<sharing::Duration>(kPatience, end - begin)};
   }
 
   bool IsDone() const { return done.load(std::memory_order_acquire) == items; }
@@ -165,7 +169,12 @@ void ParallelFor(Pool& pool, int64_t items, sharing::Pace& pace, Alone alone, Ru
     }
     const bool trial = takes < sharing::kLong;
     for (; to_wake > 0; --to_wake, ++helper) {
-      pool.Schedule([help = job(helper), trial] { standby::Serve(help, trial); });
+      std::function<void()> serve = [help = job(helper), trial] { standby::Serve(help, trial); };
+      if (!trial) {
+        pool.Schedule(std::move(serve));
+      } else if (!crew::Wake(std::move(serve))) {
+        break;
+      }
     }
   } catch (...) {
     // No memory for another task. Those that exist may be using `run` already: carry on with them.
@@ -176,7 +185,8 @@ void ParallelFor(Pool& pool, int64_t items, sharing::Pace& pace, Alone alone, Ru
     state->Wait();
     // Longer than all items would have taken the caller?
     const sharing::Time now = Clock::now();
-    if ((now - begin) * ran > (through - begin) * items) ledger.Lost(now);
+    const sharing::Duration alone_takes = ran > 0 ? (through - begin) * items / ran : takes;
+    if (now - begin > alone_takes) ledger.Lost(now, now - begin - alone_takes);
   }
   if (ran > 0) pace.Saw((through - begin) * items / ran);
   if (state->failed.load()) std::rethrow_exception(state->error);

@@ -9,6 +9,11 @@ namespace {
 constexpr int64_t kShortestPause = 500'000;  // ns
 constexpr int64_t kLongestPause = 64'000'000;
 
+// A loss is outweighed by so many times its cost: what helpers save where nothing disturbs them is more than that.
+constexpr int64_t kOutweighs = 4;
+// What was saved counts for so long: a program that changes, or a neighbour that begins, is noticed after some losses.
+constexpr int64_t kMostCredit = 2'000'000;  // ns
+
 constexpr int64_t kDrift = 16;  // a longer measurement raises Pace by at most 1/16
 
 std::atomic<bool> share_every_call = false;
@@ -38,8 +43,17 @@ void Ledger::Paid() {
   closed_until_.store(std::numeric_limits<int64_t>::min(), std::memory_order_relaxed);
 }
 
-void Ledger::Lost(Time now) {
+// Threads that save or lose at the same moment may overwrite each other's sums: an error of one call.
+void Ledger::Saved(Duration time) {
+  credit_.store(std::min(credit_.load(std::memory_order_relaxed) + time.count(), kMostCredit), std::memory_order_relaxed);
+}
+
+void Ledger::Lost(Time now, Duration cost) {
   losses_.fetch_add(1, std::memory_order_relaxed);
+  const int64_t credit = credit_.load(std::memory_order_relaxed);
+  const int64_t weight = std::min(cost.count(), kMostCredit) * kOutweighs;
+  credit_.store(std::max<int64_t>(credit - weight, 0), std::memory_order_relaxed);
+  if (credit >= weight) return;
   const int64_t at = now.time_since_epoch().count();
   if (at < closed_until_.load(std::memory_order_relaxed)) return;  // known already
   const int64_t pause = std::max(pause_.load(std::memory_order_relaxed), kShortestPause);

@@ -9,8 +9,10 @@
 //
 // Long calls always wake helpers: half of such a call is longer than a thread takes to wake. Short calls use helpers
 // that are awake and waiting (standby.h) and may wake one more as a trial. After a failed trial, or any loss above,
-// there are no trials for a while, with exponential back-off; a helper that pays off ends the back-off. So short
-// products in a loop find helpers waiting, and where all CPUs are busy the calling thread computes them alone.
+// there are no trials for a while, with exponential back-off; a helper that pays off ends the back-off. A loss that
+// helpers have outweighed with what they saved since the last one changes nothing: in a program of many short products a
+// few helpers are always disturbed. So short products in a loop find helpers waiting, and where all CPUs are busy the
+// calling thread computes them alone.
 //
 // No decision here changes a result: it does not depend on who computes an item (plan/plan.h).
 #ifndef JAX_NANO_RUN_SHARING_H_
@@ -29,6 +31,9 @@ using Duration = std::chrono::nanoseconds;
 
 // A call that takes one thread so long is worth waking others, which takes 5 to 60 us.
 inline constexpr Duration kLong = std::chrono::microseconds(150);
+
+// What a helper costs that is woken in vain or whose CPU another thread takes.
+inline constexpr Duration kUsualLoss = std::chrono::microseconds(50);
 
 // How long the calls of one plan take one thread: a running estimate.
 class Pace {
@@ -60,8 +65,11 @@ class Ledger {
   // A helper came in time and left undisturbed.
   void Paid();
 
-  // A helper was disturbed, came in vain, or kept its caller waiting.
-  void Lost(Time now);
+  // A helper did work that its caller would have done in that time.
+  void Saved(Duration time);
+
+  // A helper was disturbed, came in vain, or kept its caller waiting, which cost so much time.
+  void Lost(Time now, Duration cost = kUsualLoss);
 
   // Losses so far. A helper that stands by leaves when there are more.
   int64_t losses() const { return losses_.load(std::memory_order_relaxed); }
@@ -72,6 +80,7 @@ class Ledger {
   std::atomic<int64_t> closed_until_ = std::numeric_limits<int64_t>::min();
   std::atomic<int64_t> pause_ = 0;  // after the next loss, in ns
   std::atomic<int64_t> losses_ = 0;
+  std::atomic<int64_t> credit_ = 0;  // ns that helpers saved and no loss has used up
 };
 
 // The one of this process.

@@ -35,8 +35,8 @@ class Room {
  public:
   // A thread that is let in may enter and leave until it goes. At most one for each CPU but the caller's: two that spin
   // on one CPU would delay each other's jobs.
-  bool LetIn() {
-    if (members_.fetch_add(1, std::memory_order_relaxed) < most_members_) return true;
+  bool LetIn(bool trial) {
+    if (members_.fetch_add(1, std::memory_order_relaxed) < most_members_ || trial) return true;
     Go();
     return false;
   }
@@ -114,10 +114,13 @@ void Serve(const Job& job, bool trial) noexcept {
   sharing::Ledger& ledger = sharing::TheLedger();
   const int64_t losses = ledger.losses();
   const bool whatever_happens = sharing::SharesEveryCall();
-  sharing::Duration patience = job().patience;
+  const Help first = job();
+  ledger.Saved(first.worked);
+  sharing::Duration patience = first.patience;
   sharing::Time now = Clock::now();
   const sharing::Time end = now + kLongestService;
-  if (!(trial || whatever_happens || ledger.Open(now)) || !TheRoom().LetIn()) return;
+  if (!(trial || whatever_happens || ledger.Open(now))) return;
+  if (!TheRoom().LetIn(trial)) return;
   Seat seat;
   bool useful = false, disturbed = false;
   while (now < end && (whatever_happens || (!disturbed && ledger.losses() == losses))) {
@@ -131,6 +134,7 @@ void Serve(const Job& job, bool trial) noexcept {
     if (waited != Waited::kDone && TheRoom().Leave(&seat)) break;
     // Handed under the room's lock: a seat that cannot leave has its job.
     const Help help = seat.job();
+    ledger.Saved(help.worked);
     useful = useful || help.useful;
     patience = help.patience;
     seat.job = nullptr;

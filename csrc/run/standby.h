@@ -19,6 +19,7 @@ namespace jax_nano::standby {
 // What came of a helper's part in a call.
 struct Help {
   bool useful;                 // it found work
+  sharing::Duration worked;    // how long
   sharing::Duration patience;  // how long its thread should spin afterwards
 };
 
