@@ -100,6 +100,9 @@ def call_many(kernel_name: str, rows: NDArray[np.int64]) -> None:
 def handed_jobs() -> int:
     """How many shares of calls went to threads that stood by, since the process began (csrc/run/standby.h)."""
 
+def wake_crew() -> tuple[int, int]:
+    """The caller's CPU, and that of a helper of the library that was woken; -1 if none was (csrc/run/crew.h)."""
+
 class Pace:
     """How long the calls of one plan take one thread, in ns (csrc/run/sharing.h)."""
 
@@ -117,7 +120,8 @@ class Ledger:
     def may_wake(self, wanted: int, alone: int, now: int) -> int: ...
     def is_open(self, now: int) -> bool: ...
     def paid(self) -> None: ...
-    def lost(self, now: int) -> None: ...
+    def saved(self, time: int) -> None: ...
+    def lost(self, now: int, cost: int = ...) -> None: ...
 
 def share_every_call(on: bool) -> None:
     """For machines that may be busy: all calls wake all helpers, which stand by for as long as they ever may."""

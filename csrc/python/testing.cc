@@ -8,6 +8,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
@@ -27,6 +28,7 @@
 #include "plan/select.h"
 #include "python/product.h"
 #include "python/tuning.h"
+#include "run/crew.h"
 #include "run/sharing.h"
 #include "run/standby.h"
 #include "run/workspace.h"
@@ -227,6 +229,18 @@ void CallKernelOften(std::string_view kernel_name, const GemmArgsRows& rows) {
   }
 }
 
+// The CPU of the caller, and that on which a helper of this library ran; -1 if none could be woken.
+std::pair<int, int> WakeCrew() {
+  const auto helper = std::make_shared<std::atomic<int>>(-1);  // the helper may notify after the caller has returned
+  const int caller = sched_getcpu();
+  const bool woken = crew::Wake([helper] {
+    helper->store(sched_getcpu(), std::memory_order_release);
+    helper->notify_one();
+  });
+  if (woken) helper->wait(-1, std::memory_order_acquire);
+  return {caller, helper->load()};
+}
+
 }  // namespace
 
 void DefineTesting(nb::module_ m) {
@@ -248,6 +262,7 @@ void DefineTesting(nb::module_ m) {
       .def_prop_ro("made", [](const PlanTable& table) { return table.made.load(); })
       .def_prop_ro("alive", [](const PlanTable& table) { return table.alive.load(); });
   m.def("handed_jobs", &standby::HandedJobs);
+  m.def("wake_crew", &WakeCrew, nb::call_guard<nb::gil_scoped_release>());
   nb::class_<sharing::Pace>(m, "Pace")
       .def(
           "__init__", [](sharing::Pace* self, int64_t guess) { new (self) sharing::Pace(Ns(guess)); }, "guess"_a)
@@ -265,7 +280,10 @@ void DefineTesting(nb::module_ m) {
           "is_open", [](const sharing::Ledger& self, int64_t now) { return self.Open(At(now)); }, "now"_a)
       .def("paid", &sharing::Ledger::Paid)
       .def(
-          "lost", [](sharing::Ledger& self, int64_t now) { self.Lost(At(now)); }, "now"_a)
+          "saved", [](sharing::Ledger& self, int64_t time) { self.Saved(Ns(time)); }, "time"_a)
+      .def(
+          "lost", [](sharing::Ledger& self, int64_t now, int64_t cost) { self.Lost(At(now), Ns(cost)); }, "now"_a,
+          "cost"_a = std::chrono::nanoseconds(sharing::kUsualLoss).count())
       .def_prop_ro("losses", &sharing::Ledger::losses);
   m.def("share_every_call", &sharing::ShareEveryCall, "on"_a);
 }

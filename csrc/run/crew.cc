@@ -42,9 +42,11 @@ class Member {
 
  private:
   void Start() {
-    sigset_t all, before;
-    sigfillset(&all);  // signals are for the threads of the program
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    // Signals are for the threads of the program, but for those of a thread's own faults.
+    sigset_t others, before;
+    sigfillset(&others);
+    for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP}) sigdelset(&others, fault);
+    pthread_sigmask(SIG_SETMASK, &others, &before);
     try {
       std::thread([this] { Work(); }).detach();
       started_ = true;

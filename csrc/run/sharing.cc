@@ -45,7 +45,8 @@ void Ledger::Paid() {
 
 // Threads that save or lose at the same moment may overwrite each other's sums: an error of one call.
 void Ledger::Saved(Duration time) {
-  credit_.store(std::min(credit_.load(std::memory_order_relaxed) + time.count(), kMostCredit), std::memory_order_relaxed);
+  credit_.store(std::min(credit_.load(std::memory_order_relaxed) + time.count(), kMostCredit),
+                std::memory_order_relaxed);
 }
 
 void Ledger::Lost(Time now, Duration cost) {

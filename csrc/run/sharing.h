@@ -10,8 +10,8 @@
 // Long calls always wake helpers: half of such a call is longer than a thread takes to wake. Short calls use helpers
 // that are awake and waiting (standby.h) and may wake one more as a trial. After a failed trial, or any loss above,
 // there are no trials for a while, with exponential back-off; a helper that pays off ends the back-off. A loss that
-// helpers have outweighed with what they saved since the last one changes nothing: in a program of many short products a
-// few helpers are always disturbed. So short products in a loop find helpers waiting, and where all CPUs are busy the
+// helpers have outweighed with what they saved since the last one changes nothing: in a program of many short products
+// a few helpers are always disturbed. So short products in a loop find helpers waiting, and where all CPUs are busy the
 // calling thread computes them alone.
 //
 // No decision here changes a result: it does not depend on who computes an item (plan/plan.h).

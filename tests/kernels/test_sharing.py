@@ -1,10 +1,12 @@
-"""When a call shares its work (csrc/run/sharing.h): the decisions, at times that the tests make up."""
+"""When a call shares its work, at times that the tests make up, and with whom (csrc/run/sharing.h, crew.h)."""
 
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
+from programs import run_python
 
 from jax_nano import _runtime
 
@@ -105,6 +107,104 @@ def test_a_change_for_the_better_is_found_soon(ledger):
         ledger.paid()
     ledger.lost(now)
     assert pause_after(ledger, now) < 2 * MS
+
+
+def test_a_loss_that_was_outweighed_changes_nothing(ledger):
+    """Many short products, now and then another thread on the helper's CPU: waiting would cost more than the losses."""
+    for job in range(1000):
+        ledger.saved(40 * US)
+        if job % 10 == 9:
+            ledger.lost(job * SHORT)
+            assert ledger.is_open(job * SHORT)
+    assert ledger.losses == 100
+
+
+def test_losses_that_cost_what_helpers_save_close(ledger):
+    closed = 0
+    for job in range(20):
+        ledger.saved(40 * US)
+        ledger.lost(job * SHORT)
+        closed += not ledger.is_open(job * SHORT)
+    assert closed > 15
+
+
+def test_an_hour_of_savings_does_not_hide_a_change(ledger):
+    for _ in range(100_000):
+        ledger.saved(40 * US)
+    for job in range(12):
+        ledger.lost(job)
+    assert not ledger.is_open(12)
+
+
+def test_a_long_wait_for_a_helper_weighs_more_than_a_disturbance(ledger):
+    ledger.saved(1 * MS)
+    ledger.lost(0, cost=1 * MS)
+    assert not ledger.is_open(0)
+
+
+TWO_CPUS = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+
+
+@TWO_CPUS
+def test_a_helper_runs_on_another_cpu_than_its_caller() -> None:
+    """Wherever the caller is moved to. On its own CPU a helper would wait until the caller is through."""
+    code = """
+import os
+from jax_nano import _runtime
+cpus = sorted(os.sched_getaffinity(0))
+_runtime.testing.wake_crew()  # the helpers of all CPUs are known from here on
+for turn in range(200):
+    os.sched_setaffinity(0, {cpus[turn % len(cpus)]})
+    caller, helper = _runtime.testing.wake_crew()
+    while helper == -1:  # the only helper of another CPU has not gone to sleep yet
+        caller, helper = _runtime.testing.wake_crew()
+    assert caller == cpus[turn % len(cpus)] and helper in cpus and helper != caller, (turn, caller, helper)
+"""
+    run_python(code)
+
+
+def test_no_helper_where_the_caller_has_one_cpu() -> None:
+    code = """
+import os
+from jax_nano import _runtime
+cpu = min(os.sched_getaffinity(0))
+os.sched_setaffinity(0, {cpu})
+assert _runtime.testing.wake_crew() == (cpu, -1)
+"""
+    run_python(code)
+
+
+@TWO_CPUS
+def test_a_forked_process_has_helpers_of_its_own() -> None:
+    code = """
+import os
+from jax_nano import _runtime
+_runtime.testing.wake_crew()
+child = os.fork()
+if child == 0:
+    caller, helper = _runtime.testing.wake_crew()
+    os._exit(0 if helper not in (-1, caller) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    run_python(code)
+
+
+@TWO_CPUS
+def test_helpers_leave_signals_to_the_program() -> None:
+    code = """
+import os, signal
+from jax_nano import _runtime
+before = set(os.listdir("/proc/self/task"))
+_runtime.testing.wake_crew()
+(helper,) = set(os.listdir("/proc/self/task")) - before
+lines = open(f"/proc/self/task/{helper}/status").read().splitlines()
+fields = dict(line.split(":\t") for line in lines if ":\t" in line)
+blocked = int(fields["SigBlk"], 16)
+assert blocked >> (signal.SIGINT - 1) & 1 and blocked >> (signal.SIGTERM - 1) & 1
+assert not blocked >> (signal.SIGSEGV - 1) & 1
+assert fields["Name"] == "jax_nano"
+"""
+    run_python(code)
 
 
 def test_a_pace_follows_shorter_calls_at_once_and_longer_ones_slowly():
