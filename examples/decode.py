@@ -2,7 +2,8 @@
 
 The model is a GPT-2 of flax.nnx with a key-value cache (`decoder.py`), blocks of GPT-2 small, but two of them. It is
 made here: a few steps of training on `decode.txt`, whose words are the first of its vocabulary. Then it decodes with
-float32 and bfloat16 weights, and with `jax_nano.quantize`'s integers of 8 and 4 bits by groups of 128.
+float32 and bfloat16 weights, and with `jax_nano.quantize`'s integers of 8 and 4 bits by groups of 128, in a model whose
+other numbers are float32 or, "-bf16", bfloat16.
 
     plain      JAX's operations; quantised weights are multiplied by their scales, then with x
     jax_nano   inside `jax_nano.accelerate()`; quantised weights are multiplied by their own `@`
@@ -35,7 +36,7 @@ import jax_nano
 
 TEXT = pathlib.Path(__file__).with_suffix(".txt")
 GROUP = 128
-TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2, "int8": 1e-4, "int4": 1e-4}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2, "int8": 1e-4, "int4": 1e-4, "int8-bf16": 4e-2, "int4-bf16": 4e-2}
 """Between two ways to run the same weights, relative to all scores: rounding through all layers."""
 
 
@@ -96,10 +97,11 @@ def formats(model: decoder.Decoder) -> list[Format]:
     """All of them; the model has float32 weights."""
     half = decoder.in_dtype(model, jnp.bfloat16)
     out = [Format("float32", model, model), Format("bfloat16", half, half)]
-    for bits in (8, 4):
-        ours = decoder.with_matrices(model, partial(jax_nano.quantize, bits=bits, group=GROUP))
-        plain = decoder.with_matrices(ours, lambda w: decoder.Dequantized(w.q, w.scale))
-        out.append(Format(f"int{bits}", plain, ours))
+    for of, suffix in ((model, ""), (half, "-bf16")):
+        for bits in (8, 4):
+            ours = decoder.with_matrices(of, partial(jax_nano.quantize, bits=bits, group=GROUP))
+            plain = decoder.with_matrices(ours, lambda w: decoder.Dequantized(w.q, w.scale))
+            out.append(Format(f"int{bits}{suffix}", plain, ours))
     return out
 
 

@@ -25,16 +25,6 @@ constexpr int64_t kHidingRows = 12;  // so many products with a line of B take l
 constexpr double kProducts = 2, kLoads = 2, kHalves = 2, kLatency = 4;
 // Shares of a cache that data may have, beside all else that passes through it.
 constexpr double kL1Share = 0.75, kL2Share = 0.8;
-constexpr int64_t kTilesAhead = 2;         // tiles of a B where it lies that are prefetched (codegen/microkernel.py)
-constexpr int64_t kNearSteps = 168;        // unblocked loops (codegen/unblocked.py)
-constexpr int64_t kNearBytes = 256 << 10;  // of B
-// Rows of A at a time there, with vectors of 512 bits.
-constexpr int64_t kShortRows = 4, kShortWideRows = 8, kWideVectors = 4;
-constexpr int64_t kSweepRows = 4, kSweepDepth = 4, kSweepSumsBytes = 16 << 10;  // codegen/sweep.py
-// codegen/inner.py: rows and columns of a tile with 16 registers and with 32, and rows of tall tiles of all of 2 to 6
-// columns.
-constexpr int64_t kInnerTile = 3, kInnerWideTile = 4;
-constexpr int64_t kTallRows[] = {12, 8, 6, 4, 4}, kFewestTall = 2;
 
 // A product's loops and caches, and the counts so far.
 class Counter {
@@ -143,11 +133,10 @@ class Counter {
 
 bool Counter::IsUnblocked(const Blocked& x) const {
   if (x.pack_a || x.pack_b || !kernel_.direct_a || !kernel_.direct_b || x.kc < x_.k || x.nc < x_.n) return false;
-  const bool near = x_.k * x_.n * b_bytes_ <= kNearBytes;
-  constexpr int64_t kUnroll = 4, kProductsALine = 28;  // codegen/microkernel.py
+  const bool near = x_.k * x_.n * b_bytes_ <= loops::kNearBytes;
   const int64_t lines = CeilDiv(int64_t{kernel_.nr} * c_bytes_, 64), vectors = kernel_.nr / kernel_.lanes;
-  const int64_t a_turn = std::max<int64_t>(1, kernel_.mr * vectors * kUnroll / kProductsALine);
-  return x_.k / kernel_.kr < (near ? kNearSteps : 2 * kernel_.mr * lines * kUnroll / a_turn);
+  const int64_t a_turn = std::max<int64_t>(1, kernel_.mr * vectors * loops::kUnroll / loops::kProductsALine);
+  return x_.k / kernel_.kr < (near ? loops::kNearSteps : 2 * kernel_.mr * lines * loops::kUnroll / a_turn);
 }
 
 // How many panels of A there are of each height.
@@ -159,7 +148,7 @@ std::vector<Counter::Height> Counter::Heights(const Blocked& x) const {
   if (IsUnblocked(x)) {
     int64_t most = x.tile_rows;
     if (IsWide() && x_.n > kernel_.nr) {
-      most = std::min(most, x_.n > kWideVectors * kernel_.lanes ? kShortWideRows : kShortRows);
+      most = std::min(most, x_.n > loops::kWideVectors * kernel_.lanes ? loops::kShortWideRows : loops::kShortRows);
     }
     const int64_t rows = CeilDiv(x_.m, CeilDiv(x_.m, most));  // of equal height
     add(rows, x_.m / rows);
@@ -244,7 +233,7 @@ void Counter::CountPanels(const Blocked& x, const Height& height, double depth, 
   first_of_b -= first;
   Add(Cost::kBLine, b_level_, first * lines);
   if (rows < kHidingRows) Add(Cost::kBExposedLine, b_level_, first * lines * (1 - Real(rows) / Real(kHidingRows)));
-  const double run = Real(std::min(x_.n, (kTilesAhead + 1) * widest * lanes) * b_bytes_);
+  const double run = Real(std::min(x_.n, (loops::kTilesAhead + 1) * widest * lanes) * b_bytes_);
   if (!Within(b_level_, Level::kL2) && !Within(LevelOf(depth * run, run, stride), Level::kL2)) {
     counts_[static_cast<size_t>(Cost::kBLateLine) + (b_level_ == Level::kNear ? 0 : 1)] += first * lines;
   }
@@ -340,10 +329,10 @@ void Counter::Count(const InnerProduct& x) {
     if (x_.k * b_bytes_ % vector_bytes != 0) Add(Cost::kInnerUnaligned, all * steps * Real(rows + columns));
     if (x_.k % lanes != 0) Add(Cost::kInnerRest, all * Real(rows * columns));
   };
-  const int64_t side = IsWide() ? kInnerWideTile : kInnerTile, few = std::min(x_.m, x_.n);
+  const int64_t side = IsWide() ? loops::kInnerWideTile : loops::kInnerTile, few = std::min(x_.m, x_.n);
   int64_t longer_left = std::max(x_.m, x_.n), turns = CeilDiv(longer_left, side);
-  if (IsWide() && few >= kFewestTall && few < kFewestTall + static_cast<int64_t>(std::size(kTallRows))) {
-    const int64_t rows = kTallRows[few - kFewestTall];
+  if (IsWide() && few >= loops::kFewestTall && few < loops::kFewestTall + static_cast<int64_t>(std::size(loops::kTallRows))) {
+    const int64_t rows = loops::kTallRows[few - loops::kFewestTall];
     tiles(rows, few, longer_left / rows);
     turns = longer_left / rows + 1;
     longer_left %= rows;
@@ -363,12 +352,12 @@ void Counter::Count(const InnerProduct& x) {
 void Counter::Count(const Sweep& x) {
   const int64_t lanes = int64_t{kernel_.lanes} * kernel_.kr, stride = std::abs(x_.rsb) * b_bytes_;
   const double lines = Real(x_.k) * std::ceil(Real(x_.n * b_bytes_) / kLine);
-  for (int64_t i = 0; i < x_.m; i += kSweepRows) {
-    const int64_t rows = std::min(kSweepRows, x_.m - i);
-    const int64_t width = kSweepSumsBytes / ElementBytes(kernel_.acc) / rows;
-    const double blocks = Real(CeilDiv(x_.n, width)), sweeps = Real(CeilDiv(x_.k, kSweepDepth));
+  for (int64_t i = 0; i < x_.m; i += loops::kSweepRows) {
+    const int64_t rows = std::min(loops::kSweepRows, x_.m - i);
+    const int64_t width = loops::kSweepSumsBytes / ElementBytes(kernel_.acc) / rows;
+    const double blocks = Real(CeilDiv(x_.n, width)), sweeps = Real(CeilDiv(x_.k, loops::kSweepDepth));
     Add(Cost::kSweep, sweeps * blocks);
-    const double cycles = std::max(Cycles(Real(rows), Real(kSweepDepth)), Real(rows));
+    const double cycles = std::max(Cycles(Real(rows), Real(loops::kSweepDepth)), Real(rows));
     counts_[static_cast<size_t>(Cost::kSweepVector) + static_cast<size_t>(rows - 1)] +=
         sweeps * Real(CeilDiv(x_.n, lanes)) * cycles;
     if (x_.n % lanes != 0) Add(Cost::kSweepMasked, sweeps * blocks * Real(rows));

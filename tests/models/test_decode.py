@@ -31,7 +31,7 @@ def test_it_compares_and_draws(tmp_path: pathlib.Path, capsys: pytest.CaptureFix
 
 def test_a_wrong_result_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     formats, scores = decode.formats, decode.Program.decode
-    monkeypatch.setattr(decode, "formats", lambda model: formats(model)[3:])  # int4
+    monkeypatch.setattr(decode, "formats", lambda model: formats(model)[3:4])  # int4
 
     def wrong(program: Any, count: int) -> Any:
         tokens, first = scores(program, count)
