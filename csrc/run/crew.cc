@@ -9,12 +9,14 @@
 #include <condition_variable>
 #include <memory>
 #include <mutex>
-#include <thread>
+#include <system_error>
 #include <utility>
 #include <vector>
 
 namespace jax_nano::crew {
 namespace {
+
+thread_local bool is_member = false;
 
 // One thread, which starts with its first task and never ends.
 class Member {
@@ -47,21 +49,26 @@ class Member {
     sigfillset(&others);
     for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP}) sigdelset(&others, fault);
     pthread_sigmask(SIG_SETMASK, &others, &before);
-    try {
-      std::thread([this] { Work(); }).detach();
-      started_ = true;
-    } catch (...) {
-      pthread_sigmask(SIG_SETMASK, &before, nullptr);
-      throw;
-    }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  }
-
-  [[noreturn]] void Work() {
+    // It is on its CPU before anybody can know of it and give it another mask, which then stays.
     cpu_set_t only;
     CPU_ZERO(&only);
     CPU_SET(static_cast<size_t>(cpu_), &only);
-    sched_setaffinity(0, sizeof only, &only);  // where that is forbidden it runs where the scheduler likes
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setaffinity_np(&attributes, sizeof only, &only);
+    pthread_t thread;
+    const int error = pthread_create(&thread, &attributes, &Run, this);
+    pthread_attr_destroy(&attributes);
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    if (error != 0) throw std::system_error(error, std::generic_category(), "a helper's thread");
+    started_ = true;
+  }
+
+  static void* Run(void* self) { static_cast<Member*>(self)->Work(); }
+
+  [[noreturn]] void Work() {
+    is_member = true;
     pthread_setname_np(pthread_self(), "jax_nano");
     for (;;) {
       std::function<void()> task;
@@ -120,5 +127,7 @@ bool Wake(std::function<void()> task) {
   }
   return false;
 }
+
+bool IsMember() { return is_member; }
 
 }  // namespace jax_nano::crew

@@ -15,6 +15,9 @@ namespace jax_nano::crew {
 // Throws if the thread cannot be started.
 bool Wake(std::function<void()> task);
 
+// Whether the calling thread is one of these.
+bool IsMember();
+
 }  // namespace jax_nano::crew
 
 #endif  // JAX_NANO_RUN_CREW_H_

@@ -114,7 +114,7 @@ struct ForkJoin {
   // A helper's part. It spins afterwards for as long as the call took: waiting never costs more than it could save.
   template <typename Run>
   standby::Help Assist(size_t thread, Run* run) {
-    standby::LeaveCpu(caller_cpu);
+    if (!crew::IsMember()) standby::LeaveCpu(caller_cpu);
     const unsigned modes = _mm_getcsr();
     _mm_setcsr(caller_modes);
     const sharing::Time start = sharing::Clock::now();
