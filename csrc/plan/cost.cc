@@ -331,7 +331,8 @@ void Counter::Count(const InnerProduct& x) {
   };
   const int64_t side = IsWide() ? loops::kInnerWideTile : loops::kInnerTile, few = std::min(x_.m, x_.n);
   int64_t longer_left = std::max(x_.m, x_.n), turns = CeilDiv(longer_left, side);
-  if (IsWide() && few >= loops::kFewestTall && few < loops::kFewestTall + static_cast<int64_t>(std::size(loops::kTallRows))) {
+  if (IsWide() && few >= loops::kFewestTall &&
+      few < loops::kFewestTall + static_cast<int64_t>(std::size(loops::kTallRows))) {
     const int64_t rows = loops::kTallRows[few - loops::kFewestTall];
     tiles(rows, few, longer_left / rows);
     turns = longer_left / rows + 1;

@@ -70,7 +70,8 @@ def _loops() -> str:
         raise ValueError("tall tiles are of all numbers of columns from the fewest on")
     lines = [f"inline constexpr int64_t {name} = {value};" for name, value in sizes.items()]
     lines.append(f"inline constexpr int64_t kTallRows[] = {{{', '.join(map(str, tall))}}};")
-    return "\n".join(["// Of the generated loops (jax_nano/codegen), for the cost model.", "namespace loops {", *lines, "}", ""])
+    head = "// Of the generated loops (jax_nano/codegen), for the cost model.\nnamespace loops {"
+    return "\n".join([head, *lines, "}", ""])
 
 
 def _string(text: str) -> str:
