@@ -196,6 +196,14 @@ def quantized_dot_general(
             raise ValueError(
                 f"quantized_dot_general requires scales and zero points whose sizes divide q's {q.shape}, got {v.shape}"
             )
+    # Raises what lax does if they do not fit.
+    jax.eval_shape(lambda a, b: jax.lax.dot_general(a, b.astype(a.dtype), dimension_numbers), x, q)
+    if q.dtype.name not in spec.WEIGHTS:
+        raise TypeError(f"quantized_dot_general requires q of one of {', '.join(spec.WEIGHTS)}, got {q.dtype}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"quantized_dot_general requires x of floating-point numbers, got {x.dtype}")
+    if activations not in (None, "int8"):
+        raise ValueError(f'quantized_dot_general requires activations to be None or "int8", got {activations!r}')
     (x_contracting, q_contracting), (_, q_batch) = dimension_numbers
     flat = None
     if len(q_contracting) and not len(q_batch) and len(x_contracting) == len(q_contracting):
@@ -371,7 +379,7 @@ def quantize(
         return QuantizedArray(jnp.reshape(q, w.shape), scale, None, contracting)
     top = 2**bits - 1
     low, high = jnp.minimum(jnp.min(grouped, axis), 0), jnp.maximum(jnp.max(grouped, axis), 0)
-    scale = _nonzero((high - low) / top).astype(scale_dtype)
+    scale = _nonzero(high / top - low / top).astype(scale_dtype)
     zero = jnp.clip(jnp.round(-low / scale.astype(jnp.float32)), 0, top)
     levels = jnp.round(grouped / jnp.expand_dims(scale.astype(jnp.float32), axis)) + jnp.expand_dims(zero, axis)
     q = jnp.clip(levels, 0, top).astype(jnp.uint8 if bits == 8 else jnp.uint4)
@@ -379,5 +387,5 @@ def quantize(
 
 
 def _nonzero(scale: Array) -> Any:
-    """Scales of groups of zeros are 1."""
-    return jnp.where(scale > 0, scale, 1)
+    """Scales of groups of zeros are 1; those of groups with a NaN are NaN."""
+    return jnp.where(scale == 0, 1, scale)

@@ -376,8 +376,12 @@ def test_biases_that_do_not_fit(rng):
 
 def test_no_elements(rng):
     q, k, v = arrays(rng)
-    for args in ((q[:, :0], k, v), (q[:0], k[:0], v[:0]), (q[..., :0], k[..., :0], v[..., :0])):
-        close(jax_nano.dot_product_attention(*args), plain(*args))
+    for args in ((q[:, :0], k, v), (q[:0], k[:0], v[:0]), (q, k[:, :0], v[:, :0])):
+        for options in ({}, {"is_causal": True, "return_residual": True}):
+            close(jax_nano.dot_product_attention(*args, **options), plain(*args, **options))
+        functions = jax_nano.dot_product_attention, plain
+        close(*(jax.grad(lambda *x, f=f: jnp.sum(f(*x) ** 2), (0, 1, 2))(*args) for f in functions))
+    assert jax_nano.dot_product_attention(q[..., :0], k[..., :0], v[..., :0]).shape == (2, 9, 4, 0)
 
 
 def test_shard_map_and_sharded_arrays(rng):
