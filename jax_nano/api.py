@@ -314,8 +314,8 @@ def dot_product_attention(
         both bfloat16 or both float16.
       bias: added to the scores, four dimensions that broadcast to (B, N, T, S).
       mask: bool, likewise; False excludes a score.
-      scale: of the scores, by default 1 / sqrt(H): a number, or what broadcasts to (B, K, T, S). One that is no constant
-        of the program is multiplied by in the composition.
+      scale: of the scores, by default 1 / sqrt(H): a number, or what broadcasts to (B, K, T, S), traced or not. With one
+        that differs between keys it is the composition that is computed.
       is_causal: query t sees no key behind t.
       query_seq_lengths, key_value_seq_lengths: int32, shape (B,): beyond them queries give zeros, and keys count not.
       local_window_size: (left, right) or one number for both: query t sees keys t - left to t + right.
@@ -409,15 +409,24 @@ def _run_attention(
     left, right = (_attention.UNBOUNDED,) * 2 if window is None else (max(-(2**30), min(x, 2**30)) for x in window)
     if is_causal:
         right = min(right, 0)
-    if scale is None:
+    factor = given.get("scale")
+    if factor is not None:
+        scale = 1.0
+    elif scale is None:
         scale = 1 / math.sqrt(h) if h != 0 else math.inf
     options = _attention.Options(scale, left, right, *(x is not None for x in extras.values()))
     present = [x for x in extras.values() if x is not None]
-    if "scale" in given:
-        factor = _grouped_scale(given["scale"], (b, k.shape[2], t, s))
-        out, maxima, logs = _attention.composition(q, k, v, *present, options=options, scale=factor)
+    dtype = q.dtype
+    if factor is not None:
+        _check_scale(factor, (b, k.shape[2], t, s))
+        if dtype.name in ("float32", "bfloat16", "float16") and (factor.ndim == 0 or factor.shape[-1] == 1):
+            q, factor = q.astype(np.float32) * _of_queries(factor, k.shape[2], n), None
+    if factor is not None:
+        grouped = lax.expand_dims(factor, (factor.ndim - 2,)) if factor.ndim > 2 else factor
+        out, maxima, logs = _attention.composition(q, k, v, *present, options=options, scale=grouped)
     else:
         out, maxima, logs = _attention.bind(q, k, v, *present, options=options)
+    out = out.astype(dtype)
     residual = lax.stop_gradient((maxima + logs).astype(k.dtype))
     shape = operands[0].shape
     return out.reshape(shape), residual.reshape(shape[:-1])
@@ -431,13 +440,17 @@ def _window_mask(queries: int, keys: int, left: Array, right: Array) -> Array:
     return ((at_q <= at_k + left) & (at_q >= at_k - right))[None, None]
 
 
-def _grouped_scale(scale: Array, scores: tuple[int, int, int, int]) -> Array:
-    """A scale that broadcasts to scores (B, K, T, S) of one query head for each of the keys' heads, as jax.nn has it,
-    for scores (B, K, G, T, S).
-    """
+def _check_scale(scale: Array, scores: tuple[int, int, int, int]) -> None:
+    """jax.nn multiplies scores (B, K, T, S) of one query head for each of the keys' heads."""
     if jnp.broadcast_shapes(scale.shape, scores) != scores:
         raise ValueError(f"scale of shape {scale.shape} does not broadcast to {scores}")
-    return lax.expand_dims(scale, (scale.ndim - 2,)) if scale.ndim > 2 else scale
+
+
+def _of_queries(scale: Array, kv_heads: int, heads: int) -> Array:
+    """A scale that is the same for all keys as one of queries (B, T, N, H)."""
+    wide = lax.expand_dims(scale.astype(np.float32), tuple(range(4 - scale.ndim)))
+    wide = jnp.transpose(wide, (0, 2, 1, 3))
+    return wide if wide.shape[2] == 1 else jnp.repeat(wide, heads // kv_heads, 2)
 
 
 def _check_attention(given: dict[str, Array]) -> None:

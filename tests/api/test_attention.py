@@ -305,6 +305,22 @@ def test_scales_of_several_numbers(rng, shape, heads):
     close(*(jax.grad(partial(loss, f))(scale) for f in (jax_nano.dot_product_attention, plain)), 1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_scales_of_heads_in_one_pass(rng, dtype):
+    """A temperature that is learned takes no matrix of scores."""
+    q, k, v = arrays(rng, dtype=dtype)
+    scale = jnp.asarray([0.2, 0.4], dtype)[:, None, None]
+
+    def attend(q, k, v, scale):
+        return jax_nano.dot_product_attention(q, k, v, scale=scale, return_residual=True)
+
+    close(jax.jit(attend)(q, k, v, scale), plain(q, k, v, scale=scale.astype(np.float32), return_residual=True))
+    grads = jax.jit(jax.grad(lambda *x: attend(*x)[0].astype(np.float32).sum(), (0, 1, 2, 3)))(q, k, v, scale)
+    assert [x.dtype for x in grads] == [np.dtype(dtype)] * 4
+    if attention_lowering.why_no_kernel(q, k, v) is None:
+        assert "jax_nano_attention" in jax.jit(attend).lower(q, k, v, scale).as_text()
+
+
 def test_scales_that_do_not_fit(rng):
     q, k, v = arrays(rng)
     for shape in ((3,), (4, 1, 1), (1, 1, 1, 1, 1)):
