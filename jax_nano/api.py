@@ -314,8 +314,8 @@ def dot_product_attention(
         both bfloat16 or both float16.
       bias: added to the scores, four dimensions that broadcast to (B, N, T, S).
       mask: bool, likewise; False excludes a score.
-      scale: of the scores, by default 1 / sqrt(H): a number, or what broadcasts to (B, K, T, S), traced or not. With one
-        that differs between keys it is the composition that is computed.
+      scale: of the scores, by default 1 / sqrt(H): a number, or what broadcasts to (B, K, T, S). With one that differs
+        between keys it is the composition that is computed.
       is_causal: query t sees no key behind t.
       query_seq_lengths, key_value_seq_lengths: int32, shape (B,): beyond them queries give zeros, and keys count not.
       local_window_size: (left, right) or one number for both: query t sees keys t - left to t + right.

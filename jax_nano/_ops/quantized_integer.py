@@ -55,7 +55,8 @@ def _product(options: Options, x: Array, q: Array, scale: Array, *others: Array)
     size = x.shape[-1] // groups
     rows, row_scale = rows_as_int8(jnp.reshape(x, (-1, x.shape[-1])))
     if size > MOST_IN_GROUP:
-        return quantized.bind(jnp.reshape(rows.astype(jnp.float32) * row_scale, x.shape), q, scale, *others, options=options)
+        rounded = jnp.reshape(rows.astype(jnp.float32) * row_scale, x.shape)
+        return quantized.bind(rounded, q, scale, *others, options=options)
     weights, origin = _as_int8(q)
     grouped = jnp.reshape(rows, (rows.shape[0], groups, size))
     blocks = jnp.reshape(weights, (n, groups, size) if along_k else (groups, size, n))
