@@ -180,8 +180,8 @@ def quantized_dot_general(
 
     Returns:
       As `jax.lax.dot_general`: dimensions of the batch, of x and of q that are not contracted. One call where neither
-      has batch dimensions and the scales' groups follow each other along all of q's contracting dimensions together;
-      otherwise the product of dequantised weights.
+      has batch dimensions and the scales' groups follow each other along all of q's contracting dimensions together,
+      and 4-bit q is a matrix of even sizes; otherwise the product of dequantised weights.
 
     Raises:
       TypeError: as `quantized_matmul` and `jax.lax.dot_general`.
@@ -211,6 +211,8 @@ def quantized_dot_general(
         contracted = [q_contracting[i] for i in order]
         free = [i for i in range(q.ndim) if i not in contracted]
         flat = _flattened(q, grids, contracted, free)
+    if flat is not None and spec.WEIGHTS[q.dtype.name].bits < 8 and any(n % 2 for n in flat[0].shape):
+        flat = None  # rows would end inside a byte
     if flat is None:
         weights = _dequantized(q, *grids, dtype=jnp.float32)
         dtype = preferred_element_type or x.dtype

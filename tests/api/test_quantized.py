@@ -494,6 +494,17 @@ def test_dimensions_that_do_not_fit(x: Any, q: Any, numbers: Any) -> None:
     assert (got.type, str(got.value)) == (want.type, str(want.value))
 
 
+@pytest.mark.parametrize("shape", [(96,), (96, 1), (32, 3), (3, 32)])
+def test_dot_general_with_weights_of_4_bits_of_any_sizes(shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(1)
+    q = jnp.asarray(rng.integers(-8, 8, shape), jnp.int4)
+    x = jnp.asarray(rng.standard_normal((5, shape[0])), jnp.float32)
+    scale = jnp.asarray(rng.random([1] * len(shape)) + 0.5, jnp.float32)
+    got = jax_nano.quantized_dot_general(x, q, scale, dimension_numbers=(((1,), (0,)), ((), ())))
+    w = np.asarray(q.astype(jnp.int8), np.float64)
+    np.testing.assert_allclose(got, np.asarray(x, np.float64) @ w * float(scale.ravel()[0]), rtol=1e-5, atol=1e-4)
+
+
 def test_dtypes_that_do_not_fit() -> None:
     numbers = (((2,), (1,)), ((0,), (0,)))
     x, q, scale = jnp.ones((2, 3, 32)), jnp.ones((2, 32, 4), jnp.int8), jnp.ones((2, 1, 4))
