@@ -314,7 +314,8 @@ def dot_product_attention(
         both bfloat16 or both float16.
       bias: added to the scores, four dimensions that broadcast to (B, N, T, S).
       mask: bool, likewise; False excludes a score.
-      scale: of the scores, by default 1 / sqrt(H).
+      scale: of the scores, by default 1 / sqrt(H): a number, or what broadcasts to (B, K, T, S). With one that differs
+        between keys it is the composition that is computed.
       is_causal: query t sees no key behind t.
       query_seq_lengths, key_value_seq_lengths: int32, shape (B,): beyond them queries give zeros, and keys count not.
       local_window_size: (left, right) or one number for both: query t sees keys t - left to t + right.
@@ -346,6 +347,14 @@ def dot_product_attention(
         )
     if isinstance(local_window_size, int):
         local_window_size = (local_window_size, local_window_size)
+    window, sides = None, {}
+    if local_window_size is not None:
+        left, right = local_window_size
+        try:
+            window = (operator.index(left), operator.index(right))
+        except TypeError:  # known when the program runs
+            sides = {"left": jnp.asarray(left), "right": jnp.asarray(right)}
+    factor = _scale_of_attention(scale)
     named = {
         "query": query,
         "key": key,
@@ -354,18 +363,21 @@ def dot_product_attention(
         "mask": mask,
         "q_lengths": query_seq_lengths,
         "kv_lengths": key_value_seq_lengths,
+        **sides,
+        "scale": scale if factor is None else None,
     }
     given = {name: jnp.asarray(x) for name, x in named.items() if x is not None}
-    traced = isinstance(scale, Tracer)
     out, residual = _run_attention(
-        *given.values(),
-        *((scale,) if traced else ()),
-        names=tuple(given),
-        scale=None if scale is None or traced else float(scale),
-        is_causal=bool(is_causal),
-        window=None if local_window_size is None else (int(local_window_size[0]), int(local_window_size[1])),
+        *given.values(), names=tuple(given), scale=factor, is_causal=bool(is_causal), window=window
     )
     return (out, residual) if return_residual else out
+
+
+def _scale_of_attention(scale: Any) -> float | None:
+    """A scale as a number; None: there is none, or it is an operand, since it is traced or several numbers."""
+    if scale is None or isinstance(scale, Tracer | Sequence) or np.ndim(scale):
+        return None
+    return float(scale)
 
 
 @_jit("names", "scale", "is_causal", "window")
@@ -385,6 +397,9 @@ def _run_attention(
     _check_attention(given)
     (b, t, n, h), s = q.shape, k.shape[1]
     bias, mask = (_broadcast_to_scores(given.get(name), name, (b, n, t, s)) for name in ("bias", "mask"))
+    if "left" in given:
+        inside = _window_mask(t, s, given["left"], given["right"])
+        mask = inside if mask is None else mask & inside
     extras = {
         "bias": None if bias is None else bias.astype(np.float32),
         "mask": mask,
@@ -394,17 +409,48 @@ def _run_attention(
     left, right = (_attention.UNBOUNDED,) * 2 if window is None else (max(-(2**30), min(x, 2**30)) for x in window)
     if is_causal:
         right = min(right, 0)
-    options = _attention.Options(
-        1 / math.sqrt(h) if scale is None else scale, left, right, *(x is not None for x in extras.values())
-    )
+    factor = given.get("scale")
+    if factor is not None:
+        scale = 1.0
+    elif scale is None:
+        scale = 1 / math.sqrt(h) if h != 0 else math.inf
+    options = _attention.Options(scale, left, right, *(x is not None for x in extras.values()))
     present = [x for x in extras.values() if x is not None]
-    if len(operands) > len(names):
-        out, maxima, logs = _attention.composition(q, k, v, *present, options=options, scale=operands[-1])
+    dtype = q.dtype
+    if factor is not None:
+        _check_scale(factor, (b, k.shape[2], t, s))
+        if dtype.name in ("float32", "bfloat16", "float16") and (factor.ndim == 0 or factor.shape[-1] == 1):
+            q, factor = q.astype(np.float32) * _of_queries(factor, k.shape[2], n), None
+    if factor is not None:
+        grouped = lax.expand_dims(factor, (factor.ndim - 2,)) if factor.ndim > 2 else factor
+        out, maxima, logs = _attention.composition(q, k, v, *present, options=options, scale=grouped)
     else:
         out, maxima, logs = _attention.bind(q, k, v, *present, options=options)
+    out = out.astype(dtype)
     residual = lax.stop_gradient((maxima + logs).astype(k.dtype))
     shape = operands[0].shape
     return out.reshape(shape), residual.reshape(shape[:-1])
+
+
+def _window_mask(queries: int, keys: int, left: Array, right: Array) -> Array:
+    """Which keys each query sees, of a window that is known when the program runs."""
+    if left.ndim or right.ndim:
+        raise ValueError(f"local_window_size should be two numbers, but got shapes {left.shape} and {right.shape}")
+    at_q, at_k = jnp.arange(queries)[:, None], jnp.arange(keys)[None, :]
+    return ((at_q <= at_k + left) & (at_q >= at_k - right))[None, None]
+
+
+def _check_scale(scale: Array, scores: tuple[int, int, int, int]) -> None:
+    """jax.nn multiplies scores (B, K, T, S) of one query head for each of the keys' heads."""
+    if jnp.broadcast_shapes(scale.shape, scores) != scores:
+        raise ValueError(f"scale of shape {scale.shape} does not broadcast to {scores}")
+
+
+def _of_queries(scale: Array, kv_heads: int, heads: int) -> Array:
+    """A scale that is the same for all keys as one of queries (B, T, N, H)."""
+    wide = lax.expand_dims(scale.astype(np.float32), tuple(range(4 - scale.ndim)))
+    wide = jnp.transpose(wide, (0, 2, 1, 3))
+    return wide if wide.shape[2] == 1 else jnp.repeat(wide, heads // kv_heads, 2)
 
 
 def _check_attention(given: dict[str, Array]) -> None:

@@ -180,8 +180,8 @@ def quantized_dot_general(
 
     Returns:
       As `jax.lax.dot_general`: dimensions of the batch, of x and of q that are not contracted. One call where neither
-      has batch dimensions and the scales' groups follow each other along all of q's contracting dimensions together;
-      otherwise the product of dequantised weights.
+      has batch dimensions and the scales' groups follow each other along all of q's contracting dimensions together,
+      and 4-bit q is a matrix of even sizes; otherwise the product of dequantised weights.
 
     Raises:
       TypeError: as `quantized_matmul` and `jax.lax.dot_general`.
@@ -196,6 +196,14 @@ def quantized_dot_general(
             raise ValueError(
                 f"quantized_dot_general requires scales and zero points whose sizes divide q's {q.shape}, got {v.shape}"
             )
+    # Raises what lax does if they do not fit.
+    jax.eval_shape(lambda a, b: jax.lax.dot_general(a, b.astype(a.dtype), dimension_numbers), x, q)
+    if q.dtype.name not in spec.WEIGHTS:
+        raise TypeError(f"quantized_dot_general requires q of one of {', '.join(spec.WEIGHTS)}, got {q.dtype}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"quantized_dot_general requires x of floating-point numbers, got {x.dtype}")
+    if activations not in (None, "int8"):
+        raise ValueError(f'quantized_dot_general requires activations to be None or "int8", got {activations!r}')
     (x_contracting, q_contracting), (_, q_batch) = dimension_numbers
     flat = None
     if len(q_contracting) and not len(q_batch) and len(x_contracting) == len(q_contracting):
@@ -203,6 +211,8 @@ def quantized_dot_general(
         contracted = [q_contracting[i] for i in order]
         free = [i for i in range(q.ndim) if i not in contracted]
         flat = _flattened(q, grids, contracted, free)
+    if flat is not None and spec.WEIGHTS[q.dtype.name].bits < 8 and any(n % 2 for n in flat[0].shape):
+        flat = None  # rows would end inside a byte
     if flat is None:
         weights = _dequantized(q, *grids, dtype=jnp.float32)
         dtype = preferred_element_type or x.dtype
@@ -371,7 +381,7 @@ def quantize(
         return QuantizedArray(jnp.reshape(q, w.shape), scale, None, contracting)
     top = 2**bits - 1
     low, high = jnp.minimum(jnp.min(grouped, axis), 0), jnp.maximum(jnp.max(grouped, axis), 0)
-    scale = _nonzero((high - low) / top).astype(scale_dtype)
+    scale = _nonzero(high / top - low / top).astype(scale_dtype)
     zero = jnp.clip(jnp.round(-low / scale.astype(jnp.float32)), 0, top)
     levels = jnp.round(grouped / jnp.expand_dims(scale.astype(jnp.float32), axis)) + jnp.expand_dims(zero, axis)
     q = jnp.clip(levels, 0, top).astype(jnp.uint8 if bits == 8 else jnp.uint4)
@@ -379,5 +389,5 @@ def quantize(
 
 
 def _nonzero(scale: Array) -> Any:
-    """Scales of groups of zeros are 1."""
-    return jnp.where(scale > 0, scale, 1)
+    """Scales of groups of zeros are 1; those of groups with a NaN are NaN."""
+    return jnp.where(scale == 0, 1, scale)

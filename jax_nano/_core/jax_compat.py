@@ -210,16 +210,16 @@ def when_tables_exist(**actions: Callable[[Any], None]) -> None:
         when_imported(_TABLES[name], action)
 
 
-def treat_as_dot_general(primitive: Primitive, like: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def treat_as_dot_general(primitive: Primitive, like: Callable[[dict[str, Any], Sequence[Any]], dict[str, Any]]) -> None:
     """Makes all policies of jax.checkpoint, also users' own, treat a primitive as lax.dot_general.
 
     Args:
       primitive: of one result. Where a policy would recompute lax.dot_general, it is asked about `primitive` as well.
-      like: gives the primitive's parameters those that lax.dot_general has.
+      like: gives the primitive's parameters, for operands of these avals, those that lax.dot_general has.
     """
 
     def decide(policy: Callable[..., Any], avals: Sequence[Any], params: dict[str, Any]) -> Any:
-        case = pe.ensure_enum(policy(dot_general_p, *avals[:2], **like(params)))
+        case = pe.ensure_enum(policy(dot_general_p, *avals[:2], **like(params, avals)))
         return pe.ensure_enum(policy(primitive, *avals, **params)) if isinstance(case, pe.RecomputeType) else case
 
     def partial_eval(policy: Any, unknown: Sequence[bool], instantiated: Sequence[bool], eqn: Any) -> tuple[Any, ...]:

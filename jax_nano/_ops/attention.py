@@ -126,7 +126,7 @@ def composition(
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, n, v.shape[-1])
     if q_lengths is not None:
         out = out * (lax.broadcasted_iota(np.int32, (b, t), 1) < q_lengths[:, None])[:, :, None, None].astype(out.dtype)
-    maxima = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    maxima = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, initial=-np.inf))
     maxima = jnp.where(jnp.isfinite(maxima), maxima, 0)
     logs = jnp.log(jnp.sum(jnp.exp(scores - maxima), axis=-1))
     maxima, logs = (jnp.moveaxis(x.reshape(b, n, t), 1, 2) for x in (maxima, logs))

@@ -130,7 +130,7 @@ def composition(*operands: Array, options: Options, bias_too: bool) -> tuple[Arr
     elif whole == 1:
         dq, part = block(dq, 0, KEYS_AT_ONCE)
         parts.append(part)
-    if rest:
+    if rest or not parts:
         dq, part = block(dq, whole * KEYS_AT_ONCE, rest)
         parts.append(part)
     dkeys, dvalues = (jnp.concatenate([x[i] for x in parts], axis=1) for i in (0, 1))

@@ -286,6 +286,68 @@ def test_three_dimensions_and_other_arguments(rng):
     close(jax_nano.dot_product_attention(q, k, v, implementation="xla"), plain(q, k, v))
 
 
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("shape", [(), (1,), (11,), (9, 1), (1, 9, 11), (2, 1, 1, 11), "heads", "a batch and heads"])
+def test_scales_of_several_numbers(rng, shape, heads):
+    """They broadcast to the scores of one query head for each of the keys' heads, as in jax.nn, and may be traced."""
+    q, k, v = arrays(rng, k=heads)
+    shape = {"heads": (heads, 1, 1), "a batch and heads": (2, heads, 1, 1)}.get(shape, shape)
+    if len(shape) == 4 and shape[1] == 1 and heads == 4:
+        shape = (1, *shape[1:])
+    scale = jnp.asarray(rng.random(shape), np.float32)
+    want = plain(q, k, v, scale=scale, is_causal=True)
+    close(jax_nano.dot_product_attention(q, k, v, scale=scale, is_causal=True), want)
+    close(jax.jit(lambda s: jax_nano.dot_product_attention(q, k, v, scale=s, is_causal=True))(scale), want)
+
+    def loss(function, scale):
+        return jnp.sum(function(q, k, v, scale=scale) ** 2)
+
+    close(*(jax.grad(partial(loss, f))(scale) for f in (jax_nano.dot_product_attention, plain)), 1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_scales_of_heads_in_one_pass(rng, dtype):
+    """A temperature that is learned takes no matrix of scores."""
+    q, k, v = arrays(rng, dtype=dtype)
+    scale = jnp.asarray([0.2, 0.4], dtype)[:, None, None]
+
+    def attend(q, k, v, scale):
+        return jax_nano.dot_product_attention(q, k, v, scale=scale, return_residual=True)
+
+    close(jax.jit(attend)(q, k, v, scale), plain(q, k, v, scale=scale.astype(np.float32), return_residual=True))
+    grads = jax.jit(jax.grad(lambda *x: attend(*x)[0].astype(np.float32).sum(), (0, 1, 2, 3)))(q, k, v, scale)
+    assert [x.dtype for x in grads] == [np.dtype(dtype)] * 4
+    if attention_lowering.why_no_kernel(q, k, v) is None:
+        assert "jax_nano_attention" in jax.jit(attend).lower(q, k, v, scale).as_text()
+
+
+def test_scales_that_do_not_fit(rng):
+    q, k, v = arrays(rng)
+    for shape in ((3,), (4, 1, 1), (1, 1, 1, 1, 1)):
+        with pytest.raises(ValueError, match="broadcast"):
+            jax_nano.dot_product_attention(q, k, v, scale=jnp.ones(shape))
+
+
+def test_windows_that_are_traced(rng):
+    """As in a scan over layers with windows of their own."""
+    q, k, v = arrays(rng)
+    mask = jnp.asarray(rng.random((2, 1, 9, 11)) < 0.7)
+
+    def attend(function, left, right):
+        return function(q, k, v, None, mask, local_window_size=(left, right), is_causal=True)
+
+    for window in ((1, 2), (3, 0), (-1, 4)):
+        want = attend(plain, *window)
+        close(jax.jit(partial(attend, jax_nano.dot_product_attention))(*window), want)
+        close(attend(jax_nano.dot_product_attention, *map(np.int64, window)), want)
+    same = jax.jit(lambda n: jax_nano.dot_product_attention(q, k, v, local_window_size=(n, n)))(2)
+    close(same, plain(q, k, v, local_window_size=2))
+    with pytest.raises(ValueError, match="unpack"):
+        jax_nano.dot_product_attention(q, k, v, local_window_size=(1, 2, 3))
+    with pytest.raises(ValueError, match="two numbers"):
+        jax_nano.dot_product_attention(q, k, v, local_window_size=jnp.ones((2, 2), np.int32))
+
+
 def test_no_derivative_of_the_residual(rng):
     q, k, v = arrays(rng)
     grads = jax.grad(lambda q: jax_nano.dot_product_attention(q, k, v, return_residual=True)[1].sum())(q)
@@ -330,8 +392,12 @@ def test_biases_that_do_not_fit(rng):
 
 def test_no_elements(rng):
     q, k, v = arrays(rng)
-    for args in ((q[:, :0], k, v), (q[:0], k[:0], v[:0])):
-        close(jax_nano.dot_product_attention(*args), plain(*args))
+    for args in ((q[:, :0], k, v), (q[:0], k[:0], v[:0]), (q, k[:, :0], v[:, :0])):
+        for options in ({}, {"is_causal": True, "return_residual": True}):
+            close(jax_nano.dot_product_attention(*args, **options), plain(*args, **options))
+        functions = jax_nano.dot_product_attention, plain
+        close(*(jax.grad(lambda *x, f=f: jnp.sum(f(*x) ** 2), (0, 1, 2))(*args) for f in functions))
+    assert jax_nano.dot_product_attention(q[..., :0], k[..., :0], v[..., :0]).shape == (2, 9, 4, 0)
 
 
 def test_shard_map_and_sharded_arrays(rng):

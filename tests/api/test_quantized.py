@@ -242,6 +242,22 @@ def test_quantize_groups_of_zeros_and_whole_columns() -> None:
     assert jax_nano.quantize(jnp.ones((96, 2)), group=None).scale.shape == (1, 2)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantize_numbers_at_the_ends(bits: int, symmetric: bool) -> None:
+    """Ranges as wide as float32; and what is no number is not hidden."""
+    w = jnp.asarray(np.random.default_rng(0).uniform(-3e38, 3e38, (64, 6)), jnp.float32).at[0].set(3e38)
+    w = w.at[1].set(-3e38)
+    got = jax_nano.quantize(w, bits, group=32, symmetric=symmetric).dequantize()
+    step = 3e38 / (2 ** (bits - 1) - 1)
+    assert np.isfinite(got).all()
+    assert (np.abs(np.asarray(got, np.float64) - w) <= step).all()
+    for bad in (jnp.nan, jnp.inf):
+        got = jax_nano.quantize(w.at[5, 2].set(bad), bits, group=32, symmetric=symmetric).dequantize()
+        assert not np.isfinite(got[5, 2])
+        assert np.isfinite(got[32:]).all()
+
+
 @pytest.mark.parametrize(
     ("error", "message", "given"),
     [
@@ -345,6 +361,42 @@ def test_activations_of_8_bits(weights: str, contracting: int) -> None:
     assert (y >= 0).all()
 
 
+@pytest.mark.parametrize("weights", ["int8", "uint4"])
+def test_activations_of_rows_that_are_not_finite(weights: str) -> None:
+    """They give no numbers, and other rows what they gave."""
+    x, q, scale, zero = operands(weights, 4, zero=True)
+    whole = jax_nano.quantized_matmul(x, q, scale, zero, activations="int8")
+    for bad in (jnp.nan, jnp.inf, -jnp.inf):
+        got = jax_nano.quantized_matmul(x.at[1, 5].set(bad), q, scale, zero, activations="int8")
+        assert not np.isfinite(got[1]).any()
+        np.testing.assert_array_equal(got[jnp.asarray([0, 2, 3])], whole[jnp.asarray([0, 2, 3])])
+
+
+@pytest.mark.parametrize("weights", ["int8", "uint4"])
+def test_gradients_with_activations(weights: str) -> None:
+    """They take no notice of the rounding of x."""
+    x, q, scale, zero = operands(weights, 4, zero=True)
+    bias = jnp.linspace(-1, 1, 64)
+
+    def loss(x: Any, scale: Any, bias: Any, activations: str | None) -> Any:
+        y = jax_nano.quantized_matmul(x, q, scale, zero, bias=bias, activations=activations)
+        return jnp.sum(y * jnp.sin(jnp.arange(y.size).reshape(y.shape)))
+
+    got, want = (jax.jit(jax.grad(loss, (0, 1, 2)), static_argnums=3)(x, scale, bias, a) for a in ("int8", None))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+    both = jax.vmap(lambda x: jax.grad(loss)(x, scale, bias, "int8"))(jnp.stack([x, -x]))
+    np.testing.assert_allclose(both[1], want[0], rtol=1e-5, atol=1e-5 * np.abs(want[0]).max())
+
+
+@pytest.mark.parametrize("k", [2**16, 2**17, 300001])
+def test_activations_whose_sums_are_long(k: int) -> None:
+    """No int32 holds the sums of more than 2**16 products."""
+    x, q = jnp.ones((1, k)), jnp.full((k, 4), 255, jnp.uint8)
+    got = jax_nano.quantized_matmul(x, q, jnp.ones(4), jnp.zeros(4, jnp.uint8), activations="int8")
+    np.testing.assert_allclose(got, 255.0 * k, rtol=1e-4)
+
+
 def test_activations_need_integers() -> None:
     with pytest.raises(ValueError, match="requires q of integers"):
         jax_nano.quantized_matmul(*operands("float8_e5m2"), activations="int8")
@@ -420,6 +472,48 @@ def test_errors_of_dot_general(scale: Any) -> None:
     x, q, _ = operands("int8")
     with pytest.raises(ValueError, match="whose sizes divide"):
         jax_nano.quantized_dot_general(x, q, jnp.ones(scale), dimension_numbers=(((1,), (0,)), ((), ())))
+
+
+@pytest.mark.parametrize(
+    ("x", "q", "numbers"),
+    [
+        ((3, 6, 16), (16, 6, 64), (((1, 2), (0, 1)), ((), ()))),
+        ((3, 96), (96, 64), (((1,), (0,)), ((0,), ()))),
+        ((3, 96), (96, 64), (((1,), (0, 1)), ((), ()))),
+        ((96, 96), (96, 64), (((0, 1), (0, 0)), ((), ()))),
+        ((3, 96), (96, 64), (((2,), (0,)), ((), ()))),
+    ],
+)
+def test_dimensions_that_do_not_fit(x: Any, q: Any, numbers: Any) -> None:
+    """lax's errors."""
+    arrays = jnp.ones(x), jnp.ones(q, jnp.int8)
+    with pytest.raises((TypeError, ValueError)) as want:
+        jax.lax.dot_general(arrays[0], arrays[1].astype(jnp.float32), numbers)
+    with pytest.raises((TypeError, ValueError)) as got:
+        jax_nano.quantized_dot_general(*arrays, jnp.ones([1] * len(q)), dimension_numbers=numbers)
+    assert (got.type, str(got.value)) == (want.type, str(want.value))
+
+
+@pytest.mark.parametrize("shape", [(96,), (96, 1), (32, 3), (3, 32)])
+def test_dot_general_with_weights_of_4_bits_of_any_sizes(shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(1)
+    q = jnp.asarray(rng.integers(-8, 8, shape), jnp.int4)
+    x = jnp.asarray(rng.standard_normal((5, shape[0])), jnp.float32)
+    scale = jnp.asarray(rng.random([1] * len(shape)) + 0.5, jnp.float32)
+    got = jax_nano.quantized_dot_general(x, q, scale, dimension_numbers=(((1,), (0,)), ((), ())))
+    w = np.asarray(q.astype(jnp.int8), np.float64)
+    np.testing.assert_allclose(got, np.asarray(x, np.float64) @ w * float(scale.ravel()[0]), rtol=1e-5, atol=1e-4)
+
+
+def test_dtypes_that_do_not_fit() -> None:
+    numbers = (((2,), (1,)), ((0,), (0,)))
+    x, q, scale = jnp.ones((2, 3, 32)), jnp.ones((2, 32, 4), jnp.int8), jnp.ones((2, 1, 4))
+    with pytest.raises(TypeError, match="q of one of"):
+        jax_nano.quantized_dot_general(x, q.astype(jnp.float32), scale, dimension_numbers=numbers)
+    with pytest.raises(TypeError, match="x of floating-point"):
+        jax_nano.quantized_dot_general(x.astype(jnp.int32), q, scale, dimension_numbers=numbers)
+    with pytest.raises(ValueError, match="activations"):
+        jax_nano.quantized_dot_general(x, q, scale, dimension_numbers=numbers, activations="int3")
 
 
 several_devices = pytest.mark.skipif(jax.device_count("cpu") < 4, reason="needs four devices")

@@ -47,7 +47,9 @@ import jax
 from jax.extend.core.primitives import dot_general_p
 import jax_nano
 
-ours = {"dot_general": jax_nano.dot_general_p, "linear": jax_nano.linear_p}
+from jax_nano.quantized import quantized_p
+
+ours = {"dot_general": jax_nano.dot_general_p, "linear": jax_nano.linear_p, "quantized": quantized_p}
 root = Path(jax.__file__).parent
 for path in sorted(root.rglob("*.py")):
     if "dot_general_p" in path.read_text():
@@ -85,7 +87,7 @@ def test_ours_are_in_every_table() -> None:
     # So that a walk that finds nothing does not pass.
     assert {"jax._src.interpreters.mlir._lowerings", "jax._src.checkify.error_checks"} <= found.keys()
     assert {"jax.experimental.jet.jet_rules", "jax._src.pallas.cost_estimate._cost_rules"} <= found.keys()
-    missing = {name for name, entries in found.items() if entries != ["dot_general", "linear"]}
+    missing = {name for name, entries in found.items() if entries != ["dot_general", "linear", "quantized"]}
     assert missing <= EXCEPTIONS.keys(), missing - EXCEPTIONS.keys()
 
 
@@ -144,10 +146,24 @@ def same_layer(a: Any, b: Any) -> jax.Array:
     return jax.nn.silu(0.5 * (a @ b) + b[0]) + a
 
 
+def weights(b: Any) -> jax.Array:
+    """Integers in b's shape."""
+    return jnp.asarray(np.arange(np.prod(b.shape)).reshape(b.shape) % 5 + 1, jnp.int8)
+
+
+def quantised(a: Any, b: Any) -> jax.Array:
+    return jax_nano.quantized_matmul(a, weights(b), b[:1], bias=b[0])
+
+
+def dequantised(a: Any, b: Any) -> jax.Array:
+    return a @ (weights(b) * b[:1]) + b[0]
+
+
 PAIRS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "matmul": (jax_nano.matmul, jnp.matmul),
     "einsum": (einsum, partial(jnp.einsum, "ij,jk->ki")),
     "linear": (layer, same_layer),
+    "quantised": (quantised, dequantised),
 }
 
 
@@ -228,6 +244,9 @@ def test_sparsify(kind: str, rng: np.random.Generator) -> None:
     assert worked >= 2
     got = sparse.sparsify(partial(jax_nano.linear, residual=m @ b))(s, b, b[0])
     np.testing.assert_allclose(got, 2 * (m @ b) + b[0], rtol=1e-5, atol=1e-5)
+    if kind == "BCOO":
+        got = sparse.sparsify(jax_nano.quantized_matmul)(s, weights(b), b[0])
+        np.testing.assert_allclose(dense(got), m @ (weights(b) * b[0]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shapes", [((8, 24), (24, 40)), ((3, 8, 24), (3, 24, 40)), ((24,), (24, 40))])
@@ -241,6 +260,9 @@ def test_estimates_of_cost(shapes: tuple[tuple[int, ...], ...], rng: np.random.G
         bias = b[0]
         assert roofline(jax_nano.linear)(a, b, bias)[1].flops == theirs.flops
         assert pl.estimate_cost(jax_nano.linear, a, b, bias).flops == pl.estimate_cost(jnp.matmul, a, b).flops
+        q = weights(b)
+        assert roofline(jax_nano.quantized_matmul)(a, q, bias)[1].flops == theirs.flops
+        assert pl.estimate_cost(jax_nano.quantized_matmul, a, q, bias).flops >= theirs.flops
 
 
 def test_linear_is_transposed_where_it_is_linear(rng: np.random.Generator) -> None:
@@ -253,3 +275,44 @@ def test_linear_is_transposed_where_it_is_linear(rng: np.random.Generator) -> No
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     with pytest.raises(Exception, match=r"[Tt]ransp"):
         jax.linear_transpose(lambda x: jax_nano.linear(x, w, activation="tanh"), x)(g)
+
+
+def test_quantised_products_are_transposed_where_they_are_linear(rng: np.random.Generator) -> None:
+    x, b, g = arrays(rng, (5, 6), (6, 7), (5, 7))
+    q = weights(b)
+    for f, h, of in (
+        (lambda x: jax_nano.quantized_matmul(x, q, b[0]), lambda x: x @ (q * b[0]), x),
+        (lambda s: jax_nano.quantized_matmul(x, q, s), lambda s: x @ (q * s), b[0]),
+        (lambda r: jax_nano.quantized_matmul(x * 0, q, b[0], residual=r), lambda r: r, g),
+    ):
+        (got,), (want,) = (jax.linear_transpose(fun, of)(g) for fun in (f, h))
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(Exception, match=r"[Tt]ransp"):
+        jax.linear_transpose(lambda x: jax_nano.quantized_matmul(x, q, b[0], activation="tanh"), x)(g)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"query_seq_lengths": np.asarray([3, 0], np.int32)}])
+def test_attention_is_transposed_where_it_is_linear(options: dict[str, Any], rng: np.random.Generator) -> None:
+    """In values; solvers ask for that, which need no derivative."""
+    q, k, v = arrays(rng, (2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 8))
+
+    def transposed(attention: Any) -> Any:
+        return jax.linear_transpose(lambda v: attention(q, k, v, **options), v)(q)[0]
+
+    want = transposed(jax.nn.dot_product_attention)
+    np.testing.assert_allclose(transposed(jax_nano.dot_product_attention), want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(Exception, match=r"[Tt]ransp"):
+        jax.linear_transpose(lambda k: jax_nano.dot_product_attention(q, k, v, **options), k)(q)
+
+
+@pytest.mark.parametrize("policy", ["dots_saveable", "dots_with_no_batch_dims_saveable", "nothing_saveable"])
+def test_policies_know_quantised_products(policy: str, rng: np.random.Generator) -> None:
+    x, b = arrays(rng, (5, 6), (6, 7))
+    counted = []
+    for f in (quantised, dequantised):
+        saved = getattr(jax.checkpoint_policies, policy)
+        layer = jax.checkpoint(lambda x, f=f: jnp.sum(jnp.sin(f(x, b))), policy=saved)
+        text = str(jax.make_jaxpr(jax.grad(layer))(x))
+        counted.append(text.count("jax_nano_quantized[") if f is quantised else text.count("dot_general["))
+    assert counted[0] == (2 if policy == "nothing_saveable" else 1)
+    assert counted[1] == counted[0] + 1  # its gradient is one too
