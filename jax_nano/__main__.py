@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_nano._core import spec
+from jax_nano._tools import asked
 from jax_nano._tools import explain as _explain
 from jax_nano._tools import run as _run
 
@@ -21,8 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[:1] == ["run"] and argv[1:2] not in (["-h"], ["--help"]):  # the rest is the program's
             return _run.run(argv[1:])
+        program: list[str] = []
+        if argv[:1] == ["specialize"]:
+            argv, program = _program_of(list(argv))
         try:
-            args = _parser().parse_args(argv)
+            args = _parser().parse_args(argv, argparse.Namespace(program=program))
             return int(args.command(_runtime(), args))
         finally:
             sys.stdout.flush()
@@ -74,6 +78,25 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--output", type=Path, metavar="FILE", help="keep it here (default: in your cache folder)")
     tune.add_argument("--show", action="store_true", help="tell where it is kept, and measure nothing")
 
+    specialize = commands.add_parser(
+        "specialize",
+        help="kernels for the products of your programs, kept where they are faster, with the same results",
+        epilog="A script's arguments follow it; options stand before it.",
+    )
+    specialize.set_defaults(command=_specialize)
+    specialize.add_argument(
+        "sizes", nargs="*", metavar="SIZES | SCRIPT | -m MODULE", help="MxNxK; or a program, which is run for its products"
+    )
+    asked.add_options(specialize)
+    specialize.add_argument("--shapes", type=Path, metavar="FILE", help="a product on each line, as on the command line")
+    specialize.add_argument("--budget", type=float, metavar="SECONDS", help="how long it may take (default: 12 a product)")
+    specialize.add_argument("--out", type=Path, metavar="FOLDER", help="keep them here (default: in your cache folder)")
+    specialize.add_argument(
+        "--generator", metavar="PYTHON", help="a Python with jaxlib 0.10, which kernels are composed with (default: this)"
+    )
+    specialize.add_argument("--list", action="store_true", help="what is kept, and measure nothing")
+    specialize.add_argument("--remove", action="store_true", help="remove what is kept, and measure nothing")
+
     run = commands.add_parser("run", help="a Python program with its products on kernels, and a report at its end")
     run.add_argument("program", nargs=argparse.REMAINDER, metavar="SCRIPT | -m MODULE, ARGUMENTS", help="as for python")
     return parser
@@ -118,6 +141,38 @@ def _tune(runtime: Any, args: argparse.Namespace) -> int:
     short = {x.name: x.short for x in spec.DTYPES.values()}
     dtypes = [short.get(name, name) for name in args.dtype]
     return tune.tune(runtime, seconds=args.seconds, dtypes=dtypes, output=args.output, show=args.show)
+
+
+# --- specialize ---------------------------------------------------------------------------------
+
+
+def _program_of(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The command line without the program at its end, and that program; none if sizes are named."""
+    takes_value = {"--dtype", "--layout", "--batch", "--algorithm", "--epilogue", "--shapes", "--budget", "--out"}
+    takes_value.add("--generator")
+    at = 1
+    while at < len(argv) and argv[at].startswith("-") and argv[at] != "-m":
+        at += 2 if argv[at] in takes_value else 1
+    if at >= len(argv) or asked.is_sizes(argv[at]):
+        return argv, []
+    return argv[:at], argv[at:]
+
+
+def _specialize(runtime: Any, args: argparse.Namespace) -> int:
+    if runtime is None:
+        raise ValueError("this platform has no kernels; XLA computes every product")
+    from jax_nano._tools import kept, specialize
+
+    if args.list or args.remove:
+        return kept.show(runtime, args.out, remove=args.remove)
+    products = [asked.of_options(args.sizes, args)] if args.sizes else []
+    products += asked.of_file(args.shapes) if args.shapes else []
+    products += asked.of_program(args.program) if args.program else []
+    if not products:
+        raise ValueError("specialize: no product; name sizes, a script, or a file with --shapes")
+    found = specialize.specialize(runtime, products, budget=args.budget, out=args.out, generator=args.generator)
+    print(*found, sep="\n")
+    return kept.tell(found, args.out)
 
 
 # --- info ---------------------------------------------------------------------------------------

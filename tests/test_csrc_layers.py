@@ -18,7 +18,7 @@ USES: dict[str, set[str]] = {
 }
 """By folder: those whose headers it may include beside its own. `python` registers the handlers of `xla`."""
 
-GENERATED = {"spec.h", "profiles.h", "manifest.inc", "attention.inc", "quantized.inc"}  # by the build
+GENERATED = {"spec.h", "generator.h", "profiles.h", "manifest.inc", "attention.inc", "quantized.inc"}  # by the build
 
 SOURCES = sorted(x for x in CSRC.rglob("*") if x.suffix in (".h", ".cc"))
 

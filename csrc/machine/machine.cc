@@ -21,4 +21,6 @@ void UseMeasuredCosts(MeasuredCosts costs) {
   Host().measured = kept.get();
 }
 
+void UseSpecializedKernels(const SpecializedKernels* kernels) { Host().specialized = kernels; }
+
 }  // namespace jax_nano

@@ -161,6 +161,18 @@ Plan Assemble(const Contraction& contraction, const KernelInfo& kernel, Nest nes
   return plan;
 }
 
+// Takes the kernel that was composed for this product, if there is one that can compute the plan's parts of it.
+void Specialize(const Contraction& contraction, const SpecializedKernels& kernels, bool epilogue,
+                const Machine& machine, Plan& plan) {
+  const SpecializedKernel* const found = kernels.Find(plan, epilogue);
+  if (found == nullptr) return;
+  Plan specialized;
+  const Choice choice = {found->schedule, plan.split, 1, plan.split_k.unit};
+  if (!MakePlan(contraction, found->kernel, choice, machine.profile, specialized).empty()) return;
+  plan = std::move(specialized);
+  plan.specialized = found;
+}
+
 // The plan of a result without elements.
 Plan EmptyPlan(const Contraction& contraction, const KernelInfo& kernel) {
   Plan plan;
@@ -223,8 +235,8 @@ bool MayTranspose(const Contraction& contraction, const KernelInfo& kernel) {
 }
 
 Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::string_view algorithm,
-              std::span<const Target* const> targets, int64_t threads, const Machine& machine, bool last_is_n) {
-  const Contraction contraction = Analyze(lhs, rhs, out, last_is_n);
+              std::span<const Target* const> targets, int64_t threads, const Machine& machine, const Finish& finish) {
+  const Contraction contraction = Analyze(lhs, rhs, out, finish.bias);
   const Operand &a = contraction.swapped ? rhs : lhs, &b = contraction.swapped ? lhs : rhs;
   const auto select = [&](bool direct_b) {
     return SelectKernel(targets, a.dtype, b.dtype, out.dtype, algorithm, direct_b);
@@ -240,8 +252,9 @@ Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::s
   Plan plan = MakePlan(contraction, *kernel, threads, machine);
   if (!plan.empty && PrefersDirectKernel(plan.schedule, *kernel, plan.product, machine.profile)) {
     const KernelInfo* direct = select(true);
-    if (direct != nullptr && direct != kernel) return MakePlan(contraction, *direct, threads, machine);
+    if (direct != nullptr && direct != kernel) plan = MakePlan(contraction, *direct, threads, machine);
   }
+  if (machine.specialized != nullptr) Specialize(contraction, *machine.specialized, finish.epilogue, machine, plan);
   return plan;
 }
 

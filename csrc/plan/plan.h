@@ -17,6 +17,7 @@
 #include "plan/schedule.h"
 #include "plan/search.h"
 #include "plan/select.h"
+#include "plan/specialized.h"
 
 namespace jax_nano {
 
@@ -49,6 +50,7 @@ struct Plan {
   bool swapped = false;                           // A is the call's rhs
   bool transposed = false;                        // items compute C^T in workspace, from which C is written
   bool empty = false;                             // the result has no elements: nothing to do
+  const SpecializedKernel* specialized = nullptr;  // what `kernel` is of, if it was composed for this product
   int64_t a_bytes = 0, b_bytes = 0, c_bytes = 0;  // of one element
 
   int64_t out_rows_apart = 0;  // of a transposed plan: elements of the result between columns of C^T
@@ -90,10 +92,18 @@ std::vector<Scored> ConsideredOrders(const Contraction& contraction, const Kerne
 // takes either operand for either role and whose C holds sums as they are.
 bool MayTranspose(const Contraction& contraction, const KernelInfo& kernel);
 
-// The whole way from labelled arrays: analysis, the best of `targets` that has a kernel, plan. Throws
-// std::invalid_argument if the arrays do not fit together or no kernel takes their dtypes. last_is_n: as in Analyze.
+// What plans depend on of what a call does with finished sums.
+struct Finish {
+  bool epilogue = false;  // anything at all
+  bool bias = false;      // it adds a bias: last_is_n of Analyze
+};
+
+// The whole way from labelled arrays: analysis, the best of `targets` that has a kernel, plan; and in the place of that
+// kernel the one that the machine has for exactly this product, if it has one. Throws std::invalid_argument if the
+// arrays do not fit together or no kernel takes their dtypes.
 Plan MakePlan(const Operand& lhs, const Operand& rhs, const Operand& out, std::string_view algorithm,
-              std::span<const Target* const> targets, int64_t threads, const Machine& machine, bool last_is_n = false);
+              std::span<const Target* const> targets, int64_t threads, const Machine& machine,
+              const Finish& finish = {});
 
 // Makes the plan of another's choice, for tests and measurements. Returns why there is none, "" if it made one: the
 // kernel cannot compute the contraction so, or needs more workspace than a plan may.

@@ -9,6 +9,7 @@
 
 #include <bit>
 
+#include "generator.h"
 #include "machine/caches.h"
 #include "machine/features.h"
 #include "machine/machine.h"
@@ -17,6 +18,7 @@
 #include "python/attention.h"
 #include "python/product.h"
 #include "python/quantized.h"
+#include "python/specialized.h"
 #include "python/testing.h"
 #include "python/tuning.h"
 #include "xla/attention_ffi.h"
@@ -119,10 +121,13 @@ nb::dict CacheDict() {
 nb::dict ExplainPlan(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels, Ints out_labels,
                      std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads,
                      std::string algorithm, std::optional<std::string> target,
-                     std::optional<std::array<int64_t, 3>> caches, std::optional<std::string> cpu) {
+                     std::optional<std::array<int64_t, 3>> caches, std::optional<std::string> cpu, bool epilogue, bool bias,
+                     bool specialized) {
   const CallSpec spec = {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels,
                          lhs_dtype, rhs_dtype, out_dtype,  algorithm};
-  return PlanDict(spec.MakePlanFor(TargetsFor(target), threads, MachineOf(caches, cpu)));
+  Machine machine = MachineOf(caches, cpu);
+  if (!specialized) machine.specialized = nullptr;
+  return PlanDict(spec.MakePlanFor(TargetsFor(target), threads, machine, {epilogue, bias}));
 }
 
 nb::list ConsideredList(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels, Ints out_labels,
@@ -172,7 +177,8 @@ NB_MODULE(_runtime, m) {
   m.def("caches", &CacheDict);
   m.def("plan", &ExplainPlan, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a, "out_labels"_a,
         "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a, "algorithm"_a = "default", "target"_a = nb::none(),
-        "caches"_a = nb::none(), "cpu"_a = nb::none());
+        "caches"_a = nb::none(), "cpu"_a = nb::none(), "epilogue"_a = false, "bias"_a = false, "specialized"_a = true);
+  m.def("generator", [] { return kGenerator; });
   m.def("considered", &ConsideredList, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a, "out_labels"_a,
         "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "algorithm"_a = "default", "target"_a = nb::none(),
         "cpu"_a = nb::none());
@@ -187,6 +193,7 @@ NB_MODULE(_runtime, m) {
   nb::module_ testing = m.def_submodule("testing");
   DefineQuantized(m, testing);
   DefineTesting(testing);
+  DefineSpecialized(m.def_submodule("specialized"));
   DefineTuning(m.def_submodule("tuning"));
 }
 

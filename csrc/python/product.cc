@@ -62,10 +62,11 @@ Ints CallSpec::OutShape() const {
   return shape;
 }
 
-Plan CallSpec::MakePlanFor(std::span<const Target* const> targets, int64_t threads, const Machine& machine) const {
+Plan CallSpec::MakePlanFor(std::span<const Target* const> targets, int64_t threads, const Machine& machine,
+                           const Finish& finish) const {
   const Ints out_shape = OutShape();
   return MakePlan({lhs_dtype, lhs_shape, lhs_labels}, {rhs_dtype, rhs_shape, rhs_labels},
-                  {out_dtype, out_shape, out_labels}, algorithm, targets, threads, machine);
+                  {out_dtype, out_shape, out_labels}, algorithm, targets, threads, machine, finish);
 }
 
 std::vector<Scored> CallSpec::Considered(const Plan& plan, const Machine& machine) const {
@@ -121,7 +122,9 @@ std::string FirstName(const std::vector<const Target*>& targets) {
 }
 
 std::vector<Plan> CallSpec::CandidatePlans(std::span<const Target* const> targets, int64_t threads,
-                                           const Machine& machine) const {
+                                           const Machine& here) const {
+  Machine machine = here;
+  machine.specialized = nullptr;
   std::vector<Plan> out = {MakePlanFor(targets, threads, machine)};
   if (out.front().empty) return out;
   const Ints out_shape = OutShape();
@@ -172,6 +175,7 @@ nb::dict ScoredDict(const Scored& scored) {
 
 Machine MachineOf(const std::optional<std::array<int64_t, 3>>& caches, const std::optional<std::string>& cpu) {
   Machine machine = HostMachine();
+  if (caches || cpu) machine.specialized = nullptr;
   if (caches) machine.caches = {(*caches)[0], (*caches)[1], (*caches)[2]};
   if (cpu) {
     machine.cpu = FindProfile(*cpu);
@@ -185,6 +189,9 @@ nb::dict PlanDict(const Plan& plan) {
   nb::dict d;
   d["kernel"] = plan.kernel->name;
   d["target"] = plan.kernel->target;
+  d["pack"] = plan.specialized == nullptr ? "" : plan.specialized->pack;
+  d["mr"] = plan.kernel->mr;
+  d["nr"] = plan.kernel->nr;
   d["swapped"] = plan.swapped;
   d["transposed"] = plan.transposed;
   d["empty"] = plan.empty;

@@ -37,13 +37,15 @@ struct CallSpec {
   std::string lhs_dtype, rhs_dtype, out_dtype, algorithm;
 
   // By the planner.
-  Plan MakePlanFor(std::span<const Target* const> targets, int64_t threads, const Machine& machine) const;
+  Plan MakePlanFor(std::span<const Target* const> targets, int64_t threads, const Machine& machine,
+                   const Finish& finish = {}) const;
   // What the planner compares for the kernel of `plan`, the fastest first.
   std::vector<Scored> Considered(const Plan& plan, const Machine& machine) const;
   // By the caller's choice; runs nowhere else than on the CPUs of the kernel's target. Throws std::invalid_argument,
   // with the reason, if that is illegal.
   Plan MakePlanBy(const ForcedChoice& forced) const;
-  // All plans worth measuring, of the kernels of all usable targets; the planner's first.
+  // All plans worth measuring, of the kernels of all usable targets; the planner's first. None is of a kernel for given
+  // products.
   std::vector<Plan> CandidatePlans(std::span<const Target* const> targets, int64_t threads,
                                    const Machine& machine) const;
 

@@ -20,6 +20,7 @@
 #include "plan/cost.h"
 #include "plan/registry.h"
 #include "plan/select.h"
+#include "plan/specialized.h"
 #include "run/private_pool.h"
 #include "run/sharing.h"
 
@@ -88,11 +89,23 @@ using BufferRows = nb::ndarray<const uintptr_t, nb::shape<-1, 3>, nb::c_contig, 
 
 double TimeDot(const BufferRows& rows, int64_t trips, Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels,
                Ints out_labels, std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads,
-               std::string algorithm, const std::optional<nb::dict>& choice) {
+               std::string algorithm, const std::optional<nb::dict>& choice, const SpecializedKernels* specialized,
+               const std::optional<std::string>& activation, double scale, uintptr_t bias, uintptr_t residual) {
   std::vector<Buffers> sets;
   for (size_t i = 0; i < rows.shape(0); ++i) sets.push_back(BuffersAt(rows(i, 0), rows(i, 1), rows(i, 2)));
+  Epilogue epilogue = {Activation::kNone, scale, reinterpret_cast<const void*>(bias), residual != 0, 0};
+  if (activation) {
+    const auto* known = std::find_if(std::begin(kActivations), std::end(kActivations),
+                                     [&](const NamedActivation& x) { return x.name == *activation; });
+    if (known == std::end(kActivations)) throw std::invalid_argument("unknown activation: " + *activation);
+    if (choice) throw std::invalid_argument("a choice has no epilogue");
+    if (sets.size() != 1) throw std::invalid_argument("an epilogue is that of one set of buffers");
+    epilogue.activation = known->activation;
+    if (residual != 0) epilogue.residual_offset = static_cast<int64_t>(residual - rows(0, 2));
+    sets[0].epilogue = &epilogue;
+  }
   return RunSpec({lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels, lhs_dtype, rhs_dtype, out_dtype, algorithm},
-                 threads, sets, trips, false, choice);
+                 threads, sets, trips, false, choice, specialized, {activation.has_value(), bias != 0});
 }
 
 std::optional<Core> ProfileCore(const std::string& cpu) {
@@ -123,7 +136,7 @@ void UseCosts(const Core& core, const std::map<std::string, std::vector<double>>
 }  // namespace
 
 double RunSpec(const CallSpec& spec, int64_t threads, const std::vector<Buffers>& sets, int64_t trips, bool share,
-               const std::optional<nb::dict>& choice) {
+               const std::optional<nb::dict>& choice, const SpecializedKernels* specialized, const Finish& finish) {
   std::optional<ForcedChoice> forced;
   if (choice) {
     forced = ParseChoice(*choice);
@@ -134,8 +147,10 @@ double RunSpec(const CallSpec& spec, int64_t threads, const std::vector<Buffers>
     }
   }
   const nb::gil_scoped_release release;
+  Machine machine = HostMachine();
+  if (specialized != nullptr) machine.specialized = specialized;
   const auto plan_for = [&](int64_t n) {
-    return forced ? spec.MakePlanBy(*forced) : spec.MakePlanFor(SelectedTargets(), n, HostMachine());
+    return forced ? spec.MakePlanBy(*forced) : spec.MakePlanFor(SelectedTargets(), n, machine, finish);
   };
   Plan shared = plan_for(threads), alone = plan_for(1);
   const sharing::Duration pace = share ? sharing::Pace::kEndless : alone.expected;
@@ -154,7 +169,8 @@ void DefineTuning(nb::module_ m) {
         "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "choice"_a, "core"_a, "algorithm"_a = "default");
   m.def("time_dot", &TimeDot, "buffers"_a.noconvert(), "trips"_a, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a,
         "rhs_labels"_a, "out_labels"_a, "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a,
-        "algorithm"_a = "default", "choice"_a = nb::none());
+        "algorithm"_a = "default", "choice"_a = nb::none(), "specialized"_a = nb::none(), "activation"_a = nb::none(),
+        "scale"_a = 1.0, "bias"_a = 0, "residual"_a = 0);
   m.def("profile_core", &ProfileCore, "cpu"_a);
   m.def("profile_costs", &ProfileCosts, "cpu"_a);
   m.def("use_costs", &UseCosts, "core"_a, "kernels"_a);

@@ -16,8 +16,11 @@ namespace jax_nano {
 // Runs a product on each of some sets of buffers in turn, `trips` times, by the planner's plan or by a choice, without
 // XLA. With `share`, all threads take part in every call. Returns the seconds, without planning. Releases the GIL.
 // Throws std::invalid_argument if the choice is illegal, or if this CPU cannot run its kernel.
+//
+// specialized: plan with these kernels for given products; null: with those of the process.
 double RunSpec(const CallSpec& spec, int64_t threads, const std::vector<Buffers>& sets, int64_t trips, bool share,
-               const std::optional<nanobind::dict>& choice);
+               const std::optional<nanobind::dict>& choice, const SpecializedKernels* specialized = nullptr,
+               const Finish& finish = {});
 
 Buffers BuffersAt(uintptr_t lhs, uintptr_t rhs, uintptr_t out);
 

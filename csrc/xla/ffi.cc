@@ -130,7 +130,7 @@ std::unique_ptr<const CachedPlan> NewPlan(const DotState& state, const ffi::AnyB
   shape.threads = pool.num_threads();
   const auto plan_for = [&](int64_t threads) {
     return MakePlan(operands[0], operands[1], operands[2], state.algorithm, SelectedTargets(), threads, HostMachine(),
-                    state.bias);
+                    {state.HasEpilogue(), state.bias});
   };
   Plan shared = plan_for(shape.threads);
   if (state.HasEpilogue() && !shared.kernel->epilogue) {

@@ -25,7 +25,7 @@ from typing import Final, NamedTuple
 import jax
 import numpy as np
 
-from jax_nano._core import custom_calls, installed, spec, tested_jax, thread_limit, tuned, verbosity
+from jax_nano._core import custom_calls, installed, packs, spec, tested_jax, thread_limit, tuned, verbosity
 
 TARGET_NAME: Final = spec.DOT_GENERAL_CALL
 LINEAR_TARGET_NAME: Final = spec.LINEAR_CALL
@@ -64,6 +64,7 @@ def runtime() -> ModuleType | None:
     if _refusal(native) is not None:
         return None
     tuned.use(native)
+    packs.use(native)
     native.limit_threads(thread_limit.initial())
     native.log_calls(verbosity.verbosity() >= 2)
     return native

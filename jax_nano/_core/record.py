@@ -212,7 +212,8 @@ def _kernel(product: Product) -> str:
         return "a kernel, chosen when the sizes are known"
     threads = thread_limit.usable(compat.cpu_devices())
     dtypes = (lhs.dtype, rhs.dtype, out.dtype)
-    plan = runtime.plan(lhs.shape, rhs.shape, *product.labels, *dtypes, threads, algorithm=product.algorithm)
+    finish = {"epilogue": bool(product.epilogue), "bias": "bias" in product.epilogue.split(", ")}
+    plan = runtime.plan(lhs.shape, rhs.shape, *product.labels, *dtypes, threads, algorithm=product.algorithm, **finish)
     return _in_short(plan, threads)
 
 
@@ -230,4 +231,5 @@ def _in_short(plan: Mapping[str, Any], threads: int) -> str:
         blocking = f"{blocks}, {' and '.join(packed) or 'nothing'} packed"
     used = min(math.prod(plan["split"]) * plan["split_k"], threads)
     products = f"{plan['products']} products, " if plan["products"] > 1 else ""
-    return f"{plan['target']}, {plan['kernel']}, {products}{blocking}, {used} thread{'s' if used > 1 else ''}"
+    pack = f", composed for it in {plan['pack']}" if plan["pack"] else ""
+    return f"{plan['target']}, {plan['kernel']}{pack}, {products}{blocking}, {used} thread{'s' if used > 1 else ''}"

@@ -46,11 +46,11 @@ def path(runtime: ModuleType) -> Path | None:
     """Where costs are kept for this machine; None if JAX_NANO_TUNED is "off"."""
     if given := os.environ.get(ENVIRONMENT):
         return None if given.strip().lower() == "off" else Path(given)
-    return _folder() / f"tuned-{signature(runtime)}.json"
+    return cache_folder() / f"tuned-{signature(runtime)}.json"
 
 
-def _folder() -> Path:
-    """Of the user's costs."""
+def cache_folder() -> Path:
+    """Where this package keeps what it has measured for the user."""
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache and Path(cache).is_absolute() else Path.home() / ".cache") / "jax_nano"
 
@@ -117,7 +117,7 @@ def use(runtime: ModuleType) -> None:
 
     A file that is not usable is left alone, with a warning.
     """
-    if not os.environ.get(ENVIRONMENT) and not _folder().is_dir():
+    if not os.environ.get(ENVIRONMENT) and not cache_folder().is_dir():
         return  # without asking the extension for all that a file's name depends on, at every start
     file = path(runtime)
     if file is None or not (file.exists() or os.environ.get(ENVIRONMENT)):

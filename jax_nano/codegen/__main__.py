@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-from . import checks, emulate, manifest, report
+from . import checks, emulate, manifest, report, specialized
 from .cache import Cache
 from .catalog import AttentionKernel, Kernel, attentions, find, kernels
 from .quantized import checks as quantized_checks
@@ -137,6 +137,9 @@ def main(argv: list[str] | None = None) -> int:
     d.add_argument("--function", help="for mca: a microkernel, e.g. 6x16 (default: the full register tile)")
     r = commands.add_parser("report", help="inner loops, spills and share of the peak, from the machine code")
     r.add_argument("--markdown", action="store_true", help="as a Markdown table")
+    c = commands.add_parser("compose", help="kernels for given products, from recipes on the standard input")
+    c.add_argument("--out", type=Path, required=True)
+    c.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     for command in (b, r):
         command.add_argument("--cache", type=Path, help="a folder that keeps objects from one build to the next")
         command.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
@@ -165,6 +168,8 @@ def _run(args: argparse.Namespace) -> None:
             emulate.build([*kernels(), *attentions()], args.out / "emulated.so", args.jobs)
         else:
             build(args.out, args.jobs, args.cache)
+    elif args.command == "compose":
+        specialized.compose(sys.stdin, args.out, args.jobs)
     elif args.command == "dump":
         print(show(args.kernel, args.stage, args.function))
     elif args.command == "report":

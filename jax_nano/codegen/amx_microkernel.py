@@ -146,6 +146,11 @@ class AmxTileRow:
     direct_b: bool = False
 
     @property
+    def height(self) -> int:
+        """Rows of the panels of A that it is for, in tiles."""
+        return self.rows
+
+    @property
     def narrow_out(self) -> bool:
         """Whether C cannot hold unfinished sums."""
         return self.microkernels()[0].narrow_out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .arguments import Given
@@ -88,7 +89,7 @@ class OperandB:
     """
 
     columns: BlockOfColumns
-    tile_rows: list[str]
+    tile_rows: Mapping[int, str]
     b: Ptr
     row_step: Size
     panel_step: Size

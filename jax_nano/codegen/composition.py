@@ -11,6 +11,26 @@ from .tile import Tile
 
 
 @dataclass(frozen=True)
+class OneProduct:
+    """The product, and the way to compute it, that a kernel is composed for and that alone.
+
+    Attributes:
+      m, n: the sizes of C. A call may be of a part of it, whose rows and columns begin at multiples of mr and nr.
+      fields: the fields of GemmArgs that every call has alike.
+      small: by the path of small products (``small``), whatever its size.
+    """
+
+    m: int
+    n: int
+    fields: tuple[tuple[str, int], ...]
+    small: bool = False
+
+    def heights(self, mr: int) -> list[int]:
+        """Rows that a panel of A may have."""
+        return sorted({min(self.m, mr), self.m % mr or min(self.m, mr)})
+
+
+@dataclass(frozen=True)
 class Composition:
     """The choices that all parts of a kernel share.
 
@@ -19,6 +39,7 @@ class Composition:
       a, b, out: dtype names of A, B and C in the caller's buffers.
       family: the nanokernel's instructions.
       tile: the register tile for packed operands.
+      one: the only product that it computes; None: any.
     """
 
     target: Target
@@ -27,6 +48,7 @@ class Composition:
     out: str
     family: Family
     tile: Tile
+    one: OneProduct | None = None
 
     @property
     def direct_a(self) -> bool:

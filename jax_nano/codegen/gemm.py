@@ -30,14 +30,14 @@ class Gemm(Composition):
     @property
     def inner(self) -> InnerPath | None:
         """The inner-product path, where the nanokernel can take both operands as they lie along K."""
-        if not self.direct_both:
+        if not self.direct_both or not self._takes("inner"):
             return None
         return InnerPath(self.target, self.tile.lanes, self.family, self.a, self.b, self.out)
 
     @property
     def sweep(self) -> SweepPath | None:
         """The path for few rows of A and a row-major B, where the nanokernel can take both as they lie."""
-        if not self.direct_both:
+        if not self.direct_both or not self._takes("sweep"):
             return None
         return SweepPath(self.target, self.tile.lanes, family_of(self.family), self.a, self.b, self.out)
 
@@ -60,11 +60,11 @@ class Gemm(Composition):
         masks = all(self.target.masks(ir.elem_bytes(x)) for x in (self.a, self.b))
         fills = isinstance(self.family, AmxDot)
         packing = Packing(self.tile, self.family, self.a, self.b, masks, fills, self._halves)
-        pack_a, pack_b = packing.emit(module, symbol)
-        epilogue = self.epilogue.emit(module, symbol) if self.epilogue else None
-        rows_of_tiles: dict[bool, list[str]] = {direct_b: [] for direct_b in (False, True)}
+        pack_a, pack_b = packing.emit(module, symbol, a=self._takes("pack_a"), b=self._takes("pack_b"))
+        epilogue = self.epilogue.emit(module, symbol) if self.epilogue and self._takes("epilogue") else None
+        rows_of_tiles: dict[bool, dict[int, str]] = {direct_b: {} for direct_b in (False, True)}
         for rows in self._tile_rows():
-            rows_of_tiles[rows.direct_b].append(rows.emit(module, symbol, epilogue))
+            rows_of_tiles[rows.direct_b][rows.height] = rows.emit(module, symbol, epilogue)
         paths = {"inner": self.inner, "sweep": self.sweep}
         macrokernel = Macrokernel(
             gemm=self,
@@ -86,7 +86,13 @@ class Gemm(Composition):
             return []
         return [self._direct_tile(rows).nv for rows in range(1, self.tile.mr + 1)]
 
+    def _takes(self, field: str) -> bool:
+        """Whether a call may have this field of GemmArgs set."""
+        return self.one is None or dict(self.one.fields).get(field, 1) != 0
+
     def _direct_tile(self, rows: int) -> Tile:
+        if self.one is not None:
+            return Tile(rows, self.tile.nv, self.tile.lanes)
         return direct_tile(self.tile, rows, self.target, self.family.temporaries)
 
     def _tile_rows(self) -> Iterator[TileRow | AmxTileRow]:
@@ -95,10 +101,17 @@ class Gemm(Composition):
             for tiles in range(1, self.tile.mr // ROWS + 1):
                 yield AmxTileRow(tiles, self.family, self.out)
             return
-        for direct_b in (False, True) if self.direct_b else (False,):
-            for m in range(1, self.tile.mr + 1):
+        heights, rest = range(1, self.tile.mr + 1), None
+        ways = (False, True) if self.direct_b else (False,)
+        if self.one is not None:
+            heights, rest = self.one.heights(self.tile.mr), self.one.n % self.tile.nr
+            by_tiles = not (self.one.small or self._takes("inner") or self._takes("sweep"))
+            ways = (not self._takes("pack_b"),) if by_tiles else ()
+        for direct_b in ways:
+            for m in heights:
                 tile = self._direct_tile(m) if direct_b else Tile(m, self.tile.nv, self.tile.lanes)
-                whole = [self._micro(Tile(m, nv, tile.lanes), direct_b) for nv in range(1, tile.nv + 1)]
+                vectors = range(1, tile.nv + 1) if rest is None else sorted({rest // tile.lanes, tile.nv} - {0})
+                whole = [self._micro(Tile(m, nv, tile.lanes), direct_b) for nv in vectors]
                 masked = self._micro(Tile(m, 1, tile.lanes), direct_b, masked=True)
                 half = None
                 # Lower tiles take no less time, as what they wait for is a product to add the next one to; but where
@@ -107,7 +120,7 @@ class Gemm(Composition):
                     # With half a vector of columns A is read about as fast as memory gives it.
                     ahead = self.a == self.b == self.family.unit and m in (self.tile.mr, self.tile.mr // 2)
                     half = self._micro(Tile(m, 1, tile.lanes // 2), direct_b, masked=True, ahead=ahead)
-                yield TileRow(whole, masked, half)
+                yield TileRow(whole, masked, half, rest)
 
     @property
     def _halves(self) -> bool:

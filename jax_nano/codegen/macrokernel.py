@@ -29,7 +29,7 @@ from jax_nano._core.spec import names
 from . import ir
 from .arguments import Arguments, Given
 from .blocks import BlockOfA, BlockOfB, BlockOfColumns, BlockOfRows, OperandB, PanelOfA
-from .composition import Composition
+from .composition import Composition, OneProduct
 from .inner import InnerPath
 from .ir import Ptr, Size
 from .microkernel import ADD, MORE, walks_min_steps, walks_of
@@ -56,7 +56,8 @@ class Macrokernel:
       gemm: what it is composed of.
       module: where to call the functions that are named below.
       packing, pack_a, pack_b: the layout of packed operands, and what packs them.
-      packed_rows, direct_rows: rows of tiles against panels of B, and against a B where it lies.
+      packed_rows, direct_rows: rows of tiles against panels of B, and against a B where it lies, by the height of a
+        panel of A.
       paths: the other paths by the fields of GemmArgs that ask for them.
       inner: the inner-product path, for the room that it wants on the stack.
     """
@@ -66,13 +67,16 @@ class Macrokernel:
     packing: Packing
     pack_a: str
     pack_b: str
-    packed_rows: list[str]
-    direct_rows: list[str]
+    packed_rows: Mapping[int, str]
+    direct_rows: Mapping[int, str]
     paths: Mapping[str, Path]
     inner: InnerPath | None
 
     def emit(self, symbol: str) -> None:
         """Adds the whole generated function, which is given the address of its arguments."""
+        if self.gemm.one is not None:
+            self.module.function(symbol, ["int64"], partial(self._one_product, self.gemm.one), internal=False)
+            return
         if not (self.gemm.direct_a and self.gemm.direct_b):
             self.module.function(symbol, ["int64"], self._larger, internal=False)
             return
@@ -88,6 +92,19 @@ class Macrokernel:
 
         self.module.function(symbol, ["int64"], choose, internal=False)
 
+    def _one_product(self, one: OneProduct, at: Ptr) -> None:
+        """The only product, by the path that is known to be its."""
+        if one.small:
+            Small(self.gemm, self.gemm.tile.lanes).emit(self._fields(at))
+            return
+        x = self._with_room(at)
+        unblocked = Unblocked(self.gemm, self.packing, partial(self._call_row_of_tiles, self.direct_rows))
+        # Of a part of it too.
+        if self.gemm.direct_a and self.gemm.direct_b and unblocked.applies(x.but(m=one.m, n=one.n)) is True:
+            unblocked.emit(x)
+        else:
+            self._products(x)
+
     def _larger(self, at: Ptr) -> None:
         """All but small products."""
         x = self._with_room(at)
@@ -102,7 +119,8 @@ class Macrokernel:
         """The fields of GemmArgs."""
         gemm, unit = self.gemm, self.gemm.family.unit
         pointers = {"a": gemm.a, "b": gemm.b, "c": gemm.out, "a_pack": unit, "b_pack": unit, "partial": gemm.family.acc}
-        return Arguments(at, GEMM_ARGS, pointers).loaded()
+        known = {} if gemm.one is None else dict(gemm.one.fields)
+        return Arguments(at, GEMM_ARGS, pointers).loaded().but(**known)
 
     def _with_room(self, at: Ptr) -> Given:
         """These, the table of ``walks`` and the inner-product path's room for ``sums``."""
@@ -113,7 +131,7 @@ class Macrokernel:
 
     def _products(self, x: Given) -> None:
         """The loop over the batch: each product by the path that its schedule asks for."""
-        for index in ir.range_(0, x.batch):
+        for index in ir.each(x.batch):
             operands = {p: x.values[p].at(index * x.values[s]) for p, s in (("a", "bsa"), ("b", "bsb"), ("c", "bsc"))}
             more = ir.less(index + 1, x.batch)
             to_next = {f"next_{p}": ir.select_size(more, x.values[s], 0) for p, s in (("a", "bsa"), ("b", "bsb"))}
@@ -134,16 +152,15 @@ class Macrokernel:
 
     def _blocks_of_m(self, x: Given) -> Iterator[BlockOfRows]:
         """Loop 1: blocks of rows of A and C."""
-        for ic in ir.range_(0, x.m, x.mc):
-            yield BlockOfRows(x, ic, ir.minimum(x.m - ic, x.mc))
+        for ic, rows in ir.blocks(x.m, x.mc):
+            yield BlockOfRows(x, ic, rows)
 
     def _blocks_of_k(self, given: BlockOfRows) -> Iterator[BlockOfA]:
         """Loop 2: blocks of A. The first one begins the sums, the last one finishes them."""
         x, ic, rows = given.x, given.ic, given.rows
         # k == 0 still runs one block of depth 0, which stores zeros.
         end = x.k + ir.select_size(ir.equal(x.k, 0), 1, 0)
-        for pc in ir.range_(0, end, x.kc):
-            depth = ir.minimum(x.k - pc, x.kc)
+        for pc, depth in ir.blocks(x.k, x.kc, end):
             adds = ir.select_size(ir.equal(x.accumulate | pc, 0), 0, ADD)
             goes_on = ir.select_size(ir.less(pc + depth, x.k), MORE, x.more * MORE)
             yield BlockOfA(
@@ -163,8 +180,7 @@ class Macrokernel:
     def _blocks_of_n(self, block: BlockOfA) -> Iterator[BlockOfColumns]:
         """Loop 3: blocks of columns of B and C."""
         x = block.x
-        for jc in ir.range_(0, x.n, x.nc):
-            cols = ir.minimum(x.n - jc, x.nc)
+        for jc, cols in ir.blocks(x.n, x.nc):
             yield BlockOfColumns(block, jc, cols, x.b.at(block.pc * x.rsb + jc * x.csb))
 
     def _block_of_b(self, columns: BlockOfColumns) -> Iterator[OperandB]:
@@ -219,8 +235,7 @@ class Macrokernel:
             ir.at_least(columns.cols, self.gemm.tile.nr),
         )
         walks = ir.select_ptr(walking, x.walks, walks_of(self.gemm.tile, self.gemm.out, x.walks).rest)
-        for i in ir.range_(0, block.rows, x.tile_rows):
-            rows = ir.minimum(block.rows - i, x.tile_rows)
+        for i, rows in ir.blocks(block.rows, x.tile_rows):
             a, rsa, csa = self._panel_of_a(columns, i, rows, row_pitch)
             panel = PanelOfA(b, i, rows, a, rsa, csa, steps, walks)
             if not isinstance(self.gemm.family, AmxDot):
@@ -285,8 +300,13 @@ class Macrokernel:
         }
         self._call_row_of_tiles(b.tile_rows, given)
 
-    def _call_row_of_tiles(self, tile_rows: list[str], given: Mapping[str, Any]) -> None:
+    def _call_row_of_tiles(self, tile_rows: Mapping[int, str], given: Mapping[str, Any]) -> None:
         """Calls the one for as many rows as there are."""
-        calls = [partial(self.module.call_by_name, name, given) for name in tile_rows]
-        each = self.gemm.tile.mr // len(tile_rows)  # rows that one of them stands for: 1, or those of a tile
-        ir.switch(ir.ceil_div(given["rows"], each), calls, first=1)
+        calls = {height: partial(self.module.call_by_name, name, given) for height, name in tile_rows.items()}
+        if self.gemm.one is not None:
+            rows, (least, *more) = given["rows"], calls
+            lower = ir.equal(rows, least) if more else True
+            ir.if_(lower, calls[least], calls[more[0]] if more else None)
+            return
+        each = self.gemm.tile.mr // len(calls)  # rows that one of them stands for: 1, or those of a tile
+        ir.switch(ir.ceil_div(given["rows"], each), list(calls.values()), first=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,10 +29,11 @@ def write(
     objects: Sequence[Path],
     out: Path,
 ) -> None:
-    """Writes into ``out`` spec.h, profiles.h, manifest.inc, attention.inc and quantized.inc for C++, manifest.json, and
+    """Writes into ``out`` spec.h, generator.h, profiles.h, manifest.inc, attention.inc and quantized.inc for C++, manifest.json, and
     kernels.cmake (objects, which may be moved with the folder, and sources).
     """
     _write(out / "spec.h", header.text())
+    _write(out / "generator.h", header.generator(generator()))
     _write(out / "profiles.h", profiles.text(kernels))
     lists: Sequence[tuple[str, str, Sequence[Generated]]] = (
         ("JAX_NANO_KERNEL", "manifest.inc", kernels),
@@ -56,6 +58,14 @@ def write(
         ")",
     ]
     _write(out / "kernels.cmake", "\n".join(cmake) + "\n")
+
+
+def generator() -> str:
+    """A digest of what decides what a kernel computes: the generator's sources and the spec."""
+    digest = hashlib.sha256()
+    for path in (Path(spec.__file__), *sorted(Path(__file__).parent.rglob("*.py"))):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 def _write(path: Path, text: str) -> None:

@@ -93,15 +93,17 @@ class Packing:
     def _is_k_major(rsa: Size, csa: Size) -> Value | bool:
         return ir.both(ir.equal(rsa, 1), ir.negate(ir.equal(csa, 1)))
 
-    def emit(self, module: ir.Module, prefix: str) -> tuple[str, str]:
-        """Adds both functions and returns the names of
+    def emit(self, module: ir.Module, prefix: str, *, a: bool = True, b: bool = True) -> tuple[str, str]:
+        """Adds both functions, or those of them that are wanted, and returns the names of
 
         ``pack_a(a, panels, rows, k, rsa, csa)`` and ``pack_b(b, panels, k, cols, rsb, csb)``.
         """
         names = f"{prefix}_pack_a", f"{prefix}_pack_b"
         sizes = ["i64"] * 4
-        module.function(names[0], [self.a, self.family.unit, *sizes], self._pack_a, internal=True)
-        module.function(names[1], [self.b, self.family.unit, *sizes], self._pack_b, internal=True)
+        if a:
+            module.function(names[0], [self.a, self.family.unit, *sizes], self._pack_a, internal=True)
+        if b:
+            module.function(names[1], [self.b, self.family.unit, *sizes], self._pack_b, internal=True)
         return names
 
     # --- A ----------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from typing import Any
 
 from . import ir
 from .arguments import Given
-from .composition import Composition
+from .composition import Composition, OneProduct
 from .ir import Ptr, Size, Value
 from .microkernel import A_ROWS_PER_POINTER, RowOffsets
 from .nanokernel import step
@@ -37,6 +37,16 @@ ROWS_OF_ONE_VECTOR = 12
 ROWS_OF_PAIRS, ROWS_OF_PAIRS_512 = 6, 8
 """The most rows of a tile of one vector and of two. Of 512 bits a core stores one in two cycles, and waits where it
 gets many at a time (``unblocked``)."""
+
+
+MOST_UNROLLED = 640
+"""Products of a register tile that stand one behind the other, of a k that is known: they and their loads fit into
+what a core keeps of decoded instructions several times."""
+
+
+def _steps_at_once(k: int, tile: Tile) -> int:
+    """The most steps of a known k that are not too many, and divide it."""
+    return max(n for n in range(1, k + 1) if k % n == 0 and (n == 1 or n * tile.accumulators <= MOST_UNROLLED))
 
 
 @dataclass(frozen=True)
@@ -61,8 +71,21 @@ class Small:
 
     def emit(self, x: Given) -> None:
         """The loops, by vectors that the columns fill."""
+        if self.gemm.one is not None:
+            lanes = self._least if self.gemm.one.n < self.lanes else self.lanes
+            Small(self.gemm, lanes)._one_product(x, self.gemm.one)
+            return
         for is_narrow in ir.branches(ir.less(x.n, self.lanes) if self._least < self.lanes else False):
             Small(self.gemm, self._least if is_narrow else self.lanes)._products(x)
+
+    def _one_product(self, x: Given, one: OneProduct) -> None:
+        """The only product, by tiles of the shape that the kernel has."""
+        lanes, tile = self.lanes, self.gemm.tile
+        vectors = [min(j, one.n - lanes) for j in range(0, one.n, lanes)]
+        for index in ir.each(x.batch):
+            a, b, c = (operand.at(index * by) for operand, by in ((x.a, x.bsa), (x.b, x.bsb), (x.c, x.bsc)))
+            for first in range(0, len(vectors), tile.nv):
+                self._panels(x.but(a=a, b=b, c=c), vectors[first : first + tile.nv], tile.mr)
 
     def _products(self, x: Given) -> None:
         lanes = self.lanes
@@ -90,8 +113,11 @@ class Small:
     def _panels(self, x: Given, columns: Sequence[Size], most: int) -> None:
         """All rows of the vectors that begin at ``columns``, at most so many at a time."""
         height = ir.ceil_div(x.m, ir.ceil_div(x.m, most))
-        for i in ir.range_(0, x.m, height):
+        for i, rows_here in ir.starts_of_blocks(x.m, height):
             panel = x.but(a=x.a.at(i * x.rsa), c=x.c.at(i * x.rsc))
+            if rows_here is not None:
+                self._tile(panel, rows_here, columns)
+                continue
             cases = [partial(self._tile, panel, rows, columns) for rows in range(1, most + 1)]
             ir.switch(ir.minimum(x.m - i, height), cases, first=1)
 
@@ -116,7 +142,22 @@ class Small:
             return [*(p.at(x.csa) for p in pointers), b_row.at(x.rsb), *new]
 
         zero = ir.zeros(lanes, family.acc)
-        out = ir.loop(0 - x.k, 0, 1, [*bases, x.b, *[zero] * tile.accumulators], k_step)
+        out: list[Any] = [*bases, x.b, *[zero] * tile.accumulators]
+        at_once = _steps_at_once(x.k, tile) if isinstance(x.k, int) else 1
+
+        def k_steps(_: Any, *carried: Any) -> list[Any]:
+            state = list(carried)
+            for _step in range(at_once):
+                state = k_step(_step, *state)
+                ir.keep_order()  # as in microkernels: else LLVM spills
+            return state
+
+        if at_once == x.k:
+            out = k_steps(0, *out)
+        elif at_once > 1:
+            out = ir.loop(0, x.k // at_once, 1, out, k_steps)
+        else:
+            out = ir.loop(0 - x.k, 0, 1, out, k_step)
         for n, v in enumerate(out[len(bases) + 1 :]):
             i, j = divmod(n, tile.nv)
             (narrow,) = family.narrowed([v], self.gemm.out)

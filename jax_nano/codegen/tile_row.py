@@ -26,11 +26,14 @@ class TileRow:
       whole: its microkernels of whole vectors by how many of them a row has, from 1 to a full tile's.
       masked: the one of a partial vector.
       half: the one of at most half a vector, if there is one.
+      rest: the columns that are left behind the full tiles of a row, if any are; None: any number of them. If it is
+        known, ``whole`` has those microkernels that it takes.
     """
 
     whole: list[Microkernel]
     masked: Microkernel
     half: Microkernel | None = None
+    rest: int | None = None
 
     @property
     def full(self) -> Microkernel:
@@ -41,8 +44,19 @@ class TileRow:
         """Whether it reads B where it lies, not from panels."""
         return self.full.direct_b
 
+    @property
+    def height(self) -> int:
+        """Rows of the panels of A that it is for."""
+        return self.full.tile.mr
+
     def microkernels(self) -> Sequence[Microkernel]:
-        return [*self.whole, self.masked, *([self.half] if self.half else [])]
+        halves = [self.half] if self.half else []
+        if self.rest is None:
+            return [*self.whole, self.masked, *halves]
+        active = self.rest % self.full.tile.lanes
+        if active == 0:
+            return self.whole
+        return [*self.whole, *(halves if self.half and active <= self.half.tile.lanes else [self.masked])]
 
     def emit(self, module: ir.Module, prefix: str, epilogue: str | None) -> str:
         """Adds the function (with the parameters ``ROW_PARAMS``) and its microkernels; returns its name."""
@@ -85,12 +99,25 @@ class _Row:
         vectors = cols // lanes * lanes
         for j in ir.range_(0, tiles, nr):
             self._tile(full, j, j, nr)
+        if self.row.rest is not None:
+            self._known_rest(self.row.rest, tiles)
+            return
         if fewer := self.row.whole[:-1]:
             no_tile: Callable[[], None] = lambda: None  # noqa: E731
             rest = [partial(self._tile, kernel, tiles, tiles, kernel.tile.nr) for kernel in fewer]
             ir.switch((vectors - tiles) // lanes, [no_tile, *rest])
         for _ in ir.when(ir.less(vectors, cols)):
             self._partial_vector(vectors, tiles, cols - vectors)
+
+    def _known_rest(self, rest: int, tiles: Size) -> None:
+        """The columns behind the full tiles, of which a row has none or so many."""
+        lanes = self.row.full.tile.lanes
+        whole = rest // lanes * lanes
+        for _ in ir.when(ir.less(tiles, self.x.cols) if rest else False):
+            if whole:
+                self._tile(self.row.whole[0], tiles, tiles, whole)
+            if whole < rest:
+                self._partial_vector(tiles + whole, tiles, rest - whole)
 
     def _partial_vector(self, j: Size, panel: Size, active: Size) -> None:
         """The tile of the columns that are left behind whole vectors."""

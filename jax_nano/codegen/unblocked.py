@@ -53,10 +53,11 @@ class Unblocked:
 
     def emit(self, x: Given) -> None:
         """The loops. All else that rows of tiles are given is known before the first one."""
-        m, most = x.m, ir.minimum(x.tile_rows, self._rows_at_once(x.n))
-        panels = ir.ceil_div(m, most)
-        # Of equal height, so that none is so low that its loads take longer than its products.
-        height = (m + (panels - 1)) // ir.select_size(ir.equal(m, 0), 1, panels)
+        m, height = x.m, x.tile_rows
+        if self.gemm.one is None:
+            panels = ir.ceil_div(m, ir.minimum(x.tile_rows, self._rows_at_once(x.n)))
+            # Of equal height, so that none is so low that its loads take longer than its products.
+            height = (m + (panels - 1)) // ir.select_size(ir.equal(m, 0), 1, panels)
         more = x.more
         given = x.but(
             walks=walks_of(self.gemm.tile, self.gemm.out, x.walks).rest,
@@ -69,15 +70,15 @@ class Unblocked:
             column=0,
             epilogue=ir.select_size(ir.equal(more, 0), x.epilogue, 0),
         )
-        for index in ir.range_(0, x.batch):
+        for index in ir.each(x.batch):
             a, b, c = (operand.at(index * step) for operand, step in ((x.a, x.bsa), (x.b, x.bsb), (x.c, x.bsc)))
-            for i in ir.range_(0, m, height):
+            for i, rows in ir.starts_of_blocks(m, height):
                 panel = given.but(
                     a=a.at(i * x.rsa),
                     b=b,
                     c=c.at(i * x.rsc),
                     partial=x.partial.at(i * x.rs_partial),
-                    rows=ir.minimum(m - i, height),
+                    rows=ir.minimum(m - i, height) if rows is None else rows,
                 )
                 self.row_of_tiles(panel.values)
 

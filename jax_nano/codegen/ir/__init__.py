@@ -15,11 +15,14 @@ are in elements. Nothing here knows what a matrix product is.
 
 from __future__ import annotations
 
+from .control import blocks as blocks
 from .control import branches as branches
+from .control import each as each
 from .control import if_ as if_
 from .control import keep_order as keep_order
 from .control import loop as loop
 from .control import range_ as range_
+from .control import starts_of_blocks as starts_of_blocks
 from .control import switch as switch
 from .control import when as when
 from .memory import Ptr as Ptr

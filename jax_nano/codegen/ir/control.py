@@ -14,7 +14,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf
 
 from .memory import Ptr
-from .sizes import I64, Size, Value, as_value
+from .sizes import I64, Size, Value, as_value, minimum
 from .types import operation, type_of
 
 
@@ -78,6 +78,45 @@ def range_(lo: Size, hi: Size, step: Size = 1) -> Iterator[I64]:
     with ir.InsertionPoint(op.body):
         yield I64(op.induction_variable)
         scf.yield_([])
+
+
+def each(count: Size) -> Iterator[Size]:
+    """``range_(0, count)``; a constant single time without a loop."""
+    if isinstance(count, int) and count == 1:
+        yield 0
+        return
+    yield from range_(0, count)
+
+
+def blocks(total: Size, step: Size, end: Size | None = None) -> Iterator[tuple[Size, Size]]:
+    """A loop over blocks as a Python loop: ``for begin, size in ir.blocks(total, step)``.
+
+    Args:
+      total, step: so many, so many at a time.
+      end: where a loop of sizes that are not constants ends, if not at ``total``.
+    """
+    for i, size in starts_of_blocks(total, step, end):
+        yield i, minimum(total - i, step) if size is None else size
+
+
+def starts_of_blocks(total: Size, step: Size, end: Size | None = None) -> Iterator[tuple[Size, int | None]]:
+    """The same with the size of a block only where that is a constant, else None.
+
+    Where total and step are constants the body is emitted once for the whole blocks and once for the smaller one that
+    is left, if there is one; a single block has no loop.
+    """
+    if not isinstance(total, int) or not isinstance(step, int):
+        for i in range_(0, total if end is None else end, step):
+            yield i, None
+        return
+    whole = total // step * step
+    if whole == step:
+        yield 0, step
+    elif whole:
+        for i in range_(0, whole, step):
+            yield i, step
+    if whole < total:
+        yield whole, total - whole
 
 
 def when(condition: Value | bool) -> Iterator[None]:
