@@ -69,10 +69,4 @@ const SpecializedKernel* SpecializedKernels::Find(const Plan& plan, bool epilogu
   return found == known->second.rend() ? nullptr : *found;
 }
 
-std::vector<const SpecializedKernel*> SpecializedKernels::All() const {
-  std::vector<const SpecializedKernel*> out;
-  for (const auto& x : kernels_) out.push_back(x.get());
-  return out;
-}
-
 }  // namespace jax_nano

@@ -3,6 +3,7 @@
 #ifndef JAX_NANO_PLAN_SPECIALIZED_H_
 #define JAX_NANO_PLAN_SPECIALIZED_H_
 
+#include <cstddef>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -41,8 +42,7 @@ class SpecializedKernels {
   // The one for exactly what the plan's kernel would compute, in the same order of sums; null if there is none.
   const SpecializedKernel* Find(const Plan& plan, bool epilogue) const;
 
-  // In the order in which they were added.
-  std::vector<const SpecializedKernel*> All() const;
+  size_t size() const { return kernels_.size(); }
 
  private:
   std::vector<std::unique_ptr<const SpecializedKernel>> kernels_;

@@ -38,7 +38,7 @@ Product ParseProduct(const nb::dict& given) {
           .bsc = size("bsc")};
 }
 
-void Add(SpecializedKernels& kernels, const nb::dict& given, uintptr_t function, std::string pack) {
+void Add(const Table& table, const nb::dict& given, uintptr_t function, std::string pack) {
   for (const char* name : {"mr", "nr", "parts", "epilogue"}) {
     if (!given.contains(name)) throw std::invalid_argument("a kernel for a product needs " + std::string(name));
   }
@@ -56,22 +56,19 @@ void Add(SpecializedKernels& kernels, const nb::dict& given, uintptr_t function,
   out->takes_parts = nb::cast<bool>(given["parts"]);
   out->epilogue = nb::cast<bool>(given["epilogue"]);
   out->pack = std::move(pack);
-  kernels.Add(std::move(out));
+  table.kernels->Add(std::move(out));
 }
 
-// Plans point to them, and so does the machine: they are never freed.
-void Use(nb::handle kernels) {
-  UseSpecializedKernels(kernels.is_none() ? nullptr : nb::cast<const SpecializedKernels*>(kernels.inc_ref()));
-}
+void Use(const Table* table) { UseSpecializedKernels(table == nullptr ? nullptr : table->kernels); }
 
 }  // namespace
 
 void DefineSpecialized(nb::module_ m) {
   using namespace nb::literals;
-  nb::class_<SpecializedKernels>(m, "Kernels")
+  nb::class_<Table>(m, "Kernels")
       .def(nb::init<>())
       .def("add", &Add, "kernel"_a, "function"_a, "pack"_a)
-      .def("__len__", [](const SpecializedKernels& x) { return x.All().size(); });
+      .def("__len__", [](const Table& x) { return x.kernels->size(); });
   m.def("use", &Use, "kernels"_a.none());
 }
 

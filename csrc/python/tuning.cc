@@ -21,6 +21,7 @@
 #include "plan/registry.h"
 #include "plan/select.h"
 #include "plan/specialized.h"
+#include "python/specialized.h"
 #include "run/private_pool.h"
 #include "run/sharing.h"
 
@@ -89,7 +90,7 @@ using BufferRows = nb::ndarray<const uintptr_t, nb::shape<-1, 3>, nb::c_contig, 
 
 double TimeDot(const BufferRows& rows, int64_t trips, Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels,
                Ints out_labels, std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads,
-               std::string algorithm, const std::optional<nb::dict>& choice, const SpecializedKernels* specialized,
+               std::string algorithm, const std::optional<nb::dict>& choice, const Table* specialized,
                const std::optional<std::string>& activation, double scale, uintptr_t bias, uintptr_t residual) {
   std::vector<Buffers> sets;
   for (size_t i = 0; i < rows.shape(0); ++i) sets.push_back(BuffersAt(rows(i, 0), rows(i, 1), rows(i, 2)));
@@ -105,7 +106,8 @@ double TimeDot(const BufferRows& rows, int64_t trips, Ints lhs_shape, Ints rhs_s
     sets[0].epilogue = &epilogue;
   }
   return RunSpec({lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels, lhs_dtype, rhs_dtype, out_dtype, algorithm},
-                 threads, sets, trips, false, choice, specialized, {activation.has_value(), bias != 0});
+                 threads, sets, trips, false, choice, specialized == nullptr ? nullptr : specialized->kernels,
+                 {activation.has_value(), bias != 0});
 }
 
 std::optional<Core> ProfileCore(const std::string& cpu) {

@@ -205,35 +205,17 @@ def load(pack: Pack, runtime: ModuleType, kernels: Any) -> None:
 
 
 def _library(pack: Pack) -> ctypes.CDLL:
-    """The shared object, mapped from the file whose bytes were looked at, whatever its name stands for by now."""
-    with _opened(pack.library) as fd:
-        with open(fd, "rb", closefd=False) as stream:  # noqa: PTH123  # a descriptor
-            if hashlib.sha256(stream.read()).hexdigest() != pack.sha256:
-                raise ValueError(f"{pack.library.name} is damaged")
-        return ctypes.CDLL(f"/proc/self/fd/{fd}", mode=os.RTLD_NOW | os.RTLD_LOCAL)
-
-
-class _opened:  # noqa: N801  # called like a function
-    """A file descriptor of a file that nobody else can write to, nor exchange for another one."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-
-    def __enter__(self) -> int:
-        self._fd = os.open(self._file, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            _check_access(self._file, os.fstat(self._fd))
-        except BaseException:
-            os.close(self._fd)
-            raise
-        return self._fd
-
-    def __exit__(self, *error: object) -> None:
-        os.close(self._fd)
+    """The shared object, of the bytes that its description names."""
+    file = pack.library.resolve()
+    if hashlib.sha256(_read(pack.library)).hexdigest() != pack.sha256:
+        raise ValueError(f"{file.name} is damaged")
+    return ctypes.CDLL(str(file), mode=os.RTLD_NOW | os.RTLD_LOCAL)
 
 
 def _read(file: Path) -> bytes:
-    with _opened(file) as fd, open(fd, "rb", closefd=False) as stream:  # noqa: PTH123  # a descriptor
+    """What a file holds that nobody else can write to, nor exchange for another one."""
+    with file.open("rb") as stream:
+        _check_access(file, os.fstat(stream.fileno()))
         return stream.read()
 
 

@@ -191,9 +191,11 @@ def _engine_lines(decided: Decision) -> list[str]:
 
 
 def _kernel_lines(runtime: Any, plan: Mapping[str, Any], kernel: Mapping[str, Any], forced: str | None) -> list[str]:
-    tile = f"register tile {kernel['mr']} x {kernel['nr']}"
+    tile = f"register tile {plan['mr']} x {plan['nr']}"
     step = f", {kernel['kr']} values of K a step" if kernel["kr"] > 1 else ""
     lines = [plan["kernel"], f"target {plan['target']}, {tile}{step}, sums in {kernel['acc']}"]
+    if plan["pack"]:
+        lines.append(f"composed for this product, in {plan['pack']}: another tile and other blocks, the same results")
     if plan["transposed"]:
         lines.append(
             f"A is {'rhs' if plan['swapped'] else 'lhs'}, transposed: the result's transpose is computed first"
@@ -229,7 +231,7 @@ def _operand_text(operand: str, plan: Mapping[str, Any], kernel: Mapping[str, An
     rows, columns = ("m", "k") if a else ("k", "n")
     row_stride, column_stride = (plan[s + operand.lower()] for s in ("rs", "cs"))
     shape = f"{plan[rows]} x {plan[columns]}, strides {row_stride} and {column_stride}"
-    readers = _cost.tiles(plan["n"], kernel["nr"]) if a else _cost.tiles(plan["m"], kernel["mr"])
+    readers = _cost.tiles(plan["n"], plan["nr"]) if a else _cost.tiles(plan["m"], plan["mr"])
     read = f"{readers} register {'tile' if readers == 1 else 'tiles'} of {'columns' if a else 'rows'}"
     if plan["inner"]:
         copied = plan["pack_a" if a else "pack_b"]

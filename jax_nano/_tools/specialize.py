@@ -136,9 +136,7 @@ def specialize(
         for i, asked in enumerate(bar):
             left = (end - time.monotonic()) / (len(products) - i)
             found.append(search.of(asked, left))
-            bar.set_postfix_str(f"{sum(x.kept for x in found)} faster")
-            if not sys.stderr.isatty():
-                bar.refresh()
+            bar.set_postfix_str(f"{sum(x.kept for x in found)} faster", refresh=False)
         kept = [x for x in found if x.kept]
         library = composer.link([x.best.made["object"] for x in kept if x.best], "pack.so").read_bytes() if kept else b""
     _keep(runtime, where, found, library)
