@@ -193,13 +193,15 @@ class _Search:
             return Found(asked, plan, why=why)
         kernel = self._kernels[plan["kernel"]]
         parts = any(x > 1 for threads in (1, _MANY_THREADS) for x in plan_of(threads=threads)["split"][1:])
-        most = max(2, int(seconds / 2 / _SECONDS_TO_COMPOSE))
         work = _Work(asked, self._runtime, self._probe)
+        each = _SECONDS_TO_COMPOSE + _ROUNDS * max(work.once, _SAMPLE_SECONDS)  # a candidate takes
+        end -= 2 * _CONFIRMING_ROUNDS * max(work.once, _SAMPLE_SECONDS)
+        most = max(2, int((end - time.monotonic()) / 2 / each))
         tried = self._made(work, plan, recipes.of(plan, kernel, parts=parts, epilogue=epilogue)[:most])
         if not tried:
             return Found(asked, plan, why="no kernel could be composed for it")
         best = work.fastest(tried)
-        left = int((end - time.monotonic()) / 2 / _SECONDS_TO_COMPOSE)
+        left = int((end - time.monotonic()) / each)
         others = [x for first in best[:2] for x in recipes.blocked_otherwise(first.recipe, plan, kernel)]
         if others and left > 0:
             best = work.fastest([*best[:2], *self._made(work, plan, others[:left])])
@@ -238,6 +240,7 @@ class _Work:
         self._asked, self._runtime, self._probe = asked, runtime, probe
         self._arrays = _Arrays(asked, 0)
         self._generic: list[float] = []
+        self.once = min(self._run(1, None, self._arrays) for _ in range(2))
 
     def _run(self, trips: int, table: Any, arrays: _Arrays, threads: int = 1) -> float:
         more = {"algorithm": self._asked.algorithm, "specialized": table, **arrays.epilogue}
