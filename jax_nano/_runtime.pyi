@@ -1,7 +1,7 @@
 """The compiled half of jax_nano: generated kernels, planning, and the handler that XLA calls.
 
-What only tests and benchmarks call is in its submodule `testing`, what measures plans in `tuning`
-(_runtime_testing.pyi and _runtime_tuning.pyi describe them).
+What only tests and benchmarks call is in its submodule `testing`, what measures plans in `tuning`, and kernels for given
+products in `specialized` (_runtime_testing.pyi, _runtime_tuning.pyi and _runtime_specialized.pyi describe them).
 
 Sizes and strides are in elements. Labels are einsum's letters as integers: in lhs, rhs and out they mean batch;
 in lhs and rhs only, contracting; in lhs and out, M; in rhs and out, N. dtypes go by their NumPy / ml_dtypes names.
@@ -12,8 +12,9 @@ from typing import Literal, TypedDict
 
 from typing_extensions import CapsuleType  # types.CapsuleType is new in Python 3.13; stubs may always use this one
 
-from jax_nano import _runtime_testing, _runtime_tuning
+from jax_nano import _runtime_specialized, _runtime_testing, _runtime_tuning
 
+specialized = _runtime_specialized
 testing = _runtime_testing
 tuning = _runtime_tuning
 
@@ -106,8 +107,11 @@ class _Scored(TypedDict):
     ns: float
 
 class _Plan(TypedDict):
-    kernel: str
+    kernel: str  # of the build, also where one that was composed for the product takes its place
     target: str
+    pack: str  # where that one comes from; "": there is none
+    mr: int  # mr x nr: the register tile
+    nr: int
     swapped: bool  # A is rhs and B is lhs
     transposed: bool  # C^T is computed in workspace; m, n and the strides are those of that product
     out_rows_apart: int  # of a transposed plan: from a row of the result to the next one
@@ -298,6 +302,9 @@ def plan_quantized(
       ValueError: sizes or dtypes are none that kernels take.
     """
 
+def generator() -> str:
+    """A digest of the sources that composed the kernels of this build."""
+
 def features() -> list[str]:
     """The CPU features found, among those that some target needs."""
 
@@ -318,6 +325,9 @@ def plan(
     target: str | None = None,
     caches: tuple[int, int, int] | None = None,
     cpu: str | None = None,
+    epilogue: bool = False,
+    bias: bool = False,
+    specialized: bool = True,
 ) -> _Plan:
     """How a product would be computed: by the selected targets, or by one that may not even run here.
 
@@ -325,6 +335,9 @@ def plan(
       target: plan for this target only.
       caches: L1d, L2, L3 in bytes instead of this machine's.
       cpu: plan by the costs of this profile, "" as for a CPU that was never measured.
+      epilogue: the call does something with finished sums.
+      bias: it adds a bias.
+      specialized: with the kernels for given products that this process uses; never with `caches` or `cpu`.
 
     Raises:
       ValueError: labels, sizes or dtypes do not fit together, or no kernel takes them.

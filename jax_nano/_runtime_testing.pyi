@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jax_nano._runtime import _Plan
+from jax_nano._runtime_specialized import Kernels
 from jax_nano._runtime_tuning import Choice
 
 def select_target(features: Sequence[str], forced: str = "") -> str:
@@ -39,11 +40,13 @@ def dot(
     threads: int,
     algorithm: str = "default",
     choice: Choice | None = None,
+    specialized: Kernels | None = None,
 ) -> None:
     """Run a plan on dense arrays at these addresses with a thread pool of its own, without XLA. Releases the GIL.
 
     Args:
       choice: run this instead of what the planner would.
+      specialized: plan with these kernels for given products; None: with those that the process uses.
 
     Raises:
       ValueError: as `_runtime.plan`; or as `plan_by`, or this CPU cannot run the choice's kernel.

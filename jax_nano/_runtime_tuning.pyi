@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jax_nano._runtime import _Plan
+from jax_nano._runtime_specialized import Kernels
 
 class Choice(TypedDict):
     """What is free to decide for a product, named as in a plan, which is one itself. Not a class at run time."""
@@ -83,12 +84,19 @@ def time_dot(
     threads: int,
     algorithm: str = "default",
     choice: Choice | None = None,
+    specialized: Kernels | None = None,
+    activation: str | None = None,
+    scale: float = 1.0,
+    bias: int = 0,
+    residual: int = 0,
 ) -> float:
     """Run one plan on each of several sets of dense arrays in turn, `trips` times. Releases the GIL.
 
     Args:
       buffers: a row for each set, the addresses of lhs, rhs and out.
-      choice: as in `dot`.
+      choice, specialized: as in `dot`.
+      activation: of the epilogue, "none" for one without; None: there is no epilogue.
+      scale, bias, residual: of the epilogue; addresses, 0 for what there is not. For one set of buffers.
 
     Returns:
       The seconds it took, without planning and without starting threads.

@@ -135,7 +135,8 @@ nb::list ConsideredList(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rh
                         std::optional<std::string> target, std::optional<std::string> cpu) {
   const CallSpec spec = {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels,
                          lhs_dtype, rhs_dtype, out_dtype,  algorithm};
-  const Machine machine = MachineOf(std::nullopt, cpu);
+  Machine machine = MachineOf(std::nullopt, cpu);
+  machine.specialized = nullptr;
   nb::list out;
   for (const Scored& x : spec.Considered(spec.MakePlanFor(TargetsFor(target), 1, machine), machine)) {
     out.append(ScoredDict(x));

@@ -27,6 +27,7 @@
 #include "plan/schedule.h"
 #include "plan/select.h"
 #include "python/product.h"
+#include "python/specialized.h"
 #include "python/tuning.h"
 #include "run/crew.h"
 #include "run/sharing.h"
@@ -92,9 +93,10 @@ nb::dict ForcedPlan(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_la
 
 void Dot(uintptr_t lhs, uintptr_t rhs, uintptr_t out, Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels,
          Ints out_labels, std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads,
-         std::string algorithm, const std::optional<nb::dict>& choice) {
+         std::string algorithm, const std::optional<nb::dict>& choice, const Table* specialized) {
   RunSpec({lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels, lhs_dtype, rhs_dtype, out_dtype, algorithm},
-          threads, {BuffersAt(lhs, rhs, out)}, 1, true, choice);
+          threads, {BuffersAt(lhs, rhs, out)}, 1, true, choice,
+          specialized == nullptr ? nullptr : specialized->kernels);
 }
 
 sharing::Duration Ns(int64_t ns) { return sharing::Duration(ns); }
@@ -249,7 +251,7 @@ void DefineTesting(nb::module_ m) {
   m.def("select_target", &SelectTarget, "features"_a, "forced"_a = "");
   m.def("dot", &Dot, "lhs"_a, "rhs"_a, "out"_a, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a,
         "out_labels"_a, "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "threads"_a, "algorithm"_a = "default",
-        "choice"_a = nb::none());
+        "choice"_a = nb::none(), "specialized"_a = nb::none());
   m.def("plan_by", &ForcedPlan, "lhs_shape"_a, "rhs_shape"_a, "lhs_labels"_a, "rhs_labels"_a, "out_labels"_a,
         "lhs_dtype"_a, "rhs_dtype"_a, "out_dtype"_a, "choice"_a, "algorithm"_a = "default");
   m.def("why_illegal", &WhyIllegal, "kernel_name"_a, "args"_a);

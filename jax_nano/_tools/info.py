@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any, Final
 
-from jax_nano._core import machine, native, thread_limit, tuned
+from jax_nano._core import machine, native, packs, thread_limit, tuned
 from jax_nano._tools import explain
 
 _ENVIRONMENT: Final = ("JAX_NANO_", "JAX_", "XLA_FLAGS", "NPROC", "PJRT_NPROC", "PYTHONPATH")
@@ -47,6 +47,15 @@ class Signature:
 
 
 @dataclass(frozen=True)
+class Pack:
+    """Kernels for given products."""
+
+    file: str
+    kernels: int
+    """How many."""
+
+
+@dataclass(frozen=True)
 class Info:
     """This machine, what of the build runs on it, and versions. `str` of it is text, as is its `repr`."""
 
@@ -63,6 +72,8 @@ class Info:
     """Instruction sets, as far as targets ask for them."""
     costs: str
     """What the planner's predictions rest on."""
+    packs: tuple[Pack, ...]
+    """What `python -m jax_nano specialize` has kept and this process uses."""
     targets: tuple[Target, ...]
     """The best first; empty on a platform without kernels."""
     signatures: tuple[Signature, ...]
@@ -106,6 +117,7 @@ class Info:
             lines.append("caches  " + ", ".join(f"{level} {explain.size(self.caches[key])}" for level, key in names))
             lines.append("has     " + " ".join(self.features))
             lines.append(f"costs   {self.costs}")
+        lines += [f"pack    {x.kernels} kernel{'s' if x.kernels > 1 else ''} for given products, in {x.file}" for x in self.packs]
         return lines
 
     def _target_lines(self) -> list[str]:
@@ -149,6 +161,7 @@ def info() -> Info:
         caches={} if runtime is None else dict(runtime.caches()),
         features=() if runtime is None else tuple(runtime.features()),
         costs="" if runtime is None else _costs(runtime),
+        packs=tuple(Pack(str(x.file), len(x.kernels)) for x in packs.used()),
         targets=_targets(runtime),
         signatures=signatures,
         error=error,

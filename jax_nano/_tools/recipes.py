@@ -24,7 +24,7 @@ Recipe = dict[str, Any]
 
 def why_not(plan: Mapping[str, Any]) -> str | None:
     """Why nothing is composed for a product; None if something may be."""
-    if plan["empty"]:
+    if plan["empty"] or plan["k"] == 0:
         return "it has nothing to compute"
     if plan["transposed"] or plan["split_k"] > 1 or plan["k_outer"]:
         return "its sums are taken in several pieces, by one function for all sizes"
