@@ -85,14 +85,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     specialize.set_defaults(command=_specialize)
     specialize.add_argument(
-        "sizes", nargs="*", metavar="SIZES | SCRIPT | -m MODULE", help="MxNxK; or a program, which is run for its products"
+        "sizes",
+        nargs="*",
+        metavar="SIZES | SCRIPT | -m MODULE",
+        help="MxNxK; or a program, which is run for its products",
     )
     asked.add_options(specialize)
-    specialize.add_argument("--shapes", type=Path, metavar="FILE", help="a product on each line, as on the command line")
-    specialize.add_argument("--budget", type=float, metavar="SECONDS", help="how long it may take (default: 12 a product)")
+    specialize.add_argument(
+        "--shapes", type=Path, metavar="FILE", help="a product on each line, as on the command line"
+    )
+    specialize.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="how long it may take (default: 12 a product)"
+    )
     specialize.add_argument("--out", type=Path, metavar="FOLDER", help="keep them here (default: in your cache folder)")
     specialize.add_argument(
-        "--generator", metavar="PYTHON", help="a Python with jaxlib 0.10, which kernels are composed with (default: this)"
+        "--generator",
+        metavar="PYTHON",
+        help="a Python with jaxlib 0.10, which kernels are composed with (default: this)",
     )
     specialize.add_argument("--list", action="store_true", help="what is kept, and measure nothing")
     specialize.add_argument("--remove", action="store_true", help="remove what is kept, and measure nothing")

@@ -1,6 +1,6 @@
 """The compiled half of jax_nano: generated kernels, planning, and the handler that XLA calls.
 
-What only tests and benchmarks call is in its submodule `testing`, what measures plans in `tuning`, and kernels for given
+What only tests and benchmarks call is in its submodule `testing`, what measures plans in `tuning`, kernels for given
 products in `specialized` (_runtime_testing.pyi, _runtime_tuning.pyi and _runtime_specialized.pyi describe them).
 
 Sizes and strides are in elements. Labels are einsum's letters as integers: in lhs, rhs and out they mean batch;

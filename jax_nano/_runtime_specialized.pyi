@@ -12,7 +12,7 @@ class Kernels:
         """Adds one; a later one for the same product takes the place of an earlier one.
 
         Args:
-          kernel: the product and the schedule: `kernel`, that of the build whose place it takes, its tile `mr` and `nr`,
+          kernel: `kernel`, that of the build whose place it takes; the tile, `mr` and `nr`; the product and schedule,
             m to bsc and the items of a choice as in a plan; `parts`, whether it takes parts of m and n; `epilogue`,
             whether it is for calls that have one.
           function: the address of its code.

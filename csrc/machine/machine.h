@@ -13,8 +13,8 @@ class SpecializedKernels;  // of plan/specialized.h
 struct Machine {
   Caches caches;
   Profile profile = {};
-  const CpuProfile* cpu = nullptr;          // NUMERIC: the built-in costs; null: nothing is known of such a CPU
-  const MeasuredCosts* measured = nullptr;  // here, by `tune`, if it has run: for what only moves data
+  const CpuProfile* cpu = nullptr;                  // NUMERIC: the built-in costs; null: nothing is known of such a CPU
+  const MeasuredCosts* measured = nullptr;          // here, by `tune`, if it has run: for what only moves data
   const SpecializedKernels* specialized = nullptr;  // kernels for given products, from packs; null: none
 };
 

@@ -47,11 +47,11 @@ struct Choice {
 
 struct Plan {
   const KernelInfo* kernel = nullptr;
-  bool swapped = false;                           // A is the call's rhs
-  bool transposed = false;                        // items compute C^T in workspace, from which C is written
-  bool empty = false;                             // the result has no elements: nothing to do
+  bool swapped = false;                            // A is the call's rhs
+  bool transposed = false;                         // items compute C^T in workspace, from which C is written
+  bool empty = false;                              // the result has no elements: nothing to do
   const SpecializedKernel* specialized = nullptr;  // what `kernel` is of, if it was composed for this product
-  int64_t a_bytes = 0, b_bytes = 0, c_bytes = 0;  // of one element
+  int64_t a_bytes = 0, b_bytes = 0, c_bytes = 0;   // of one element
 
   int64_t out_rows_apart = 0;  // of a transposed plan: elements of the result between columns of C^T
 

@@ -121,8 +121,8 @@ nb::dict CacheDict() {
 nb::dict ExplainPlan(Ints lhs_shape, Ints rhs_shape, Ints lhs_labels, Ints rhs_labels, Ints out_labels,
                      std::string lhs_dtype, std::string rhs_dtype, std::string out_dtype, int64_t threads,
                      std::string algorithm, std::optional<std::string> target,
-                     std::optional<std::array<int64_t, 3>> caches, std::optional<std::string> cpu, bool epilogue, bool bias,
-                     bool specialized) {
+                     std::optional<std::array<int64_t, 3>> caches, std::optional<std::string> cpu, bool epilogue,
+                     bool bias, bool specialized) {
   const CallSpec spec = {lhs_shape, rhs_shape, lhs_labels, rhs_labels, out_labels,
                          lhs_dtype, rhs_dtype, out_dtype,  algorithm};
   Machine machine = MachineOf(caches, cpu);

@@ -135,8 +135,7 @@ bool HasEpilogue(const CallDescription& call) {
 
 Plan PlanOf(const CallDescription& call) {
   Plan plan = MakePlan(ViewOf(call.arrays[0]), ViewOf(call.arrays[1]), ViewOf(call.arrays[2]), call.algorithm,
-                       SelectedTargets(), 1, HostMachine(),
-                       {HasEpilogue(call), call.epilogue && call.epilogue->bias});
+                       SelectedTargets(), 1, HostMachine(), {HasEpilogue(call), call.epilogue && call.epilogue->bias});
   if (HasEpilogue(call) && !plan.kernel->epilogue) {
     throw std::invalid_argument("jax_nano linear: " + call.arrays[2].dtype + " results have no epilogue");
   }

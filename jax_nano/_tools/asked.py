@@ -93,7 +93,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", help="as for `explain`: f32, bf16, bf16-f32, i8, f64 ...")
     parser.add_argument("--layout", default="NN", choices=explain.LAYOUTS, help="T: the operand is stored transposed")
     parser.add_argument("--batch", metavar="SIZES", help="batch dimensions in front, e.g. 64 or 8x12")
-    parser.add_argument("--algorithm", default=spec.DEFAULT_ALGORITHM, metavar="PRESET", help="a lax.DotAlgorithmPreset")
+    parser.add_argument(
+        "--algorithm", default=spec.DEFAULT_ALGORITHM, metavar="PRESET", help="a lax.DotAlgorithmPreset"
+    )
     parser.add_argument(
         "--epilogue", default="", metavar="TEXT", help='what a call of `linear` adds, e.g. "bias, gelu_tanh"'
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-PACKAGE: Final = Path(__file__).parents[2]
+PACKAGE: Final = Path(__file__).parents[1]
 _LINKERS: Final = ("ld", "ld.lld-22", "ld.lld")
 
 
@@ -30,6 +30,7 @@ class Composer:
     """
 
     def __init__(self, python: str | None = None, jobs: int = 1) -> None:
+        self._path = [] if python else [os.environ.get("PYTHONPATH", "")]
         self._command = [python or sys.executable, "-P", "-m", "jax_nano.codegen", "compose", "--jobs", str(jobs)]
         self._linker = next(filter(None, map(shutil.which, _LINKERS)), None)
         if self._linker is None:
@@ -38,7 +39,11 @@ class Composer:
     def __enter__(self) -> Composer:
         self._temporary = tempfile.TemporaryDirectory(prefix="jax_nano-")
         self.folder = Path(self._temporary.name)
-        path = os.pathsep.join(filter(None, (str(PACKAGE), os.environ.get("PYTHONPATH"))))
+        # Not the folder that it is installed in, where another Python would find this one's jaxlib.
+        alone = self.folder / "path"
+        alone.mkdir()
+        (alone / PACKAGE.name).symlink_to(PACKAGE)
+        path = os.pathsep.join(filter(None, (str(alone), *self._path)))
         self._process = subprocess.Popen(
             [*self._command, "--out", str(self.folder)],
             stdin=subprocess.PIPE,

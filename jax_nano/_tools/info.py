@@ -117,7 +117,10 @@ class Info:
             lines.append("caches  " + ", ".join(f"{level} {explain.size(self.caches[key])}" for level, key in names))
             lines.append("has     " + " ".join(self.features))
             lines.append(f"costs   {self.costs}")
-        lines += [f"pack    {x.kernels} kernel{'s' if x.kernels > 1 else ''} for given products, in {x.file}" for x in self.packs]
+        lines += [
+            f"pack    {x.kernels} kernel{'s' if x.kernels > 1 else ''} for given products, in {x.file}"
+            for x in self.packs
+        ]
         return lines
 
     def _target_lines(self) -> list[str]:

@@ -6,6 +6,7 @@ A recipe is what the generator takes (`jax_nano/codegen/specialized.py`), and be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -46,7 +47,7 @@ def of(plan: Mapping[str, Any], kernel: Mapping[str, Any], *, parts: bool, epilo
         return [_recipe(plan, kernel, (kernel["mr"], kernel["nr"]), {}, parts=parts, epilogue=epilogue)]
     found = []
     if not (parts or epilogue) and _may_be_small(plan, kernel):
-        small = [x for x in _tiles(plan, kernel, small=True)][:4]
+        small = _tiles(plan, kernel, small=True)[:4]
         found += [_recipe(plan, kernel, tile, {}, parts=False, epilogue=False, small=True) for tile in small]
     for tile in _tiles(plan, kernel, small=False):
         found.append(_recipe(plan, kernel, tile, {}, parts=parts, epilogue=epilogue))
@@ -156,5 +157,5 @@ def _balanced(total: int, most: int, unit: int) -> int:
     """As BalancedBlock in csrc/plan/arithmetic.h."""
     most = max(unit, most // unit * unit)
     total = max(total, 1)
-    blocks = -(-total // most)
-    return -(-(-(-total // blocks)) // unit) * unit
+    blocks = math.ceil(total / most)
+    return math.ceil(math.ceil(total / blocks) / unit) * unit

@@ -138,7 +138,9 @@ def specialize(
             found.append(search.of(asked, left))
             bar.set_postfix_str(f"{sum(x.kept for x in found)} faster", refresh=False)
         kept = [x for x in found if x.kept]
-        library = composer.link([x.best.made["object"] for x in kept if x.best], "pack.so").read_bytes() if kept else b""
+        library = (
+            composer.link([x.best.made["object"] for x in kept if x.best], "pack.so").read_bytes() if kept else b""
+        )
     _keep(runtime, where, found, library)
     return found
 
@@ -182,9 +184,7 @@ class _Search:
         """What becomes of a product in about so much time."""
         end = time.monotonic() + seconds
         epilogue, bias = asked.epilogue is not None, asked.epilogue is not None and asked.epilogue.bias
-        plan_of = partial(
-            self._runtime.plan, *asked.arguments, algorithm=asked.algorithm, epilogue=epilogue, bias=bias
-        )
+        plan_of = partial(self._runtime.plan, *asked.arguments, algorithm=asked.algorithm, epilogue=epilogue, bias=bias)
         try:
             plan = plan_of(threads=1)
         except ValueError as error:
@@ -273,7 +273,7 @@ class _Work:
         return sorted(candidates, key=lambda x: min(x.seconds))
 
     def confirmed(self, candidate: Candidate, threads: int) -> float:
-        """Its time as a share of that of the kernel of the build, by new samples on other memory; the worst of these."""
+        """Its time as a share of that of the build's kernel, by new samples on other memory; the worst of these."""
         shares = []
         for seed in range(_OPERANDS):
             arrays = _Arrays(self._asked, seed + 1)

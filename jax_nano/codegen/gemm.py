@@ -101,12 +101,12 @@ class Gemm(Composition):
             for tiles in range(1, self.tile.mr // ROWS + 1):
                 yield AmxTileRow(tiles, self.family, self.out)
             return
-        heights, rest = range(1, self.tile.mr + 1), None
-        ways = (False, True) if self.direct_b else (False,)
+        heights, rest = list(range(1, self.tile.mr + 1)), None
+        ways = [False, True] if self.direct_b else [False]
         if self.one is not None:
             heights, rest = self.one.heights(self.tile.mr), self.one.n % self.tile.nr
             by_tiles = not (self.one.small or self._takes("inner") or self._takes("sweep"))
-            ways = (not self._takes("pack_b"),) if by_tiles else ()
+            ways = [not self._takes("pack_b")] if by_tiles else []
         for direct_b in ways:
             for m in heights:
                 tile = self._direct_tile(m) if direct_b else Tile(m, self.tile.nv, self.tile.lanes)

@@ -29,8 +29,8 @@ def write(
     objects: Sequence[Path],
     out: Path,
 ) -> None:
-    """Writes into ``out`` spec.h, generator.h, profiles.h, manifest.inc, attention.inc and quantized.inc for C++, manifest.json, and
-    kernels.cmake (objects, which may be moved with the folder, and sources).
+    """Writes into ``out`` spec.h, generator.h, profiles.h, manifest.inc, attention.inc and quantized.inc for C++,
+    manifest.json, and kernels.cmake (objects, which may be moved with the folder, and sources).
     """
     _write(out / "spec.h", header.text())
     _write(out / "generator.h", header.generator(generator()))

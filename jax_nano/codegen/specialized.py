@@ -30,7 +30,7 @@ from .nanokernel.amx import AmxDot
 from .tile import Tile, check
 from .toolchain import Toolchain, ToolchainError
 
-FIELDS = tuple(x.name for x in spec.GEMM_ARGS if x.c_type == "int64_t") + ("epilogue",)
+FIELDS = (*(x.name for x in spec.GEMM_ARGS if x.c_type == "int64_t"), "epilogue")
 """What a recipe may fix: sizes, strides and the schedule; of the epilogue only that there is none."""
 
 JAXLIB = "0.10"  # whose bindings of MLIR print what LLVM 22 reads
