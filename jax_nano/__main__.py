@@ -168,6 +168,13 @@ def _program_of(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _specialize(runtime: Any, args: argparse.Namespace) -> int:
+    try:
+        return _specialized(runtime, args)
+    except OSError as error:  # a file or a folder that is named
+        raise ValueError(str(error)) from error
+
+
+def _specialized(runtime: Any, args: argparse.Namespace) -> int:
     if runtime is None:
         raise ValueError("this platform has no kernels; XLA computes every product")
     from jax_nano._tools import kept, specialize

@@ -18,6 +18,7 @@ SCHEDULE: Final = ("inner", "sweep", "prefetch", "pack_a", "pack_b", "mc", "kc",
 _MOST_VECTORS: Final = 8  # in a row of a tile
 _LARGEST_SMALL: Final = 64  # of m, n and k, for kernels that are one function
 _LATENCY: Final = 4  # cycles from a multiply-add to the next one into the same accumulator
+_PACKED_B_BYTES: Final = 256 << 10  # of a block, which stays in L2
 _WORSE: Final = 1.08  # tiles that are expected to take more than the best of all by this factor are left out
 
 Recipe = dict[str, Any]
@@ -50,25 +51,34 @@ def of(plan: Mapping[str, Any], kernel: Mapping[str, Any], *, parts: bool, epilo
         small = _tiles(plan, kernel, small=True)[:4]
         found += [_recipe(plan, kernel, tile, {}, parts=False, epilogue=False, small=True) for tile in small]
     for tile in _tiles(plan, kernel, small=False):
-        found.append(_recipe(plan, kernel, tile, {}, parts=parts, epilogue=epilogue))
+        for way in ({}, *_packed_otherwise(plan, kernel, tile[1], bool(plan["pack_b"]))):
+            found.append(_recipe(plan, kernel, tile, way, parts=parts, epilogue=epilogue))
     return found
 
 
 def blocked_otherwise(recipe: Recipe, plan: Mapping[str, Any], kernel: Mapping[str, Any]) -> Iterator[Recipe]:
-    """The same tile with other blocks of columns, and with other operands packed."""
+    """The same tile with other blocks of columns."""
     fields, nr = recipe["fields"], recipe["nr"]
     if fields["inner"] or fields["sweep"] or recipe["small"]:
         return
     n, parts, epilogue = plan["n"], "m" not in fields, "epilogue" not in fields
     widths = [_balanced(n, fields["nc"] // by, nr) for by in (2, 3, 4)] + [_balanced(n, 2 * fields["nc"], nr)]
-    ways = [{"nc": x} for x in dict.fromkeys(widths) if x != fields["nc"]]
-    if kernel["direct_b"] and plan["csb"] == 1:
-        other = not fields["pack_b"]
-        # A block of packed B stays in half of L2; where it lies B is read by whole rows.
-        width = _balanced(n, (256 << 10) // (fields["kc"] * kernel["b_panel_bytes"]), nr) if other else -(-n // nr) * nr
-        ways.append({"pack_b": int(other), "nc": width})
-    for way in ways:
-        yield _recipe(plan, kernel, (recipe["mr"], nr), way, parts=parts, epilogue=epilogue)
+    for width in dict.fromkeys(widths):
+        if width != fields["nc"]:
+            way = {"pack_b": fields["pack_b"], "nc": width}
+            yield _recipe(plan, kernel, (recipe["mr"], nr), way, parts=parts, epilogue=epilogue)
+
+
+def _packed_otherwise(
+    plan: Mapping[str, Any], kernel: Mapping[str, Any], nr: int, packs_b: bool
+) -> Iterator[Mapping[str, int]]:
+    """B read where it lies instead of packed, or the other way round, if it may be."""
+    if not kernel["direct_b"] or plan["csb"] != 1:
+        return
+    width = _balanced(plan["n"], plan["n"], nr)  # where it lies B is read by whole rows
+    if not packs_b:
+        width = _balanced(plan["n"], _PACKED_B_BYTES // (plan["kc"] * kernel["b_panel_bytes"]), nr)
+    yield {"pack_b": int(not packs_b), "nc": width}
 
 
 def entry(recipe: Recipe, plan: Mapping[str, Any]) -> dict[str, Any]:

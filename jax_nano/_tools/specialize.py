@@ -38,7 +38,9 @@ _ROUNDS: Final = 8
 _CONFIRMING_ROUNDS: Final = 24
 _OPERANDS: Final = 3  # other memory when it is measured again
 _MANY_THREADS: Final = 64  # a product that is not cut for so many is never cut
-_SECONDS_TO_COMPOSE: Final = 0.7  # roughly, one kernel
+_SECONDS_TO_COMPOSE: Final = 0.5  # roughly, one kernel
+_MOST_AT_ONCE: Final = 6
+_SHARE_OF_TILES: Final = 0.6  # of the time; the rest is for other blocks
 
 
 @dataclass
@@ -194,23 +196,33 @@ class _Search:
         kernel = self._kernels[plan["kernel"]]
         parts = any(x > 1 for threads in (1, _MANY_THREADS) for x in plan_of(threads=threads)["split"][1:])
         work = _Work(asked, self._runtime, self._probe)
-        each = _SECONDS_TO_COMPOSE + _ROUNDS * max(work.once, _SAMPLE_SECONDS)  # a candidate takes
         end -= 2 * _CONFIRMING_ROUNDS * max(work.once, _SAMPLE_SECONDS)
-        most = max(2, int((end - time.monotonic()) / 2 / each))
-        tried = self._made(work, plan, recipes.of(plan, kernel, parts=parts, epilogue=epilogue)[:most])
-        if not tried:
+        tiles = recipes.of(plan, kernel, parts=parts, epilogue=epilogue)
+        now = time.monotonic()
+        best = self._fastest(work, plan, tiles, [], now + _SHARE_OF_TILES * (end - now))
+        if not best:
             return Found(asked, plan, why="no kernel could be composed for it")
-        best = work.fastest(tried)
-        left = int((end - time.monotonic()) / each)
         others = [x for first in best[:2] for x in recipes.blocked_otherwise(first.recipe, plan, kernel)]
-        if others and left > 0:
-            best = work.fastest([*best[:2], *self._made(work, plan, others[:left])])
+        best = self._fastest(work, plan, others, best, end)
         share = work.confirmed(best[0], 1)
         # Nor may it be slower where threads share the work.
         if share <= _MOST_SHARE and parts and (threads := thread_limit.usable()) > 1:
             shared = work.confirmed(best[0], threads)
             share = share if shared <= 1 else shared
         return Found(asked, plan, best[0], share, kept=share <= _MOST_SHARE)
+
+    def _fastest(
+        self, work: _Work, plan: Mapping[str, Any], wanted: Sequence[recipes.Recipe], best: list[Candidate], end: float
+    ) -> list[Candidate]:
+        """The fastest of some recipes' kernels and of the best so far, as far as there is time."""
+        each = _SECONDS_TO_COMPOSE + _ROUNDS * max(work.once, _SAMPLE_SECONDS)  # a candidate takes
+        left = list(wanted)
+        while left and (not best or time.monotonic() + each < end):
+            count = max(2, min(_MOST_AT_ONCE, int((end - time.monotonic()) / each)))
+            batch, left = left[:count], left[count:]
+            if made := self._made(work, plan, batch):
+                best = work.fastest([*best[:2], *made])
+        return best
 
     def _made(self, work: _Work, plan: Mapping[str, Any], wanted: Sequence[recipes.Recipe]) -> list[Candidate]:
         """The kernels of those recipes that there is one for, and that give the same bits."""
