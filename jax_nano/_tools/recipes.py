@@ -142,13 +142,23 @@ def _tiles(plan: Mapping[str, Any], kernel: Mapping[str, Any], *, small: bool) -
     vectors = -(-n // lanes)
     scored = []
     for nv in range(1, min(_MOST_VECTORS, vectors) + 1):
-        highest = max((mr for mr in range(1, 31) if mr * nv + min(mr, nv) + 1 <= target.vector_registers), default=0)
+        highest = max((mr for mr in range(1, 31) if _registers(mr, nv) <= target.vector_registers), default=0)
         heights = dict.fromkeys(-(-m // -(-m // mr)) for mr in range(highest, 0, -1))
         for mr in heights:
             scored.append((_expected(m, vectors, mr, nv, target), -mr * nv, (mr, nv * lanes)))
     scored.sort()
     best = scored[0][0]
-    return [tile for cycles, _, tile in scored if small or cycles <= best * _WORSE][:8]
+    tiles = [tile for cycles, _, tile in scored if small or cycles <= best * _WORSE][:8]
+    # Some instructions want more registers than is known here, and then the largest tiles do not exist.
+    surely = [
+        x for _, _, x in scored if _registers(x[0], x[1] // lanes) <= _registers(kernel["mr"], kernel["nr"] // lanes)
+    ]
+    return list(dict.fromkeys([*tiles, *surely[:2]]))
+
+
+def _registers(mr: int, nv: int) -> int:
+    """Those of a register tile (codegen/tile.py)."""
+    return mr * nv + min(mr, nv) + 1
 
 
 def _expected(m: int, vectors: int, mr: int, nv: int, target: Any) -> float:

@@ -59,6 +59,41 @@ def test_branches_are_those_of_functions():
     assert emitted(as_functions) == emitted(as_python_loops)
 
 
+def test_blocks_of_sizes_that_are_not_known():
+    def by_hand(p: Ptr, n: I64) -> None:
+        for i in ir.range_(0, n, 8):
+            size = ir.minimum(n - i, 8)
+            store(p.at(i), size)
+
+    def as_blocks(p: Ptr, n: I64) -> None:
+        for i, size in ir.blocks(n, 8):
+            store(p.at(i), size)
+
+    assert emitted(by_hand) == emitted(as_blocks)
+
+
+@pytest.mark.parametrize(
+    ("total", "sizes", "loops"), [(24, [8], 1), (27, [8, 3], 1), (8, [8], 0), (11, [8, 3], 0), (5, [5], 0), (0, [], 0)]
+)
+def test_blocks_of_known_sizes(total, sizes, loops):
+    """Of equal ones a loop with one body; what is left for itself; a single one without a loop."""
+    seen = []
+
+    def body(p: Ptr, n: I64) -> None:
+        for i, size in ir.blocks(total, 8):
+            seen.append(size)
+            store(p.at(i), size)
+
+    assert emitted(body).count("scf.for") == loops
+    assert seen == sizes
+
+
+def test_a_single_time_needs_no_loop():
+    assert emitted(lambda p, n: [store(p, i) for i in ir.each(1)] and None).count("scf.for") == 0
+    assert emitted(lambda p, n: [store(p, i) for i in ir.each(2)] and None).count("scf.for") == 1
+    assert emitted(lambda p, n: [store(p, i) for i in ir.each(n)] and None).count("scf.for") == 1
+
+
 @pytest.mark.parametrize("known", [False, True])
 def test_what_is_known_needs_no_branch(known):
     """A Python bool decides while the kernel is generated."""
