@@ -50,7 +50,6 @@ void SpecializedKernels::Add(std::unique_ptr<SpecializedKernel> kernel) {
   Product product = x.product;
   product.epilogue = x.epilogue;
   product.rs_partial = RoundUp(product.n, x.kernel.nr);
-  if (product.accumulates || product.unfinished) throw std::invalid_argument("sums that are continued");
   if (const std::string why = Validate(x.schedule, x.kernel, product); !why.empty()) throw std::invalid_argument(why);
   by_generic_[x.generic].push_back(&x);
   kernels_.push_back(std::move(kernel));

@@ -254,6 +254,11 @@ class _Work:
         self._generic: list[float] = []
         self.once = min(self._run(1, None, self._arrays) for _ in range(2))
 
+    def _sample(self, trips: int, table: Any, arrays: _Arrays, threads: int = 1) -> float:
+        """Seconds of a run behind one that brings the operands back, which another kernel has left elsewhere."""
+        self._run(1, table, arrays, threads)
+        return self._run(trips, table, arrays, threads)
+
     def _run(self, trips: int, table: Any, arrays: _Arrays, threads: int = 1) -> float:
         more = {"algorithm": self._asked.algorithm, "specialized": table, **arrays.epilogue}
         seconds = self._runtime.tuning.time_dot(arrays.buffers, trips, *self._asked.arguments, threads, **more)
@@ -278,7 +283,7 @@ class _Work:
             for x in order:
                 seconds = self._generic if x is None else x.seconds
                 table = None if x is None else x.table
-                seconds.append(self._probe.sample(partial(self._run, trips, table, self._arrays)))
+                seconds.append(self._probe.sample(partial(self._sample, trips, table, self._arrays)))
             if turn in (1, 3):
                 best = min(min(x.seconds) for x in left)
                 left = [x for x in left if min(x.seconds) < (1.1 if turn == 1 else 1.03) * best]
@@ -294,7 +299,7 @@ class _Work:
             for turn in range(_CONFIRMING_ROUNDS // _OPERANDS):
                 for is_new in (True, False) if turn % 2 else (False, True):
                     table = candidate.table if is_new else None
-                    samples[is_new].append(self._probe.sample(partial(self._run, trips, table, arrays, threads)))
+                    samples[is_new].append(self._probe.sample(partial(self._sample, trips, table, arrays, threads)))
             shares.append(min(samples[True]) / min(samples[False]))
         return max(shares)
 
@@ -303,17 +308,25 @@ class _Work:
         return max(1, round(_SAMPLE_SECONDS / max(min(once() for _ in range(3)), 1e-9)))
 
 
+_ALIGNMENT: Final = 64  # bytes, of XLA's buffers; NumPy's begin 16 bytes behind a page, and vectors end in two lines
+
+
 class _Arrays:
-    """Operands and a result."""
+    """Operands and a result, as XLA would allocate them."""
 
     def __init__(self, asked: Asked, seed: int) -> None:
         rng = np.random.default_rng(seed)
 
         def array(shape: Sequence[int], name: str) -> Array:
-            return rng.uniform(-4, 4, shape).astype(np.dtype(getattr(ml_dtypes, name, name)))
+            values = rng.uniform(-4, 4, shape).astype(np.dtype(getattr(ml_dtypes, name, name)))
+            room = np.empty(values.nbytes + _ALIGNMENT, np.uint8)
+            begin = -room.ctypes.data % _ALIGNMENT
+            aligned: Array = room[begin : begin + values.nbytes].view(values.dtype).reshape(values.shape)
+            aligned[...] = values
+            return aligned
 
         self._operands = [array(shape, name) for shape, name in zip(asked.shapes, asked.dtypes, strict=False)]
-        self.out = np.ascontiguousarray(array(asked.out_shape, asked.dtypes[2]))
+        self.out = array(asked.out_shape, asked.dtypes[2])
         self.buffers = addresses(*self._operands, self.out)
         self.epilogue: dict[str, Any] = {}
         if (x := asked.epilogue) is not None:
