@@ -58,6 +58,8 @@ DTYPES: dict[str, Any] = {
     "i32": np.int32,
     "ui32": np.uint32,
     "i64": np.int64,
+    "f8E4M3FN": ml_dtypes.float8_e4m3fn,
+    "f8E5M2": ml_dtypes.float8_e5m2,
 }
 
 
@@ -113,29 +115,27 @@ class Program:
             return list(attribute)
 
 
-def call_of(exported: export.Exported) -> Program:
-    """The call of ours in an exported program, alone."""
+def call_of(exported: export.Exported, target: str = "jax_nano") -> Program:
+    """The call of ours in an exported program, alone: the one whose target's name has this in it."""
     with mlir.make_ir_context() as context:
         module = ir.Module.parse(exported.mlir_module(), context)
         found: list[Any] = []
 
         def visit(operation: Any) -> Any:
-            if operation.name == "stablehlo.custom_call" and "jax_nano" in str(
-                operation.attributes["call_target_name"]
-            ):
+            if operation.name == "stablehlo.custom_call" and target in str(operation.attributes["call_target_name"]):
                 found.append(operation)
             return ir.WalkResult.ADVANCE
 
         module.operation.walk(visit)
         (call,) = found
         attributes = {x.name: x.attr for x in named(call.attributes)}
-        target = attributes.pop("call_target_name").value
+        name = attributes.pop("call_target_name").value
         config = attributes.pop("mhlo.backend_config", None) or attributes.pop("backend_config")
         described = str(config) if isinstance(config, ir.StringAttr) else {x.name: str(x.attr) for x in named(config)}
         others = {"api_version": "4 : i32", **{name: str(value) for name, value in attributes.items()}}
         arguments = tuple(str(x.type) for x in call.operands)
         return Program(
-            target, arguments, tuple(range(len(arguments))), tuple(str(x.type) for x in call.results), described, others
+            name, arguments, tuple(range(len(arguments))), tuple(str(x.type) for x in call.results), described, others
         )
 
 
@@ -152,8 +152,8 @@ def exported_call(name: str) -> Program:
     return exported_function(fun, *[jax.ShapeDtypeStruct(*x) for x in call.operands])
 
 
-def exported_function(fun: Any, *specs: Any) -> Program:
-    return call_of(export.export(fun, disabled_checks=jax_nano.export_checks())(*specs))
+def exported_function(fun: Any, *specs: Any, target: str = "jax_nano") -> Program:
+    return call_of(export.export(fun, disabled_checks=jax_nano.export_checks())(*specs), target)
 
 
 def shaped(*shapes: tuple[int, ...], dtype: Any = jnp.float32) -> list[jax.ShapeDtypeStruct]:
@@ -179,6 +179,42 @@ def linear(dtype: Any) -> Callable[[], Program]:
 def causal() -> Program:
     fun = jax.jit(lambda q, k, v: jax_nano.dot_product_attention(q, k, v, is_causal=True))
     return exported_function(fun, *shaped((2, 40, 4, 32), (2, 40, 2, 32), (2, 40, 2, 32), dtype=jnp.bfloat16))
+
+
+def masked() -> Program:
+    """Half precision, with a bias, a mask and lengths, in jax.nn's order of dimensions."""
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, mask: jax.Array, ends: jax.Array) -> Any:
+        options = {"query_seq_lengths": ends, "key_value_seq_lengths": ends}
+        return jax_nano.dot_product_attention(q, k, v, bias, mask, local_window_size=(5, 3), **options)
+
+    half = shaped((2, 24, 2, 16), (2, 24, 2, 16), (2, 24, 2, 16), (1, 2, 24, 24), dtype=jnp.float16)
+    return exported_function(jax.jit(attend), *half, *shaped((2, 1, 24, 24), dtype=bool), *shaped((2,), dtype=np.int32))
+
+
+def gradients_of_attention() -> Program:
+    """As `jax.grad` makes them."""
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.sum(jax_nano.dot_product_attention(q, k, v, is_causal=True).astype(jnp.float32) ** 2)
+
+    fun = jax.jit(jax.grad(loss, (0, 1, 2)))
+    arrays = shaped((1, 20, 4, 32), (1, 20, 2, 32), (1, 20, 2, 32), dtype=jnp.bfloat16)
+    return exported_function(fun, *arrays, target=spec.ATTENTION_GRADIENTS_CALL)
+
+
+def weights_of_4_bits() -> Program:
+    """Stored along K, with a scale and a zero point for each 32 of them."""
+    fun = jax.jit(lambda x, q, s, z: jax_nano.quantized_matmul(x, q, s, z, contracting=1, activation="silu"))
+    arrays = shaped((2, 64), dtype=jnp.bfloat16), shaped((48, 64), dtype=jnp.uint4)
+    return exported_function(
+        fun, *arrays[0], *arrays[1], *shaped((48, 2), dtype=jnp.bfloat16), *shaped((48, 2), dtype=jnp.uint8)
+    )
+
+
+def weights_of_float8() -> Program:
+    fun = jax.jit(jax_nano.quantized_matmul)
+    return exported_function(fun, *shaped((4, 64)), *shaped((64, 48), dtype=jnp.float8_e4m3fn), *shaped((48,)))
 
 
 def weights_of_8_bits() -> Program:
@@ -232,7 +268,11 @@ KINDS: dict[str, Callable[[], Program]] = {
     "batch of int8": product(jnp.int8, jnp.int32),
     "linear of float16": linear(jnp.float16),
     "causal": causal,
+    "masked": masked,
+    "gradients of attention": gradients_of_attention,
     "weights of 8 bits": weights_of_8_bits,
+    "weights of 4 bits": weights_of_4_bits,
+    "weights of float8": weights_of_float8,
     "layers of weights": layers_of_weights,
     "untyped product": untyped(),
     "untyped linear": untyped(epilogue=True),

@@ -81,7 +81,7 @@ def _object(tools: Toolchain, cache: Cache, out: Path, kernel: _AnyKernel, mlir:
         return path
     scratch = path.with_suffix(".part.o")
     flags = kernel.flags if isinstance(kernel, QuantizedKernel) else LLC_FLAGS
-    tools.object_file(tools.optimized(tools.llvm_ir(mlir), kernel.target), kernel.target, scratch, flags)
+    tools.compile(mlir, kernel.target, scratch, flags)
     if isinstance(kernel, QuantizedKernel):
         quantized_checks.loops(kernel, tools.disassemble(scratch))
     else:

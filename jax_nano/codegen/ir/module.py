@@ -58,7 +58,7 @@ class Module:
     def text(self) -> str:
         """The verified module, printed."""
         self.op.operation.verify()
-        return str(self.op)
+        return str(self.op.operation.get_asm(assume_verified=True))
 
 
 @contextlib.contextmanager
