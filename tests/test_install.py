@@ -48,16 +48,25 @@ def test_the_workflow_uses_what_there_is() -> None:
             assert (ROOT / path).exists(), path
 
 
-def test_links_of_the_readme_lead_somewhere_on_pypi() -> None:
+def test_the_readme_on_a_package_index() -> None:
+    """There it has no files beside it: their names stand for links to them, and no link leads nowhere."""
     text = (ROOT / "README.md").read_text()
     assert re.search(r"\]\((docs|examples)/", text)  # relative where it is read in a clone
     for rule in PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
         text = re.sub(rule["pattern"], rule["replacement"], text)
-    links = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"^```.*?^```$|`[^`\n]*`", "", text, flags=re.MULTILINE | re.DOTALL))
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", text))
     assert [x for x in links if not x.startswith(("https://", "#"))] == []
-    local = [x.split("/blob/main/")[1].split("#")[0] for x in links if "/blob/main/" in x]
-    assert local
-    assert all((ROOT / x).exists() for x in local)
+    named = re.findall(r"`((?:docs|examples)/[^`\s]+)`", text)
+    assert named
+    assert all((ROOT / x).exists() for x in named)
+
+
+def test_nothing_pretends_to_have_an_address() -> None:
+    """The project has no public home yet."""
+    assert "urls" not in PROJECT["project"]
+    for file in (ROOT / "README.md", ROOT / "pyproject.toml", ROOT / "mkdocs.yml", *ROOT.glob("docs/*.md")):
+        assert not re.search(r"https?://[^\s)]*jax[-_]nano", file.read_text()), file
 
 
 def test_builds_require_small_packages_only() -> None:

@@ -39,24 +39,41 @@ def run(kind):
 """
 
 
-@pytest.mark.skipif(sys.version_info < (3, 13), reason="the module for interpreters had another name and functions")
-@pytest.mark.parametrize("config", ["isolated", "legacy"])
+# `run` runs code in another interpreter, and returns its exception as text, if there was one.
+INTERPRETERS = """
+import sys
+if sys.version_info >= (3, 13):
+    import _interpreters
+    other = _interpreters.create("isolated" if isolated else "legacy")
+    def run(code):
+        failed = _interpreters.exec(other, code)
+        return failed and f"{failed.type.__name__}: {failed.msg}"
+else:
+    import _xxsubinterpreters as _interpreters
+    other = _interpreters.create(isolated=isolated)
+    def run(code):
+        try:
+            _interpreters.run_string(other, code)
+        except _interpreters.RunFailedError as error:
+            return str(error)
+"""
+
+
+@pytest.mark.parametrize("isolated", [True, False])
 @pytest.mark.parametrize("first", ["", "import jax_nano; jax_nano.matmul"])
-def test_another_interpreter_of_the_process(config: str, first: str) -> None:
+def test_another_interpreter_of_the_process(isolated: bool, first: str) -> None:
     """JAX does not work in one; neither does what needs it, and the first interpreter goes on."""
     run_python(
         f"""
-        import sys
         {first}
-        import _interpreters
-        other = _interpreters.create({config!r})
-        assert _interpreters.exec(other, "import jax_nano; assert 'jax' not in __import__('sys').modules") is None
+        isolated = {isolated}
+        exec({INTERPRETERS!r})
+        assert run("import jax_nano; assert 'jax' not in __import__('sys').modules") is None
         for code in ("jax_nano.matmul", "from jax_nano import linear", "jax_nano.report()"):
-            refused = _interpreters.exec(other, "import jax_nano; " + code)
-            assert refused.type.__name__ == "ImportError", refused
-            assert "main interpreter" in refused.msg
-        loaded = _interpreters.exec(other, "from jax_nano import _runtime; assert _runtime.kernels()")
-        assert loaded is None or "does not support loading in subinterpreters" in loaded.msg
+            refused = run("import jax_nano; " + code)
+            assert "ImportError" in refused and "main interpreter" in refused, refused
+        loaded = run("from jax_nano import _runtime; assert _runtime.kernels()")
+        assert loaded is None or "does not support loading in subinterpreters" in loaded, loaded
         _interpreters.destroy(other)
         import jax_nano, numpy as np
         a = np.arange(64, dtype=np.float32).reshape(8, 8)

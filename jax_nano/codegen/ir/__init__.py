@@ -7,6 +7,7 @@ are in elements. Nothing here knows what a matrix product is.
 
     sizes      numbers of elements, steps and bytes, and comparisons of them
     types      MLIR's types by the names of dtypes
+    constants  one operation for each value in a function
     vectors    arithmetic of scalars and vectors
     memory     addresses, loads and stores
     control    loops and branches

@@ -10,6 +10,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir._mlir_libs import _jax_mlir_ext
 from jaxlib.mlir.dialects import func
 
+from . import constants
 from .control import unwrap
 from .memory import Ptr
 from .sizes import I64, Size
@@ -41,7 +42,7 @@ class Module:
                 op.attributes["llvm.linkage"] = ir.Attribute.parse("#llvm.linkage<internal>")
                 op.attributes["passthrough"] = ir.ArrayAttr.get([ir.StringAttr.get("noinline")])
             block = op.add_entry_block()
-        with ir.InsertionPoint(block):
+        with ir.InsertionPoint(block), constants.of_function(block):
             body(*[I64(v) if kind == "i64" else Ptr(v, kind) for kind, v in zip(kinds, block.arguments, strict=True)])
             func.return_([])
 

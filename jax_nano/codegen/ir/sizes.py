@@ -7,6 +7,8 @@ from collections.abc import Callable
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
+from . import constants
+
 Value = ir.Value
 
 
@@ -86,7 +88,7 @@ def as_value(x: Size) -> Value:
     """A size as an SSA value."""
     if isinstance(x, I64):
         return x.value
-    return arith.constant(ir.IntegerType.get_signless(64), x)
+    return constants.size(x)
 
 
 def minimum(a: Size, b: Size) -> Size:
@@ -124,7 +126,7 @@ def both(a: Value | bool, b: Value | bool) -> Value | bool:
 def negate(a: Value | bool) -> Value | bool:
     if isinstance(a, bool):
         return not a
-    return arith.xori(a, arith.constant(ir.IntegerType.get_signless(1), 1))
+    return arith.xori(a, constants.bit(True))
 
 
 def select_size(condition: Value | bool, a: Size, b: Size) -> Size:

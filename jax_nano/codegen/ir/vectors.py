@@ -10,6 +10,8 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from jax_nano._core.spec import DTYPES
 
+from . import constants
+from .constants import constant
 from .sizes import Size, Value, as_value, minimum
 from .types import elem_bytes, operation, type_of, vec
 
@@ -20,20 +22,20 @@ def _number(x: float | int, ty: ir.Type) -> ir.Attribute:
 
 def scalar_constant(x: float | int, elem: str) -> Value:
     ty = type_of(elem)
-    return arith.constant(ty, _number(x, ty))
+    return constant(ty, _number(x, ty))
 
 
 def constant_vector(x: float | int, lanes: int, elem: str) -> Value:
     ty = vec(lanes, type_of(elem))
-    return arith.constant(ty, ir.DenseElementsAttr.get_splat(ty, _number(x, type_of(elem))))
+    return constant(ty, ir.DenseElementsAttr.get_splat(ty, _number(x, type_of(elem))))
 
 
 def _constant_like(x: float | int, v: Value) -> Value:
     """A constant of v's type: a scalar or a splat."""
     if isinstance(v.type, ir.VectorType):
         attr = ir.DenseElementsAttr.get_splat(v.type, _number(x, v.type.element_type))
-        return arith.constant(v.type, attr)
-    return arith.constant(v.type, _number(x, v.type))
+        return constant(v.type, attr)
+    return constant(v.type, _number(x, v.type))
 
 
 def _with_element(v: Value, elem: ir.Type) -> ir.Type:
@@ -214,13 +216,13 @@ def constant_bytes(values: Sequence[int]) -> Value:
     """A vector of unsigned bytes."""
     ty = type_of("uint8")
     elements = [ir.IntegerAttr.get(ty, x - 256 if x > 127 else x) for x in values]
-    return arith.constant(vec(len(values), ty), ir.DenseElementsAttr.get(elements, type=vec(len(values), ty)))
+    return constant(vec(len(values), ty), ir.DenseElementsAttr.get(elements, type=vec(len(values), ty)))
 
 
 def constant_elements(values: Sequence[float], elem: str) -> Value:
     """A vector of these numbers."""
     ty = type_of(elem)
-    return arith.constant(
+    return constant(
         vec(len(values), ty), ir.DenseElementsAttr.get([_number(x, ty) for x in values], type=vec(len(values), ty))
     )
 
@@ -228,7 +230,7 @@ def constant_elements(values: Sequence[float], elem: str) -> Value:
 def splat_bool(condition: Value | bool, lanes: int) -> Value:
     """A mask of equal lanes."""
     bit = ir.IntegerType.get_signless(1)
-    one = arith.constant(bit, int(condition)) if isinstance(condition, bool) else condition
+    one = constants.bit(condition) if isinstance(condition, bool) else condition
     return vector.broadcast(vec(lanes, bit), one)
 
 
@@ -345,7 +347,7 @@ def lane_mask(active: Size, lanes: int, elem: str = "int32") -> Value:
     ty = type_of(elem)
     count = splat(arith.trunci(ty, as_value(clipped)), lanes)
     steps = ir.DenseElementsAttr.get([ir.IntegerAttr.get(ty, i) for i in range(lanes)], type=vec(lanes, ty))
-    return arith.cmpi(2, arith.constant(vec(lanes, ty), steps), count)
+    return arith.cmpi(2, constant(vec(lanes, ty), steps), count)
 
 
 def call_intrinsic(name: str, result: ir.Type, args: Sequence[Value]) -> Value:
