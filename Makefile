@@ -55,6 +55,7 @@ sanitize: $(STAMPS)/test  ## the runtime's tests and a thousand hostile calls wi
 	$(PIP) install "nanobind>=2.9"
 	scripts/sanitize $(ARGS) address,undefined $(BIN)/python
 	$(if $(ARGS),,scripts/sanitize thread $(BIN)/python)
+	@printf '\nWhat ran with sanitizers, without an error:\n'; cat build/sanitize-*/summary.txt
 
 soak: $(STAMPS)/test  ## hostile calls, changed exported programs, random programs for an hour (MINUTES=10)
 	scripts/soak $(MINUTES) $(BIN)/python $(JOBS)

@@ -1,21 +1,18 @@
-"""Hooks of mkdocs: the README is the site's first page, and links out of docs/ lead to the repository.
+"""Hooks of mkdocs: the README is the site's first page, and links out of docs/ become the names of what they lead to.
 
-In a clone, and on the pages of the repository, these links are relative, so that they follow the branch that is read.
+In a clone these links are relative. The project has no public home yet that pages could lead to.
 """
 
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
-_URLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
-REPOSITORY = f"{_URLS['Repository']}/blob/main"
-_LINK = re.compile(r"(?<=\]\()([^)\s:#]+)(#[^)\s]*)?(?=\))")
+_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s:#]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -26,16 +23,17 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Links to files that are no pages become links to the repository."""
+    """Of a link to a file that is no page, its text and the file's name are left."""
     folder = (ROOT / "docs" / page.file.src_uri).parent
 
-    def absolute(match: re.Match[str]) -> str:
-        path, anchor = match[1], match[2] or ""
+    def named(match: re.Match[str]) -> str:
+        text, path, _ = match.groups()
         there = (folder / path).resolve()
         if there.is_relative_to(ROOT / "docs") and (there.suffix in (".md", ".png", ".svg") and there.exists()):
             return match[0]
-        if page.file.src_uri == "index.md" and not there.exists():  # written from the root of the repository
+        if page.file.src_uri == "index.md" and not there.exists():  # written from the root of the clone
             there = ROOT / path
-        return f"{REPOSITORY}/{there.relative_to(ROOT)}{anchor}"
+        name = str(there.relative_to(ROOT))
+        return f"`{name}`" if text.strip("`") in (name, path, there.name) else f"{text} (`{name}`)"
 
-    return _LINK.sub(absolute, markdown)
+    return _LINK.sub(named, markdown)

@@ -82,6 +82,29 @@ def test_another_interpreter_of_the_process(isolated: bool, first: str) -> None:
     )
 
 
+def test_a_fork_before_the_first_product() -> None:
+    """As workers of multiprocessing's "fork" are: what was imported works in both. After one, JAX warns and may hang."""
+    run_python(
+        """
+        import os
+        import jax, numpy as np, jax_nano
+        def work():
+            a = np.arange(64 * 64, dtype=np.float32).reshape(64, 64) % 7
+            np.testing.assert_array_equal(jax_nano.matmul(a, a), a @ a)
+            with jax_nano.accelerate():
+                np.testing.assert_array_equal(jax.jit(lambda a: a @ a)(a), a @ a)
+        child = os.fork()
+        if child == 0:
+            try:
+                work()
+            finally:
+                os._exit(os.EX_OK if len(jax_nano.report().ran) == 2 else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        work()
+        """
+    )
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_signals_while_products_run(threads: int) -> None:
     """A handler runs between programs, whatever they wait for meanwhile, and results stay as they are."""
