@@ -83,7 +83,7 @@ def test_another_interpreter_of_the_process(isolated: bool, first: str) -> None:
 
 
 def test_a_fork_before_the_first_product() -> None:
-    """As workers of multiprocessing's "fork" are: what was imported works in both. After one, JAX warns and may hang."""
+    """As workers of multiprocessing are: what was imported works in both. After a product, JAX warns of a fork."""
     run_python(
         """
         import os
