@@ -230,6 +230,9 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.skipif(
+    "libtsan" in os.environ.get("LD_PRELOAD", ""), reason="TSan takes a child's threads for its parent's and ends it"
+)
 def test_fork():
     """Before a fork, in the child, in the child's child, and in the parent again."""
     out = run("""
