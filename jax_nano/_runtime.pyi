@@ -46,6 +46,7 @@ class _Kernel(TypedDict):
     algorithm: str
     direct_a: bool
     direct_b: bool
+    pairs_most: int
     inner: bool
     sweep: bool
     narrow_out: bool

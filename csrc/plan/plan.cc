@@ -196,7 +196,8 @@ Plan MakePlan(const Contraction& contraction, const KernelInfo& kernel, int64_t 
 
   Choice choice;
   // Known costs decide; else thresholds.
-  const std::optional<Schedule> fastest = FastestOrderOfSums(kernel, WholeProduct(nest), machine);
+  std::optional<Schedule> fastest;
+  if (!PairsPay(kernel, x)) fastest = FastestOrderOfSums(kernel, WholeProduct(nest), machine);
   choice.schedule = fastest ? *fastest : ChooseOrderOfSums(kernel, x, profile);
   choice.split_k_unit = SplitKUnit(choice.schedule, profile);
   choice.split_k = nest.transposed ? 1 : ChooseSplitK(choice.schedule, kernel, x, nest.products, nest.passes, profile);

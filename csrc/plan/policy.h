@@ -87,6 +87,10 @@ Split SplitForPartialSums(const KernelInfo& kernel, const Product& product, Spli
 // Numeric: whether C^T = B^T A^T, in workspace, is computed instead of C, which is then written from it.
 bool PrefersTransposed(const Product& product, const Profile& profile);
 
+// Numeric: whether the kernel's loops for small products (codegen/small.py), which take pairs of B's rows as they lie,
+// pay where other kernels or paths would need no copy of B either.
+bool PairsPay(const KernelInfo& kernel, const Product& product);
+
 // Whether the product, planned for the best kernel by `schedule`, should rather go to one that reads B where it lies.
 bool PrefersDirectKernel(const Schedule& schedule, const KernelInfo& kernel, const Product& product,
                          const Profile& profile);

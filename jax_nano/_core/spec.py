@@ -434,6 +434,12 @@ KERNEL_INFO: Final = (
         "bool", "direct_a", "whether A can be read where it lies; if kr > 1, where csa is 1 and kr divides k and rsa"
     ),
     Field("bool", "direct_b", "whether B can, if its columns are 1 apart"),
+    Field(
+        "int32_t",
+        "pairs_most",
+        "the largest m, n and k of products of which it takes A's and B's rows as they lie though it packs others' B, "
+        "where csa and csb are 1; 0: it packs every B, or none",
+    ),
     Field("bool", "inner", "whether it has an inner-product path"),
     Field("bool", "sweep", "whether it has a path for few rows of A and a row-major B"),
     Field("bool", "narrow_out", "whether C's type is too narrow for partial sums: these live in GemmArgs::partial"),

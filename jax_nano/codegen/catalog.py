@@ -13,7 +13,7 @@ from typing import Any
 from jax_nano._core import spec
 from jax_nano._core.spec import ATTENTION_SIGNATURES, DEFAULT_ALGORITHM, DTYPES, Signature
 
-from . import ir, nanokernel
+from . import ir, nanokernel, small
 from .amx_microkernel import TILE_REGISTERS, AmxMicrokernel, block_tile
 from .attention.kernel import Attention
 from .gemm import Gemm
@@ -82,6 +82,7 @@ class Kernel(Generated):
             "b_header_bytes": ir.elem_bytes(family.unit) * family.column_sums,
             "direct_a": gemm.direct_a,
             "direct_b": gemm.direct_b,
+            "pairs_most": small.MOST if small.serves(gemm) and not gemm.direct_b else 0,
             "inner": gemm.inner is not None,
             "sweep": gemm.sweep is not None,
             "narrow_out": ir.elem_bytes(self.out) < ir.elem_bytes(family.acc),

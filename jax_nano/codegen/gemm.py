@@ -11,7 +11,7 @@ from .epilogue import Epilogue
 from .inner import InnerPath
 from .inner_microkernel import InnerMicrokernel
 from .macrokernel import Macrokernel
-from .microkernel import Microkernel
+from .microkernel import ROWS_LAST, Microkernel
 from .nanokernel.amx import ROWS, AmxDot
 from .packing import Packing
 from .sweep import SweepPath, family_of
@@ -131,15 +131,20 @@ class Gemm(Composition):
 
     def _micro(self, tile: Tile, direct_b: bool, *, masked: bool = False, ahead: bool = False) -> Microkernel:
         b = self.b if direct_b else self.family.unit
+        main = tile.mr == self.tile.mr and tile.nv == self.tile.nv
+        fits = tile.accumulators + ROWS_LAST * tile.nv <= self.target.vector_registers
+        sums_floats = self.family.acc in ("float32", "float64") and fits
         return Microkernel(
             tile=tile,
             family=self.family,
             b=b,
             out=self.out,
-            main=tile.mr == self.tile.mr and tile.nv == self.tile.nv,
+            main=main,
             masked=masked,
             direct_b=direct_b,
             masks_b=self.target.masks(ir.elem_bytes(b)),
             masks_c=self.target.masks(ir.elem_bytes(self.out)),
             ahead=ahead,
+            # Where A is converted while it is packed, that counts more.
+            by_rows=main and sums_floats and self.direct_a and self.a == self.b and self.target.vector_bits == 512,
         )

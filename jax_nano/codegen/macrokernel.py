@@ -36,7 +36,8 @@ from .microkernel import ADD, MORE, walks_min_steps, walks_of
 from .nanokernel.amx import AmxDot
 from .packing import Packing
 from .prefetch_plan import PrefetchPlan
-from .small import Small
+from .small import Small, serves
+from .small_one import SmallOne
 from .unblocked import Unblocked
 
 GEMM_ARGS = names(spec.GEMM_ARGS)
@@ -77,25 +78,27 @@ class Macrokernel:
         if self.gemm.one is not None:
             self.module.function(symbol, ["int64"], partial(self._one_product, self.gemm.one), internal=False)
             return
-        if not (self.gemm.direct_a and self.gemm.direct_b):
+        if not serves(self.gemm):
             self.module.function(symbol, ["int64"], self._larger, internal=False)
             return
         small = Small(self.gemm, self.gemm.tile.lanes)
-        names = {"small": f"{symbol}_small", "larger": f"{symbol}_larger"}
-        self.module.function(names["small"], ["int64"], lambda at: small.emit(self._fields(at)), internal=True)
-        self.module.function(names["larger"], ["int64"], self._larger, internal=True)
+        for part, emit in small.parts.items():
+            self.module.function(f"{symbol}_{part}", ["int64"], partial(self._on_fields, emit), internal=True)
+        self.module.function(f"{symbol}_larger", ["int64"], self._larger, internal=True)
 
         def choose(at: Ptr) -> None:
-            # A function of its own, so that what the larger ones need on the stack is no part of a small call.
-            for is_small in ir.branches(small.applies(self._fields(at))):
-                self.module.call(names["small" if is_small else "larger"], [at])
+            # Functions of their own, so that what the larger ones need on the stack is no part of a small call.
+            x = self._fields(at)
+            for is_small in ir.branches(small.applies(x)):
+                for part in small.part_of(x) if is_small else ["larger"]:
+                    self.module.call(f"{symbol}_{part}", [at])
 
         self.module.function(symbol, ["int64"], choose, internal=False)
 
     def _one_product(self, one: OneProduct, at: Ptr) -> None:
         """The only product, by the path that is known to be its."""
         if one.small:
-            Small(self.gemm, self.gemm.tile.lanes).emit(self._fields(at))
+            SmallOne.of(self.gemm, one).emit(self._fields(at), one)
             return
         x = self._with_room(at)
         unblocked = Unblocked(self.gemm, self.packing, partial(self._call_row_of_tiles, self.direct_rows))
@@ -104,6 +107,9 @@ class Macrokernel:
             unblocked.emit(x)
         else:
             self._products(x)
+
+    def _on_fields(self, emit: Path, at: Ptr) -> None:
+        emit(self._fields(at))
 
     def _larger(self, at: Ptr) -> None:
         """All but small products."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from . import ir
@@ -38,6 +39,9 @@ ROW_PARAMS = (
 """What a row of tiles from left to right against one panel of A is called with (``macrokernel``)."""
 
 MAIN_UNROLL = 4
+ROWS_LAST, ROWS_LAST_FROM = 2, 32
+"""So many K steps come row by row at the end (``by_rows``), from so many in all on. 28 stores of 512 bits take a core
+56 cycles: a row of two vectors is finished every four."""
 AHEAD_STEPS = 512  # K steps from which on the next rows of A are prefetched, where they are (``ahead``)
 PRODUCTS_A_LINE = 28  # 28 cycles on Zen 4 (512 bits), 14 on others
 A_ROWS_PER_POINTER = 7  # x86 reaches p + i * s for i = 0..6 from one pointer and the registers s, 3s and 5s
@@ -95,6 +99,9 @@ class Microkernel:
       masks_b, masks_c: whether the target loads and stores masked vectors of B's and of C's elements; else a masked
         microkernel gets by without.
       ahead: over long sums it prefetches the rows of A that lie behind its own.
+      by_rows: it is the main one, and computes its last K steps row by row, so that rows are stored while others are
+        computed: stores of 512 bits, all at the end, keep the next tile waiting
+        (docs/experiments/0102-stores-under-products.md).
     """
 
     tile: Tile
@@ -107,6 +114,7 @@ class Microkernel:
     masks_b: bool
     masks_c: bool
     ahead: bool = False
+    by_rows: bool = False
 
     @property
     def narrow_out(self) -> bool:
@@ -179,7 +187,8 @@ class Microkernel:
             return list(carried)
 
         state: list[Value | Ptr] = [*bases, b, *(row * tile.mr)]
-        rest = k
+        ends_by_rows = ir.at_least(k, ROWS_LAST_FROM) if self.by_rows else False
+        rest = k = k - ir.select_size(ends_by_rows, self.unroll, 0)
         if self.main:
             rest = k % self.unroll
             state = walks.go(k // self.unroll, still, state, k_steps)
@@ -201,7 +210,38 @@ class Microkernel:
             state = ir.loop(0 - turns, 0, 1, state, line_of_steps)
             rest = k - turns * at_once
         out = ir.loop(0 - rest, 0, 1, state, lambda _, *carried: k_step(*carried))
-        store(out[len(bases) + 1 :])
+        for by_rows in ir.branches(ends_by_rows):
+            if not by_rows:
+                store(out[len(bases) + 1 :])
+                continue
+            last = out
+            for _ in range(self.unroll - ROWS_LAST):
+                last = k_step(*last)
+                ir.keep_order()
+            self._end_by_rows(given, a_row, last[: len(bases)], last[len(bases)], last[len(bases) + 1 :])
+
+    def _end_by_rows(
+        self, given: dict[str, Any], a_row: RowOffsets, pointers: Sequence[Ptr], b: Ptr, acc: Sequence[Value]
+    ) -> None:
+        """The last K steps, all of a row before the next one's, and its stores right behind them."""
+        tile, load_b = self.tile, self._b_loader(given["cols"])
+        steps, columns = range(ROWS_LAST), range(tile.nv)
+        held = [[load_b(b.at(given["rsb"] * s).at(j * tile.lanes)) for j in columns] for s in steps]
+
+        def rows(leave: Callable[[int, Sequence[Value]], None]) -> None:
+            for i in range(tile.mr):
+                sums = list(acc[i * tile.nv : (i + 1) * tile.nv])
+                for s in steps:
+                    a = a_row.of(pointers[i // A_ROWS_PER_POINTER].at(given["csa"] * s), i % A_ROWS_PER_POINTER)
+                    for j in columns:
+                        # A load for each product, which is an operand of it: no register is left.
+                        sums[j] = self.family.product(self._load_a(a), held[s][j], sums[j])
+                        ir.keep_order()
+                leave(i, sums)
+                ir.keep_order()
+
+        ir.keep_order()
+        self._for_each_mode(given, rows)
 
     def _load_a(self, p: Ptr) -> Value:
         # A unit that lies in the caller's buffer is no better aligned than its elements.
@@ -236,13 +276,42 @@ class Microkernel:
             for line in range(lines_of_a_row(self.tile, self.out)):
                 row.at(line * LINE).prefetch(write=True)
 
+    def _for_each_mode(self, given: dict[str, Any], emit: Callable[..., None]) -> None:
+        """Emits what comes next for each mode, given what leaves a row of sums, not masked, in its tile of C."""
+        tile, mode = self.tile, given["mode"]
+
+        rows = [given["c"].at(i * given["rsc"]) for i in range(tile.mr)]
+        old = [given["partial"].at(i * given["rs_partial"]) for i in range(tile.mr)] if self.narrow_out else rows
+
+        def finished(i: int, sums: Sequence[Value]) -> None:
+            column = 0
+            for v in self.family.narrowed(sums, self.out):
+                rows[i].at(column).store(v)
+                column += ir.lanes_of(v)
+
+        def unfinished(i: int, sums: Sequence[Value]) -> None:
+            for j, v in enumerate(sums):
+                old[i].at(j * tile.lanes).store(v)
+
+        def added(leave: Callable[..., None], i: int, sums: Sequence[Value]) -> None:
+            before = (old[i].at(j * tile.lanes).load(tile.lanes) for j in range(tile.nv))
+            leave(i, [ir.add_vectors(x, v) for x, v in zip(before, sums, strict=True)])
+
+        def either(leave: Callable[..., None]) -> None:
+            ir.if_(ir.equal(mode % MORE, 0), partial(emit, leave), partial(emit, partial(added, leave)))
+
+        if self.narrow_out:
+            ir.if_(ir.equal(mode // MORE, 0), partial(either, finished), partial(either, unfinished))
+        else:
+            either(finished)
+
     def _destination(self, given: dict[str, Any]) -> Callable[[Sequence[Value]], None]:
         """What stores the accumulators."""
         tile = self.tile
         rows = [given["c"].at(i * given["rsc"]) for i in range(tile.mr)]
         mask = ir.lane_mask(given["cols"], tile.lanes) if self.masked and self.masks_c else None
         scratch = ir.alloca(tile.lanes, self.out) if self.masked and not self.masks_c else None
-        partial = [given["partial"].at(i * given["rs_partial"]) for i in range(tile.mr)] if self.narrow_out else rows
+        partials = [given["partial"].at(i * given["rs_partial"]) for i in range(tile.mr)] if self.narrow_out else rows
         partial_mask = None if self.narrow_out else mask  # `partial` has room for whole tiles
 
         def each(values: Sequence[Value], put: Callable[[int, int, Value], None]) -> None:
@@ -250,7 +319,7 @@ class Microkernel:
                 put(*divmod(n, tile.nv), value)
 
         def unfinished(values: Sequence[Value]) -> None:
-            each(values, lambda i, j, v: partial[i].at(j * tile.lanes).store(v, partial_mask))
+            each(values, lambda i, j, v: partials[i].at(j * tile.lanes).store(v, partial_mask))
 
         def finished(values: Sequence[Value]) -> None:
             for i, row in enumerate(rows):
@@ -270,7 +339,7 @@ class Microkernel:
         def added(values: Sequence[Value]) -> list[Value]:
             def old(n: int) -> Value:
                 i, j = divmod(n, tile.nv)
-                return partial[i].at(j * tile.lanes).load(tile.lanes, partial_mask)
+                return partials[i].at(j * tile.lanes).load(tile.lanes, partial_mask)
 
             return [ir.add_vectors(old(n), v) for n, v in enumerate(values)]
 

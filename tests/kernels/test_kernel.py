@@ -362,7 +362,7 @@ def test_batches(kernel, rng, blocks):
             assert is_poison(c[:, m:])
 
 
-@pytest.mark.parametrize("size", [4, 8, 9, 16, 23, 24, 25])
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 8, 9, 16, 17, 23, 24, 25, 33, 40, 56, 64, 65])
 def test_small_products_have_the_bits_of_larger_ones(kernel, rng, size):
     """A kernel that reads operands where they lie has loops of its own for small products; packed ones take others."""
     for m, n, k in [(size, size, size), (size, 24, 1), (1, size, 24), (24, size, size), (size, size, 25)]:
@@ -373,6 +373,26 @@ def test_small_products_have_the_bits_of_larger_ones(kernel, rng, size):
         kernel.check(a, b, results[0])
         for other in results[1:]:
             np.testing.assert_array_equal(other.view(np.uint8), results[0].view(np.uint8))
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(64, 64, 64), (9, 40, 37), (23, 64, 3), (12, 16, 5), (64, 17, 2)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_small_products_of_large_batches(kernel, rng, m, n, k, shared):
+    """Batches of more than 8 MiB have their next product prefetched; the last one has no next one."""
+    takes_b = kernel.info["direct_b"] or kernel.info["pairs_most"] > 0
+    if kernel.lhs != kernel.rhs or not (kernel.info["direct_a"] and takes_b):
+        pytest.skip("has no loops of its own for small products, or none that prefetch")
+    batch = (8 << 20) // ((m * k + k * n + m * n) * np.dtype(kernel.lhs).itemsize) + 2
+    a, b = operands(kernel, rng, m, n, k)
+    with Region(a.nbytes) as a_region, Region(b.nbytes) as b_region:
+        lhs, rhs = a_region.array(a.shape, kernel.lhs), b_region.array(b.shape, kernel.rhs)
+        lhs[...], rhs[...] = a, b
+        kc = -(-k // kernel.kr) * kernel.kr
+        single = kernel.product(a, b, kc=kc)
+        kernel.check(a, b, single)
+        many = np.repeat(a[None], batch, axis=0) if not shared else np.broadcast_to(lhs, (batch, m, k))
+        c = kernel.product(many, np.broadcast_to(rhs, (batch, k, n)), kc=kc)
+        assert (c.view(np.uint8) == single.view(np.uint8)).all()
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(0, 5, 3), (5, 0, 3), (0, 0, 0), (5, 3, 0), (41, 67, 0)])

@@ -293,6 +293,23 @@ class TestBlocking:
                 assert p["rs_partial"] >= 600  # sums wait there until they are rounded
                 assert p["workspace_bytes"] == -(-m // chosen["mr"]) * chosen["mr"] * p["rs_partial"] * 4
 
+    def test_pairs_of_rows_are_taken_as_they_lie_where_that_pays(self, target):
+        """By the kernel that packs other products' B, not by one that widens elements, sweeps or inner products."""
+        best = "avx512_bf16" if target == "x86-64-v4" else target
+
+        def plan_of(m, n, k, subscripts="bmk,bkn->bmn"):
+            c = Contraction(subscripts, b=9, m=m, n=n, k=k)
+            return c.plan(target=best, dtypes=("bfloat16",) * 3, caches=ZEN4, cpu="")
+
+        for m, n, k in ((2, 2, 2), (1, 8, 8), (3, 7, 5), (8, 8, 8), (4, 32, 32), (64, 64, 64), (8, 64, 64)):
+            p = plan_of(m, n, k)
+            if KERNELS[p["kernel"]]["pairs_most"]:
+                assert (p["inner"], p["sweep"], p["pack_b"]) == (False, False, True)
+            assert (KERNELS[p["kernel"]]["pairs_most"] > 0) == (target == "x86-64-v4")
+        for m, n, k in ((1, 64, 64), (2, 64, 64), (64, 1, 64), (4, 65, 64)):
+            p = plan_of(m, n, k)
+            assert p["inner"] or p["sweep"] or not p["pack_b"]
+
     @pytest.mark.parametrize(("subscripts", "path"), [("mk,kn->mn", "sweep"), ("mk,nk->mn", "inner")])
     def test_what_lies_in_memory_is_prefetched(self, target, subscripts, path):
         for n, prefetch in ((100, False), (10_000, True)):

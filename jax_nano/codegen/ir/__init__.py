@@ -92,6 +92,7 @@ from .vectors import splat as splat
 from .vectors import splat_bool as splat_bool
 from .vectors import subtract as subtract
 from .vectors import tree_sum as tree_sum
+from .vectors import widened_bits as widened_bits
 from .vectors import with_sign_of as with_sign_of
 from .vectors import xor as xor
 from .vectors import xor_constant as xor_constant

@@ -163,6 +163,11 @@ def pair(low: Value, high: Value) -> Value:
     return arith.ori(low, arith.shli(high, _constant_like(16, high)))
 
 
+def widened_bits(scalar: Value, elem: str) -> Value:
+    """The bits of an integer as the lowest ones of a wider one, above which are zeros."""
+    return arith.extui(type_of(elem), scalar)
+
+
 def subtract(a: Value, b: Value) -> Value:
     """Element-wise a - b."""
     elem = a.type.element_type if isinstance(a.type, ir.VectorType) else a.type

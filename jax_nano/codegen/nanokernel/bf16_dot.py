@@ -38,7 +38,7 @@ class Bf16Dot(VectorFamily):
 
     def product(self, a: ir.Value, b: ir.Value, acc: ir.Value) -> ir.Value:
         lanes = ir.lanes_of(acc)
-        pairs = [ir.bitcast(x, 2 * lanes, mlir.BF16Type.get()) for x in (a, b)]
+        pairs = [ir.bitcast(x, 2 * lanes, mlir.BF16Type.get()) for x in (b, a)]
         return ir.call_intrinsic(f"llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}", acc.type, [acc, *pairs])
 
     def narrowed(self, sums: Sequence[ir.Value], out: str) -> list[ir.Value]:
