@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from jax_nano._core import cost as _cost
-from jax_nano._core import machine, spec
+from jax_nano._core import machine, native, spec
 from jax_nano._core.contraction import Labels
 
 if TYPE_CHECKING:
@@ -187,6 +187,8 @@ def _engine_lines(decided: Decision) -> list[str]:
         lines = [f"left to XLA: {decided.declined}. {what}"]
     if (times := decided.times) is not None:
         lines.append(f"predicted for a program on one core of {times.cpu}: {times} ({times.form})")
+        if times.cpu != native.measured_cpu():
+            lines.append("of this CPU XLA's times are not known: both engines are compared by those of that one")
     return lines
 
 
