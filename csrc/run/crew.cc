@@ -3,13 +3,14 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <sys/prctl.h>
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
-#include <system_error>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -29,7 +30,7 @@ class Member {
   bool Take(std::function<void()>& task) {
     if (busy_.exchange(true, std::memory_order_acquire)) return false;
     try {
-      if (!started_) Start();
+      if (thread_ == nullptr) Start();
     } catch (...) {
       busy_.store(false, std::memory_order_release);
       throw;
@@ -44,32 +45,33 @@ class Member {
 
  private:
   void Start() {
-    // Signals are for the threads of the program, but for those of a thread's own faults.
+    // Signals are for the threads of the program, but for those of a thread's own faults. (glibc: the calling
+    // thread's.)
     sigset_t others, before;
     sigfillset(&others);
     for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP}) sigdelset(&others, fault);
-    pthread_sigmask(SIG_SETMASK, &others, &before);
-    // It is on its CPU before anybody can know of it and give it another mask, which then stays.
-    cpu_set_t only;
-    CPU_ZERO(&only);
-    CPU_SET(static_cast<size_t>(cpu_), &only);
-    pthread_attr_t attributes;
-    pthread_attr_init(&attributes);
-    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-    pthread_attr_setaffinity_np(&attributes, sizeof only, &only);
-    pthread_t thread;
-    const int error = pthread_create(&thread, &attributes, &Run, this);
-    pthread_attr_destroy(&attributes);
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    if (error != 0) throw std::system_error(error, std::generic_category(), "a helper's thread");
-    started_ = true;
+    sigprocmask(SIG_SETMASK, &others, &before);
+    try {
+      // Never destroyed or joined; to detach it would ask for glibc 2.34.
+      thread_ = new std::thread([this] { Work(); });
+    } catch (...) {
+      sigprocmask(SIG_SETMASK, &before, nullptr);
+      throw;
+    }
+    sigprocmask(SIG_SETMASK, &before, nullptr);
+    // Later it would override a mask that somebody has given to all threads since then.
+    is_on_its_cpu_.wait(false);
   }
-
-  static void* Run(void* self) { static_cast<Member*>(self)->Work(); }
 
   [[noreturn]] void Work() {
     is_member = true;
-    pthread_setname_np(pthread_self(), "jax_nano");
+    cpu_set_t only;
+    CPU_ZERO(&only);
+    CPU_SET(static_cast<size_t>(cpu_), &only);
+    sched_setaffinity(0, sizeof only, &only);  // where that is forbidden it runs where the scheduler likes
+    prctl(PR_SET_NAME, "jax_nano");
+    is_on_its_cpu_.store(true);
+    is_on_its_cpu_.notify_one();
     for (;;) {
       std::function<void()> task;
       {
@@ -85,7 +87,8 @@ class Member {
 
   const int cpu_;
   std::atomic<bool> busy_ = false;
-  bool started_ = false;  // changed while busy
+  std::thread* thread_ = nullptr;  // changed while busy
+  std::atomic<bool> is_on_its_cpu_ = false;
   std::mutex mutex_;
   std::condition_variable wake_;
   std::function<void()> task_;  // under the mutex
