@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from jax_nano._core import cost as _cost
-from jax_nano._core import machine, native, spec
+from jax_nano._core import machine, spec
 from jax_nano._core.contraction import Labels
 
 if TYPE_CHECKING:
@@ -180,6 +180,8 @@ def _rows(title: str, lines: list[str]) -> list[str]:
 
 def _engine_lines(decided: Decision) -> list[str]:
     """Which engine computes the product, why, and how long both would take."""
+    from jax_nano._core import native  # which imports JAX: `run` must not, before its program does
+
     if decided.declined is None:
         lines = ["a kernel"]
     else:
