@@ -1,6 +1,7 @@
 #include "run/standby.h"
 
 #include <immintrin.h>
+#include <pthread.h>
 #include <sched.h>
 
 #include <algorithm>
@@ -96,10 +97,15 @@ class Room {
   std::atomic<int64_t> handed_ = 0;
 };
 
-// Never destroyed: threads of a pool may stand by while the process exits.
+// Never destroyed: threads of a pool may stand by while the process exits. A forked process has a room of its own: those
+// who wait in its parent's are not there, their seats are memory that its threads get as stacks, and one of them may have
+// held the lock.
 Room& TheRoom() {
-  static Room& room = *new Room;
-  return room;
+  static std::atomic<Room*> room = [] {
+    pthread_atfork(nullptr, nullptr, [] { room.store(new Room, std::memory_order_relaxed); });
+    return new Room;
+  }();
+  return *room.load(std::memory_order_relaxed);
 }
 
 }  // namespace
