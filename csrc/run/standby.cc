@@ -97,9 +97,9 @@ class Room {
   std::atomic<int64_t> handed_ = 0;
 };
 
-// Never destroyed: threads of a pool may stand by while the process exits. A forked process has a room of its own: those
-// who wait in its parent's are not there, their seats are memory that its threads get as stacks, and one of them may have
-// held the lock.
+// Never destroyed: threads of a pool may stand by while the process exits. A forked process has a room of its own:
+// those who wait in its parent's are not there, their seats are memory that its threads get as stacks, and one of them
+// may have held the lock.
 Room& TheRoom() {
   static std::atomic<Room*> room = [] {
     pthread_atfork(nullptr, nullptr, [] { room.store(new Room, std::memory_order_relaxed); });

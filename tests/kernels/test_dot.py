@@ -250,6 +250,27 @@ def test_fork():
     assert out == "0 True"
 
 
+@pytest.mark.skipif(
+    "libtsan" in os.environ.get("LD_PRELOAD", ""), reason="TSan takes a child's threads for its parent's and ends it"
+)
+def test_forks_while_helpers_wait():
+    """Who waits in the parent is not in the child, whose threads may have that memory as their stacks."""
+    out = run("""
+        abc = matrices(96)
+        want = dot(*abc, 2)
+        _runtime.testing.share_every_call(True)  # helpers wait for as long as they may
+        statuses = set()
+        for _ in range(60):
+            dot(*abc, 2)
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if all(dot(*abc, 2) == want for _ in range(5)) else 1)
+            statuses.add(os.waitpid(child, 0)[1])
+        print(statuses, dot(*abc, 2) == want)
+    """)
+    assert out == "{0} True"
+
+
 @pytest.mark.skipif("san.so" in os.environ.get("LD_PRELOAD", ""), reason="sanitizers need address space themselves")
 def test_no_memory_for_the_workspace_is_an_error():
     out = run("""
