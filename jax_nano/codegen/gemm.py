@@ -135,7 +135,7 @@ class Gemm(Composition):
         fits = tile.accumulators + ROWS_LAST * tile.nv <= self.target.vector_registers
         sums_floats = self.family.acc in ("float32", "float64") and fits
         # A tile of one vector, which kernels for given products may have, is also the size of the masked ones.
-        whole_main = main and not masked
+        on_avx512 = self.target.vector_bits == 512
         return Microkernel(
             tile=tile,
             family=self.family,
@@ -148,5 +148,5 @@ class Gemm(Composition):
             masks_c=self.target.masks(ir.elem_bytes(self.out)),
             ahead=ahead,
             # Where A is converted while it is packed, that counts more.
-            by_rows=whole_main and sums_floats and self.direct_a and self.a == self.b and self.target.vector_bits == 512,
+            by_rows=main and not masked and sums_floats and self.direct_a and self.a == self.b and on_avx512,
         )
