@@ -230,9 +230,12 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.skipif(
+FORKS = pytest.mark.skipif(
     "libtsan" in os.environ.get("LD_PRELOAD", ""), reason="TSan takes a child's threads for its parent's and ends it"
 )
+
+
+@FORKS
 def test_fork():
     """Before a fork, in the child, in the child's child, and in the parent again."""
     out = run("""
@@ -250,9 +253,7 @@ def test_fork():
     assert out == "0 True"
 
 
-@pytest.mark.skipif(
-    "libtsan" in os.environ.get("LD_PRELOAD", ""), reason="TSan takes a child's threads for its parent's and ends it"
-)
+@FORKS
 def test_forks_while_helpers_wait():
     """Who waits in the parent is not in the child, whose threads may have that memory as their stacks."""
     out = run("""
